@@ -1,0 +1,233 @@
+//! The one error type of the crate.
+
+use crate::problem::Element;
+
+/// Shorthand for a result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong. Each message names the field, its value and the limit.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A size that must be at least 1 is 0. Set it.
+    #[error("{field} is 0; it must be at least 1")]
+    Zero {
+        /// Field of [`crate::Problem`].
+        field: &'static str,
+    },
+    /// A size is larger than the crate or the device can address.
+    #[error("{field} is {value}; the limit is {limit}")]
+    TooLarge {
+        /// Field of [`crate::Problem`], or the tensor it sizes.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The largest value that works.
+        limit: u64,
+    },
+    /// Query heads must be a whole multiple of key/value heads.
+    #[error("heads is {heads} and kv_heads is {kv_heads}; kv_heads must divide heads")]
+    KvHeads {
+        /// Query heads.
+        heads: u32,
+        /// Key/value heads.
+        kv_heads: u32,
+    },
+    /// A number that must be finite (and, for `softcap`, positive) is not.
+    #[error("{field} is {value}; it must be {want}")]
+    Number {
+        /// Field of [`crate::Problem`].
+        field: &'static str,
+        /// Its value.
+        value: f32,
+        /// What is accepted.
+        want: &'static str,
+    },
+    /// An operand's shape does not broadcast to [batch, heads, seq_q, seq_kv].
+    #[error(
+        "{field} has shape {shape:?}, which does not broadcast to [batch, heads, seq_q, seq_kv] = {target:?} \
+         (each axis is 1 or full; the last one may be shorter than seq_kv)"
+    )]
+    Broadcast {
+        /// `mask` or `bias`.
+        field: &'static str,
+        /// Its shape, right-aligned.
+        shape: [u32; 4],
+        /// The shape of the score matrix.
+        target: [u32; 4],
+    },
+    /// An operand has a rank outside 1 to 4.
+    #[error("{field} has rank {rank}; the ranks 1 to 4 broadcast to [batch, heads, seq_q, seq_kv]")]
+    Rank {
+        /// `mask` or `bias`.
+        field: &'static str,
+        /// Its rank.
+        rank: usize,
+    },
+    /// Strides under which two elements of an output share a place.
+    #[error("{field} has strides {strides:?} (batch, head, row), which overlap for sizes {sizes:?}")]
+    Overlap {
+        /// The output.
+        field: &'static str,
+        /// Strides of batch, head and row in elements.
+        strides: [u64; 3],
+        /// Sizes of batch, head, row and last axis.
+        sizes: [u32; 4],
+    },
+    /// Two options exclude each other.
+    #[error("{left} and {right} exclude each other: {why}")]
+    Conflict {
+        /// One side.
+        left: &'static str,
+        /// The other.
+        right: &'static str,
+        /// The reason.
+        why: &'static str,
+    },
+    /// A host slice has the wrong number of elements.
+    #[error("{field} has {got} elements; the problem needs {want}")]
+    Length {
+        /// The operand.
+        field: &'static str,
+        /// Elements given.
+        got: usize,
+        /// Elements needed.
+        want: usize,
+    },
+    /// The problem needs an operand that was not given.
+    #[error("the problem needs {field}, which was not given")]
+    Missing {
+        /// The operand.
+        field: &'static str,
+    },
+    /// An operand was given that the problem does not use.
+    #[error("{field} was given, but the problem does not use it")]
+    Unexpected {
+        /// The operand.
+        field: &'static str,
+    },
+    /// An operand has another element type than the problem says.
+    #[error("{field} holds {got}; the problem says {want}")]
+    Element {
+        /// The operand.
+        field: &'static str,
+        /// Type given.
+        got: Element,
+        /// Type needed.
+        want: Element,
+    },
+    /// A length, offset or boundary in a small operand is out of range.
+    #[error("{field}[{index}] is {value}; it must be {want} {limit}")]
+    Entry {
+        /// `key_lengths`, `cu_seqlens_q`, …
+        field: &'static str,
+        /// Position.
+        index: usize,
+        /// Its value.
+        value: i64,
+        /// How it must compare.
+        want: &'static str,
+        /// With what.
+        limit: i64,
+    },
+    /// A buffer slice is shorter than the problem needs.
+    #[error("buffer {field} has {got} bytes; the problem needs {want}")]
+    BufferSize {
+        /// The operand.
+        field: &'static str,
+        /// Bytes given.
+        got: u64,
+        /// Bytes needed.
+        want: u64,
+    },
+    /// A buffer was created without a usage that is needed.
+    #[error("buffer {field} lacks the usage {usage}")]
+    BufferUsage {
+        /// The operand.
+        field: &'static str,
+        /// The missing usage.
+        usage: &'static str,
+    },
+    /// A buffer slice begins at an offset that the device cannot bind.
+    #[error("buffer {field} begins at byte {offset}, which is not a multiple of {alignment}")]
+    BufferOffset {
+        /// The operand.
+        field: &'static str,
+        /// Its offset.
+        offset: u64,
+        /// The device's `min_storage_buffer_offset_alignment`.
+        alignment: u64,
+    },
+    /// An output uses the same buffer as another operand.
+    #[error("{output} and {other} are the same buffer; an output needs a buffer of its own")]
+    Aliased {
+        /// The output.
+        output: &'static str,
+        /// The other operand.
+        other: &'static str,
+    },
+    /// A kernel that was asked for cannot run this problem on this device.
+    #[error("kernel {kernel} cannot run here: {why}")]
+    Kernel {
+        /// The kernel.
+        kernel: &'static str,
+        /// The reason.
+        why: String,
+    },
+    /// The device is below what any kernel of this crate needs.
+    #[error("the device's {limit} is {got}; at least {want} is needed")]
+    Device {
+        /// The wgpu limit.
+        limit: &'static str,
+        /// Its value.
+        got: u64,
+        /// What is needed.
+        want: u64,
+    },
+    /// No GPU adapter matches.
+    #[error("no GPU adapter{wanted}; found: {found}")]
+    NoAdapter {
+        /// What was asked for, or nothing.
+        wanted: String,
+        /// The adapters there are.
+        found: String,
+    },
+    /// More than one adapter matches the given name.
+    #[error("adapter {wanted:?} is ambiguous; it matches {found}")]
+    AmbiguousAdapter {
+        /// What was asked for.
+        wanted: String,
+        /// The adapters that match.
+        found: String,
+    },
+    /// The adapter refused to make a device.
+    #[error("the adapter made no device: {0}")]
+    RequestDevice(String),
+    /// A shader or pipeline did not compile: a bug of this crate or of the driver.
+    #[error("pipeline {variant} did not compile: {message}")]
+    Pipeline {
+        /// The kernel variant.
+        variant: String,
+        /// What the compiler said.
+        message: String,
+    },
+    /// The device has no memory left.
+    #[error("the device is out of memory: {0}")]
+    OutOfMemory(String),
+    /// The device was lost (driver reset, watchdog, removal, destroyed).
+    #[error("the device is lost: {0}")]
+    DeviceLost(String),
+    /// wgpu refused a command.
+    #[error("wgpu reported: {0}")]
+    Validation(String),
+}
+
+impl From<wgpu::Error> for Error {
+    fn from(error: wgpu::Error) -> Self {
+        match error {
+            wgpu::Error::OutOfMemory { source } => Error::OutOfMemory(source.to_string()),
+            wgpu::Error::Validation { description, .. } => Error::Validation(description),
+            wgpu::Error::Internal { description, .. } => Error::DeviceLost(description),
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! What is asked: one attention problem in the field's words.
+
+use std::fmt;
+
+/// Element type of a tensor in memory. Arithmetic is always f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Element {
+    /// IEEE binary32.
+    #[default]
+    F32,
+    /// IEEE binary16. Works on every adapter: packed in pairs where the adapter has no f16.
+    F16,
+    /// bfloat16, always packed in pairs.
+    Bf16,
+}
+
+impl Element {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Element::F32 => 4,
+            Element::F16 | Element::Bf16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Element::F32 => "f32",
+            Element::F16 => "f16",
+            Element::Bf16 => "bf16",
+        })
+    }
+}
+
+/// Causal visibility: query row `i` of batch `b` stands at position `p = i + offset[b]` and sees keys `j <= p`.
+///
+/// The position also anchors [`Window`] and ALiBi. With [`Causal::None`] the offset is 0.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Causal {
+    /// No causal rule; offset 0.
+    #[default]
+    None,
+    /// `offset = 0`: the first query stands at the first key (PyTorch `is_causal`, ONNX without cache).
+    TopLeft,
+    /// `offset[b] = key length of b − query length of b`: the last query stands at the last key
+    /// (FlashAttention ≥ 2.1, ONNX external cache). May be negative: leading rows then see nothing.
+    BottomRight,
+    /// `offset[b]` is given per batch in the operand `offsets` (i32, any sign), as for a cache of past keys.
+    Offset,
+}
+
+/// Sliding window around the position `p` of a row: `p − left <= j <= p + right`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Window {
+    /// Keys visible before the position; `None` is no bound.
+    pub left: Option<u32>,
+    /// Keys visible after the position; `None` is no bound.
+    pub right: Option<u32>,
+}
+
+/// Shape of an operand that broadcasts to [batch, heads, seq_q, seq_kv]: right-aligned, each axis 1 or full.
+///
+/// The last axis may be shorter than `seq_kv` (but not 1, which broadcasts): keys beyond it are hidden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Broadcast(pub [u32; 4]);
+
+impl Broadcast {
+    /// From a shape of rank 1 to 4.
+    pub fn new(field: &'static str, shape: &[u32]) -> crate::Result<Self> {
+        if shape.is_empty() || shape.len() > 4 {
+            return Err(crate::Error::Rank { field, rank: shape.len() });
+        }
+        let mut full = [1; 4];
+        full[4 - shape.len()..].copy_from_slice(shape);
+        Ok(Broadcast(full))
+    }
+
+    /// Elements in the operand.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(|&n| n as usize).product()
+    }
+
+    /// Whether an axis is 0. [`Problem::check`] refuses such an operand.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Additive bias: its shape and its element type. It may hold −inf, which hides the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Bias {
+    /// Broadcastable to the score matrix.
+    pub shape: Broadcast,
+    /// Type in memory.
+    pub element: Element,
+}
+
+/// Where the elements of a [batch, head, row, last] tensor stand. The last axis is dense.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// Dense [batch, heads, seq, dim] (PyTorch, ONNX 4-D).
+    #[default]
+    Bhsd,
+    /// Dense [batch, seq, heads, dim] (FlashAttention; the same memory as 3-D [batch, seq, heads·dim] of ONNX and Keras).
+    Bshd,
+    /// Any strides, in elements: packed QKV, slices of a larger tensor, a cache with room to grow.
+    Strided(Strides),
+}
+
+/// Strides of a tensor in elements; element (b, h, s, d) stands at `offset + b·batch + h·head + s·row + d`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Strides {
+    /// Place of element (0, 0, 0, 0) from the start of the buffer slice.
+    pub offset: u64,
+    /// From one batch to the next. Unused for packed sequences.
+    pub batch: u64,
+    /// From one head to the next.
+    pub head: u64,
+    /// From one row (token) to the next.
+    pub row: u64,
+}
+
+/// Sequences of different lengths laid end to end ("varlen", "ragged", `thd`), without padding.
+///
+/// Sequence `b` owns the query tokens `cu_seqlens_q[b] .. cu_seqlens_q[b + 1]` and the keys `cu_seqlens_kv[b] .. cu_seqlens_kv[b + 1]`.
+/// `seq_q` and `seq_kv` of the [`Problem`] are then the longest lengths, `batch` the number of sequences,
+/// and the layouts' batch stride is unused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Packed {
+    /// Query tokens of all sequences together.
+    pub total_q: u32,
+    /// Key tokens of all sequences together.
+    pub total_kv: u32,
+}
+
+/// Which logits to give out, as ONNX's `qk_matmul_output_mode` 0 to 2 (mode 3 is [`Problem::weights`]).
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Logits {
+    /// `scale · q·k` (mode 0).
+    Raw,
+    /// After the soft cap, before mask and bias (mode 1).
+    Capped,
+    /// After ALiBi, bias and visibility; −inf where a key is hidden (mode 2).
+    Masked,
+}
+
+/// One attention problem. Start from [`Problem::new`] and set fields.
+///
+/// For query row `i` of head `h` in batch `b`, in this order:
+///
+/// 1. `s[j] = scale · Σ_d q[b,h,i,d] · k[b, h / (heads / kv_heads), j, d]`.
+/// 2. With a soft cap: `s[j] = softcap · tanh(s[j] / softcap)`.
+/// 3. With ALiBi: `s[j] −= slope[h] · |p − j|`, where `p = i + offset[b]` ([`Causal`]). With a bias: `s[j] += bias[b,h,i,j]`.
+/// 4. Key `j` is visible when the boolean mask says true **and** `j < key_lengths[b]` **and** `j <= p` (if causal)
+///    **and** `p − left <= j <= p + right` (if windowed) **and** its bias is not −inf. A last axis of mask or bias
+///    that is shorter than `seq_kv` hides the rest.
+/// 5. `weights = softmax(s)` over the visible keys; a sink `z[h]` adds `exp(z[h])` to the denominator.
+///    A row with no visible key has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink).
+/// 6. `out[b,h,i,:] = Σ_j weights[j] · v[b, h / (heads / kv_heads), j, :]`, and
+///    `lse[b,h,i] = ln(Σ_j exp(s[j]) + exp(z[h]))`.
+///
+/// Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result. A non-finite value at a
+/// *visible* key makes its output row NaN. A logit that overflows f32 is clamped to the largest finite f32 and stays visible,
+/// so a row whose logits are all `f32::MIN` by bias is an ordinary row: its output is the mean of the values.
+///
+/// (Vaswani et al. 2017, eq. 1; ONNX `Attention` opset 25 and FlashAttention for the terms around it.)
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// Batches, or sequences if `packed`.
+    pub batch: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key/value heads; divides `heads`. 1 is multi-query, less than `heads` grouped-query attention.
+    pub kv_heads: u32,
+    /// Query rows per batch and head.
+    pub seq_q: u32,
+    /// Keys per batch and head: a capacity if there are `key_lengths`.
+    pub seq_kv: u32,
+    /// Last axis of q and k, 1 to 512.
+    pub head_dim: u32,
+    /// Last axis of v and out, 1 to 512.
+    pub value_dim: u32,
+    /// Factor of q·k. `None` is `1/√head_dim`.
+    pub scale: Option<f32>,
+    /// Soft cap of the scores; `None` is off.
+    pub softcap: Option<f32>,
+    /// Causal rule and the offset of positions.
+    pub causal: Causal,
+    /// Sliding window.
+    pub window: Window,
+    /// Shape of the boolean mask (one byte an element, **true (1) = may attend**).
+    pub mask: Option<Broadcast>,
+    /// Additive bias.
+    pub bias: Option<Bias>,
+    /// Whether there are `key_lengths[b]`: keys from there on are hidden.
+    pub key_lengths: bool,
+    /// Whether there are ALiBi slopes, one per query head.
+    pub alibi: bool,
+    /// Whether there are attention sinks, one logit per query head.
+    pub sinks: bool,
+    /// Type of q, k, v and out.
+    pub element: Element,
+    /// Layout of q: [batch, heads, seq_q, head_dim].
+    pub q: Layout,
+    /// Layout of k: [batch, kv_heads, seq_kv, head_dim].
+    pub k: Layout,
+    /// Layout of v: [batch, kv_heads, seq_kv, value_dim].
+    pub v: Layout,
+    /// Layout of out: [batch, heads, seq_q, value_dim].
+    pub out: Layout,
+    /// Sequences laid end to end.
+    pub packed: Option<Packed>,
+    /// Give out the natural-log log-sum-exp of each row, f32: [batch, heads, seq_q], packed: [heads, total_q].
+    pub lse: bool,
+    /// Give out the weights, f32: dense [batch, heads, seq_q, seq_kv].
+    pub weights: bool,
+    /// Give out logits, f32: dense [batch, heads, seq_q, seq_kv].
+    pub logits: Option<Logits>,
+}
+
+impl Problem {
+    /// Dense f32 self- or cross-attention with as many key/value heads as query heads and `value_dim = head_dim`.
+    pub fn new(batch: u32, heads: u32, seq_q: u32, seq_kv: u32, head_dim: u32) -> Self {
+        Problem {
+            batch,
+            heads,
+            kv_heads: heads,
+            seq_q,
+            seq_kv,
+            head_dim,
+            value_dim: head_dim,
+            scale: None,
+            softcap: None,
+            causal: Causal::None,
+            window: Window::default(),
+            mask: None,
+            bias: None,
+            key_lengths: false,
+            alibi: false,
+            sinks: false,
+            element: Element::F32,
+            q: Layout::Bhsd,
+            k: Layout::Bhsd,
+            v: Layout::Bhsd,
+            out: Layout::Bhsd,
+            packed: None,
+            lse: false,
+            weights: false,
+            logits: None,
+        }
+    }
+
+    /// Sets the layout of q, k, v and out at once.
+    pub fn with_layout(mut self, layout: Layout) -> Self {
+        (self.q, self.k, self.v, self.out) = (layout, layout, layout, layout);
+        self
+    }
+
+    /// Checks every field and gives the [`crate::Shape`] that the rest of the crate works with.
+    pub fn check(&self) -> crate::Result<crate::Shape> {
+        crate::Shape::new(self)
+    }
+}
+
+/// Host data of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Elements<'a> {
+    /// f32 values.
+    F32(&'a [f32]),
+    /// f16 values.
+    F16(&'a [half::f16]),
+    /// bfloat16 values.
+    Bf16(&'a [half::bf16]),
+}
+
+impl<'a> Elements<'a> {
+    /// Their type.
+    pub fn element(&self) -> Element {
+        match self {
+            Elements::F32(_) => Element::F32,
+            Elements::F16(_) => Element::F16,
+            Elements::Bf16(_) => Element::Bf16,
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Elements::F32(x) => x.len(),
+            Elements::F16(x) => x.len(),
+            Elements::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element `i`, exactly, as f64.
+    pub fn get(&self, i: usize) -> f64 {
+        match self {
+            Elements::F32(x) => x[i] as f64,
+            Elements::F16(x) => x[i].to_f64(),
+            Elements::Bf16(x) => x[i].to_f64(),
+        }
+    }
+
+    /// Their bytes as they lie in memory.
+    pub fn bytes(&self) -> &'a [u8] {
+        match self {
+            Elements::F32(x) => bytemuck::cast_slice(x),
+            Elements::F16(x) => bytemuck::cast_slice(x),
+            Elements::Bf16(x) => bytemuck::cast_slice(x),
+        }
+    }
+}
+
+impl<'a> From<&'a [f32]> for Elements<'a> {
+    fn from(x: &'a [f32]) -> Self {
+        Elements::F32(x)
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Elements<'a> {
+    fn from(x: &'a Vec<f32>) -> Self {
+        Elements::F32(x)
+    }
+}
+
+impl Default for Elements<'_> {
+    fn default() -> Self {
+        Elements::F32(&[])
+    }
+}
+
+/// Operands of a problem on the host. Those that the problem does not use stay `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Inputs<'a> {
+    /// Queries, in the problem's layout.
+    pub q: Elements<'a>,
+    /// Keys.
+    pub k: Elements<'a>,
+    /// Values.
+    pub v: Elements<'a>,
+    /// Boolean mask, one byte an element; 0 hides, anything else attends.
+    pub mask: Option<&'a [u8]>,
+    /// Additive bias.
+    pub bias: Option<Elements<'a>>,
+    /// Key lengths, [batch].
+    pub key_lengths: Option<&'a [u32]>,
+    /// Offsets of [`Causal::Offset`], [batch].
+    pub offsets: Option<&'a [i32]>,
+    /// ALiBi slopes, [heads].
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// Attention sinks, [heads].
+    pub sinks: Option<&'a [f32]>,
+    /// Boundaries of the query sequences, [batch + 1].
+    pub cu_seqlens_q: Option<&'a [u32]>,
+    /// Boundaries of the key sequences, [batch + 1].
+    pub cu_seqlens_kv: Option<&'a [u32]>,
+}
+
+/// Results on the host, widened to `T` (f32, or f64 from the reference). Those not asked for are `None`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outputs<T = f32> {
+    /// The output tensor in the problem's layout. With strides, places between rows hold 0.
+    pub out: Vec<T>,
+    /// Log-sum-exp per row, natural log.
+    pub lse: Option<Vec<T>>,
+    /// Softmax weights.
+    pub weights: Option<Vec<T>>,
+    /// Logits.
+    pub logits: Option<Vec<T>>,
+}

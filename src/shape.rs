@@ -1,0 +1,379 @@
+//! A checked [`Problem`]. Holding one is the proof: nothing downstream checks shapes again.
+
+use std::ops::Deref;
+
+use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Problem, Strides};
+use crate::{Error, Result};
+
+/// Largest head and value dimension.
+pub const MAX_DIM: u32 = 512;
+/// Largest sequence length, batch, head count and window: positions and offsets then stay inside i32.
+pub const MAX_SIZE: u32 = 1 << 28;
+
+/// Sizes and strides of one [batch, heads, rows, dim] tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tensor {
+    /// Batch, heads and rows. A packed tensor has batch 1 and all tokens as rows.
+    pub sizes: [u32; 3],
+    /// Last axis.
+    pub dim: u32,
+    /// Where elements stand.
+    pub strides: Strides,
+}
+
+impl Tensor {
+    fn new(sizes: [u32; 3], dim: u32, layout: Layout) -> Self {
+        let [_, heads, rows] = sizes.map(u64::from);
+        let d = u64::from(dim);
+        let strides = match layout {
+            Layout::Bhsd => Strides { offset: 0, batch: heads * rows * d, head: rows * d, row: d },
+            Layout::Bshd => Strides { offset: 0, batch: heads * rows * d, head: d, row: heads * d },
+            Layout::Strided(strides) => strides,
+        };
+        Tensor { sizes, dim, strides }
+    }
+
+    /// Elements from the start of the buffer to the last one, or `None` beyond u64.
+    fn checked_extent(&self) -> Option<u64> {
+        let steps = [self.strides.batch, self.strides.head, self.strides.row];
+        let mut end = self.strides.offset.checked_add(u64::from(self.dim))?;
+        for (size, stride) in self.sizes.iter().zip(steps) {
+            end = end.checked_add(u64::from(size - 1).checked_mul(stride)?)?;
+        }
+        Some(end)
+    }
+
+    /// Elements from the start of the buffer slice to the last one, that one included.
+    pub fn extent(&self) -> u64 {
+        self.checked_extent().expect("checked by Shape::new")
+    }
+
+    /// Place of element (b, h, s, 0).
+    pub fn at(&self, batch: u32, head: u32, row: u32) -> u64 {
+        let s = &self.strides;
+        s.offset + u64::from(batch) * s.batch + u64::from(head) * s.head + u64::from(row) * s.row
+    }
+
+    /// Whether no two elements share a place: each stride clears everything that the smaller ones span.
+    fn disjoint(&self) -> bool {
+        let s = &self.strides;
+        let mut axes: Vec<(u64, u64)> = [s.batch, s.head, s.row]
+            .into_iter()
+            .zip(self.sizes)
+            .filter(|&(_, n)| n > 1)
+            .map(|(stride, n)| (stride, u64::from(n)))
+            .collect();
+        axes.sort_unstable();
+        let mut span = u64::from(self.dim);
+        for (stride, n) in axes {
+            if stride < span {
+                return false;
+            }
+            span += (n - 1) * stride;
+        }
+        true
+    }
+
+    /// Whether the elements fill their extent without a gap, in any order of the axes.
+    pub fn is_dense(&self) -> bool {
+        let elements = self.sizes.iter().map(|&n| u64::from(n)).product::<u64>() * u64::from(self.dim);
+        self.strides.offset == 0 && self.extent() == elements
+    }
+}
+
+/// A checked problem with its numbers worked out. Derefs to the [`Problem`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    problem: Problem,
+    /// Factor of q·k.
+    pub(crate) scale: f32,
+    /// Query heads that share one key/value head.
+    pub(crate) group: u32,
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) out: Tensor,
+}
+
+impl Deref for Shape {
+    type Target = Problem;
+    fn deref(&self) -> &Problem {
+        &self.problem
+    }
+}
+
+impl Shape {
+    pub(crate) fn new(p: &Problem) -> Result<Self> {
+        let sizes = [
+            ("batch", p.batch, MAX_SIZE),
+            ("heads", p.heads, MAX_SIZE),
+            ("kv_heads", p.kv_heads, MAX_SIZE),
+            ("seq_q", p.seq_q, MAX_SIZE),
+            ("seq_kv", p.seq_kv, MAX_SIZE),
+            ("head_dim", p.head_dim, MAX_DIM),
+            ("value_dim", p.value_dim, MAX_DIM),
+        ];
+        for (field, value, limit) in sizes {
+            if value == 0 {
+                return Err(Error::Zero { field });
+            }
+            if value > limit {
+                return Err(Error::TooLarge { field, value: value.into(), limit: limit.into() });
+            }
+        }
+        let rows = u64::from(p.batch) * u64::from(p.heads);
+        if rows > u64::from(MAX_SIZE) {
+            return Err(Error::TooLarge { field: "batch·heads", value: rows, limit: MAX_SIZE.into() });
+        }
+        if !p.heads.is_multiple_of(p.kv_heads) {
+            return Err(Error::KvHeads { heads: p.heads, kv_heads: p.kv_heads });
+        }
+        if let Some(scale) = p.scale
+            && !scale.is_finite()
+        {
+            return Err(Error::Number { field: "scale", value: scale, want: "finite" });
+        }
+        if let Some(softcap) = p.softcap
+            && !(softcap.is_finite() && softcap > 0.0)
+        {
+            return Err(Error::Number { field: "softcap", value: softcap, want: "finite and positive" });
+        }
+        for (field, side) in [("window.left", p.window.left), ("window.right", p.window.right)] {
+            if let Some(value) = side
+                && value > MAX_SIZE
+            {
+                return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+            }
+        }
+        let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
+        for (field, shape) in [("mask", p.mask), ("bias", p.bias.map(|b| b.shape))] {
+            if let Some(Broadcast(shape)) = shape {
+                let fits = (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis])
+                    && (1..=target[3]).contains(&shape[3]);
+                if !fits {
+                    return Err(Error::Broadcast { field, shape, target });
+                }
+                let elements = shape.iter().map(|&n| u128::from(n)).product::<u128>();
+                if elements > u128::from(u64::MAX / 16) {
+                    return Err(Error::TooLarge { field, value: u64::MAX, limit: u64::MAX / 16 });
+                }
+            }
+        }
+        let (batch, total_q, total_kv) = match p.packed {
+            None => (p.batch, p.seq_q, p.seq_kv),
+            Some(packed) => {
+                let why = "packed sequences carry their lengths in cu_seqlens";
+                if p.key_lengths {
+                    return Err(Error::Conflict { left: "packed", right: "key_lengths", why });
+                }
+                for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
+                    if value == 0 {
+                        return Err(Error::Zero { field });
+                    }
+                    if value > MAX_SIZE {
+                        return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+                    }
+                }
+                for (field, longest, limit) in
+                    [("seq_q", p.seq_q, packed.total_q), ("seq_kv", p.seq_kv, packed.total_kv)]
+                {
+                    if longest > limit {
+                        return Err(Error::TooLarge { field, value: longest.into(), limit: limit.into() });
+                    }
+                }
+                (1, packed.total_q, packed.total_kv)
+            }
+        };
+        let tensors = [
+            ("q", Tensor::new([batch, p.heads, total_q], p.head_dim, p.q)),
+            ("k", Tensor::new([batch, p.kv_heads, total_kv], p.head_dim, p.k)),
+            ("v", Tensor::new([batch, p.kv_heads, total_kv], p.value_dim, p.v)),
+            ("out", Tensor::new([batch, p.heads, total_q], p.value_dim, p.out)),
+        ];
+        for (field, tensor) in tensors {
+            // Byte counts stay far from u64's end, so that the planner adds without checks.
+            let limit = u64::MAX / 64;
+            match tensor.checked_extent() {
+                Some(extent) if extent <= limit => {}
+                extent => return Err(Error::TooLarge { field, value: extent.unwrap_or(u64::MAX), limit }),
+            }
+        }
+        let [(_, q), (_, k), (_, v), (_, out)] = tensors;
+        if !out.disjoint() {
+            let s = out.strides;
+            let [b, h, r] = out.sizes;
+            return Err(Error::Overlap { field: "out", strides: [s.batch, s.head, s.row], sizes: [b, h, r, out.dim] });
+        }
+        Ok(Shape {
+            scale: p.scale.unwrap_or_else(|| (1.0 / f64::from(p.head_dim).sqrt()) as f32),
+            group: p.heads / p.kv_heads,
+            q,
+            k,
+            v,
+            out,
+            problem: p.clone(),
+        })
+    }
+
+    /// Tensor q.
+    pub fn q(&self) -> &Tensor {
+        &self.q
+    }
+
+    /// Tensor k.
+    pub fn k(&self) -> &Tensor {
+        &self.k
+    }
+
+    /// Tensor v.
+    pub fn v(&self) -> &Tensor {
+        &self.v
+    }
+
+    /// Tensor out.
+    pub fn out(&self) -> &Tensor {
+        &self.out
+    }
+
+    /// The scale in force.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Elements of the lse output.
+    pub fn lse_len(&self) -> u64 {
+        match self.packed {
+            None => u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q),
+            Some(packed) => u64::from(self.heads) * u64::from(packed.total_q),
+        }
+    }
+
+    /// Elements of the weights and logits outputs.
+    pub fn scores_len(&self) -> u64 {
+        u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q) * u64::from(self.seq_kv)
+    }
+
+    /// Visible (row, key) pairs counted over batches and heads, as far as the plan knows them: causal and window are
+    /// counted, lengths, masks and per-batch offsets are not (their contents are not part of the problem).
+    pub fn visible_pairs(&self) -> u64 {
+        let keys = i64::from(self.seq_kv);
+        let offset = match self.causal {
+            Causal::BottomRight => keys - i64::from(self.seq_q),
+            _ => 0,
+        };
+        let bounded = matches!(self.causal, Causal::TopLeft | Causal::BottomRight);
+        let row = |i: i64| {
+            let p = i + offset;
+            let lo = self.window.left.map_or(0, |left| (p - i64::from(left)).clamp(0, keys));
+            let mut hi = self.window.right.map_or(keys, |right| (p + i64::from(right) + 1).clamp(0, keys));
+            if bounded {
+                hi = hi.min((p + 1).clamp(0, keys));
+            }
+            (hi - lo).max(0) as u64
+        };
+        let per_head: u64 = if bounded || self.window != Default::default() {
+            (0..i64::from(self.seq_q)).map(row).sum()
+        } else {
+            u64::from(self.seq_q) * keys as u64
+        };
+        per_head * u64::from(self.batch) * u64::from(self.heads)
+    }
+
+    /// Floating-point operations of the two products over the visible pairs: 2·(head_dim + value_dim) each.
+    pub fn flops(&self) -> f64 {
+        self.visible_pairs() as f64 * 2.0 * f64::from(self.head_dim + self.value_dim)
+    }
+
+    /// Checks host operands: presence, type, length and, for the small ones, contents.
+    pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
+        let tensor = |field, data: &Elements<'_>, tensor: &Tensor| {
+            same_element(field, data, self.element)?;
+            length(field, data.len(), tensor.extent() as usize)
+        };
+        tensor("q", &inputs.q, &self.q)?;
+        tensor("k", &inputs.k, &self.k)?;
+        tensor("v", &inputs.v, &self.v)?;
+        let batch = self.batch as usize;
+        let packed = self.packed.is_some();
+        let counts = [
+            ("mask", inputs.mask.map(<[u8]>::len), self.mask.map(|m| m.len())),
+            ("bias", inputs.bias.map(|b| b.len()), self.bias.map(|b| b.shape.len())),
+            ("key_lengths", inputs.key_lengths.map(<[u32]>::len), self.key_lengths.then_some(batch)),
+            ("offsets", inputs.offsets.map(<[i32]>::len), (self.causal == Causal::Offset).then_some(batch)),
+            ("alibi_slopes", inputs.alibi_slopes.map(<[f32]>::len), self.alibi.then_some(self.heads as usize)),
+            ("sinks", inputs.sinks.map(<[f32]>::len), self.sinks.then_some(self.heads as usize)),
+            ("cu_seqlens_q", inputs.cu_seqlens_q.map(<[u32]>::len), packed.then_some(batch + 1)),
+            ("cu_seqlens_kv", inputs.cu_seqlens_kv.map(<[u32]>::len), packed.then_some(batch + 1)),
+        ];
+        for (field, got, want) in counts {
+            match (got, want) {
+                (None, None) => {}
+                (Some(got), Some(want)) => length(field, got, want)?,
+                (None, Some(_)) => return Err(Error::Missing { field }),
+                (Some(_), None) => return Err(Error::Unexpected { field }),
+            }
+        }
+        if let (Some(data), Some(bias)) = (&inputs.bias, self.bias) {
+            same_element("bias", data, bias.element)?;
+        }
+        if let Some(lengths) = inputs.key_lengths {
+            for (index, &value) in lengths.iter().enumerate() {
+                at_most("key_lengths", index, value, self.seq_kv)?;
+            }
+        }
+        for (field, values) in [("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)] {
+            if let Some(&value) = values.unwrap_or(&[]).iter().find(|x| !x.is_finite()) {
+                return Err(Error::Number { field, value, want: "finite" });
+            }
+        }
+        if let Some(packed) = self.packed {
+            let bounds = [
+                ("cu_seqlens_q", inputs.cu_seqlens_q, packed.total_q, self.seq_q),
+                ("cu_seqlens_kv", inputs.cu_seqlens_kv, packed.total_kv, self.seq_kv),
+            ];
+            for (field, values, total, longest) in bounds {
+                let values = values.expect("presence is checked above");
+                for (index, pair) in values.windows(2).enumerate() {
+                    if pair[1] < pair[0] {
+                        return Err(Error::Entry {
+                            field,
+                            index: index + 1,
+                            value: pair[1].into(),
+                            want: "at least",
+                            limit: pair[0].into(),
+                        });
+                    }
+                    at_most(field, index + 1, pair[1], total)?;
+                    at_most(field, index + 1, pair[1], pair[0].saturating_add(longest))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The f32 scratch row of scores is padded to whole vectors of four.
+    pub(crate) fn score_row(&self) -> u32 {
+        self.seq_kv.next_multiple_of(4)
+    }
+
+    /// Whether masked or raw logits leave the pipeline.
+    pub(crate) fn wants(&self, logits: Logits) -> bool {
+        self.logits == Some(logits)
+    }
+}
+
+fn same_element(field: &'static str, data: &Elements<'_>, want: Element) -> Result<()> {
+    let got = data.element();
+    if got == want { Ok(()) } else { Err(Error::Element { field, got, want }) }
+}
+
+fn length(field: &'static str, got: usize, want: usize) -> Result<()> {
+    if got == want { Ok(()) } else { Err(Error::Length { field, got, want }) }
+}
+
+fn at_most(field: &'static str, index: usize, value: u32, limit: u32) -> Result<()> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(Error::Entry { field, index, value: value.into(), want: "at most", limit: limit.into() })
+}
