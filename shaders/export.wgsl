@@ -1,0 +1,39 @@
+// Export:  scores from the scratch to an f32 output of the caller: weights as they are, logits with −inf for hidden keys.
+//
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a score.
+// Memory:    no workgroup memory.
+// Given:     every place of the scratch was written, but for rows and keys that a packed sequence does not have.
+// Reference: src/reference/logits.rs
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> s: array<f32>;
+@group(0) @binding(2) var<storage, read_write> out: array<u32>;
+@group(0) @binding(3) var<storage, read> lists: array<u32>;
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let row = params.row0 + here.row_tile;
+    let key = here.col_tile * {{ threads }}u + thread;
+    if (!here.inside || key >= params.seq_kv) {
+        return;
+    }
+    let seq = sequence(here.batch);
+    let from_place = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
+    let to_place = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key;
+    var bits = bitcast<u32>(s[from_place]);
+    let nowhere = row >= seq.rows || key >= seq.stored;
+    if ((params.flags & EXPORT_LOGITS) != 0u) {
+        bits = select(bits, 0xff800000u, nowhere || s[from_place] == HIDDEN);
+    } else if (nowhere) {
+        bits = 0u;
+    }
+    out[to_place] = bits;
+}

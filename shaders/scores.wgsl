@@ -1,0 +1,247 @@
+{% from "shared/element.wgsl" import storage, load %}
+// Scores:  s = scale · q kᵀ  (with `full`: the whole logit, hidden keys marked), f32, into the score scratch.
+//
+// Grid:      columns = tiles of keys, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
+// Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
+// Given:     1 ≤ rows, keys; scratch rows start at multiples of four; key tiles too. Tiles that no row sees are not written.
+// Reference: src/reference/scores.rs
+{% if native %}
+enable f16;
+{% endif %}
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
+@group(0) @binding(3) var<storage, read_write> s: array<{{ "vec4<f32>" if lanes else "f32" }}>;
+@group(0) @binding(4) var<storage, read> lists: array<u32>;
+{% if full %}
+@group(0) @binding(5) var<storage, read> mask: array<u32>;
+@group(0) @binding(6) var<storage, read> bias: array<u32>;
+{% endif %}
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+{{ load("q", element, native, vector) }}
+{{ load("k", element, native, vector) }}
+
+fn q_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
+    return params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (sequence.token_q + row) * params.q_row;
+}
+
+fn k_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
+    return params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + (sequence.token_kv + key) * params.k_row;
+}
+
+fn s_place(batch: u32, head: u32, row: u32) -> u32 {
+    return params.s_base + batch * params.s_batch + head * params.s_head + row * params.s_row;
+}
+
+{% if lanes %}
+// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and keeps {{ dims }} dims of each in registers;
+// four keys are loaded once per subgroup, spread over its lanes, and broadcast.
+// The workgroup is one subgroup; it runs over {{ tile_cols }} keys. Head dims beyond {{ dims }} take further passes that add to the scratch.
+const LANES: u32 = {{ lanes }}u;
+const ROWS: u32 = {{ rows }}u;
+const DIMS: u32 = {{ dims }}u;
+const KEYS: u32 = {{ tile_cols }}u;
+
+@compute @workgroup_size({{ lanes }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    {{ "@builtin(subgroup_invocation_id)" if subgroup else "@builtin(local_invocation_index)" }} lane: u32,
+) {
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let range = tile_range(seq, row_first, min(row_first + LANES * ROWS - 1u, row_last));
+    let key_first = params.key0 + here.col_tile * KEYS;
+    let key_begin = max(key_first, range.x & ~3u);
+    let key_end = min(min(key_first + KEYS, params.key_end), range.y);
+    if (key_begin >= key_end || seq.stored == 0u) {
+        return;
+    }
+    let key_last = seq.stored - 1u;
+{% for r in range(rows) %}
+    let owned_{{ r }} = row_first + {{ r * lanes }}u + lane <= row_last;
+    let row_{{ r }} = min(row_first + {{ r * lanes }}u + lane, row_last);
+    let q_{{ r }} = q_place(batch, head, seq, row_{{ r }});
+    let s_{{ r }} = s_place(batch, head, row_{{ r }});
+{% endfor %}
+{% if subgroup %}
+{% for t in range(dims // lanes) %}
+    let key_{{ t }} = (lane + {{ t * lanes }}u) / {{ dims // 4 }}u;
+    let dim_{{ t }} = ((lane + {{ t * lanes }}u) % {{ dims // 4 }}u) * 4u;
+{% endfor %}
+{% endif %}
+    for (var dim = 0u; dim < params.head_dim; dim += DIMS) {
+        let valid = params.head_dim - dim;
+        let last = (valid - 1u) & ~3u;
+{% for c in range(dims // 4) %}
+        let held_{{ c }} = {{ c * 4 }}u < valid;
+        let at_{{ c }} = dim + min({{ c * 4 }}u, last);
+        let left_{{ c }} = valid - min({{ c * 4 }}u, last);
+{% for r in range(rows) %}
+        let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_{{ r }} + at_{{ c }}, left_{{ c }}), held_{{ c }});
+{% endfor %}
+{% endfor %}
+{% if subgroup %}
+{% for t in range(dims // lanes) %}
+        let in_{{ t }} = min(dim_{{ t }}, last);
+{% endfor %}
+{% endif %}
+        for (var key = key_begin; key < key_end; key += 4u) {
+{% if subgroup %}
+{% for t in range(dims // lanes) %}
+            let k_{{ t }} = select(
+                vec4<f32>(),
+                load_k(k_place(batch, head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }}),
+                dim_{{ t }} < valid,
+            );
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+            var sum_{{ r }} = vec4<f32>();
+{% endfor %}
+            if (dim > 0u) {
+{% for r in range(rows) %}
+                sum_{{ r }} = s[(s_{{ r }} + key) >> 2u];
+{% endfor %}
+            }
+{% for j in range(4) %}
+{% set component = "xyzw"[j] %}
+{% if not subgroup %}
+            let place_{{ j }} = k_place(batch, head, seq, min(key + {{ j }}u, key_last)) + dim;
+{% endif %}
+{% for c in range(dims // 4) %}
+{% set part = j * (dims // 4) + c %}
+{% if subgroup %}
+            let b_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
+{% else %}
+            let b_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}), held_{{ c }});
+{% endif %}
+{% for r in range(rows) %}
+            sum_{{ r }}.{{ component }} += dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }});
+{% endfor %}
+{% endfor %}
+{% endfor %}
+            if (valid <= DIMS) {
+{% for r in range(rows) %}
+{% for j in range(4) %}
+{% set component = "xyzw"[j] %}
+                sum_{{ r }}.{{ component }} = scaled(sum_{{ r }}.{{ component }});
+{% if full %}
+                sum_{{ r }}.{{ component }} = logit(batch, head, row_{{ r }}, key + {{ j }}u, seq, sum_{{ r }}.{{ component }});
+{% endif %}
+{% endfor %}
+{% endfor %}
+            }
+{% for r in range(rows) %}
+            if (owned_{{ r }}) {
+                s[(s_{{ r }} + key) >> 2u] = sum_{{ r }};
+            }
+{% endfor %}
+        }
+    }
+}
+{% else %}
+// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} keys, stages {{ dims }} dims of both at a time, and each invocation
+// owns {{ rows }} × {{ cols }} of the tile in registers; its rows and keys stand apart, so that neighbours read and write neighbouring places.
+const TILE_Q: u32 = {{ tile_rows }}u;
+const TILE_KV: u32 = {{ tile_cols }}u;
+const DIMS: u32 = {{ dims }}u;
+const THREADS: u32 = {{ threads }}u;
+const PITCH: u32 = {{ dims // 4 + 1 }}u;
+
+var<workgroup> sh_q: array<vec4<f32>, {{ tile_rows * (dims // 4 + 1) }}>;
+var<workgroup> sh_k: array<vec4<f32>, {{ tile_cols * (dims // 4 + 1) }}>;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * TILE_Q;
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let range = tile_range(seq, row_first, min(row_first + TILE_Q - 1u, row_last));
+    let key_first = params.key0 + here.col_tile * TILE_KV;
+    if (max(key_first, range.x) >= min(min(key_first + TILE_KV, params.key_end), range.y) || seq.stored == 0u) {
+        return;
+    }
+    let key_last = seq.stored - 1u;
+    let across = thread % {{ tile_cols // cols }}u;
+    let down = thread / {{ tile_cols // cols }}u;
+{% for r in range(rows) %}
+{% for c in range(cols) %}
+    var sum_{{ r }}_{{ c }} = 0.0;
+{% endfor %}
+{% endfor %}
+    for (var dim = 0u; dim < params.head_dim; dim += DIMS) {
+        for (var part = thread; part < TILE_Q * (DIMS / 4u); part += THREADS) {
+            let row = part / (DIMS / 4u);
+            let d = dim + (part % (DIMS / 4u)) * 4u;
+            var x = vec4<f32>();
+            if (d < params.head_dim) {
+                x = load_q(q_place(batch, head, seq, min(row_first + row, row_last)) + d, params.head_dim - d);
+            }
+            sh_q[row * PITCH + part % (DIMS / 4u)] = x;
+        }
+        for (var part = thread; part < TILE_KV * (DIMS / 4u); part += THREADS) {
+            let key = part / (DIMS / 4u);
+            let d = dim + (part % (DIMS / 4u)) * 4u;
+            var x = vec4<f32>();
+            if (d < params.head_dim) {
+                x = load_k(k_place(batch, head, seq, min(key_first + key, key_last)) + d, params.head_dim - d);
+            }
+            sh_k[key * PITCH + part % (DIMS / 4u)] = x;
+        }
+        workgroupBarrier();
+{% for d in range(dims // 4) %}
+{% for r in range(rows) %}
+        let q_{{ d }}_{{ r }} = sh_q[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ d }}u];
+{% endfor %}
+{% for c in range(cols) %}
+        let k_{{ d }}_{{ c }} = sh_k[(across + {{ c * (tile_cols // cols) }}u) * PITCH + {{ d }}u];
+{% for r in range(rows) %}
+        sum_{{ r }}_{{ c }} += dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
+{% endfor %}
+{% endfor %}
+{% endfor %}
+        workgroupBarrier();
+    }
+{% for r in range(rows) %}
+    let row_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
+    if (row_{{ r }} <= row_last) {
+        let line = s_place(batch, head, row_{{ r }});
+{% for c in range(cols) %}
+        let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
+        if (key_{{ c }} < params.key_end) {
+            s[line + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, scaled(sum_%s_%s))" | format(r, c, r, c) if full else "scaled(sum_%s_%s)" | format(r, c) }};
+        }
+{% endfor %}
+    }
+{% endfor %}
+}
+{% endif %}

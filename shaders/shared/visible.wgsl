@@ -1,0 +1,65 @@
+{# Lengths, positions and the key range of a row. Needs params.wgsl and the binding `lists`: the small per-batch and per-head arrays. #}
+
+// One batch entry or packed sequence. Lengths that come from the GPU are clamped here, so that no value leaves a buffer.
+struct Sequence {
+    rows: u32,       // query rows
+    keys: u32,       // keys that may be visible
+    stored: u32,     // keys that stand in memory
+    token_q: u32,    // first query token of a packed sequence, else 0
+    token_kv: u32,   // first key token
+    offset: i32,     // row i stands at position i + offset
+}
+
+// Where batch b of q and out, or of k and v, begins: packed sequences share one batch.
+fn batch_of(batch: u32) -> u32 {
+    return select(batch, 0u, (params.flags & PACKED) != 0u);
+}
+
+fn sequence(batch: u32) -> Sequence {
+    var s = Sequence(params.seq_q, params.seq_kv, params.seq_kv, 0u, 0u, 0);
+    if ((params.flags & PACKED) != 0u) {
+        s.token_q = min(lists[params.list_cu_q + batch], params.total_q);
+        s.token_kv = min(lists[params.list_cu_kv + batch], params.total_kv);
+        let end_q = min(lists[params.list_cu_q + batch + 1u], params.total_q);
+        let end_kv = min(lists[params.list_cu_kv + batch + 1u], params.total_kv);
+        s.rows = min(max(end_q, s.token_q) - s.token_q, params.seq_q);
+        s.keys = min(max(end_kv, s.token_kv) - s.token_kv, params.seq_kv);
+        s.stored = s.keys;
+    }
+    if ((params.flags & LENGTHS) != 0u) {
+        s.keys = min(lists[params.list_lengths + batch], params.seq_kv);
+    }
+    if ((params.flags & BOTTOM_RIGHT) != 0u) {
+        s.offset = i32(s.keys) - i32(s.rows);
+    }
+    if ((params.flags & OFFSETS) != 0u) {
+        s.offset = clamp(bitcast<i32>(lists[params.list_offsets + batch]), -1073741824, 1073741824);
+    }
+    return s;
+}
+
+// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises.
+fn key_range(s: Sequence, row: u32) -> vec2<u32> {
+    let keys = i32(s.keys);
+    let position = i32(row) + s.offset;
+    var first = 0;
+    var end = keys;
+    if ((params.flags & WINDOW_LEFT) != 0u) {
+        first = clamp(position - i32(params.window_left), 0, keys);
+    }
+    if ((params.flags & WINDOW_RIGHT) != 0u) {
+        end = clamp(position + i32(params.window_right) + 1, 0, keys);
+    }
+    if ((params.flags & CAUSAL) != 0u) {
+        end = min(end, clamp(position + 1, 0, keys));
+    }
+    return vec2<u32>(u32(first), u32(max(first, end)));
+}
+
+// Keys that at least one of the rows first..last sees by range; all of them where every logit is asked for.
+fn tile_range(s: Sequence, first: u32, last: u32) -> vec2<u32> {
+    if ((params.flags & EVERY_KEY) != 0u) {
+        return vec2<u32>(0u, params.seq_kv);
+    }
+    return vec2<u32>(key_range(s, first).x, key_range(s, last).y);
+}

@@ -1,0 +1,283 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Values:  out = w v,  weights from the scratch; added to what `out` holds where the keys come in several dispatches.
+// A non-finite value is staged as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+//
+// Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
+// Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
+// Given:     weights are 0 outside a row's range, over whole vectors of four within the range of the tile.
+// Reference: src/reference/values.rs
+{% if native %}
+enable f16;
+{% endif %}
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> s: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> v: {{ storage(element, native, vector) }};
+@group(0) @binding(3) var<storage, read_write> out: {{ output(out, vector) }};
+@group(0) @binding(4) var<storage, read> lists: array<u32>;
+
+{% include "shared/visible.wgsl" %}
+{{ load("v", element, native, vector) }}
+{{ store("out", out, vector) }}
+
+fn v_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
+    return params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + (sequence.token_kv + key) * params.v_row;
+}
+
+fn s_place(batch: u32, head: u32, row: u32) -> u32 {
+    return (params.s_base + batch * params.s_batch + head * params.s_head + row * params.s_row) >> 2u;
+}
+
+fn out_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
+    return params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (sequence.token_q + row) * params.out_row;
+}
+
+fn finite(x: vec4<f32>) -> bool {
+    let exponent = bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u);
+    return all(exponent != vec4<u32>(0x7f800000u));
+}
+
+// Four dims of one row: the sum so far where the keys are split, the bits of NaN where a non-finite value is visible.
+fn give(at: u32, valid: u32, sum: vec4<f32>, poisoned: bool) {
+    var total = sum;
+    var bad = poisoned;
+{% if out == "f32" %}
+    if ((params.flags & ADD) != 0u) {
+{% if vector %}
+        let before = bitcast<vec4<f32>>(out[at >> 2u]);
+{% else %}
+        let last = valid - 1u;
+        let before = bitcast<vec4<f32>>(vec4<u32>(out[at], out[at + min(1u, last)], out[at + min(2u, last)], out[at + min(3u, last)]));
+{% endif %}
+        total += before;
+        bad = bad || !finite(before);
+    }
+{% endif %}
+    store_out(at, valid, select(bitcast<vec4<u32>>(total), vec4<u32>(0x7fc00000u), bad));
+}
+
+{% if lanes %}
+// Lane-per-row form, for CPU adapters: a lane owns {{ rows }} rows and {{ dims }} dims of each in registers; values of four keys are loaded
+// once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup.
+const LANES: u32 = {{ lanes }}u;
+const ROWS: u32 = {{ rows }}u;
+const DIMS: u32 = {{ dims }}u;
+
+@compute @workgroup_size({{ lanes }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    {{ "@builtin(subgroup_invocation_id)" if subgroup else "@builtin(local_invocation_index)" }} lane: u32,
+) {
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let range = tile_range(seq, row_first, min(row_first + LANES * ROWS - 1u, row_last));
+    let key_begin = max(params.key0, range.x & ~3u);
+    let key_end = min(params.key_end, range.y);
+    let key_last = max(seq.stored, 1u) - 1u;
+    let dim = here.col_tile * DIMS;
+    let valid = params.value_dim - dim;
+    let last = (valid - 1u) & ~3u;
+{% for r in range(rows) %}
+    let owned_{{ r }} = row_first + {{ r * lanes }}u + lane <= row_last;
+    let row_{{ r }} = min(row_first + {{ r * lanes }}u + lane, row_last);
+    let s_{{ r }} = s_place(batch, head, row_{{ r }});
+    var poisoned_{{ r }} = false;
+{% for c in range(dims // 4) %}
+    var sum_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+{% if subgroup %}
+{% for t in range(dims // lanes) %}
+    let key_{{ t }} = (lane + {{ t * lanes }}u) / {{ dims // 4 }}u;
+    let in_{{ t }} = min(((lane + {{ t * lanes }}u) % {{ dims // 4 }}u) * 4u, last);
+{% endfor %}
+{% endif %}
+    for (var key = key_begin; key < key_end; key += 4u) {
+{% for r in range(rows) %}
+        let w_{{ r }} = s[s_{{ r }} + (key >> 2u)];
+{% endfor %}
+{% if subgroup %}
+{% for t in range(dims // lanes) %}
+        let raw_{{ t }} = load_v(v_place(batch, head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }});
+        let good_{{ t }} = finite(raw_{{ t }});
+        let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
+{% endfor %}
+        if (subgroupAny(!({% for t in range(dims // lanes) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
+{% for j in range(4) %}
+            let bad_{{ j }} = subgroupAny(!({% for t in range(dims // lanes // 4) %}{{ " && " if not loop.first }}good_{{ j * (dims // lanes // 4) + t }}{% endfor %}));
+{% endfor %}
+{% for r in range(rows) %}
+            poisoned_{{ r }} = poisoned_{{ r }} || any(w_{{ r }} * vec4<f32>(vec4<bool>(bad_0, bad_1, bad_2, bad_3)) != vec4<f32>());
+{% endfor %}
+        }
+{% for j in range(4) %}
+{% set component = "xyzw"[j] %}
+{% for c in range(dims // 4) %}
+{% set part = j * (dims // 4) + c %}
+        let b_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
+{% for r in range(rows) %}
+        sum_{{ r }}_{{ c }} += w_{{ r }}.{{ component }} * b_{{ j }}_{{ c }};
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% else %}
+{% for j in range(4) %}
+{% set component = "xyzw"[j] %}
+        let place_{{ j }} = v_place(batch, head, seq, min(key + {{ j }}u, key_last)) + dim;
+        var good_{{ j }} = true;
+{% for c in range(dims // 4) %}
+        let raw_{{ j }}_{{ c }} = load_v(place_{{ j }} + min({{ c * 4 }}u, last), valid - min({{ c * 4 }}u, last));
+        let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+        let b_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
+        good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
+{% for r in range(rows) %}
+        sum_{{ r }}_{{ c }} += w_{{ r }}.{{ component }} * b_{{ j }}_{{ c }};
+{% endfor %}
+{% endfor %}
+{% for r in range(rows) %}
+        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && w_{{ r }}.{{ component }} != 0.0);
+{% endfor %}
+{% endfor %}
+{% endif %}
+    }
+{% for r in range(rows) %}
+    if (owned_{{ r }}) {
+        let at = out_place(batch, head, seq, row_{{ r }}) + dim;
+{% for c in range(dims // 4) %}
+        if ({{ c * 4 }}u < valid) {
+            give(at + {{ c * 4 }}u, valid - {{ c * 4 }}u, sum_{{ r }}_{{ c }}, poisoned_{{ r }});
+        }
+{% endfor %}
+    }
+{% endfor %}
+}
+{% else %}
+// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} dims, stages {{ dims }} keys of weights and values at a time, and each
+// invocation owns {{ rows }} rows × 4·{{ cols }} dims of the tile in registers.
+const TILE_Q: u32 = {{ tile_rows }}u;
+const TILE_D: u32 = {{ tile_cols }}u;
+const KEYS: u32 = {{ dims }}u;
+const THREADS: u32 = {{ threads }}u;
+const PITCH: u32 = {{ dims // 4 + 1 }}u;
+
+var<workgroup> sh_w: array<vec4<f32>, {{ tile_rows * (dims // 4 + 1) }}>;
+var<workgroup> sh_v: array<vec4<f32>, {{ dims * tile_cols // 4 }}>;
+// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
+var<workgroup> sh_bad: array<u32, {{ dims }}>;
+var<workgroup> sh_any: u32;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * TILE_Q;
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let range = tile_range(seq, row_first, min(row_first + TILE_Q - 1u, row_last));
+    let key_begin = max(params.key0, range.x & ~3u);
+    let key_end = min(params.key_end, range.y);
+    let dim_first = here.col_tile * TILE_D;
+    let across = thread % {{ tile_cols // 4 // cols }}u;
+    let down = thread / {{ tile_cols // 4 // cols }}u;
+{% for r in range(rows) %}
+    var poisoned_{{ r }} = false;
+{% for c in range(cols) %}
+    var sum_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+    if (thread < KEYS) {
+        sh_bad[thread] = 0u;
+    }
+    if (thread == 0u) {
+        sh_any = 0u;
+    }
+    workgroupBarrier();
+    var stage = 0u;
+    for (var key = key_begin; key < key_end; key += KEYS) {
+        stage += 1u;
+        for (var part = thread; part < TILE_Q * (KEYS / 4u); part += THREADS) {
+            let row = part / (KEYS / 4u);
+            let j = key + (part % (KEYS / 4u)) * 4u;
+            var w = vec4<f32>();
+            if (j < key_end) {
+                w = s[s_place(batch, head, min(row_first + row, row_last)) + (j >> 2u)];
+            }
+            sh_w[row * PITCH + part % (KEYS / 4u)] = w;
+        }
+        for (var part = thread; part < KEYS * (TILE_D / 4u); part += THREADS) {
+            let j = part / (TILE_D / 4u);
+            let d = dim_first + (part % (TILE_D / 4u)) * 4u;
+            var x = vec4<f32>();
+            if (key + j < key_end && d < params.value_dim) {
+                x = load_v(v_place(batch, head, seq, key + j) + d, params.value_dim - d);
+            }
+            if (!finite(x)) {
+                x = vec4<f32>();
+                sh_bad[j] = stage;
+                sh_any = stage;
+            }
+            sh_v[part] = x;
+        }
+        workgroupBarrier();
+{% for j4 in range(dims // 4) %}
+{% for r in range(rows) %}
+        let w_{{ j4 }}_{{ r }} = sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ j4 }}u];
+{% endfor %}
+{% for c in range(cols) %}
+{% for j in range(4) %}
+        let v_{{ j4 }}_{{ c }}_{{ j }} = sh_v[{{ (j4 * 4 + j) * (tile_cols // 4) }}u + across + {{ c * (tile_cols // 4 // cols) }}u];
+{% endfor %}
+{% for r in range(rows) %}
+        sum_{{ r }}_{{ c }} += w_{{ j4 }}_{{ r }}.x * v_{{ j4 }}_{{ c }}_0 + w_{{ j4 }}_{{ r }}.y * v_{{ j4 }}_{{ c }}_1 + w_{{ j4 }}_{{ r }}.z * v_{{ j4 }}_{{ c }}_2 + w_{{ j4 }}_{{ r }}.w * v_{{ j4 }}_{{ c }}_3;
+{% endfor %}
+{% endfor %}
+{% endfor %}
+        if (sh_any == stage) {
+{% for j in range(dims) %}
+            if (sh_bad[{{ j }}] == stage) {
+{% for r in range(rows) %}
+                poisoned_{{ r }} = poisoned_{{ r }} || w_{{ j // 4 }}_{{ r }}.{{ "xyzw"[j % 4] }} != 0.0;
+{% endfor %}
+            }
+{% endfor %}
+        }
+        workgroupBarrier();
+    }
+{% for r in range(rows) %}
+    let row_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
+    if (row_{{ r }} <= row_last) {
+        let at = out_place(batch, head, seq, row_{{ r }});
+{% for c in range(cols) %}
+        let dim_{{ r }}_{{ c }} = dim_first + (across + {{ c * (tile_cols // 4 // cols) }}u) * 4u;
+        if (dim_{{ r }}_{{ c }} < params.value_dim) {
+            give(at + dim_{{ r }}_{{ c }}, params.value_dim - dim_{{ r }}_{{ c }}, sum_{{ r }}_{{ c }}, poisoned_{{ r }});
+        }
+{% endfor %}
+    }
+{% endfor %}
+}
+{% endif %}

@@ -1,0 +1,256 @@
+//! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
+
+pub mod export;
+pub mod logits;
+pub mod pack;
+pub mod params;
+pub mod scores;
+pub mod softmax;
+pub mod values;
+
+use std::fmt;
+
+use minijinja::Value;
+
+use crate::problem::Element;
+
+/// What a storage binding holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The output.
+    Out,
+    /// Log-sum-exp output.
+    Lse,
+    /// Weights output.
+    Weights,
+    /// Logits output.
+    Logits,
+    /// Boolean mask.
+    Mask,
+    /// Additive bias.
+    Bias,
+    /// The small per-batch and per-head arrays, a buffer that `Prepared` owns.
+    Lists,
+    /// Scratch of scores, then weights.
+    Scores,
+    /// Scratch: `out` in f32 before it is packed.
+    Unpacked,
+}
+
+impl Slot {
+    /// The operand's name in errors and labels.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Slot::Q => "q",
+            Slot::K => "k",
+            Slot::V => "v",
+            Slot::Out => "out",
+            Slot::Lse => "lse",
+            Slot::Weights => "weights",
+            Slot::Logits => "logits",
+            Slot::Mask => "mask",
+            Slot::Bias => "bias",
+            Slot::Lists => "lists",
+            Slot::Scores => "scores",
+            Slot::Unpacked => "unpacked",
+        }
+    }
+}
+
+/// How a kernel reads or writes a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Format {
+    /// Type in memory.
+    pub element: Element,
+    /// f16 is read with the adapter's own type rather than unpacked from u32.
+    pub native: bool,
+    /// Every row starts at a multiple of four elements and has a multiple of four of them.
+    pub vector: bool,
+}
+
+impl Format {
+    fn all() -> impl Iterator<Item = Format> {
+        let kinds = [(Element::F32, false), (Element::F16, false), (Element::F16, true), (Element::Bf16, false)];
+        kinds.into_iter().flat_map(|(element, native)| [true, false].map(|vector| Format { element, native, vector }))
+    }
+}
+
+/// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
+pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
+
+/// Tile parameters of `scores` and `values`. Rows live in [`crate::tuning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Which body.
+    pub body: Body,
+    /// Rows per invocation.
+    pub rows: u32,
+    /// Tiled: columns per invocation (keys in `scores`, vectors of four dims in `values`). Lanes: unused, 1.
+    pub cols: u32,
+    /// Tiled: rows per workgroup. Lanes: `rows` times the lanes.
+    pub tile_rows: u32,
+    /// Columns per workgroup: keys in `scores`, value dims in `values`.
+    pub tile_cols: u32,
+    /// Extent of one step along the summed axis in the tiled body; dims held in registers in the lane body.
+    pub depth: u32,
+}
+
+/// Body of `scores` and `values`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Body {
+    /// Tiles in workgroup memory and registers, for GPUs.
+    Tiled,
+    /// A row per lane, for CPU adapters: keys and values spread by subgroup broadcast.
+    Lanes {
+        /// Invocations of a workgroup; with `subgroup` also the adapter's subgroup size.
+        lanes: u32,
+        /// Whether operands are spread by subgroup broadcast. Otherwise every lane loads them.
+        subgroup: bool,
+    },
+}
+
+impl fmt::Display for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Body::Tiled => f.pad("tiled"),
+            Body::Lanes { lanes, subgroup: true } => write!(f, "lanes, subgroup {lanes}"),
+            Body::Lanes { .. } => f.pad("lanes, no subgroup"),
+        }
+    }
+}
+
+impl Tile {
+    /// Invocations of a workgroup, `columns` being what one invocation's columns span of `tile_cols`.
+    fn threads(&self, columns: u32) -> u32 {
+        match self.body {
+            Body::Tiled => (self.tile_rows / self.rows) * (self.tile_cols / columns),
+            Body::Lanes { lanes, .. } => lanes,
+        }
+    }
+
+    fn context(&self, threads: u32) -> Value {
+        let (lanes, subgroup) = match self.body {
+            Body::Tiled => (0, false),
+            Body::Lanes { lanes, subgroup } => (lanes, subgroup),
+        };
+        minijinja::context! {
+            lanes, subgroup, threads,
+            rows => self.rows, cols => self.cols, tile_rows => self.tile_rows, tile_cols => self.tile_cols, dims => self.depth,
+        }
+    }
+}
+
+/// One renderable shader: the key of the pipeline cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// Tiled QKᵀ.
+    Scores(scores::Scores),
+    /// The score transform in place.
+    Logits(logits::Logits),
+    /// Masked row softmax.
+    Softmax(softmax::Softmax),
+    /// Weights × V.
+    Values(values::Values),
+    /// Scores to an output.
+    Export(export::Export),
+    /// f32 to 16-bit output.
+    Pack(pack::Pack),
+}
+
+macro_rules! each {
+    ($variant:expr, $x:ident => $body:expr) => {
+        match $variant {
+            Variant::Scores($x) => $body,
+            Variant::Logits($x) => $body,
+            Variant::Softmax($x) => $body,
+            Variant::Values($x) => $body,
+            Variant::Export($x) => $body,
+            Variant::Pack($x) => $body,
+        }
+    };
+}
+
+impl Variant {
+    /// Every variant that the planner can choose.
+    pub fn all() -> Vec<Variant> {
+        let mut all = Vec::new();
+        all.extend(scores::Scores::all().map(Variant::Scores));
+        all.extend(logits::Logits::all().map(Variant::Logits));
+        all.extend(softmax::Softmax::all().map(Variant::Softmax));
+        all.extend(values::Values::all().map(Variant::Values));
+        all.extend(export::Export::all().map(Variant::Export));
+        all.extend(pack::Pack::all().map(Variant::Pack));
+        all
+    }
+
+    /// The kernel's noun: its shader, module and reference.
+    pub fn kernel(&self) -> &'static str {
+        match self {
+            Variant::Scores(_) => "scores",
+            Variant::Logits(_) => "logits",
+            Variant::Softmax(_) => "softmax",
+            Variant::Values(_) => "values",
+            Variant::Export(_) => "export",
+            Variant::Pack(_) => "pack",
+        }
+    }
+
+    /// Storage bindings 1, 2, … in order, and whether the kernel writes them.
+    pub fn bindings(&self) -> Vec<(Slot, bool)> {
+        each!(self, x => x.bindings())
+    }
+
+    /// Invocations of a workgroup.
+    pub fn threads(&self) -> u32 {
+        each!(self, x => x.threads())
+    }
+
+    /// Bytes of workgroup memory.
+    pub fn workgroup_bytes(&self) -> u32 {
+        each!(self, x => x.workgroup_bytes())
+    }
+
+    /// Whether the shader needs the adapter's f16.
+    pub fn uses_f16(&self) -> bool {
+        match self {
+            Variant::Scores(x) => x.format.native,
+            Variant::Values(x) => x.format.native,
+            _ => false,
+        }
+    }
+
+    /// Whether the shader needs subgroup operations.
+    pub fn uses_subgroups(&self) -> bool {
+        let tile = match self {
+            Variant::Scores(x) => x.tile,
+            Variant::Values(x) => x.tile,
+            _ => return false,
+        };
+        matches!(tile.body, Body::Lanes { subgroup: true, .. })
+    }
+
+    /// What the template is rendered with.
+    pub(crate) fn context(&self) -> Value {
+        each!(self, x => x.context())
+    }
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        each!(self, x => x.fmt(f))
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let native = if self.native { " native" } else { "" };
+        let vector = if self.vector { "" } else { " unaligned" };
+        write!(f, "{}{native}{vector}", self.element)
+    }
+}

@@ -1,0 +1,43 @@
+//! Host side of `shaders/export.wgsl`: weights or logits from the scratch to an output.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning::ELEMENTWISE;
+
+/// A variant of `export`: what it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Export {
+    /// [`Slot::Weights`] or [`Slot::Logits`].
+    pub to: Slot,
+}
+
+impl Export {
+    pub(crate) fn all() -> impl Iterator<Item = Export> {
+        [Slot::Weights, Slot::Logits].map(|to| Export { to }).into_iter()
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![(Slot::Scores, false), (self.to, true), (Slot::Lists, false)]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! { threads => self.threads(), full => false }
+    }
+}
+
+impl fmt::Display for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "export[{}]", self.to.name())
+    }
+}

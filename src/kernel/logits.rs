@@ -1,0 +1,40 @@
+//! Host side of `shaders/logits.wgsl`: the score transform in place.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning::ELEMENTWISE;
+
+/// A variant of `logits`; there is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Logits;
+
+impl Logits {
+    pub(crate) fn all() -> impl Iterator<Item = Logits> {
+        [Logits].into_iter()
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![(Slot::Scores, true), (Slot::Lists, false), (Slot::Mask, false), (Slot::Bias, false)]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! { threads => self.threads(), full => true }
+    }
+}
+
+impl fmt::Display for Logits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("logits")
+    }
+}

@@ -1,0 +1,64 @@
+//! Host side of `shaders/scores.wgsl`: s = scale · q kᵀ.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::{Body, Format, Slot, Tile};
+use crate::tuning;
+
+/// A variant of `scores`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Scores {
+    /// Tile parameters.
+    pub tile: Tile,
+    /// q and k.
+    pub format: Format,
+    /// Whether the whole score transform is applied (soft cap, ALiBi, bias, boolean mask), with its operands bound.
+    pub full: bool,
+}
+
+impl Scores {
+    pub(crate) fn all() -> impl Iterator<Item = Scores> {
+        tuning::scores_tiles().into_iter().flat_map(|tile| {
+            Format::all()
+                .filter(move |format| tuning::renders(tile, *format))
+                .flat_map(move |format| [false, true].map(|full| Scores { tile, format, full }))
+        })
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = vec![(Slot::Q, false), (Slot::K, false), (Slot::Scores, true), (Slot::Lists, false)];
+        if self.full {
+            slots.extend([(Slot::Mask, false), (Slot::Bias, false)]);
+        }
+        slots
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        self.tile.threads(self.tile.cols)
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        match self.tile.body {
+            Body::Tiled => 16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1),
+            Body::Lanes { .. } => 0,
+        }
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! {
+            element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
+            full => self.full, workgroup_bytes => self.workgroup_bytes(),
+            ..self.tile.context(self.threads())
+        }
+    }
+}
+
+impl fmt::Display for Scores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { body, rows, cols, tile_rows, tile_cols, depth } = self.tile;
+        let full = if self.full { " full" } else { "" };
+        write!(f, "scores[{body}; {tile_rows}×{tile_cols}×{depth} by {rows}×{cols}; {}{full}]", self.format)
+    }
+}

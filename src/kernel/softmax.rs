@@ -1,0 +1,49 @@
+//! Host side of `shaders/softmax.wgsl`: masked row softmax in place.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning;
+
+/// A variant of `softmax`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Softmax {
+    /// Invocations that share a row.
+    pub threads: u32,
+    /// Whether log-sum-exp is an output.
+    pub lse: bool,
+}
+
+impl Softmax {
+    pub(crate) fn all() -> impl Iterator<Item = Softmax> {
+        tuning::SOFTMAX_THREADS.into_iter().flat_map(|threads| [false, true].map(|lse| Softmax { threads, lse }))
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = vec![(Slot::Scores, true), (Slot::Lists, false)];
+        if self.lse {
+            slots.push((Slot::Lse, true));
+        }
+        slots
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        self.threads
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        8 * self.threads
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! { threads => self.threads, lse => self.lse, full => false }
+    }
+}
+
+impl fmt::Display for Softmax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "softmax[{} threads{}]", self.threads, if self.lse { "; lse" } else { "" })
+    }
+}

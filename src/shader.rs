@@ -1,0 +1,44 @@
+//! Renders shader templates: `shaders/*.wgsl` with the numbers of a [`Variant`].
+
+use std::sync::LazyLock;
+
+use minijinja::Environment;
+use minijinja::syntax::SyntaxConfig;
+
+use crate::kernel::{Variant, params};
+
+macro_rules! templates {
+    ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../shaders/", $name)))),*] };
+}
+
+static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true).build();
+    environment.set_syntax(syntax.expect("the default delimiters are valid"));
+    environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+    environment.add_global("params_fields", params::WGSL);
+    environment.add_global("flags", params::FLAGS.iter().copied().collect::<std::collections::BTreeMap<_, _>>());
+    let sources = templates![
+        "shared/params.wgsl",
+        "shared/visible.wgsl",
+        "shared/score.wgsl",
+        "shared/element.wgsl",
+        "scores.wgsl",
+        "logits.wgsl",
+        "softmax.wgsl",
+        "values.wgsl",
+        "export.wgsl",
+        "pack.wgsl",
+    ];
+    for (name, source) in sources {
+        environment.add_template(name, source).unwrap_or_else(|error| panic!("template {name}: {error:#}"));
+    }
+    environment
+});
+
+/// The WGSL of a variant.
+pub fn render(variant: &Variant) -> String {
+    let name = format!("{}.wgsl", variant.kernel());
+    let template = TEMPLATES.get_template(&name).expect("every kernel has its template");
+    template.render(variant.context()).unwrap_or_else(|error| panic!("rendering {variant}: {error:#}"))
+}

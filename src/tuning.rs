@@ -1,0 +1,72 @@
+//! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
+
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile};
+
+/// Invocations of a workgroup in the element-wise kernels.
+pub const ELEMENTWISE: u32 = 64;
+
+/// Invocations that share a row in `softmax`: CPU adapters, short rows, long rows.
+pub const SOFTMAX_THREADS: [u32; 3] = [8, 64, 256];
+
+/// Work that one second is assumed to hold when dispatches are sliced: below what any adapter of the class measured.
+pub const CPU_FLOPS: f64 = 10e9;
+/// The same for GPUs: an old integrated one.
+pub const GPU_FLOPS: f64 = 200e9;
+
+const fn tiled(tile_rows: u32, tile_cols: u32, depth: u32, rows: u32, cols: u32) -> Tile {
+    Tile { body: Body::Tiled, rows, cols, tile_rows, tile_cols, depth }
+}
+
+/// Tiled rows of `scores`, largest first: 8×4 scores per invocation need 0.375 workgroup-memory loads a multiply-add, 4×4 need 0.5.
+pub const SCORES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 4), tiled(32, 32, 16, 4, 4)];
+
+/// Tiled rows of `values`, largest first: 8 rows × 4 dims per invocation.
+pub const VALUES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 1), tiled(32, 32, 16, 4, 1)];
+
+fn lane_bodies() -> impl Iterator<Item = Body> {
+    let spread = SUBGROUP_SIZES.map(|lanes| Body::Lanes { lanes, subgroup: true });
+    spread.into_iter().chain([Body::Lanes { lanes: 8, subgroup: false }])
+}
+
+/// The lane-per-row tile of `scores`: rows per lane and dims in registers.
+pub fn scores_lanes(body: Body, rows: u32, dims: u32) -> Tile {
+    let Body::Lanes { lanes, .. } = body else { panic!("not a lane body: {body:?}") };
+    Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: 256, depth: dims }
+}
+
+/// The lane-per-row tile of `values`: rows per lane and dims in registers.
+pub fn values_lanes(body: Body, rows: u32, dims: u32) -> Tile {
+    let Body::Lanes { lanes, .. } = body else { panic!("not a lane body: {body:?}") };
+    Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: dims, depth: dims }
+}
+
+/// Dims that a lane keeps in registers: the smallest that holds them all, or several passes of the largest.
+pub const LANE_DIMS: [u32; 2] = [32, 64];
+
+/// Rows per lane: one for few queries, else as many as the first-level cache holds of them.
+pub const LANE_ROWS: [u32; 2] = [1, 4];
+
+/// Every tile of `scores`.
+pub(crate) fn scores_tiles() -> Vec<Tile> {
+    lane_tiles(scores_lanes).chain(SCORES_TILED).collect()
+}
+
+/// Every tile of `values`.
+pub(crate) fn values_tiles() -> Vec<Tile> {
+    lane_tiles(values_lanes).chain(VALUES_TILED).collect()
+}
+
+fn lane_tiles(tile: fn(Body, u32, u32) -> Tile) -> impl Iterator<Item = Tile> {
+    lane_bodies().flat_map(move |body| {
+        LANE_DIMS.into_iter().flat_map(move |dims| LANE_ROWS.into_iter().map(move |rows| tile(body, rows, dims)))
+    })
+}
+
+/// Whether a tile is rendered for a format: lane forms read f16 packed (conversion is not their cost), and unaligned rows
+/// only with the larger bucket of dims.
+pub(crate) fn renders(tile: Tile, format: Format) -> bool {
+    match tile.body {
+        Body::Tiled => true,
+        Body::Lanes { .. } => !format.native && (format.vector || tile.depth == LANE_DIMS[1]),
+    }
+}
