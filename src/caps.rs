@@ -1,0 +1,70 @@
+//! What a device can do, as pure data.
+
+use crate::kernel::SUBGROUP_SIZES;
+use crate::{Error, Result};
+
+/// What the planner needs to know of a device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Caps {
+    /// The adapter is a CPU that runs shaders (lavapipe, llvmpipe, SwiftShader, WARP): it wants other kernels than a GPU.
+    pub cpu: bool,
+    /// Shaders may use f16.
+    pub f16: bool,
+    /// Shaders may use subgroup operations, and every subgroup has this many lanes.
+    pub subgroup_size: Option<u32>,
+    /// The device's limits.
+    pub limits: wgpu::Limits,
+}
+
+impl Caps {
+    /// Of a device; it may have been created with less than its adapter offers.
+    pub fn of(device: &wgpu::Device) -> Self {
+        let info = device.adapter_info();
+        let features = device.features();
+        let fixed = info.subgroup_min_size == info.subgroup_max_size;
+        Caps {
+            cpu: info.device_type == wgpu::DeviceType::Cpu,
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroup_size: (features.contains(wgpu::Features::SUBGROUP) && fixed).then_some(info.subgroup_min_size),
+            limits: device.limits(),
+        }
+    }
+
+    /// The subgroup size, where lane-per-row bodies are rendered for it.
+    pub(crate) fn lanes(&self) -> Option<u32> {
+        self.subgroup_size.filter(|size| SUBGROUP_SIZES.contains(size))
+    }
+
+    /// Largest range that one storage binding may span. Addresses in shaders are u32, and no backend binds more than i32 anyway.
+    pub(crate) fn binding(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size).min(i32::MAX as u64) & !3
+    }
+
+    /// What every storage binding's offset must be a multiple of. At least 32, so that no vector straddles a start.
+    pub(crate) fn alignment(&self) -> u64 {
+        u64::from(self.limits.min_storage_buffer_offset_alignment).max(32)
+    }
+
+    /// Refuses devices below what the smallest variants need.
+    pub(crate) fn check(&self) -> Result<()> {
+        let l = &self.limits;
+        let needs = [
+            ("max_storage_buffers_per_shader_stage", u64::from(l.max_storage_buffers_per_shader_stage), 4),
+            ("max_uniform_buffers_per_shader_stage", u64::from(l.max_uniform_buffers_per_shader_stage), 1),
+            ("max_bindings_per_bind_group", u64::from(l.max_bindings_per_bind_group), 5),
+            ("max_compute_workgroup_storage_size", u64::from(l.max_compute_workgroup_storage_size), 8192),
+            ("max_compute_invocations_per_workgroup", u64::from(l.max_compute_invocations_per_workgroup), 64),
+            ("max_compute_workgroup_size_x", u64::from(l.max_compute_workgroup_size_x), 64),
+            ("max_compute_workgroups_per_dimension", u64::from(l.max_compute_workgroups_per_dimension), 1),
+            ("max_uniform_buffer_binding_size", l.max_uniform_buffer_binding_size, crate::kernel::params::STRIDE),
+            ("max_storage_buffer_binding_size", l.max_storage_buffer_binding_size, 4096),
+            ("max_buffer_size", l.max_buffer_size, 4096),
+        ];
+        for (limit, got, want) in needs {
+            if got < want {
+                return Err(Error::Device { limit, got, want });
+            }
+        }
+        Ok(())
+    }
+}
