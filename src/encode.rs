@@ -1,0 +1,368 @@
+//! Records a [`Plan`] into the caller's command encoder: the only file that records commands.
+
+use std::sync::Arc;
+
+use crate::kernel::Slot;
+use crate::kernel::params::STRIDE;
+use crate::pipelines::{Pipeline, Pipelines};
+use crate::plan::{Options, Step};
+use crate::{Caps, Causal, Error, Plan, Problem, Result};
+
+/// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.
+#[derive(Debug)]
+pub struct Attention {
+    device: wgpu::Device,
+    caps: Caps,
+    pipelines: Pipelines,
+}
+
+impl Attention {
+    /// For a device of the caller's, with whatever features and limits it was created.
+    pub fn new(device: &wgpu::Device) -> Self {
+        Self::with_checks(device, false)
+    }
+
+    /// Like [`Attention::new`], but with `checked` pipelines are compiled with wgpu's runtime checks (bounds, loops): slower,
+    /// for hunting a suspected out-of-bounds access.
+    pub fn with_checks(device: &wgpu::Device, checked: bool) -> Self {
+        Attention { device: device.clone(), caps: Caps::of(device), pipelines: Pipelines::new(device, checked) }
+    }
+
+    /// What the device can do.
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// Checks and plans a problem. Pure: touches no device.
+    pub fn plan(&self, problem: &Problem) -> Result<Plan> {
+        self.plan_with(problem, &Options::default())
+    }
+
+    /// The same with [`Options`].
+    pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
+        Plan::new(&problem.check()?, &self.caps, options)
+    }
+
+    /// Compiles the pipelines that are not cached yet and allocates the plan's scratch. Blocks while the driver compiles.
+    pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
+        let pipelines = plan.steps().iter().map(|step| self.pipelines.get(&step.variant)).collect::<Result<_>>()?;
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let buffer = |label, size, usage| {
+            self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage,
+                mapped_at_creation: false,
+            })
+        };
+        let params = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("attention params"),
+            size: plan.steps().len() as u64 * STRIDE,
+            usage: wgpu::BufferUsages::UNIFORM,
+            mapped_at_creation: true,
+        });
+        let scratch = wgpu::BufferUsages::STORAGE;
+        let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
+        let scores = buffer("attention scores", plan.scores_bytes(), scratch);
+        let unpacked =
+            (plan.unpacked_bytes() > 0).then(|| buffer("attention unpacked", plan.unpacked_bytes(), scratch));
+        let errors = [pollster::block_on(validation.pop()), pollster::block_on(scope.pop())];
+        if let Some(error) = errors.into_iter().flatten().next() {
+            return Err(error.into());
+        }
+        let mut bytes = vec![0; params.size() as usize];
+        for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(plan.steps()) {
+            let source = bytemuck::bytes_of(&step.params);
+            place[..source.len()].copy_from_slice(source);
+        }
+        params.get_mapped_range_mut(..).map_err(|error| Error::DeviceLost(error.to_string()))?.copy_from_slice(&bytes);
+        params.unmap();
+        Ok(Prepared { device: self.device.clone(), plan: plan.clone(), pipelines, params, lists, scores, unpacked })
+    }
+}
+
+/// The operands of one call on the GPU. Those that the problem does not use stay `None`.
+///
+/// Usages: `STORAGE` for tensors; `COPY_SRC` for the small per-batch and per-head arrays, which are copied into a buffer of
+/// [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer offsets go into
+/// [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be followed by the
+/// rest of that word. Outputs have buffers of their own.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffers<'a> {
+    /// Queries.
+    pub q: wgpu::BufferSlice<'a>,
+    /// Keys.
+    pub k: wgpu::BufferSlice<'a>,
+    /// Values.
+    pub v: wgpu::BufferSlice<'a>,
+    /// The output.
+    pub out: wgpu::BufferSlice<'a>,
+    /// Boolean mask, a byte an element.
+    pub mask: Option<wgpu::BufferSlice<'a>>,
+    /// Additive bias.
+    pub bias: Option<wgpu::BufferSlice<'a>>,
+    /// Key lengths, u32. Values beyond `seq_kv` count as `seq_kv`.
+    pub key_lengths: Option<wgpu::BufferSlice<'a>>,
+    /// Offsets, i32.
+    pub offsets: Option<wgpu::BufferSlice<'a>>,
+    /// ALiBi slopes, f32.
+    pub alibi_slopes: Option<wgpu::BufferSlice<'a>>,
+    /// Sinks, f32.
+    pub sinks: Option<wgpu::BufferSlice<'a>>,
+    /// Boundaries of the query sequences, u32. Values beyond the buffers are clamped.
+    pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
+    /// Boundaries of the key sequences, u32.
+    pub cu_seqlens_kv: Option<wgpu::BufferSlice<'a>>,
+    /// Log-sum-exp output.
+    pub lse: Option<wgpu::BufferSlice<'a>>,
+    /// Weights output.
+    pub weights: Option<wgpu::BufferSlice<'a>>,
+    /// Logits output.
+    pub logits: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> Buffers<'a> {
+    /// The four tensors that every problem has.
+    pub fn new(
+        q: wgpu::BufferSlice<'a>,
+        k: wgpu::BufferSlice<'a>,
+        v: wgpu::BufferSlice<'a>,
+        out: wgpu::BufferSlice<'a>,
+    ) -> Self {
+        Buffers {
+            q,
+            k,
+            v,
+            out,
+            mask: None,
+            bias: None,
+            key_lengths: None,
+            offsets: None,
+            alibi_slopes: None,
+            sinks: None,
+            cu_seqlens_q: None,
+            cu_seqlens_kv: None,
+            lse: None,
+            weights: None,
+            logits: None,
+        }
+    }
+
+    /// Every operand with its name, its size in the problem, and whether it is written.
+    fn tensors(&self, plan: &Plan) -> [Tensor<'a>; 9] {
+        let s = plan.shape();
+        let bytes = s.element.bytes();
+        let input = |field, slice, want| Tensor { field, slice, want, written: false };
+        let output = |field, slice, want| Tensor { field, slice, want, written: true };
+        [
+            input("q", Some(self.q), Some(s.q().extent() * bytes)),
+            input("k", Some(self.k), Some(s.k().extent() * bytes)),
+            input("v", Some(self.v), Some(s.v().extent() * bytes)),
+            input("mask", self.mask, s.mask.map(|mask| mask.len() as u64)),
+            input("bias", self.bias, s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes())),
+            output("out", Some(self.out), Some(s.out().extent() * bytes)),
+            output("lse", self.lse, s.lse.then(|| 4 * s.lse_len())),
+            output("weights", self.weights, s.weights.then(|| 4 * s.scores_len())),
+            output("logits", self.logits, s.logits.map(|_| 4 * s.scores_len())),
+        ]
+    }
+
+    /// The small arrays: name, slice, place in the lists (words) and length (words).
+    fn lists(&self, plan: &Plan) -> [List<'a>; 6] {
+        let s = plan.shape();
+        let l = plan.lists();
+        let list = |field, slice, present: bool, place, words| List { field, slice, present, place, words };
+        let packed = s.packed.is_some();
+        [
+            list("key_lengths", self.key_lengths, s.key_lengths, l.lengths, s.batch),
+            list("offsets", self.offsets, s.causal == Causal::Offset, l.offsets, s.batch),
+            list("alibi_slopes", self.alibi_slopes, s.alibi, l.slopes, s.heads),
+            list("sinks", self.sinks, s.sinks, l.sinks, s.heads),
+            list("cu_seqlens_q", self.cu_seqlens_q, packed, l.cu_q, s.batch + 1),
+            list("cu_seqlens_kv", self.cu_seqlens_kv, packed, l.cu_kv, s.batch + 1),
+        ]
+    }
+
+    fn check(&self, plan: &Plan) -> Result<()> {
+        let tensors = self.tensors(plan);
+        for tensor in &tensors {
+            let field = tensor.field;
+            let Some((slice, want)) = present(field, tensor.slice, tensor.want)? else { continue };
+            check_slice(field, &slice, want.next_multiple_of(4), plan.alignment())?;
+            if !slice.buffer().usage().contains(wgpu::BufferUsages::STORAGE) {
+                return Err(Error::BufferUsage { field, usage: "STORAGE" });
+            }
+        }
+        let lists = self.lists(plan);
+        for list in &lists {
+            let want = list.present.then_some(4 * u64::from(list.words));
+            let Some((slice, want)) = present(list.field, list.slice, want)? else { continue };
+            check_slice(list.field, &slice, want, 4)?;
+            if !slice.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC) {
+                return Err(Error::BufferUsage { field: list.field, usage: "COPY_SRC" });
+            }
+        }
+        let others = tensors.iter().map(|t| (t.field, t.slice)).chain(lists.iter().map(|l| (l.field, l.slice)));
+        for output in tensors.iter().filter(|t| t.written) {
+            let Some(slice) = output.slice else { continue };
+            for (other, with) in others.clone() {
+                if other != output.field && with.is_some_and(|with| with.buffer() == slice.buffer()) {
+                    return Err(Error::Aliased { output: output.field, other });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn get(&self, slot: Slot) -> Option<wgpu::BufferSlice<'a>> {
+        match slot {
+            Slot::Q => Some(self.q),
+            Slot::K => Some(self.k),
+            Slot::V => Some(self.v),
+            Slot::Out => Some(self.out),
+            Slot::Lse => self.lse,
+            Slot::Weights => self.weights,
+            Slot::Logits => self.logits,
+            Slot::Mask => self.mask,
+            Slot::Bias => self.bias,
+            Slot::Lists | Slot::Scores | Slot::Unpacked => None,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Tensor<'a> {
+    field: &'static str,
+    slice: Option<wgpu::BufferSlice<'a>>,
+    want: Option<u64>,
+    written: bool,
+}
+
+#[derive(Clone, Copy)]
+struct List<'a> {
+    field: &'static str,
+    slice: Option<wgpu::BufferSlice<'a>>,
+    present: bool,
+    place: u32,
+    words: u32,
+}
+
+fn present<'a>(
+    field: &'static str,
+    slice: Option<wgpu::BufferSlice<'a>>,
+    want: Option<u64>,
+) -> Result<Option<(wgpu::BufferSlice<'a>, u64)>> {
+    match (slice, want) {
+        (None, None) => Ok(None),
+        (Some(slice), Some(want)) => Ok(Some((slice, want))),
+        (None, Some(_)) => Err(Error::Missing { field }),
+        (Some(_), None) => Err(Error::Unexpected { field }),
+    }
+}
+
+fn check_slice(field: &'static str, slice: &wgpu::BufferSlice<'_>, want: u64, alignment: u64) -> Result<()> {
+    if slice.size() < want {
+        return Err(Error::BufferSize { field, got: slice.size(), want });
+    }
+    if !slice.offset().is_multiple_of(alignment) {
+        return Err(Error::BufferOffset { field, offset: slice.offset(), alignment });
+    }
+    Ok(())
+}
+
+/// A plan with its pipelines and scratch, ready to be recorded any number of times.
+///
+/// The scratch is shared by all recordings, so they run one after the other on the queue, as wgpu orders them by itself.
+#[derive(Debug)]
+pub struct Prepared {
+    device: wgpu::Device,
+    plan: Plan,
+    pipelines: Vec<Arc<Pipeline>>,
+    params: wgpu::Buffer,
+    lists: wgpu::Buffer,
+    scores: wgpu::Buffer,
+    unpacked: Option<wgpu::Buffer>,
+}
+
+impl Prepared {
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// How many slices there are.
+    pub fn slices(&self) -> usize {
+        self.plan.slices()
+    }
+
+    /// Records the whole plan. Submit the encoder afterwards; nothing is submitted or waited for here.
+    ///
+    /// Where [`Plan::estimate`] exceeds what the driver allows one submission, record and submit slice by slice instead.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+        self.record(0..self.plan.dispatches(), encoder, buffers)
+    }
+
+    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
+    pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+        let slices = self.slices() as u64;
+        if slice as u64 >= slices {
+            return Err(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 });
+        }
+        self.record(self.plan.slice_range(slice), encoder, buffers)
+    }
+
+    fn record(
+        &self,
+        steps: std::ops::Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &Buffers<'_>,
+    ) -> Result<()> {
+        buffers.check(&self.plan)?;
+        for list in buffers.lists(&self.plan) {
+            if let Some(slice) = list.slice {
+                let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));
+                encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &self.lists, place, size);
+            }
+        }
+        let groups: Vec<_> = steps.clone().map(|i| self.bind(i, buffers)).collect();
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
+        for (i, group) in steps.zip(&groups) {
+            let [x, y, z] = self.plan.steps()[i].grid;
+            pass.set_pipeline(&self.pipelines[i].compute);
+            pass.set_bind_group(0, group, &[]);
+            pass.dispatch_workgroups(x, y, z);
+        }
+        Ok(())
+    }
+
+    fn bind(&self, index: usize, buffers: &Buffers<'_>) -> wgpu::BindGroup {
+        let step: &Step = &self.plan.steps()[index];
+        let uniform = wgpu::BufferBinding {
+            buffer: &self.params,
+            offset: index as u64 * STRIDE,
+            size: std::num::NonZero::new(STRIDE),
+        };
+        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
+        for (bound, binding) in step.bindings.iter().zip(1..) {
+            let (buffer, start) = match bound.slot {
+                Slot::Lists => (&self.lists, 0),
+                Slot::Scores => (&self.scores, 0),
+                Slot::Unpacked => (self.unpacked.as_ref().expect("the plan states its size"), 0),
+                slot => {
+                    let slice = buffers.get(slot).expect("Buffers::check found it");
+                    (slice.buffer(), slice.offset())
+                }
+            };
+            let range =
+                wgpu::BufferBinding { buffer, offset: start + bound.offset, size: std::num::NonZero::new(bound.size) };
+            entries.push(wgpu::BindGroupEntry { binding, resource: wgpu::BindingResource::Buffer(range) });
+        }
+        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(step.variant.kernel()),
+            layout: &self.pipelines[index].layout,
+            entries: &entries,
+        })
+    }
+}

@@ -1,0 +1,413 @@
+//! A device of our own: adapters, upload, run, read-back. Callers with their own device use [`Attention`] directly.
+
+use std::sync::{Arc, Mutex};
+
+use futures::channel::oneshot;
+use wgpu::util::DeviceExt;
+
+use crate::encode::{Attention, Buffers, Prepared};
+use crate::plan::{Options, Plan};
+use crate::problem::{Element, Inputs, Outputs, Problem};
+use crate::shape::Shape;
+use crate::{Error, Result};
+
+/// How to open a device.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    /// Limits to ask for; `None` asks for all that the adapter offers.
+    pub limits: Option<wgpu::Limits>,
+    /// Features to ask for; `None` asks for those of use that the adapter offers.
+    pub features: Option<wgpu::Features>,
+    /// Compile shaders with wgpu's runtime checks; slower.
+    pub checked: bool,
+}
+
+/// An adapter with a device of its own.
+#[derive(Debug)]
+pub struct Gpu {
+    info: wgpu::AdapterInfo,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    library: Attention,
+    /// The first error that no call has returned yet: lost device, or what wgpu could not attribute to a scope.
+    fault: Arc<Mutex<Option<Error>>>,
+}
+
+/// Operands of one call in device memory, and buffers for its outputs.
+#[derive(Debug)]
+pub struct Resident {
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    out: wgpu::Buffer,
+    mask: Option<wgpu::Buffer>,
+    bias: Option<wgpu::Buffer>,
+    key_lengths: Option<wgpu::Buffer>,
+    offsets: Option<wgpu::Buffer>,
+    alibi_slopes: Option<wgpu::Buffer>,
+    sinks: Option<wgpu::Buffer>,
+    cu_seqlens_q: Option<wgpu::Buffer>,
+    cu_seqlens_kv: Option<wgpu::Buffer>,
+    lse: Option<wgpu::Buffer>,
+    weights: Option<wgpu::Buffer>,
+    logits: Option<wgpu::Buffer>,
+}
+
+impl Resident {
+    /// The operands as [`Prepared::encode`] takes them.
+    pub fn buffers(&self) -> Buffers<'_> {
+        fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
+            buffer.as_ref().map(|buffer| buffer.slice(..))
+        }
+        Buffers {
+            q: self.q.slice(..),
+            k: self.k.slice(..),
+            v: self.v.slice(..),
+            out: self.out.slice(..),
+            mask: whole(&self.mask),
+            bias: whole(&self.bias),
+            key_lengths: whole(&self.key_lengths),
+            offsets: whole(&self.offsets),
+            alibi_slopes: whole(&self.alibi_slopes),
+            sinks: whole(&self.sinks),
+            cu_seqlens_q: whole(&self.cu_seqlens_q),
+            cu_seqlens_kv: whole(&self.cu_seqlens_kv),
+            lse: whole(&self.lse),
+            weights: whole(&self.weights),
+            logits: whole(&self.logits),
+        }
+    }
+}
+
+fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    // Debug flags of a debug build would make drivers compile without optimisation; the environment can still set them.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    wgpu::Instance::new(descriptor.with_env())
+}
+
+/// An adapter in a line: name, backend, driver.
+pub fn describe(info: &wgpu::AdapterInfo) -> String {
+    format!("{} ({}, {} {})", info.name, info.backend, info.driver, info.driver_info)
+}
+
+impl Gpu {
+    /// All adapters that can run compute shaders, in wgpu's order; indices for [`Gpu::named`]. `WGPU_BACKEND` narrows them.
+    pub fn adapters() -> Vec<wgpu::Adapter> {
+        let adapters = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
+        adapters.into_iter().filter(can_compute).collect()
+    }
+
+    /// The best adapter: the one that `WGPU_ADAPTER_NAME` names, else discrete before integrated before virtual before CPU.
+    pub fn new() -> Result<Gpu> {
+        if let Ok(name) = std::env::var("WGPU_ADAPTER_NAME") {
+            return Self::named(&name);
+        }
+        let rank = |adapter: &wgpu::Adapter| match adapter.get_info().device_type {
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        let best = Self::adapters().into_iter().min_by_key(rank);
+        let adapter = best.ok_or(Error::NoAdapter { wanted: String::new(), found: "none".into() })?;
+        Self::open(&adapter, &DeviceOptions::default())
+    }
+
+    /// The adapter with this index in [`Gpu::adapters`], or the only one whose name contains this (in any case), optionally
+    /// after its backend: `1`, `nvidia`, `vulkan:llvmpipe`, `gl:`. More than one match is an error that lists them.
+    pub fn named(wanted: &str) -> Result<Gpu> {
+        Self::open(&Self::find(wanted)?, &DeviceOptions::default())
+    }
+
+    /// The adapter that [`Gpu::named`] would open.
+    pub fn find(wanted: &str) -> Result<wgpu::Adapter> {
+        let mut adapters = Self::adapters();
+        let list = |adapters: &[&wgpu::Adapter]| {
+            let names: Vec<_> = adapters.iter().map(|adapter| describe(&adapter.get_info())).collect();
+            if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+        };
+        if let Ok(index) = wanted.parse::<usize>() {
+            if index < adapters.len() {
+                return Ok(adapters.swap_remove(index));
+            }
+            let found = format!("{} adapters: {}", adapters.len(), list(&adapters.iter().collect::<Vec<_>>()));
+            return Err(Error::NoAdapter { wanted: format!(" with index {index}"), found });
+        }
+        let lower = wanted.to_lowercase();
+        let (backend, name) = lower.split_once(':').unwrap_or(("", &lower));
+        let matches = |adapter: &&wgpu::Adapter| {
+            let info = adapter.get_info();
+            (backend.is_empty() || info.backend.to_str() == backend) && info.name.to_lowercase().contains(name)
+        };
+        let found: Vec<_> = adapters.iter().filter(matches).collect();
+        match found[..] {
+            [one] => Ok(one.clone()),
+            [] => Err(Error::NoAdapter {
+                wanted: format!(" matches {wanted:?}"),
+                found: list(&adapters.iter().collect::<Vec<_>>()),
+            }),
+            _ => Err(Error::AmbiguousAdapter { wanted: wanted.to_owned(), found: list(&found) }),
+        }
+    }
+
+    /// Opens a device on an adapter.
+    pub fn open(adapter: &wgpu::Adapter, options: &DeviceOptions) -> Result<Gpu> {
+        let useful = wgpu::Features::SHADER_F16
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("wgpu-attention"),
+            required_features: options.features.unwrap_or(adapter.features() & useful),
+            required_limits: options.limits.clone().unwrap_or_else(|| adapter.limits()),
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| Error::RequestDevice(error.to_string()))?;
+        let fault = Arc::new(Mutex::new(None));
+        let note = |fault: &Arc<Mutex<Option<Error>>>, error: Error| {
+            fault.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+        };
+        let slot = fault.clone();
+        device.on_uncaptured_error(Arc::new(move |error| note(&slot, error.into())));
+        let slot = fault.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            note(&slot, Error::DeviceLost(format!("{reason:?}: {message}")));
+        });
+        let library = Attention::with_checks(&device, options.checked);
+        Ok(Gpu { info: adapter.get_info(), device, queue, library, fault })
+    }
+
+    /// The adapter.
+    pub fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// Planner and pipelines of this device.
+    pub fn library(&self) -> &Attention {
+        &self.library
+    }
+
+    /// Runs a problem on host slices: plan, upload, compute slice by slice, read back.
+    pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        self.attention_with(problem, inputs, &Options::default())
+    }
+
+    /// The same with planning [`Options`].
+    pub fn attention_with(&self, problem: &Problem, inputs: &Inputs<'_>, options: &Options) -> Result<Outputs> {
+        let plan = self.library.plan_with(problem, options)?;
+        plan.shape().check_inputs(inputs)?;
+        let prepared = self.library.prepare(&plan)?;
+        let resident = self.upload(&plan, inputs)?;
+        self.run(&prepared, &resident, &mut |_, _| ())?;
+        self.download(&plan, &resident)
+    }
+
+    /// The same without blocking the thread on the read-back; poll the device elsewhere, or let the browser do it.
+    pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        let plan = self.library.plan(problem)?;
+        plan.shape().check_inputs(inputs)?;
+        let prepared = self.library.prepare(&plan)?;
+        let resident = self.upload(&plan, inputs)?;
+        for slice in 0..prepared.slices() {
+            self.submit(&prepared, slice, &resident)?;
+        }
+        let read = async |buffer: &Option<wgpu::Buffer>| match buffer {
+            Some(buffer) => self.read_async(buffer.slice(..)).await.map(Some),
+            None => Ok(None),
+        };
+        let out = self.read_async(resident.out.slice(..)).await?;
+        outputs(&plan, out, [read(&resident.lse).await?, read(&resident.weights).await?, read(&resident.logits).await?])
+    }
+
+    /// Uploads operands and makes output buffers, filled with NaN where the kernels must write.
+    pub fn upload(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
+        let s = plan.shape();
+        s.check_inputs(inputs)?;
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let make = |label: &str, bytes: &[u8]| {
+            let mut padded = bytes.to_vec();
+            padded.resize(bytes.len().next_multiple_of(4).max(4), 0);
+            self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                label: Some(label),
+                contents: &padded,
+                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+            })
+        };
+        fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
+            slice.map(bytemuck::cast_slice)
+        }
+        let some = |label: &str, bytes: Option<&[u8]>| bytes.map(|bytes| make(label, bytes));
+        let nan = |label: &str, wanted: bool, len: u64| {
+            wanted.then(|| make(label, bytemuck::cast_slice(&vec![f32::NAN; len as usize])))
+        };
+        let resident = Resident {
+            q: make("q", inputs.q.bytes()),
+            k: make("k", inputs.k.bytes()),
+            v: make("v", inputs.v.bytes()),
+            out: make("out", &unwritten(s)),
+            mask: some("mask", inputs.mask),
+            bias: some("bias", inputs.bias.map(|bias| bias.bytes())),
+            key_lengths: some("key_lengths", cast(inputs.key_lengths)),
+            offsets: some("offsets", cast(inputs.offsets)),
+            alibi_slopes: some("alibi_slopes", cast(inputs.alibi_slopes)),
+            sinks: some("sinks", cast(inputs.sinks)),
+            cu_seqlens_q: some("cu_seqlens_q", cast(inputs.cu_seqlens_q)),
+            cu_seqlens_kv: some("cu_seqlens_kv", cast(inputs.cu_seqlens_kv)),
+            lse: nan("lse", s.lse, s.lse_len()),
+            weights: nan("weights", s.weights, s.scores_len()),
+            logits: nan("logits", s.logits.is_some(), s.scores_len()),
+        };
+        match pollster::block_on(scope.pop()) {
+            Some(error) => Err(error.into()),
+            None => self.fault().map(|()| resident),
+        }
+    }
+
+    fn submit(&self, prepared: &Prepared, slice: usize, resident: &Resident) -> Result<()> {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        prepared.encode_slice(slice, &mut encoder, &resident.buffers())?;
+        self.queue.submit([encoder.finish()]);
+        self.fault()
+    }
+
+    /// Submits one slice after the other and waits for each; `progress(done, of)` follows each.
+    pub fn run(&self, prepared: &Prepared, resident: &Resident, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        for slice in 0..prepared.slices() {
+            self.submit(prepared, slice, resident)?;
+            self.wait()?;
+            progress(slice + 1, prepared.slices());
+        }
+        Ok(())
+    }
+
+    /// Reads the outputs back.
+    pub fn download(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
+        let read =
+            |buffer: &Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| self.read(buffer.slice(..))).transpose();
+        let rest = [read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?];
+        outputs(plan, self.read(resident.out.slice(..))?, rest)
+    }
+
+    /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
+    pub fn read(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        let (staging, ready) = self.start_read(slice)?;
+        self.wait()?;
+        self.finish_read(&staging, pollster::block_on(ready))
+    }
+
+    /// The same without blocking the thread; the device must be polled elsewhere, as a browser does by itself.
+    pub async fn read_async(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        let (staging, ready) = self.start_read(slice)?;
+        self.finish_read(&staging, ready.await)
+    }
+
+    fn start_read(&self, slice: wgpu::BufferSlice<'_>) -> Result<(wgpu::Buffer, Mapping)> {
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("read-back"),
+            size: slice.size(),
+            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+            mapped_at_creation: false,
+        });
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(error.into());
+        }
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &staging, 0, slice.size());
+        self.queue.submit([encoder.finish()]);
+        let (send, ready) = oneshot::channel();
+        staging.slice(..).map_async(wgpu::MapMode::Read, move |result| {
+            // The receiver may be gone if the caller dropped the future.
+            let _ = send.send(result);
+        });
+        self.fault()?;
+        Ok((staging, ready))
+    }
+
+    fn finish_read(
+        &self,
+        staging: &wgpu::Buffer,
+        mapped: Result<Result<(), wgpu::BufferAsyncError>, oneshot::Canceled>,
+    ) -> Result<Vec<u8>> {
+        self.fault()?;
+        match mapped {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(Error::DeviceLost(error.to_string())),
+            Err(canceled) => return Err(Error::DeviceLost(canceled.to_string())),
+        }
+        let view = staging.slice(..).get_mapped_range().map_err(|error| Error::DeviceLost(error.to_string()))?;
+        Ok(view.to_vec())
+    }
+
+    /// Waits until the device is idle.
+    pub fn wait(&self) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.fault()?;
+        polled.map(|_| ()).map_err(|error| Error::DeviceLost(error.to_string()))
+    }
+
+    fn fault(&self) -> Result<()> {
+        let mut fault = self.fault.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // A lost device stays lost; anything else is told once.
+        match fault.as_ref() {
+            None => Ok(()),
+            Some(error @ Error::DeviceLost(_)) => Err(error.clone()),
+            Some(_) => fault.take().map_or(Ok(()), Err),
+        }
+    }
+}
+
+type Mapping = oneshot::Receiver<Result<(), wgpu::BufferAsyncError>>;
+
+fn can_compute(adapter: &wgpu::Adapter) -> bool {
+    let flags = adapter.get_downlevel_capabilities().flags;
+    flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) && adapter.get_info().backend != wgpu::Backend::Noop
+}
+
+/// The bytes of an output that nothing was written to: NaN in every row, 0 in the gaps that strides leave.
+fn unwritten(s: &Shape) -> Vec<u8> {
+    let tensor = s.out();
+    let nan: &[u8] = match s.element {
+        Element::F32 => &f32::NAN.to_ne_bytes(),
+        Element::F16 => &half::f16::NAN.to_bits().to_ne_bytes(),
+        Element::Bf16 => &half::bf16::NAN.to_bits().to_ne_bytes(),
+    };
+    let row = nan.repeat(tensor.dim as usize);
+    let mut bytes = vec![0; tensor.extent() as usize * nan.len()];
+    // Which tokens of a packed batch belong to a sequence is not known here: they start as 0.
+    let [batch, heads, rows] = if s.packed.is_some() { [0; 3] } else { tensor.sizes };
+    for b in 0..batch {
+        for h in 0..heads {
+            for i in 0..rows {
+                let at = tensor.at(b, h, i) as usize * nan.len();
+                bytes[at..at + row.len()].copy_from_slice(&row);
+            }
+        }
+    }
+    bytes
+}
+
+fn outputs(plan: &Plan, out: Vec<u8>, [lse, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
+    let f32s = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
+    let words = bytemuck::pod_collect_to_vec::<u8, u16>;
+    let mut widened: Vec<f32> = match plan.shape().element {
+        Element::F32 => f32s(out),
+        Element::F16 => words(&out).into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+        Element::Bf16 => words(&out).into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+    };
+    widened.truncate(plan.shape().out().extent() as usize);
+    Ok(Outputs { out: widened, lse: lse.map(f32s), weights: weights.map(f32s), logits: logits.map(f32s) })
+}
