@@ -1,0 +1,32 @@
+//! Attention on any GPU that wgpu reaches.
+#![warn(missing_docs)]
+
+pub mod caps;
+mod encode;
+mod error;
+pub mod gpu;
+pub mod kernel;
+mod pipelines;
+pub mod plan;
+pub mod problem;
+pub mod reference;
+mod runner;
+pub mod shader;
+pub mod shape;
+pub mod tuning;
+
+pub use caps::Caps;
+pub use encode::{Attention, Buffers, Prepared};
+pub use error::{Error, Result};
+pub use gpu::{DeviceOptions, Gpu, Resident};
+pub use plan::{Form, Options, Plan};
+pub use problem::{
+    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
+};
+pub use runner::Runner;
+pub use shape::Shape;
+pub use wgpu;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

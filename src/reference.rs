@@ -1,0 +1,154 @@
+//! Attention on the CPU as the textbook writes it: what every kernel of this crate is checked against.
+//!
+//! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`merge`]), [`attention`] for all of them at once,
+//! and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]; nothing is
+//! shared with the GPU path but [`Problem`] and [`Shape`]. Generic over [`Real`]: the f64 instance is the truth,
+//! the f32 instance shows what plain f32 loses.
+//!
+//! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
+//! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
+
+mod budget;
+mod logits;
+mod merge;
+mod rows;
+mod scores;
+mod softmax;
+mod values;
+
+use std::fmt::Debug;
+use std::iter::Sum;
+
+use num_traits::Float;
+
+pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
+pub use logits::logits;
+pub use merge::{Partial, merge};
+pub use scores::scores;
+pub use softmax::softmax;
+pub use values::values;
+
+use crate::problem::{Inputs, Outputs, Problem};
+use crate::{Result, Shape};
+use rows::{Row, Sequence};
+use values::Values;
+
+/// The arithmetic of the reference: f64 for the truth, f32 to see what plain f32 loses.
+pub trait Real: Float + Sum + Debug + Default + Send + Sync + 'static {
+    /// `x` rounded to this type.
+    fn of(x: f64) -> Self;
+}
+
+impl Real for f32 {
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+}
+
+impl Real for f64 {
+    fn of(x: f64) -> Self {
+        x
+    }
+}
+
+/// Softmax attention, all stages, row by row: memory is that of the inputs and of what `problem` asks for.
+///
+/// `out` stands in the problem's layout; `lse`, `weights` and `logits` are present if asked for. (Vaswani et al. 2017,
+/// eq. 1, with the terms of [`Problem`].)
+///
+/// # Errors
+///
+/// Whatever [`Problem::check`] and [`Shape::check_inputs`] find.
+///
+/// ```
+/// use wgpu_attention::{Inputs, Problem, reference};
+///
+/// let (q, k, v) = ([1.0, 0.0], [1.0, 0.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0]);
+/// let inputs = Inputs { q: (&q[..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
+/// let out = reference::attention::<f64>(&Problem::new(1, 1, 1, 2, 2), &inputs)?.out;
+///
+/// let first = 1.0 / (1.0 + (-1.0 / 2f64.sqrt()).exp()); // softmax of (1/√2, 0)
+/// assert!((out[0] - (3.0 - 2.0 * first)).abs() < 1e-7);
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+pub fn attention<T: Real>(problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs<T>> {
+    let shape = problem.check()?;
+    shape.check_inputs(inputs)?;
+    let rows = rows::map(&shape, inputs, Head::load, |row, head| evaluate(row, head).keep(&shape));
+    Ok(collect(&shape, rows))
+}
+
+/// Keys and values of one key/value head of one sequence.
+struct Head<T> {
+    /// [keys, head_dim].
+    keys: Vec<T>,
+    values: Values<T>,
+}
+
+impl<T: Real> Head<T> {
+    fn load(sequence: &Sequence<'_>, kv_head: usize) -> Self {
+        Head { keys: sequence.keys(kv_head), values: Values::load(sequence, kv_head) }
+    }
+}
+
+/// Everything about one query row.
+struct Evaluated<T> {
+    /// The logits that the problem asks for.
+    asked: Vec<T>,
+    /// The logits that enter the softmax, −inf where hidden.
+    logits: Vec<T>,
+    weights: Vec<T>,
+    lse: T,
+    out: Vec<T>,
+}
+
+fn evaluate<T: Real>(row: &Row<'_>, head: &Head<T>) -> Evaluated<T> {
+    let mut x = scores::row(row, &head.keys);
+    let asked = row.shape.logits.map_or_else(Vec::new, |upto| {
+        let mut asked = x.clone();
+        logits::row(row, &mut asked, upto);
+        asked
+    });
+    logits::row(row, &mut x, crate::Logits::Masked);
+    let (weights, lse) = softmax::row(&x, row.sink());
+    let out = values::row(row, &weights, &head.values);
+    Evaluated { asked, logits: x, weights, lse, out }
+}
+
+impl<T> Evaluated<T> {
+    /// Drops what does not leave, so that memory stays that of the outputs.
+    fn keep(mut self, shape: &Shape) -> Self {
+        self.logits = Vec::new();
+        if !shape.weights {
+            self.weights = Vec::new();
+        }
+        self
+    }
+}
+
+/// Puts the rows in their places.
+fn collect<T: Real>(shape: &Shape, rows: Vec<(Row<'_>, Evaluated<T>)>) -> Outputs<T> {
+    let mut out = vec![T::zero(); shape.out().extent() as usize];
+    let mut lse = vec![T::zero(); if shape.lse { shape.lse_len() as usize } else { 0 }];
+    let matrix = |wanted: bool, fill: T| vec![fill; if wanted { shape.scores_len() as usize } else { 0 }];
+    let mut weights = matrix(shape.weights, T::zero());
+    let mut logits = matrix(shape.logits.is_some(), T::neg_infinity());
+    for (row, of) in rows {
+        out[row.out()..][..of.out.len()].copy_from_slice(&of.out);
+        if shape.lse {
+            lse[row.place()] = of.lse;
+        }
+        if shape.weights {
+            weights[row.matrix()..][..of.weights.len()].copy_from_slice(&of.weights);
+        }
+        if shape.logits.is_some() {
+            logits[row.matrix()..][..of.asked.len()].copy_from_slice(&of.asked);
+        }
+    }
+    Outputs {
+        out,
+        lse: shape.lse.then_some(lse),
+        weights: shape.weights.then_some(weights),
+        logits: shape.logits.map(|_| logits),
+    }
+}

@@ -1,0 +1,298 @@
+//! How far an f32 kernel may be from the f64 reference on the very data at hand.
+
+use std::fmt;
+
+use super::rows::{self, Row, Sequence};
+use super::scores::dot;
+use super::{Evaluated, Head, collect, evaluate, logits};
+use crate::problem::{Element, Inputs, Logits, Outputs, Problem};
+use crate::{Result, Shape};
+
+/// Unit roundoff of f32.
+const U: f64 = 1.0 / (1u32 << 24) as f64;
+/// Smallest normal f32: WGSL may flush what is smaller to 0 (WGSL, section "Floating Point Evaluation").
+const FLUSH: f64 = f32::MIN_POSITIVE as f64;
+
+/// Error that a kernel with f32 arithmetic may make on one problem, from the problem's own data.
+///
+/// With unit roundoff `u = 2⁻²⁴`, row maximum `m`, logit `x_j`, weight `p_j`, output `o` and, over the visible keys, `vmax = max |v|`:
+///
+/// - The logit of key `j` sums terms of total magnitude `A_j = |scale| · Σ_d |q_d k_jd| + softcap + slope · |p − j| + |bias|` and is off by
+///   `δ_j = 4 u A_j`. (Where the bias is so large that f32 returns it unchanged, `δ_j = |x_j − bias|` exactly.)
+/// - WGSL allows exp `3 + 2|x|` ULP and subtraction and division a few more, so the unnormalised weight is off by the
+///   factor `exp(±e_j)`, `e_j = δ_j + 2u (4 + 2 (m − x_j))`. A sink counts as one more key with `δ = 0` and value 0.
+/// - With `g = Σ_j p_j (exp(e_j) − 1)`, the output is off by at most
+///   `|Δo_d| ≤ (1 + g) Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|` and a weight by `|Δp_j| ≤ p_j (exp(e_j) (1 + g) − 1)`: to first order
+///   `Σ_j p_j e_j |v_jd − o_d|` and `p_j (e_j + Σ_k p_k e_k)`, but valid for large `e` too. Where f32 cannot tell which key is
+///   largest (`g ≥ 1`), the output may be anywhere between the values: `|Δo_d| ≤ max_j |v_jd − o_d|`, `|Δp_j| ≤ 1`.
+/// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ per term.
+/// - The output of a row with no visible key must be exactly 0.
+///
+/// | tensor | absolute | relative |
+/// |---|---|---|
+/// | `out` | max over d of `\|Δo_d\|`, `+ (8 + √seq_kv) u vmax + seq_kv 2⁻¹²⁶`, f16: `+ 2⁻²⁴` | `4u + 1.01 u16` |
+/// | `lse` | `ln(1 + Σ_j p_j (exp(δ_j) − 1))`, or `max δ_j` if that is 1 or more, `+ u (2 \|lse\| + 16 + 2 √seq_kv)` | 0 |
+/// | `weights` | `\|Δp_j\| + (8 + √seq_kv) u p_j + 2⁻¹²⁶`; hidden: 0 | `4u` |
+/// | `logits` | `4u` times the terms of `A_j` that are in so far (masked: `δ_j`) `+ 2⁻¹²⁶`; hidden: 0 | `u` |
+///
+/// `u16` is the unit roundoff of the element type: 2⁻¹¹ for f16, 2⁻⁸ for bf16, 0 for f32.
+/// (Sums: Higham, "Accuracy and Stability of Numerical Algorithms", chapter 4; exp: WGSL, section "Floating Point Accuracy".)
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Budget {
+    /// Of `out`: one bound per row, in the order of `lse`, whatever the layout. See [`Budget::compare_out`].
+    pub out: Tolerance,
+    /// Of `lse`, one bound each, whether the problem asks for it or not.
+    pub lse: Tolerance,
+    /// Of `weights`, one bound each; empty unless the problem asks for them.
+    pub weights: Tolerance,
+    /// Of `logits`, one bound each; empty unless the problem asks for them.
+    pub logits: Tolerance,
+}
+
+/// `|got − want| ≤ atol + rtol · |want|`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tolerance {
+    /// Absolute part: one for each row or for each element of the tensor, in its order.
+    pub atol: Vec<f64>,
+    /// Relative part.
+    pub rtol: f64,
+}
+
+/// Outcome of a comparison.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Comparison {
+    /// Elements compared.
+    pub count: usize,
+    /// Elements beyond their tolerance.
+    pub failures: usize,
+    /// Largest absolute error; infinite where only one side is finite.
+    pub max_error: f64,
+    /// Largest ratio of an error to what is allowed: up to 1 is within.
+    pub worst_ratio: f64,
+    /// Where that is, as an index into the tensor; `None` if every element is equal.
+    pub worst: Option<usize>,
+}
+
+impl Comparison {
+    /// Whether every element is within its tolerance.
+    pub fn passed(&self) -> bool {
+        self.failures == 0
+    }
+
+    fn add(&mut self, index: usize, got: f64, want: f64, allowed: f64) {
+        self.count += 1;
+        if got == want || (got.is_nan() && want.is_nan()) {
+            return;
+        }
+        let finite = got.is_finite() && want.is_finite();
+        let error = if finite { (got - want).abs() } else { f64::INFINITY };
+        // An allowance of 0 or NaN lets nothing pass that is not equal.
+        let ratio = if finite && allowed > 0.0 { error / allowed } else { f64::INFINITY };
+        self.failures += usize::from(ratio > 1.0);
+        self.max_error = self.max_error.max(error);
+        if self.worst.is_none() || ratio > self.worst_ratio {
+            (self.worst_ratio, self.worst) = (ratio, Some(index));
+        }
+    }
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "max error {:.2e}, {:.3} of the tolerance", self.max_error, self.worst_ratio)?;
+        if let (false, Some(worst)) = (self.passed(), self.worst) {
+            write!(f, "; {} of {} beyond it, the worst at {worst}", self.failures, self.count)?;
+        }
+        Ok(())
+    }
+}
+
+impl Tolerance {
+    /// Compares a dense tensor. NaN equals NaN and an infinity equals itself; either is a failure against anything else.
+    ///
+    /// # Panics
+    ///
+    /// If `got` and `want` differ in length, or are not a whole number of elements per entry of `atol`.
+    pub fn check(&self, got: &[f32], want: &[f64]) -> Comparison {
+        assert_eq!(got.len(), want.len(), "elements to compare");
+        let row = if want.is_empty() { 1 } else { want.len() / self.atol.len() };
+        assert_eq!(want.len(), row * self.atol.len(), "elements of whole rows");
+        let mut comparison = Comparison::default();
+        for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
+            comparison.add(index, got.into(), want, self.atol[index / row] + self.rtol * want.abs());
+        }
+        comparison
+    }
+}
+
+impl Budget {
+    /// Compares `out` in the layout of `shape`; places between rows are not looked at, tokens that no sequence owns must hold 0.
+    ///
+    /// # Panics
+    ///
+    /// If `shape` is not the problem's, or `got` or `want` is shorter than its `out`.
+    pub fn compare_out(&self, shape: &Shape, got: &[f32], want: &[f64]) -> Comparison {
+        let tensor = shape.out();
+        let [_, heads, tokens] = tensor.sizes.map(|n| n as usize);
+        assert_eq!(self.out.atol.len() as u64, shape.lse_len(), "rows of the budget");
+        let mut comparison = Comparison::default();
+        for (place, atol) in self.out.atol.iter().enumerate() {
+            let s = tensor.strides;
+            let axes = [(place / tokens / heads, s.batch), (place / tokens % heads, s.head), (place % tokens, s.row)];
+            let start = axes.iter().fold(s.offset as usize, |at, &(n, stride)| at + n * stride as usize);
+            for index in start..start + tensor.dim as usize {
+                comparison.add(index, got[index].into(), want[index], atol + self.out.rtol * want[index].abs());
+            }
+        }
+        comparison
+    }
+}
+
+/// The error budget of a problem. See [`Budget`] for the formulas.
+///
+/// # Errors
+///
+/// Those of [`attention`](super::attention).
+pub fn budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<Budget> {
+    Ok(attention_with_budget(problem, inputs)?.1)
+}
+
+/// The f64 reference and the error budget of a problem in one pass, at two to three times the time of [`attention`](super::attention).
+///
+/// # Errors
+///
+/// Those of [`attention`](super::attention).
+pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(Outputs<f64>, Budget)> {
+    let shape = problem.check()?;
+    shape.check_inputs(inputs)?;
+    let load = |sequence: &Sequence<'_>, kv_head| {
+        let head = Head::<f64>::load(sequence, kv_head);
+        let key_magnitudes = magnitudes(&head.keys);
+        (head, key_magnitudes)
+    };
+    let rows = rows::map(&shape, inputs, load, |row, (head, key_magnitudes)| {
+        let evaluated = evaluate(row, head);
+        (self::row(row, head, key_magnitudes, &evaluated), evaluated.keep(&shape))
+    });
+    let per_row = || vec![0.0; shape.lse_len() as usize];
+    let per_score = |wanted: bool| vec![0.0; if wanted { shape.scores_len() as usize } else { 0 }];
+    let u16 = match shape.element {
+        Element::F32 => 0.0,
+        Element::F16 => 2f64.powi(-11),
+        Element::Bf16 => 2f64.powi(-8),
+    };
+    let mut budget = Budget {
+        out: Tolerance { atol: per_row(), rtol: 4.0 * U + 1.01 * u16 },
+        lse: Tolerance { atol: per_row(), rtol: 0.0 },
+        weights: Tolerance { atol: per_score(shape.weights), rtol: 4.0 * U },
+        logits: Tolerance { atol: per_score(shape.logits.is_some()), rtol: U },
+    };
+    let mut evaluated = Vec::with_capacity(rows.len());
+    for (row, (bounds, of)) in rows {
+        budget.out.atol[row.place()] = bounds.out;
+        budget.lse.atol[row.place()] = bounds.lse;
+        if shape.weights {
+            budget.weights.atol[row.matrix()..][..bounds.weights.len()].copy_from_slice(&bounds.weights);
+        }
+        if shape.logits.is_some() {
+            budget.logits.atol[row.matrix()..][..bounds.logits.len()].copy_from_slice(&bounds.logits);
+        }
+        evaluated.push((row, of));
+    }
+    Ok((collect(&shape, evaluated), budget))
+}
+
+/// Bounds of one row.
+struct Bounds {
+    out: f64,
+    lse: f64,
+    weights: Vec<f64>,
+    logits: Vec<f64>,
+}
+
+/// Magnitude of the terms of one logit, stage by stage, and what f32 may make of the last.
+struct Magnitude {
+    raw: f64,
+    capped: f64,
+    /// δ of the masked logit.
+    delta: f64,
+}
+
+fn magnitude(row: &Row<'_>, j: usize, raw: f64, logit: f64) -> Magnitude {
+    let capped = raw + f64::from(row.shape.softcap.unwrap_or(0.0));
+    let (before, bias) = (capped + row.alibi(j), row.bias(j));
+    // f32 has 24 bits: less than a quarter of the last place is lost in the sum, which is then the bias itself.
+    let absorbed = before <= bias.abs() * U / 4.0;
+    let delta = if absorbed { (logit - logits::finite(bias)).abs() } else { 4.0 * U * (before + bias.abs()) };
+    Magnitude { raw, capped, delta }
+}
+
+fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f64>) -> Bounds {
+    let (shape, logits) = (row.shape, &of.logits);
+    let (q, scale) = (magnitudes(&row.query()), f64::from(shape.scale()).abs());
+    let terms: Vec<Magnitude> = (key_magnitudes.chunks_exact(q.len()).zip(logits).enumerate())
+        .map(|(j, (k, &x))| magnitude(row, j, scale * dot(&q, k), x))
+        .collect();
+    let sink: Option<f64> = row.sink();
+    let max = logits.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let exp_error = |x: f64| 2.0 * U * (4.0 + 2.0 * (max - x));
+    let error = |j: usize| terms[j].delta + exp_error(logits[j]);
+    let visible = || (0..row.keys()).filter(|&j| logits[j] != f64::NEG_INFINITY);
+    let grown = |j: usize, e: f64| growth(of.weights[j], logits[j] - of.lse, e);
+
+    let growths: Vec<(usize, f64)> = visible().map(|j| (j, grown(j, error(j)))).collect();
+    let sink_growth = sink.map_or(0.0, |z| growth((z - of.lse).exp(), z - of.lse, exp_error(z)));
+    let g = growths.iter().map(|&(_, g)| g).sum::<f64>() + sink_growth;
+    // Per element of the row: Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|, and how far the values reach.
+    let apart = |value: f64, o: f64, growth: f64| (growth * (value - o).abs(), (value - o).abs());
+    let mut moved: Vec<(f64, f64)> =
+        of.out.iter().map(|&o| if sink.is_some() { apart(0.0, o, sink_growth) } else { (0.0, 0.0) }).collect();
+    for &(j, g) in &growths {
+        let v = &head.values.dense[j * moved.len()..][..moved.len()];
+        for ((moved, &v), &o) in moved.iter_mut().zip(v).zip(&of.out) {
+            let (more, reach) = apart(v, o, g);
+            *moved = (moved.0 + more, moved.1.max(reach));
+        }
+    }
+    let linear = g < 1.0;
+    let moved = moved.iter().map(|&(sum, reach)| if linear { reach.min((1.0 + g) * sum) } else { reach });
+
+    let keys = f64::from(shape.seq_kv);
+    let sum = (8.0 + keys.sqrt()) * U;
+    let peak = visible().map(|j| head.values.peak[j]).fold(0.0, f64::max);
+    let subnormal = if shape.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
+    let out = moved.fold(0.0, f64::max) + sum * peak + keys * FLUSH + subnormal;
+
+    let furthest = visible().map(|j| terms[j].delta).fold(0.0, f64::max);
+    let shift =
+        if furthest < 1.0 { visible().map(|j| grown(j, terms[j].delta)).sum::<f64>().ln_1p() } else { furthest };
+    let lse = if of.lse.is_finite() { of.lse.abs() } else { 0.0 };
+
+    let mut weights = vec![0.0; if shape.weights { row.keys() } else { 0 }];
+    if shape.weights {
+        for j in visible() {
+            let moved = if linear { grown(j, error(j) + g.ln_1p()).min(1.0) } else { 1.0 };
+            weights[j] = moved + sum * of.weights[j] + FLUSH;
+        }
+    }
+    let logit = |(term, &x): (&Magnitude, &f64)| match shape.logits {
+        Some(Logits::Raw) => 4.0 * U * term.raw + FLUSH,
+        Some(Logits::Capped) => 4.0 * U * term.capped + FLUSH,
+        Some(Logits::Masked) if x != f64::NEG_INFINITY => term.delta + FLUSH,
+        _ => 0.0,
+    };
+    Bounds {
+        out: if growths.is_empty() { 0.0 } else { out },
+        lse: shift + U * (2.0 * lse + 16.0 + 2.0 * keys.sqrt()),
+        weights,
+        logits: if shape.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },
+    }
+}
+
+fn magnitudes(values: &[f64]) -> Vec<f64> {
+    values.iter().map(|x| x.abs()).collect()
+}
+
+/// `p (exp(e) − 1)`, or for large `e`, where p may have underflowed, the bound `exp(ln p + e)`.
+fn growth(p: f64, ln_p: f64, e: f64) -> f64 {
+    if e < 1.0 { p * e.exp_m1() } else { (ln_p + e).exp() }
+}
