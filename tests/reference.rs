@@ -228,6 +228,27 @@ fn stages_make_the_whole() {
 }
 
 #[test]
+fn every_batch_and_head_reads_its_own() {
+    let [batch, heads, kv_heads, seq_q, seq_kv, dim] = [2, 6, 2, 3, 5, 4];
+    let p = problem([2, 6, 3, 5, 4], |p| (p.kv_heads, p.scale) = (2, Some(0.5)));
+    let o = Operands::new(&p);
+    let mut want = Vec::new();
+    for (b, h, i) in (0..batch * heads * seq_q).map(|n| (n / seq_q / heads, n / seq_q % heads, n % seq_q)) {
+        let head = b * kv_heads + h / 3;
+        let at =
+            |x: &[f32], head: usize, length: usize, row: usize, d: usize| f64::from(x[(head * length + row) * dim + d]);
+        let dot =
+            |j| (0..dim).map(|d| at(&o.q, b * heads + h, seq_q, i, d) * at(&o.k, head, seq_kv, j, d)).sum::<f64>();
+        let weights: Vec<f64> = (0..seq_kv).map(|j| (0.5 * dot(j)).exp()).collect();
+        let sum = weights.iter().sum::<f64>();
+        want.extend(
+            (0..dim).map(|d| (0..seq_kv).map(|j| weights[j] / sum * at(&o.v, head, seq_kv, j, d)).sum::<f64>()),
+        );
+    }
+    assert_close(&attention::<f64>(&p, &o.inputs()).unwrap().out, &want, 1e-14);
+}
+
+#[test]
 fn query_heads_share_keys_in_contiguous_groups() {
     let p = problem([2, 6, 3, 5, 4], |p| (p.kv_heads, p.value_dim) = (2, 3));
     let o = Operands::new(&p);
