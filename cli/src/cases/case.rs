@@ -1,0 +1,109 @@
+//! One case: calls to make and what must come out.
+
+use wgpu_attention::{Element, Outputs, Problem};
+
+use super::minilm::Projection;
+use crate::difference::{self, Difference, Rule};
+use crate::floats;
+use crate::operands::Operands;
+
+/// One case of a suite. It passes when all expectations of all its calls hold.
+#[derive(Debug)]
+pub struct Case {
+    pub name: String,
+    pub calls: Vec<Call>,
+    /// What the file holds that is not compared.
+    pub notes: Vec<&'static str>,
+}
+
+/// One call of the library.
+#[derive(Debug)]
+pub struct Call {
+    /// Tells the calls of a case apart; empty if there is one.
+    pub label: &'static str,
+    pub problem: Problem,
+    pub operands: Operands,
+    pub expectations: Vec<Expectation>,
+}
+
+/// Where the value to compare comes from.
+#[derive(Debug)]
+pub enum Quantity {
+    Out,
+    Lse,
+    Weights,
+    Logits,
+    /// Made on the host while loading.
+    Host(Vec<f32>),
+    /// The rest of the attention layer applied to `out`, on the host.
+    Projected(Projection),
+}
+
+/// One tensor that must come out.
+#[derive(Debug)]
+pub struct Expectation {
+    /// The tensor's name in the file.
+    pub name: String,
+    pub quantity: Quantity,
+    pub want: Vec<f32>,
+    pub rule: Rule,
+    /// Results are rounded once to this type before they are compared.
+    pub element: Element,
+    /// Rows to compare, if not all.
+    pub rows: Option<Rows>,
+}
+
+/// A selection of rows of `width` elements.
+#[derive(Debug)]
+pub struct Rows {
+    pub keep: Vec<bool>,
+    pub width: usize,
+}
+
+/// One comparison that was made.
+#[derive(Debug)]
+pub struct Verdict {
+    /// Call and tensor.
+    pub name: String,
+    pub difference: Difference,
+}
+
+impl Expectation {
+    /// An expectation in f32, on all rows.
+    pub fn new(name: &str, quantity: Quantity, want: Vec<f32>, rule: Rule) -> Self {
+        Expectation { name: name.into(), quantity, want, rule, element: Element::F32, rows: None }
+    }
+
+    fn verdict(&self, label: &str, outputs: &Outputs) -> Verdict {
+        let asked = "the loader asks for each output that it compares";
+        let projected;
+        let got = match &self.quantity {
+            Quantity::Out => &outputs.out,
+            Quantity::Lse => outputs.lse.as_ref().expect(asked),
+            Quantity::Weights => outputs.weights.as_ref().expect(asked),
+            Quantity::Logits => outputs.logits.as_ref().expect(asked),
+            Quantity::Host(values) => values,
+            Quantity::Projected(projection) => {
+                projected = projection.apply(&outputs.out);
+                &projected
+            }
+        };
+        let rounded: Vec<f32> = got.iter().map(|&x| floats::round(x, self.element)).collect();
+        let keep = |index: usize| self.rows.as_ref().is_none_or(|rows| rows.keep[index / rows.width]);
+        let difference = difference::compare(&rounded, &self.want, self.rule, keep);
+        let name = if label.is_empty() { self.name.clone() } else { format!("{} ({label})", self.name) };
+        Verdict { name, difference }
+    }
+}
+
+impl Call {
+    /// Checks the problem and its operands as the library will.
+    pub fn check(&self) -> wgpu_attention::Result<()> {
+        self.problem.check()?.check_inputs(&self.operands.inputs())
+    }
+
+    /// Compares what came out.
+    pub fn verdicts(&self, outputs: &Outputs) -> Vec<Verdict> {
+        self.expectations.iter().map(|expectation| expectation.verdict(self.label, outputs)).collect()
+    }
+}

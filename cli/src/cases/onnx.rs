@@ -1,0 +1,328 @@
+//! `conf-onnx-attention/1`: node tests of the ONNX operator `Attention` (opset 23 to 25).
+//!
+//! Inputs are `in.<name>`, expected outputs `out.<name>`; a file may hold `f64as32.<name>` and say `grade_against = f64as32`.
+//! A cache given as past_key and past_value is joined with K and V on the host.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use wgpu_attention::{Causal, Element, Layout, Logits, Problem};
+
+use super::case::{Call, Case, Expectation, Quantity};
+use super::files::Loaded;
+use crate::archive::Archive;
+use crate::difference::Rule;
+use crate::error::{Error, Result};
+use crate::floats::Floats;
+use crate::operands::Operands;
+
+pub const FORMAT: &str = "conf-onnx-attention/1";
+
+/// The rule of ONNX's own backend tests.
+const OFFICIAL: Rule = Rule { atol: 1e-7, rtol: 1e-3 };
+/// Its relative tolerance for bf16 outputs.
+const OFFICIAL_BF16: f64 = 1.0 / 64.0;
+
+/// Attributes of the node. Softmax is in f32 whatever `softmax_precision` says.
+#[derive(Deserialize)]
+#[serde(default)]
+struct Attributes {
+    is_causal: i64,
+    scale: Option<f64>,
+    softcap: f64,
+    q_num_heads: u32,
+    kv_num_heads: u32,
+    qk_matmul_output_mode: i64,
+    left_window_size: i64,
+    right_window_size: i64,
+    #[serde(rename = "softmax_precision")]
+    _softmax_precision: Option<i64>,
+    #[serde(flatten)]
+    unknown: BTreeMap<String, serde_json::Value>,
+}
+
+impl Default for Attributes {
+    fn default() -> Self {
+        Attributes {
+            is_causal: 0,
+            scale: None,
+            softcap: 0.0,
+            q_num_heads: 0,
+            kv_num_heads: 0,
+            qk_matmul_output_mode: 0,
+            left_window_size: -1,
+            right_window_size: -1,
+            _softmax_precision: None,
+            unknown: BTreeMap::new(),
+        }
+    }
+}
+
+/// Batch, heads, rows and last axis of a 4-D tensor, or of a 3-D one whose heads are merged into its last axis.
+struct Operand {
+    sizes: [u32; 4],
+    layout: Layout,
+}
+
+impl Operand {
+    fn read(archive: &Archive, name: &str, heads: u32) -> Result<Self> {
+        match archive.sizes(name)?[..] {
+            [batch, heads, rows, dim] => Ok(Operand { sizes: [batch, heads, rows, dim], layout: Layout::Bhsd }),
+            [batch, rows, width] if heads > 0 && width.is_multiple_of(heads) => {
+                Ok(Operand { sizes: [batch, heads, rows, width / heads], layout: Layout::Bshd })
+            }
+            _ => Err(archive.wrong_shape(name, format!("4-D, or 3-D with a last axis divisible by {heads} heads"))),
+        }
+    }
+}
+
+/// What anchors the positions of the queries.
+enum Anchor {
+    Start,
+    /// The length of the cache that comes before the keys.
+    Past(u32),
+    /// The end of the true lengths.
+    Lengths,
+}
+
+pub fn load(archive: &Archive) -> Result<Loaded> {
+    let unsupported = |why: String| Ok(Loaded::Unsupported { name: archive.stem(), why });
+    let attributes: Attributes =
+        archive.json_or("attributes", "a JSON object of the node's attributes", Attributes::default())?;
+    if let Some((name, _)) = attributes.unknown.iter().next() {
+        return unsupported(format!("attribute {name}"));
+    }
+    let known = ["in.Q", "in.K", "in.V", "in.attn_mask", "in.past_key", "in.past_value", "in.nonpad_kv_seqlen"];
+    if let Some(name) = archive.names().find(|name| name.starts_with("in.") && !known.contains(name)) {
+        return unsupported(format!("input {name}"));
+    }
+    let q = Operand::read(archive, "in.Q", attributes.q_num_heads)?;
+    let mut k = Operand::read(archive, "in.K", attributes.kv_num_heads)?;
+    let mut v = Operand::read(archive, "in.V", attributes.kv_num_heads)?;
+    let [batch, heads, seq_q, head_dim] = q.sizes;
+    if [k.sizes[0], k.sizes[3]] != [batch, head_dim] {
+        return Err(archive.wrong_shape("in.K", "of the same batch and head dimension as Q"));
+    }
+    if v.sizes[..3] != k.sizes[..3] {
+        return Err(archive.wrong_shape("in.V", "of the same batch, heads and rows as K"));
+    }
+
+    let mut operands = Operands::new(
+        archive.floats("in.Q")?.clone(),
+        archive.floats("in.K")?.clone(),
+        archive.floats("in.V")?.clone(),
+    );
+    let mut anchor = Anchor::Start;
+    if archive.has("in.past_key") || archive.has("in.past_value") {
+        anchor = Anchor::Past(join(archive, "in.past_key", &mut k, &mut operands.k)?);
+        join(archive, "in.past_value", &mut v, &mut operands.v)?;
+        if v.sizes[2] != k.sizes[2] {
+            return Err(archive.wrong_shape("in.past_value", "of the same rows as past_key"));
+        }
+    }
+    // The present cache is 4-D, whatever the rank of K and V.
+    if archive.has("out.present_key") {
+        transpose(&mut k, &mut operands.k);
+    }
+    if archive.has("out.present_value") {
+        transpose(&mut v, &mut operands.v);
+    }
+
+    let mut problem = Problem::new(batch, heads, seq_q, k.sizes[2], head_dim);
+    (problem.kv_heads, problem.value_dim) = (k.sizes[1], v.sizes[3]);
+    (problem.q, problem.k, problem.v, problem.out) = (q.layout, k.layout, v.layout, q.layout);
+    problem.element = operands.q.element();
+    problem.scale = attributes.scale.map(|scale| scale as f32);
+    problem.softcap = (attributes.softcap != 0.0).then_some(attributes.softcap as f32);
+    if archive.has("in.nonpad_kv_seqlen") {
+        if let Anchor::Past(_) = anchor {
+            return unsupported("past_key together with nonpad_kv_seqlen".into());
+        }
+        anchor = Anchor::Lengths;
+        operands.set_key_lengths(&mut problem, archive.lengths("in.nonpad_kv_seqlen")?);
+    }
+    if archive.is_bool("in.attn_mask") {
+        let shape = archive.broadcast("mask", "in.attn_mask")?;
+        operands.set_mask(&mut problem, shape, archive.bools("in.attn_mask")?.to_vec());
+    } else if archive.has("in.attn_mask") {
+        let shape = archive.broadcast("bias", "in.attn_mask")?;
+        operands.set_bias(&mut problem, shape, archive.floats("in.attn_mask")?.clone());
+    }
+    visibility(&mut problem, &mut operands, &attributes, &anchor);
+    // The sizes that follow come from a problem that holds.
+    problem.check().map_err(|error| archive.problem(error))?;
+    expected(archive, problem, operands, &attributes)
+}
+
+/// Puts a past [batch, heads, rows, dim] before the rows of K or V; the result is dense [batch, heads, rows, dim]. Gives the past rows.
+fn join(archive: &Archive, name: &'static str, operand: &mut Operand, data: &mut Floats) -> Result<u32> {
+    let [batch, heads, rows, dim] = operand.sizes;
+    let past = match archive.sizes(name)?[..] {
+        [b, h, past, d] if [b, h, d] == [batch, heads, dim] => past,
+        _ => return Err(archive.wrong_shape(name, format!("[{batch}, {heads}, rows, {dim}]"))),
+    };
+    let total = past.checked_add(rows).ok_or_else(|| archive.wrong_shape(name, "below 2³² rows with the new ones"))?;
+    transpose(operand, data);
+    let chunks = [past, rows].map(|n| n as usize * dim as usize);
+    *data = match (archive.floats(name)?, &*data) {
+        (Floats::F32(past), Floats::F32(new)) => Floats::F32(interleave(past, new, chunks)),
+        (Floats::F16(past), Floats::F16(new)) => Floats::F16(interleave(past, new, chunks)),
+        (Floats::Bf16(past), Floats::Bf16(new)) => Floats::Bf16(interleave(past, new, chunks)),
+        (past, new) => {
+            let field = name.trim_start_matches("in.");
+            let source = wgpu_attention::Error::Element { field, got: past.element(), want: new.element() };
+            return Err(archive.problem(source));
+        }
+    };
+    operand.sizes[2] = total;
+    Ok(past)
+}
+
+/// Chunks of `past` and `new` in turn: the caches of one head after the other.
+fn interleave<T: Copy>(mut past: &[T], mut new: &[T], chunks: [usize; 2]) -> Vec<T> {
+    let mut all = Vec::with_capacity(past.len() + new.len());
+    while !(past.is_empty() && new.is_empty()) {
+        let ((head, past_rest), (rows, new_rest)) = (past.split_at(chunks[0]), new.split_at(chunks[1]));
+        all.extend_from_slice(head);
+        all.extend_from_slice(rows);
+        (past, new) = (past_rest, new_rest);
+    }
+    all
+}
+
+/// Brings merged heads into dense [batch, heads, rows, dim].
+fn transpose(operand: &mut Operand, data: &mut Floats) {
+    if operand.layout == Layout::Bshd {
+        operand.layout = Layout::Bhsd;
+        *data = match data {
+            Floats::F32(x) => Floats::F32(heads_first(x, operand.sizes)),
+            Floats::F16(x) => Floats::F16(heads_first(x, operand.sizes)),
+            Floats::Bf16(x) => Floats::Bf16(heads_first(x, operand.sizes)),
+        };
+    }
+}
+
+fn heads_first<T: Copy>(x: &[T], sizes: [u32; 4]) -> Vec<T> {
+    let [batch, heads, rows, dim] = sizes.map(|n| n as usize);
+    let mut all = Vec::with_capacity(x.len());
+    for b in 0..batch {
+        for h in 0..heads {
+            for row in 0..rows {
+                let at = ((b * rows + row) * heads + h) * dim;
+                all.extend_from_slice(&x[at..at + dim]);
+            }
+        }
+    }
+    all
+}
+
+/// Causal rule and window. ONNX anchors a window at the same offset as the causal rule, also where there is no causal rule.
+fn visibility(problem: &mut Problem, operands: &mut Operands, attributes: &Attributes, anchor: &Anchor) {
+    // A window of all queries and keys together bounds nothing, so longer ones need not be told apart.
+    let all = problem.seq_q.saturating_add(problem.seq_kv);
+    let side = |size: i64| u32::try_from(size).ok().map(|size| size.min(all));
+    problem.window.left = side(attributes.left_window_size);
+    problem.window.right = side(attributes.right_window_size);
+    let windowed = problem.window != Default::default();
+    if attributes.is_causal != 0 {
+        problem.causal = match anchor {
+            Anchor::Start => Causal::TopLeft,
+            Anchor::Past(_) => Causal::Offset,
+            Anchor::Lengths => Causal::BottomRight,
+        };
+        if let &Anchor::Past(rows) = anchor {
+            operands.offsets = Some(vec![rows.min(i32::MAX as u32) as i32; problem.batch as usize]);
+        }
+    } else if windowed && !matches!(anchor, Anchor::Start) {
+        // `p − left <= j <= p + right` is the causal rule at position p + right with the left side longer by `right`.
+        let right = problem.window.right.unwrap_or(all);
+        problem.causal = Causal::Offset;
+        problem.window.left = problem.window.left.map(|left| left.saturating_add(right));
+        problem.window.right = None;
+        let offset = |base: i64| (base + i64::from(right)).clamp(i32::MIN.into(), i32::MAX.into()) as i32;
+        operands.offsets = Some(match (anchor, &operands.key_lengths) {
+            (Anchor::Lengths, Some(lengths)) => {
+                lengths.iter().map(|&length| offset(i64::from(length) - i64::from(problem.seq_q))).collect()
+            }
+            (Anchor::Past(rows), _) => vec![offset((*rows).into()); problem.batch as usize],
+            _ => unreachable!("lengths anchor only where they are given"),
+        });
+    }
+}
+
+/// Reads the expected outputs and asks the problem for them.
+fn expected(archive: &Archive, mut problem: Problem, operands: Operands, attributes: &Attributes) -> Result<Loaded> {
+    let element = problem.element;
+    let prefix = match archive.text("grade_against") {
+        None => "out",
+        Some(prefix @ ("out" | "f64as32")) => prefix,
+        Some(_) => return Err(archive.bad_metadata("grade_against", "out or f64as32")),
+    };
+    let rtol = archive.json_or("rtol", "a number", OFFICIAL.rtol)?;
+    let mut rule = Rule { atol: archive.json_or("atol", "a number", OFFICIAL.atol)?, rtol };
+    if prefix == "out" && element == Element::Bf16 {
+        rule.rtol = archive.json_or("bf16_rtol", "a number", OFFICIAL_BF16)?;
+    }
+    let [batch, heads, kv_heads, seq_q, seq_kv, head_dim, value_dim] = [
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.seq_q,
+        problem.seq_kv,
+        problem.head_dim,
+        problem.value_dim,
+    ]
+    .map(|n| n as usize);
+    let y_shape = match problem.out {
+        Layout::Bshd => vec![batch, seq_q, heads * value_dim],
+        _ => vec![batch, heads, seq_q, value_dim],
+    };
+    let outputs = [
+        ("Y", y_shape),
+        ("present_key", vec![batch, kv_heads, seq_kv, head_dim]),
+        ("present_value", vec![batch, kv_heads, seq_kv, value_dim]),
+        ("qk_matmul_output", vec![batch, heads, seq_q, seq_kv]),
+    ];
+    let mut expectations = Vec::new();
+    for (output, shape) in outputs {
+        let graded = format!("out.{output}");
+        if !archive.has(&graded) {
+            continue;
+        }
+        // The type of an output is part of what is expected; the graded tensor may be wider.
+        let got = archive.floats(&graded)?.element();
+        if got != element {
+            let source = wgpu_attention::Error::Element { field: output, got, want: element };
+            return Err(archive.problem(source));
+        }
+        let name = format!("{prefix}.{output}");
+        archive.expect_shape(&name, &shape)?;
+        let quantity = match output {
+            "Y" => Quantity::Out,
+            "present_key" => Quantity::Host(operands.k.widened()),
+            "present_value" => Quantity::Host(operands.v.widened()),
+            _ => match attributes.qk_matmul_output_mode {
+                3 => {
+                    problem.weights = true;
+                    Quantity::Weights
+                }
+                mode => {
+                    problem.logits = Some(match mode {
+                        0 => Logits::Raw,
+                        1 => Logits::Capped,
+                        2 => Logits::Masked,
+                        _ => return Err(archive.bad_metadata("attributes", "of qk_matmul_output_mode 0 to 3")),
+                    });
+                    Quantity::Logits
+                }
+            },
+        };
+        let want = archive.floats(&name)?.widened();
+        expectations.push(Expectation { element, ..Expectation::new(&name, quantity, want, rule) });
+    }
+    if expectations.is_empty() {
+        return Err(Error::MissingTensor { path: archive.path.clone(), tensor: "out.Y".into() });
+    }
+    let call = Call { label: "", problem, operands, expectations };
+    Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes: Vec::new() }]))
+}

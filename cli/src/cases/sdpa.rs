@@ -1,0 +1,82 @@
+//! `conf-sdpa/1`: scaled dot product attention with expected output and log-sum-exp.
+//!
+//! `q k v` with `layout` bhsd, bshd or thd (packed, with `cu_seqlens_q` and `cu_seqlens_k`), optional `mask`, `bias`, `kv_lens` and
+//! `alibi_slopes`, expected `out` (f64 rounded once to f32), `lse` and `probs`, and a tolerance per tensor in the metadata `tol`.
+
+use serde::Deserialize;
+use wgpu_attention::{Causal, Layout, Problem};
+
+use super::case::{Call, Case, Expectation, Quantity};
+use super::files::Loaded;
+use crate::archive::Archive;
+use crate::difference::Rule;
+use crate::error::Result;
+use crate::request::Request;
+
+pub const FORMAT: &str = "conf-sdpa/1";
+
+/// Absolute tolerance of `probs` where the file gives none.
+const PROBS_ATOL: f64 = 5e-6;
+
+#[derive(Deserialize)]
+struct Tolerances {
+    out: Rule,
+    #[serde(default)]
+    lse: Option<Rule>,
+    #[serde(default)]
+    probs: Option<Rule>,
+}
+
+pub fn load(archive: &Archive) -> Result<Loaded> {
+    let layout = match archive.text("layout").unwrap_or("bhsd") {
+        "bhsd" => Layout::Bhsd,
+        // Packed files lay their tokens out the same way.
+        "bshd" | "thd" => Layout::Bshd,
+        _ => return Err(archive.bad_metadata("layout", "bhsd, bshd or thd")),
+    };
+    let Request { mut problem, operands, out_shape, lse_shape } = Request::read(archive, layout)?;
+    options(archive, &mut problem)?;
+
+    let tol: Tolerances = archive.json("tol", "a JSON object with \"out\": {\"atol\", \"rtol\"}")?;
+    let want = archive.f32s_of("out", &out_shape)?.to_vec();
+    let mut expectations = vec![Expectation::new("out", Quantity::Out, want, tol.out)];
+    if archive.has("lse") {
+        problem.lse = true;
+        let rule = tol.lse.ok_or_else(|| archive.bad_metadata("tol", "a JSON object with \"lse\""))?;
+        let want = archive.f32s_of("lse", &lse_shape)?.to_vec();
+        expectations.push(Expectation::new("lse", Quantity::Lse, want, rule));
+    }
+    if archive.has("probs") {
+        problem.weights = true;
+        let shape = [problem.batch, problem.heads, problem.seq_q, problem.seq_kv].map(|n| n as usize);
+        let want = archive.f32s_of("probs", &shape)?.to_vec();
+        let rule = tol.probs.unwrap_or(Rule { atol: PROBS_ATOL, rtol: tol.out.rtol });
+        expectations.push(Expectation::new("probs", Quantity::Weights, want, rule));
+    }
+    let notes = if archive.has("dout") { vec!["gradients are not computed"] } else { Vec::new() };
+    let call = Call { label: "", problem, operands, expectations };
+    Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes }]))
+}
+
+/// Scale, soft cap, causal rule and window.
+fn options(archive: &Archive, problem: &mut Problem) -> Result<()> {
+    if !archive.json_or("scale_is_default", "true or false", false)? {
+        let scale = archive.json_or::<Option<f64>>("scale", "a number or null", None)?;
+        problem.scale = scale.map(|scale| scale as f32);
+    }
+    let softcap = archive.json_or("softcap", "a number", 0.0f64)?;
+    problem.softcap = (softcap != 0.0).then_some(softcap as f32);
+    problem.causal = match archive.text("causal").unwrap_or("none") {
+        "none" => Causal::None,
+        "top_left" => Causal::TopLeft,
+        "bottom_right" => Causal::BottomRight,
+        _ => return Err(archive.bad_metadata("causal", "none, top_left or bottom_right")),
+    };
+    for (key, side) in [("window_left", &mut problem.window.left), ("window_right", &mut problem.window.right)] {
+        let size = archive.json_or(key, "an integer", -1i64)?;
+        if size >= 0 {
+            *side = Some(u32::try_from(size).map_err(|_| archive.bad_metadata(key, "below 2³²"))?);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! `cases`: runs case files and says which pass.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::Outcome;
+use crate::cases::{self, Case, Loaded, Verdict};
+use crate::engine::{self, DeviceArgs, Engine, KernelArgs};
+use crate::error::Result;
+use crate::report::{self, Report};
+
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Folders of case files, or single files
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+    /// Adapter: index, part of its name, or backend:part (repeatable; default all)
+    #[arg(long)]
+    adapter: Vec<String>,
+    /// Run the CPU reference in f32; with --adapter beside it, otherwise instead of the adapters
+    #[arg(long)]
+    cpu: bool,
+    #[command(flatten)]
+    kernels: KernelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// What one engine made of the cases.
+#[derive(Clone, Debug, Default)]
+struct Count {
+    passed: usize,
+    failed: usize,
+    /// Largest error in units of what was allowed, over all cases that passed.
+    worst: f64,
+    worst_case: String,
+}
+
+fn engines(arguments: &Arguments) -> Result<Vec<Engine>> {
+    let mut engines = Vec::new();
+    if arguments.cpu {
+        engines.push(Engine::Cpu);
+    }
+    if !arguments.cpu || !arguments.adapter.is_empty() {
+        for adapter in engine::choose(&arguments.adapter)? {
+            engines.push(Engine::Gpu(Box::new(engine::open(&adapter, &arguments.device)?)));
+        }
+    }
+    Ok(engines)
+}
+
+/// Runs all calls of a case.
+fn verdicts(case: &Case, engine: &Engine, kernels: &KernelArgs) -> wgpu_attention::Result<Vec<Verdict>> {
+    let mut verdicts = Vec::new();
+    for call in &case.calls {
+        let outputs = engine.attention(&call.problem, &call.operands.inputs(), kernels)?;
+        verdicts.extend(call.verdicts(&outputs));
+    }
+    Ok(verdicts)
+}
+
+/// Tells what became of one case on one engine.
+fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::Result<Vec<Verdict>>) -> Result<()> {
+    let label = engine.label();
+    let mut object = json!({
+        "adapter": label.adapter, "backend": label.backend, "driver": label.driver, "case": case.name, "notes": case.notes,
+    });
+    match result {
+        Err(error) => {
+            object["verdict"] = "failed".into();
+            object["error"] = error.to_string().into();
+            report.line(format!("FAIL {} on {label}: {error}", case.name))?;
+        }
+        Ok(verdicts) => {
+            let passed = verdicts.iter().all(|verdict| verdict.difference.passes());
+            object["verdict"] = if passed { "passed" } else { "failed" }.into();
+            let tensor = |verdict: &Verdict| {
+                let d = &verdict.difference;
+                json!({
+                    "tensor": verdict.name, "max_error": d.max_error, "of_tolerance": d.worst,
+                    "failures": d.failures, "compared": d.compared,
+                })
+            };
+            object["tensors"] = verdicts.iter().map(tensor).collect();
+            for verdict in verdicts.iter().filter(|verdict| !verdict.difference.passes()) {
+                let d = &verdict.difference;
+                report.line(format!(
+                    "FAIL {} on {label}: {}: {} of {} elements beyond the tolerance, by up to {} times; \
+                     max error {:.3e}; worst at {}: got {:e}, want {:e}",
+                    case.name,
+                    verdict.name,
+                    d.failures,
+                    d.compared,
+                    report::short(d.worst),
+                    d.max_error,
+                    d.index,
+                    d.got,
+                    d.want
+                ))?;
+            }
+        }
+    }
+    report.object(&object)
+}
+
+impl Count {
+    fn add(&mut self, case: &Case, result: &wgpu_attention::Result<Vec<Verdict>>) {
+        let Ok(verdicts) = result else {
+            self.failed += 1;
+            return;
+        };
+        if !verdicts.iter().all(|verdict| verdict.difference.passes()) {
+            self.failed += 1;
+            return;
+        }
+        self.passed += 1;
+        for verdict in verdicts {
+            if verdict.difference.worst > self.worst {
+                self.worst = verdict.difference.worst;
+                self.worst_case = format!("{}, {}", case.name, verdict.name);
+            }
+        }
+    }
+}
+
+pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    let sources = cases::sources(&arguments.paths)?;
+    let engines = engines(arguments)?;
+    let mut counts = vec![Count::default(); engines.len()];
+    let mut notes: BTreeMap<&str, usize> = BTreeMap::new();
+    let (mut skipped, mut unreadable) = (0, 0);
+    let bar = report::progress(sources.len());
+    for source in &sources {
+        match cases::load(source) {
+            Ok(Loaded::Cases(cases)) => {
+                for case in &cases {
+                    bar.set_message(case.name.clone());
+                    case.notes.iter().for_each(|note| *notes.entry(note).or_default() += 1);
+                    for (engine, count) in engines.iter().zip(&mut counts) {
+                        let result = verdicts(case, engine, &arguments.kernels);
+                        count.add(case, &result);
+                        bar.suspend(|| tell(report, case, engine, &result))?;
+                    }
+                }
+            }
+            Ok(Loaded::Unsupported { name, why }) => {
+                skipped += 1;
+                report.object(&json!({"case": name, "verdict": "skipped", "why": why}))?;
+                bar.suspend(|| report.line(format!("skip {name}: {why}")))?;
+            }
+            Err(error) => {
+                unreadable += 1;
+                report.object(&json!({
+                    "case": source.path().to_string_lossy(), "verdict": "failed", "error": error.to_string(),
+                }))?;
+                bar.suspend(|| report::complain(error));
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    for (note, cases) in &notes {
+        report.line(format!("{cases} cases: {note}"))?;
+    }
+    if engines.is_empty() {
+        report::complain(format!(
+            "no GPU adapter was found, nothing ran; --cpu runs the CPU reference.\n{}",
+            engine::how_to_get_one()
+        ));
+    } else {
+        let row = |(engine, count): (&Engine, &Count)| {
+            vec![
+                engine.label().to_string(),
+                count.passed.to_string(),
+                count.failed.to_string(),
+                format!("{:.0} % ({})", count.worst * 100.0, count.worst_case),
+            ]
+        };
+        let rows: Vec<_> = engines.iter().zip(&counts).map(row).collect();
+        report.table(&["adapter", "passed", "failed", "closest to its tolerance"], &rows)?;
+    }
+    let passed: usize = counts.iter().map(|count| count.passed).sum();
+    let failed = counts.iter().map(|count| count.failed).sum::<usize>() + unreadable;
+    report.object(&json!({"passed": passed, "failed": failed, "skipped": skipped}))?;
+    let skips = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
+    report.line(format!("{passed} passed, {failed} failed{skips}"))?;
+    Ok(match () {
+        _ if unreadable > 0 => Outcome::BadInput,
+        _ if failed > 0 || passed == 0 => Outcome::Differs,
+        _ => Outcome::Right,
+    })
+}

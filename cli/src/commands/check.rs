@@ -1,0 +1,258 @@
+//! `check`: every adapter and the CPU path against the f64 reference, stage by stage.
+
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use wgpu_attention::{Broadcast, Causal, Element, Gpu, Logits, Problem};
+
+use crate::Outcome;
+use crate::engine::{self, DeviceArgs, Engine, KernelArgs, Label};
+use crate::error::Result;
+use crate::operands::Operands;
+use crate::oracle::{Judgement, Oracle};
+use crate::report::{self, Report};
+use crate::sample::Sample;
+
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Adapter to check: index, part of its name, or backend:part (repeatable; default all)
+    #[arg(long)]
+    adapter: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    kernels: KernelArgs,
+}
+
+/// Timed runs after the first.
+const RUNS: usize = 3;
+
+/// A problem with everything that is shared between the engines.
+struct Subject {
+    name: &'static str,
+    problem: Problem,
+    operands: Operands,
+    flops: f64,
+}
+
+/// A stage's name and how its result compares.
+type Stage = (&'static str, Option<Judgement>);
+
+#[derive(Serialize)]
+struct Row {
+    #[serde(flatten)]
+    label: Label,
+    problem: &'static str,
+    shape: String,
+    dtype: String,
+    stage: &'static str,
+    max_error: Option<f64>,
+    budget: Option<f64>,
+    /// Largest error in units of what is allowed where it stands.
+    of_budget: Option<f64>,
+    ms: Option<f64>,
+    gflops: Option<f64>,
+    verdict: String,
+}
+
+/// The problems: small ones of each kind and one that takes a while.
+fn subjects() -> Result<Vec<Subject>> {
+    let mut odd = Problem::new(2, 3, 37, 53, 40);
+    odd.value_dim = 24;
+    let mut causal = Problem::new(1, 4, 128, 192, 64);
+    causal.causal = Causal::BottomRight;
+    let mut grouped = Problem::new(1, 8, 64, 96, 64);
+    grouped.kv_heads = 2;
+    let mut half = Problem::new(1, 4, 65, 127, 64);
+    half.element = Element::F16;
+    let list = [
+        ("small", Problem::new(1, 2, 16, 16, 32)),
+        ("odd", odd),
+        ("long", Problem::new(1, 4, 512, 512, 64)),
+        ("causal", causal),
+        ("grouped heads", grouped),
+        ("masked", Problem::new(2, 2, 33, 65, 32)),
+        ("f16", half),
+    ];
+    let mut sample = Sample(1);
+    let subject = |(name, mut problem): (&'static str, Problem)| {
+        let mut operands = sample.operands(&problem)?;
+        if name == "masked" {
+            let shape = [problem.batch, 1, problem.seq_q, problem.seq_kv];
+            let mut mask: Vec<u8> =
+                (0..Broadcast(shape).len()).map(|_| u8::from(!sample.bits().is_multiple_of(4))).collect();
+            // One row sees nothing.
+            mask[..problem.seq_kv as usize].fill(0);
+            operands.set_mask(&mut problem, Broadcast(shape), mask);
+            operands.set_key_lengths(&mut problem, vec![65, 29]);
+        }
+        let flops = problem.check()?.flops();
+        Ok(Subject { name, problem, operands, flops })
+    };
+    list.into_iter().map(subject).collect()
+}
+
+impl Subject {
+    fn shape(&self) -> String {
+        let p = &self.problem;
+        format!("{},{},{},{},{},{}", p.batch, p.heads, p.kv_heads, p.seq_q, p.seq_kv, p.head_dim)
+    }
+
+    /// The same problem with every stage's result given out.
+    fn staged(&self) -> Problem {
+        let mut problem = self.problem.clone();
+        (problem.lse, problem.weights, problem.logits) = (true, true, Some(Logits::Raw));
+        problem
+    }
+
+    /// One row for each stage and one for the whole, or the error that stopped it.
+    fn rows(&self, engine: &Engine, oracle: &Oracle, kernels: &KernelArgs) -> Vec<Row> {
+        match self.judge(engine, oracle, kernels) {
+            Ok((stages, ms)) => {
+                let row = |(stage, judgement)| self.row(engine, stage, judgement, (stage == "whole").then_some(ms));
+                stages.into_iter().map(row).collect()
+            }
+            Err(error) => {
+                let mut row = self.row(engine, "whole", None, None);
+                row.verdict = format!("error: {error}");
+                vec![row]
+            }
+        }
+    }
+
+    fn row(&self, engine: &Engine, stage: &'static str, judgement: Option<Judgement>, ms: Option<f64>) -> Row {
+        let passed = judgement.is_some_and(|judgement| judgement.comparison.passed());
+        Row {
+            label: engine.label(),
+            problem: self.name,
+            shape: self.shape(),
+            dtype: self.problem.element.to_string(),
+            stage,
+            max_error: judgement.map(|judgement| judgement.comparison.max_error),
+            budget: judgement.map(|judgement| judgement.budget),
+            of_budget: judgement.map(|judgement| judgement.comparison.worst_ratio),
+            ms,
+            gflops: ms.map(|ms| self.flops / ms / 1e6),
+            verdict: if passed { "ok" } else { "DIFFERS" }.into(),
+        }
+    }
+
+    /// What each stage is worth, and the time of the whole without the stages' outputs.
+    fn judge(
+        &self,
+        engine: &Engine,
+        oracle: &Oracle,
+        kernels: &KernelArgs,
+    ) -> wgpu_attention::Result<(Vec<Stage>, f64)> {
+        let inputs = self.operands.inputs();
+        let staged = engine.attention(&self.staged(), &inputs, kernels)?;
+        let mut stages = vec![
+            ("scores", oracle.logits(&staged)),
+            ("softmax", oracle.weights(&staged)),
+            ("values", Some(oracle.out(&staged.out))),
+        ];
+        let (out, ms) = match engine {
+            Engine::Gpu(gpu) => self.time_gpu(gpu, kernels)?,
+            Engine::Cpu => {
+                let start = Instant::now();
+                let out = engine.attention(&self.problem, &inputs, kernels)?.out;
+                (out, start.elapsed().as_secs_f64() * 1e3)
+            }
+        };
+        stages.push(("whole", Some(oracle.out(&out))));
+        Ok((stages, ms))
+    }
+
+    /// Median time of warm runs: submission and wait, without upload and read-back.
+    fn time_gpu(&self, gpu: &Gpu, kernels: &KernelArgs) -> wgpu_attention::Result<(Vec<f32>, f64)> {
+        let plan = gpu.library().plan_with(&self.problem, &kernels.options())?;
+        let prepared = gpu.library().prepare(&plan)?;
+        let resident = gpu.upload(&plan, &self.operands.inputs())?;
+        gpu.run(&prepared, &resident, &mut |_, _| {})?;
+        let mut times = Vec::new();
+        for _ in 0..RUNS {
+            let start = Instant::now();
+            gpu.run(&prepared, &resident, &mut |_, _| {})?;
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok((gpu.download(&plan, &resident)?.out, times[RUNS / 2]))
+    }
+}
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        let number = |x: Option<f64>| x.map_or(String::new(), report::short);
+        let small = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.1e}"));
+        let percent = self.of_budget.map_or(String::new(), |ratio| format!("{:.0} %", ratio * 100.0));
+        vec![
+            self.problem.into(),
+            self.shape.clone(),
+            self.dtype.clone(),
+            self.stage.into(),
+            small(self.max_error),
+            small(self.budget),
+            percent,
+            number(self.ms),
+            number(self.gflops),
+            self.verdict.clone(),
+        ]
+    }
+}
+
+const HEADER: [&str; 10] =
+    ["problem", "B,H,HKV,SQ,SKV,D", "type", "stage", "max error", "budget", "used", "ms", "GFLOP/s", "verdict"];
+
+pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    let adapters = engine::choose(&arguments.adapter)?;
+    let mut broken = 0;
+    let mut engines = Vec::new();
+    for adapter in &adapters {
+        match engine::open(adapter, &arguments.device) {
+            Ok(gpu) => engines.push(Engine::Gpu(Box::new(gpu))),
+            Err(error) => {
+                broken += 1;
+                report::complain(format!("{}: {error}", Label::of(&adapter.get_info())));
+            }
+        }
+    }
+    engines.push(Engine::Cpu);
+
+    let subjects = subjects()?;
+    let bar = report::progress(subjects.len() * engines.len());
+    let mut rows = Vec::new();
+    for subject in &subjects {
+        bar.set_message(subject.name);
+        let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs())?;
+        for (place, engine) in engines.iter().enumerate() {
+            for row in subject.rows(engine, &oracle, &arguments.kernels) {
+                report.object(&row)?;
+                rows.push((place, row));
+            }
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    for (place, engine) in engines.iter().enumerate() {
+        let label = engine.label();
+        let cells: Vec<_> = rows.iter().filter(|(at, _)| *at == place).map(|(_, row)| row.cells()).collect();
+        report.line(format!("\n{label} ({})", label.driver))?;
+        report.table(&HEADER, &cells)?;
+    }
+
+    let wrong = rows.iter().filter(|(_, row)| row.verdict != "ok").count();
+    if adapters.is_empty() {
+        report.line(format!(
+            "No GPU adapter was found: only the CPU reference ran, nothing was checked on a GPU.\n{}",
+            engine::how_to_get_one()
+        ))?;
+    }
+    report.line(format!(
+        "{} of {} results within their error budget, on {} adapters and the CPU reference",
+        rows.len() - wrong,
+        rows.len(),
+        engines.len() - 1
+    ))?;
+    Ok(if wrong + broken > 0 { Outcome::Differs } else { Outcome::Right })
+}

@@ -1,0 +1,8 @@
+//! The subcommands, one file each.
+
+pub mod adapters;
+pub mod bench;
+pub mod cases;
+pub mod check;
+pub mod plan;
+pub mod run;

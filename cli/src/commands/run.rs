@@ -1,0 +1,146 @@
+//! `run`: attention on the tensors of a file.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use safetensors::{Dtype, View};
+use serde_json::json;
+use wgpu_attention::{Element, Window};
+
+use crate::Outcome;
+use crate::archive::Archive;
+use crate::engine::{self, DeviceArgs, Engine, KernelArgs};
+use crate::error::{Error, Result};
+use crate::floats::Floats;
+use crate::options::{CausalArg, LayoutArg};
+use crate::report::Report;
+use crate::request::Request;
+
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Tensors q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k
+    #[arg(long)]
+    input: PathBuf,
+    /// Where out, and what else is asked for, is written
+    #[arg(long)]
+    output: PathBuf,
+    /// Adapter: index, part of its name, or backend:part (default: the best one)
+    #[arg(long, conflicts_with = "cpu")]
+    adapter: Option<String>,
+    /// Run the CPU reference in f32 instead
+    #[arg(long)]
+    cpu: bool,
+    #[arg(long, value_enum, default_value_t)]
+    causal: CausalArg,
+    /// Factor of q·k (default 1/√D)
+    #[arg(long, allow_negative_numbers = true)]
+    scale: Option<f32>,
+    /// Soft cap of the scores
+    #[arg(long, allow_negative_numbers = true)]
+    softcap: Option<f32>,
+    /// Keys visible before the position of a query
+    #[arg(long)]
+    window_left: Option<u32>,
+    /// Keys visible after the position of a query
+    #[arg(long)]
+    window_right: Option<u32>,
+    /// Layout of q, k, v and out; with cu_seqlens_q they are [tokens, heads, dim]
+    #[arg(long, value_enum, default_value_t)]
+    layout: LayoutArg,
+    /// Also write the softmax weights, f32
+    #[arg(long)]
+    weights: bool,
+    /// Also write the log-sum-exp of each row, f32
+    #[arg(long)]
+    lse: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    kernels: KernelArgs,
+}
+
+/// A tensor to write.
+struct Written {
+    shape: Vec<usize>,
+    data: Floats,
+}
+
+impl View for &Written {
+    fn dtype(&self) -> Dtype {
+        match self.data.element() {
+            Element::F32 => Dtype::F32,
+            Element::F16 => Dtype::F16,
+            Element::Bf16 => Dtype::BF16,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.data.elements().bytes().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.elements().bytes().len()
+    }
+}
+
+fn engine(arguments: &Arguments) -> Result<Engine> {
+    if arguments.cpu {
+        return Ok(Engine::Cpu);
+    }
+    let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
+    Ok(Engine::Gpu(Box::new(gpu)))
+}
+
+pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    let archive = Archive::read(&arguments.input)?;
+    let Request { mut problem, operands, out_shape, lse_shape } = Request::read(&archive, arguments.layout.into())?;
+    problem.causal = arguments.causal.into();
+    problem.scale = arguments.scale;
+    problem.softcap = arguments.softcap;
+    problem.window = Window { left: arguments.window_left, right: arguments.window_right };
+    (problem.weights, problem.lse) = (arguments.weights, arguments.lse);
+    let refused = |source| archive.problem(source);
+    problem.check().map_err(refused)?.check_inputs(&operands.inputs()).map_err(refused)?;
+
+    let engine = engine(arguments)?;
+    let outputs = engine.attention(&problem, &operands.inputs(), &arguments.kernels)?;
+    let mut tensors = vec![("out", Written { shape: out_shape, data: Floats::rounded(&outputs.out, problem.element) })];
+    if let Some(weights) = outputs.weights {
+        let shape = [problem.batch, problem.heads, problem.seq_q, problem.seq_kv].map(|n| n as usize).to_vec();
+        tensors.push(("weights", Written { shape, data: Floats::F32(weights) }));
+    }
+    if let Some(lse) = outputs.lse {
+        tensors.push(("lse", Written { shape: lse_shape, data: Floats::F32(lse) }));
+    }
+    let label = engine.label();
+    let metadata = HashMap::from([
+        ("producer".to_string(), concat!("wgpu-attention ", env!("CARGO_PKG_VERSION")).to_string()),
+        ("adapter".to_string(), label.to_string()),
+    ]);
+    let bytes = safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, tensor)), Some(metadata))
+        .map_err(|source| Error::Safetensors { path: arguments.output.clone(), source })?;
+    std::fs::write(&arguments.output, bytes)
+        .map_err(|source| Error::File { path: arguments.output.clone(), source })?;
+
+    let written: Vec<_> = tensors
+        .iter()
+        .map(
+            |(name, tensor)| json!({"tensor": name, "dtype": tensor.data.element().to_string(), "shape": tensor.shape}),
+        )
+        .collect();
+    report.object(&json!({
+        "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
+        "output": arguments.output.to_string_lossy(), "tensors": written,
+    }))?;
+    for (name, tensor) in &tensors {
+        report.line(format!("{name} {} {:?}", tensor.data.element(), tensor.shape))?;
+    }
+    report.line(format!("computed by {label}, written to {}", arguments.output.display()))?;
+    Ok(Outcome::Right)
+}

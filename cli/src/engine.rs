@@ -1,0 +1,212 @@
+//! What computes: a GPU adapter with its device, or the CPU reference.
+
+use clap::Args;
+use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
+use wgpu_attention::{DeviceOptions, Error, Form, Gpu, Inputs, Options, Outputs, Problem, reference};
+
+/// Which device is opened and how.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DeviceArgs {
+    /// Open devices with the lowest limits that WebGPU guarantees on old hardware and without optional features
+    #[arg(long)]
+    pub low_limits: bool,
+    /// Compile shaders with runtime checks of bounds and loops (slower)
+    #[arg(long)]
+    pub checked: bool,
+}
+
+/// How kernels are chosen; what is absent is left to the planner.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct KernelArgs {
+    /// Body of the kernels
+    #[arg(long, value_enum)]
+    pub form: Option<FormArg>,
+    /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
+    #[arg(long, value_enum)]
+    pub f16: Option<F16Arg>,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum FormArg {
+    /// Tiles shared by a workgroup: for GPUs
+    Tiled,
+    /// One row per invocation: for adapters that run on a CPU
+    Lanes,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum F16Arg {
+    Native,
+    Packed,
+}
+
+impl KernelArgs {
+    pub fn options(&self) -> Options {
+        let form = self.form.map(|form| match form {
+            FormArg::Tiled => Form::Tiled,
+            FormArg::Lanes => Form::Lanes,
+        });
+        let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
+        Options { form, native_f16, ..Options::default() }
+    }
+}
+
+/// One way to compute attention.
+#[derive(Debug)]
+pub enum Engine {
+    Gpu(Box<Gpu>),
+    /// The f32 instance of the reference.
+    Cpu,
+}
+
+/// How an engine is named in every table and object. lavapipe and llvmpipe call themselves the same, so the backend is always there.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Label {
+    pub adapter: String,
+    pub backend: String,
+    pub driver: String,
+}
+
+impl Label {
+    pub fn of(info: &AdapterInfo) -> Self {
+        let driver = format!("{} {}", info.driver, info.driver_info).trim().to_string();
+        Label { adapter: info.name.clone(), backend: info.backend.to_string(), driver }
+    }
+
+    fn cpu() -> Self {
+        Label { adapter: "CPU reference".into(), backend: "cpu".into(), driver: "f32".into() }
+    }
+}
+
+impl std::fmt::Display for Label {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} · {}", self.adapter, self.backend)
+    }
+}
+
+impl Engine {
+    pub fn label(&self) -> Label {
+        match self {
+            Engine::Gpu(gpu) => Label::of(gpu.info()),
+            Engine::Cpu => Label::cpu(),
+        }
+    }
+
+    /// Runs one problem. The CPU has one kernel, so `kernels` does not concern it.
+    pub fn attention(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        kernels: &KernelArgs,
+    ) -> wgpu_attention::Result<Outputs> {
+        match self {
+            Engine::Gpu(gpu) => gpu.attention_with(problem, inputs, &kernels.options()),
+            Engine::Cpu => reference::attention::<f32>(problem, inputs),
+        }
+    }
+}
+
+/// Opens one adapter.
+pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<Gpu> {
+    let mut options = DeviceOptions { checked: device.checked, ..DeviceOptions::default() };
+    if device.low_limits {
+        options.limits = Some(Limits::downlevel_defaults().or_worse_values_from(&adapter.limits()));
+        options.features = Some(Features::empty());
+    }
+    Gpu::open(adapter, &options)
+}
+
+/// The adapters that `wanted` names, in its order, or all of them if it names none.
+pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
+    let adapters = Gpu::adapters();
+    if wanted.is_empty() {
+        return Ok(adapters);
+    }
+    let labels: Vec<Label> = adapters.iter().map(|adapter| Label::of(&adapter.get_info())).collect();
+    let chosen: Vec<usize> = wanted.iter().map(|wanted| find(wanted, &labels)).collect::<Result<_, _>>()?;
+    Ok(chosen.into_iter().map(|index| adapters[index].clone()).collect())
+}
+
+/// The adapter that `wanted` names, or the library's choice.
+pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<Gpu> {
+    match wanted {
+        Some(wanted) => open(&choose(&[wanted.to_string()])?[0], device),
+        None if !device.low_limits && !device.checked => Gpu::new(),
+        None => {
+            let best = Gpu::new()?;
+            let adapters = Gpu::adapters();
+            let same = adapters.iter().find(|adapter| adapter.get_info() == *best.info());
+            open(same.expect("the library's choice is one of its adapters"), device)
+        }
+    }
+}
+
+/// Position of the one adapter with this index, part of its name, or `backend:part`.
+fn find(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<usize> {
+    let list = |indices: &[usize]| -> String {
+        let named: Vec<String> = indices.iter().map(|&index| format!("{index}: {}", labels[index])).collect();
+        if named.is_empty() { "none".into() } else { named.join(", ") }
+    };
+    let missing = || {
+        let all: Vec<usize> = (0..labels.len()).collect();
+        Error::NoAdapter { wanted: format!(" {wanted:?}"), found: list(&all) }
+    };
+    if let Ok(index) = wanted.parse::<usize>() {
+        return if index < labels.len() { Ok(index) } else { Err(missing()) };
+    }
+    let wanted_lower = wanted.to_lowercase();
+    let by_backend = wanted_lower.split_once(':');
+    let matches = |label: &Label| {
+        let name = label.adapter.to_lowercase();
+        name.contains(&wanted_lower)
+            || by_backend.is_some_and(|(backend, part)| label.backend == backend && name.contains(part))
+    };
+    let found: Vec<usize> = (0..labels.len()).filter(|&index| matches(&labels[index])).collect();
+    match found[..] {
+        [] => Err(missing()),
+        [index] => Ok(index),
+        _ => Err(Error::AmbiguousAdapter { wanted: wanted.into(), found: list(&found) }),
+    }
+}
+
+/// What to do on this operating system to get an adapter.
+pub fn how_to_get_one() -> &'static str {
+    if cfg!(target_os = "linux") {
+        "Install a Vulkan driver of your GPU, or Mesa's, which also runs on the CPU:\n  \
+         sudo apt install mesa-vulkan-drivers libvulkan1 libegl1 libgles2 libgl1-mesa-dri   (Debian, Ubuntu)\n\
+         In a container, pass the GPU through (--device /dev/dri, or --gpus all). WGPU_BACKEND, if set, must not exclude the backend."
+    } else if cfg!(target_os = "macos") {
+        "macOS has Metal built in: check that this is a session with access to the GPU (not a virtual machine without one), \
+         and that WGPU_BACKEND, if set, names metal."
+    } else if cfg!(target_os = "windows") {
+        "Windows has Direct3D 12 built in, with a software adapter: check that the GPU driver is installed and enabled in the \
+         Device Manager, and that WGPU_BACKEND, if set, names dx12 or vulkan."
+    } else {
+        "Install a Vulkan driver, and check that WGPU_BACKEND, if set, names vulkan or gl."
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn label(adapter: &str, backend: &str) -> Label {
+        Label { adapter: adapter.into(), backend: backend.into(), driver: String::new() }
+    }
+
+    #[test]
+    fn adapters_are_found_by_index_name_and_backend() {
+        let labels = [label("llvmpipe (LLVM)", "vulkan"), label("llvmpipe (LLVM)", "gl"), label("Arc A770", "vulkan")];
+        assert_eq!(find("1", &labels).unwrap(), 1);
+        assert_eq!(find("arc", &labels).unwrap(), 2);
+        assert_eq!(find("gl:", &labels).unwrap(), 1);
+        assert_eq!(find("vulkan:LLVM", &labels).unwrap(), 0);
+        assert!(matches!(find("llvm", &labels), Err(Error::AmbiguousAdapter { .. })));
+        assert!(matches!(find("vulkan:", &labels), Err(Error::AmbiguousAdapter { .. })));
+        for missing in ["3", "metal:", "nvidia", "99999999999999999999999"] {
+            assert!(matches!(find(missing, &labels), Err(Error::NoAdapter { .. })), "{missing}");
+        }
+        let error = find("nvidia", &[]).unwrap_err().to_string();
+        assert!(error.contains("\"nvidia\"; found: none"), "{error}");
+    }
+}

@@ -1,0 +1,35 @@
+//! What can go wrong on the command line. Each message names the file, the tensor or the option.
+
+use std::path::PathBuf;
+
+use safetensors::{Dtype, SafeTensorError};
+
+/// Shorthand for a result with this package's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Usage and input errors. The process ends with code 2 on any of them.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{}: {source}", path.display())]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("{}: not a safetensors file: {source}", path.display())]
+    Safetensors { path: PathBuf, source: SafeTensorError },
+    #[error("{}: tensor {tensor:?} is missing", path.display())]
+    MissingTensor { path: PathBuf, tensor: String },
+    #[error("{}: tensor {tensor:?} has type {got:?}; it must be {want}", path.display())]
+    TensorType { path: PathBuf, tensor: String, got: Dtype, want: &'static str },
+    #[error("{}: tensor {tensor:?} has shape {got:?}; it must be {want}", path.display())]
+    TensorShape { path: PathBuf, tensor: String, got: Vec<usize>, want: String },
+    #[error("{}: tensor {tensor:?} holds {value} at index {index}; it must be {want}", path.display())]
+    TensorValue { path: PathBuf, tensor: String, index: usize, value: i64, want: String },
+    #[error("{}: metadata {key:?} is missing", path.display())]
+    MissingMetadata { path: PathBuf, key: String },
+    #[error("{}: metadata {key:?} is {value:?}; it must be {want}", path.display())]
+    Metadata { path: PathBuf, key: String, value: String, want: String },
+    #[error("{}: {source}", path.display())]
+    Problem { path: PathBuf, source: wgpu_attention::Error },
+    #[error("{0}")]
+    Attention(#[from] wgpu_attention::Error),
+    #[error("standard output: {0}")]
+    Output(#[from] std::io::Error),
+}

@@ -1,0 +1,90 @@
+//! Command line of `wgpu-attention`: check, bench and run attention on every GPU adapter of the machine.
+//!
+//! Exit codes: 0 when all is well, 1 when a result differs from what it should be, 2 for usage and input errors.
+
+mod archive;
+mod cases;
+mod commands;
+mod difference;
+mod engine;
+mod error;
+mod floats;
+mod operands;
+mod options;
+mod oracle;
+mod probe;
+mod report;
+mod request;
+mod sample;
+mod timer;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{adapters, bench, cases as case_files, check, plan, run};
+use error::Error;
+use report::Report;
+
+/// Attention on any GPU: checks, benchmarks and runs it on every adapter of this machine.
+#[derive(Parser)]
+#[command(name = "wgpu-attention", version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// One JSON object a line instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    check: check::Arguments,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compare every adapter and the CPU path with the f64 reference (what happens without a subcommand)
+    Check(check::Arguments),
+    /// List the adapters with the features and limits that matter here
+    Adapters,
+    /// Run attention on the tensors of a safetensors file
+    Run(run::Arguments),
+    /// Run case files: what other implementations computed
+    Cases(case_files::Arguments),
+    /// Time problems beside the adapter's own ceilings
+    Bench(bench::Arguments),
+    /// Print which kernels would run for a problem, in which order, and why
+    Plan(plan::Arguments),
+}
+
+/// Whether everything was as it should be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Outcome {
+    Right,
+    Differs,
+    /// Some input could not be read; the rest was done.
+    BadInput,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let report = Report { json: arguments.json };
+    let outcome = match &arguments.command {
+        None => check::run(&arguments.check, report),
+        Some(Command::Check(arguments)) => check::run(arguments, report),
+        Some(Command::Adapters) => adapters::run(report),
+        Some(Command::Run(arguments)) => run::run(arguments, report),
+        Some(Command::Cases(arguments)) => case_files::run(arguments, report),
+        Some(Command::Bench(arguments)) => bench::run(arguments, report),
+        Some(Command::Plan(arguments)) => plan::run(arguments, report),
+    };
+    match outcome {
+        Ok(Outcome::Right) => ExitCode::SUCCESS,
+        Ok(Outcome::Differs) => ExitCode::from(1),
+        Ok(Outcome::BadInput) => ExitCode::from(2),
+        // The reader has seen enough, as in `… | head`.
+        Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            report::complain(error);
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Measures an adapter's own ceilings, in the same run as the benchmark: multiply-adds and copy bandwidth of plain shaders.
+
+use wgpu_attention::wgpu::{
+    BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferDescriptor, BufferUsages, CommandEncoder,
+    ComputePassDescriptor, ComputePipeline, ComputePipelineDescriptor, ErrorFilter, PipelineCompilationOptions,
+    ShaderModule, ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource,
+};
+use wgpu_attention::{Gpu, Result};
+
+use crate::timer::Timer;
+
+/// Operations of one round of either multiply-add probe: 48 multiply-adds of 4 lanes.
+const FLOPS_A_ROUND: f64 = 48.0 * 4.0 * 2.0;
+/// Few chains fit the registers of a CPU adapter, many hide the latency of a GPU: the faster one is the ceiling.
+const MULTIPLY_ADD: [&str; 2] = ["few_chains", "many_chains"];
+/// Workgroups of 64 invocations: enough to fill any GPU.
+const GROUPS: u32 = 1024;
+/// A measurement lasts at least this long, so that the cost of a submission does not count.
+const LONG_MS: f64 = 20.0;
+/// Rounds are a float in the shader's data: this many are exact, and no GPU needs more.
+const MOST_ROUNDS: u32 = 1 << 23;
+/// Bytes copied, if the device binds as much: beyond any cache.
+const COPY_BYTES: u64 = 128 << 20;
+/// Bytes that a workgroup of `copy` moves: 256 invocations of 4 vec4.
+const GROUP_BYTES: u64 = 256 * 4 * 16;
+const REPEATS: usize = 5;
+
+/// What plain shaders reach on this adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceilings {
+    pub gflops: f64,
+    /// Bytes read plus bytes written, 10⁹ a second.
+    pub gbs: f64,
+}
+
+/// Runs both probes.
+pub fn ceilings(gpu: &Gpu, timer: &Timer<'_>) -> Result<Ceilings> {
+    let device = gpu.device();
+    // What wgpu refuses comes back as an error, not as a panic in its default handler.
+    let scopes = [ErrorFilter::Validation, ErrorFilter::OutOfMemory].map(|filter| device.push_error_scope(filter));
+    let measured = measure(gpu, timer);
+    for scope in scopes.into_iter().rev() {
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(error.into());
+        }
+    }
+    measured
+}
+
+fn measure(gpu: &Gpu, timer: &Timer<'_>) -> Result<Ceilings> {
+    let description =
+        ShaderModuleDescriptor { label: Some("probe"), source: ShaderSource::Wgsl(include_str!("probe.wgsl").into()) };
+    // SAFETY: every index of probe.wgsl is below the length of its buffer: `Probe::new` sizes both by the dispatch.
+    let module = unsafe { gpu.device().create_shader_module_trusted(description, ShaderRuntimeChecks::unchecked()) };
+    let [few, many] = MULTIPLY_ADD.map(|entry| multiply_add(gpu, timer, &module, entry));
+    Ok(Ceilings { gflops: few?.max(many?), gbs: copy(gpu, timer, &module)? })
+}
+
+fn multiply_add(gpu: &Gpu, timer: &Timer<'_>, module: &ShaderModule, entry: &'static str) -> Result<f64> {
+    let invocations = u64::from(GROUPS) * 64;
+    let probe = Probe::new(gpu, module, entry, 48, invocations * 16, GROUPS);
+    let mut rounds = 8;
+    loop {
+        let data = [[0.5f32; 4], [0.5; 4], [rounds as f32, 0.0, 0.0, 0.0]];
+        gpu.queue().write_buffer(&probe.source, 0, bytemuck::cast_slice(&data));
+        let ms = probe.best(timer, if rounds == 8 { 1 } else { 2 })?;
+        if ms >= LONG_MS || rounds >= MOST_ROUNDS {
+            let ms = ms.min(probe.best(timer, REPEATS)?);
+            return Ok(invocations as f64 * f64::from(rounds) * FLOPS_A_ROUND / ms / 1e6);
+        }
+        // At most eight times as long as a run that was short: no dispatch outlasts a watchdog.
+        rounds = if ms * 8.0 < LONG_MS { rounds * 8 } else { rounds * 2 };
+    }
+}
+
+fn copy(gpu: &Gpu, timer: &Timer<'_>, module: &ShaderModule) -> Result<f64> {
+    let limits = gpu.device().limits();
+    let most = COPY_BYTES.min(limits.max_storage_buffer_binding_size).min(limits.max_buffer_size);
+    let groups = (most / GROUP_BYTES).clamp(1, limits.max_compute_workgroups_per_dimension.into());
+    let bytes = groups * GROUP_BYTES;
+    let probe = Probe::new(gpu, module, "copy", bytes, bytes, groups as u32);
+    probe.best(timer, 1)?;
+    Ok(2.0 * bytes as f64 / probe.best(timer, REPEATS)? / 1e6)
+}
+
+/// One entry point with its buffers.
+struct Probe {
+    source: Buffer,
+    pipeline: ComputePipeline,
+    bindings: BindGroup,
+    groups: u32,
+}
+
+impl Probe {
+    fn new(gpu: &Gpu, module: &ShaderModule, entry: &'static str, source: u64, sink: u64, groups: u32) -> Self {
+        let device = gpu.device();
+        let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {
+            label: Some(entry),
+            layout: None,
+            module,
+            entry_point: Some(entry),
+            compilation_options: PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let buffer = |size| {
+            let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
+            device.create_buffer(&BufferDescriptor { label: Some(entry), size, usage, mapped_at_creation: false })
+        };
+        let (source, sink) = (buffer(source), buffer(sink));
+        let bindings = device.create_bind_group(&BindGroupDescriptor {
+            label: Some(entry),
+            layout: &pipeline.get_bind_group_layout(0),
+            entries: &[
+                BindGroupEntry { binding: 0, resource: source.as_entire_binding() },
+                BindGroupEntry { binding: 1, resource: sink.as_entire_binding() },
+            ],
+        });
+        Probe { source, pipeline, bindings, groups }
+    }
+
+    fn record(&self, encoder: &mut CommandEncoder) {
+        let mut pass =
+            encoder.begin_compute_pass(&ComputePassDescriptor { label: Some("probe"), timestamp_writes: None });
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bindings, &[]);
+        pass.dispatch_workgroups(self.groups, 1, 1);
+    }
+
+    /// Shortest time of some runs in milliseconds: a ceiling is what nothing disturbed.
+    fn best(&self, timer: &Timer<'_>, runs: usize) -> Result<f64> {
+        let mut best = f64::INFINITY;
+        for _ in 0..runs {
+            best = best.min(timer.time(|encoder| {
+                self.record(encoder);
+                Ok(())
+            })?);
+        }
+        // A clock too coarse to see the run must not make the rate infinite.
+        Ok(best.max(1e-6))
+    }
+}

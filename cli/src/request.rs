@@ -1,0 +1,99 @@
+//! A problem and its operands from the tensors of a file: `q k v`, and optionally `mask`, `bias`, `kv_lens`, `alibi_slopes`,
+//! `sinks`, and `cu_seqlens_q` with `cu_seqlens_k` for sequences laid end to end.
+
+use wgpu_attention::{Layout, Packed, Problem};
+
+use crate::archive::Archive;
+use crate::error::Result;
+use crate::operands::Operands;
+
+/// What a file asks for, and the shapes of what comes out.
+#[derive(Debug)]
+pub struct Request {
+    pub problem: Problem,
+    pub operands: Operands,
+    pub out_shape: Vec<usize>,
+    pub lse_shape: Vec<usize>,
+}
+
+impl Request {
+    /// Reads the tensors, which lie in `layout`; with `cu_seqlens_q` they are [tokens, heads, dim] instead.
+    pub fn read(archive: &Archive, layout: Layout) -> Result<Self> {
+        let mut operands =
+            Operands::new(archive.floats("q")?.clone(), archive.floats("k")?.clone(), archive.floats("v")?.clone());
+        let (mut problem, out_shape, lse_shape) = if archive.has("cu_seqlens_q") || archive.has("cu_seqlens_k") {
+            packed(archive, &mut operands)?
+        } else {
+            dense(archive, layout)?
+        };
+        problem.element = operands.q.element();
+        if archive.has("mask") {
+            let shape = archive.broadcast("mask", "mask")?;
+            operands.set_mask(&mut problem, shape, archive.bools("mask")?.to_vec());
+        }
+        if archive.has("bias") {
+            let shape = archive.broadcast("bias", "bias")?;
+            operands.set_bias(&mut problem, shape, archive.floats("bias")?.clone());
+        }
+        if archive.has("kv_lens") {
+            operands.set_key_lengths(&mut problem, archive.lengths("kv_lens")?);
+        }
+        if archive.has("alibi_slopes") {
+            operands.set_alibi(&mut problem, archive.f32s("alibi_slopes")?.to_vec());
+        }
+        if archive.has("sinks") {
+            operands.set_sinks(&mut problem, archive.f32s("sinks")?.to_vec());
+        }
+        Ok(Request { problem, operands, out_shape, lse_shape })
+    }
+}
+
+/// A dense problem with the shapes of `out` and `lse`.
+fn dense(archive: &Archive, layout: Layout) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
+    let sizes = |name| -> Result<[u32; 4]> {
+        let [batch, b, c, dim] = archive.sizes_of_rank(name)?;
+        Ok(if layout == Layout::Bshd { [batch, c, b, dim] } else { [batch, b, c, dim] })
+    };
+    let [batch, heads, seq_q, head_dim] = sizes("q")?;
+    let [k_batch, kv_heads, seq_kv, k_dim] = sizes("k")?;
+    let [v_batch, v_heads, v_rows, value_dim] = sizes("v")?;
+    if [k_batch, k_dim] != [batch, head_dim] {
+        return Err(archive.wrong_shape("k", "of the same batch and head dimension as q"));
+    }
+    if [v_batch, v_heads, v_rows] != [batch, kv_heads, seq_kv] {
+        return Err(archive.wrong_shape("v", "like k but for the last axis"));
+    }
+    let mut problem = Problem::new(batch, heads, seq_q, seq_kv, head_dim).with_layout(layout);
+    (problem.kv_heads, problem.value_dim) = (kv_heads, value_dim);
+    let mut out = archive.shape("q")?.to_vec();
+    out[3] = value_dim as usize;
+    Ok((problem, out, [batch, heads, seq_q].map(|n| n as usize).to_vec()))
+}
+
+/// A packed problem, tokens first, with the shapes of `out` and `lse`.
+fn packed(archive: &Archive, operands: &mut Operands) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
+    let [total_q, heads, head_dim] = archive.sizes_of_rank("q")?;
+    let [total_kv, kv_heads, k_dim] = archive.sizes_of_rank("k")?;
+    let [v_rows, v_heads, value_dim] = archive.sizes_of_rank("v")?;
+    if k_dim != head_dim {
+        return Err(archive.wrong_shape("k", "of the same head dimension as q"));
+    }
+    if [v_rows, v_heads] != [total_kv, kv_heads] {
+        return Err(archive.wrong_shape("v", "like k but for the last axis"));
+    }
+    let bounds_q = archive.lengths("cu_seqlens_q")?;
+    let bounds_kv = archive.lengths("cu_seqlens_k")?;
+    if bounds_q.len() < 2 {
+        return Err(archive.wrong_shape("cu_seqlens_q", "of at least two boundaries"));
+    }
+    // Falling boundaries are the library's to refuse.
+    let longest = |bounds: &[u32]| bounds.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0).max(1);
+    let batch = (bounds_q.len() - 1) as u32;
+    let mut problem =
+        Problem::new(batch, heads, longest(&bounds_q), longest(&bounds_kv), head_dim).with_layout(Layout::Bshd);
+    (problem.kv_heads, problem.value_dim) = (kv_heads, value_dim);
+    problem.packed = Some(Packed { total_q, total_kv });
+    (operands.cu_seqlens_q, operands.cu_seqlens_kv) = (Some(bounds_q), Some(bounds_kv));
+    let out = [total_q, heads, value_dim].map(|n| n as usize).to_vec();
+    Ok((problem, out, vec![heads as usize, total_q as usize]))
+}
