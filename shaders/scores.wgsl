@@ -52,26 +52,19 @@ fn main(
     {{ "@builtin(subgroup_invocation_id)" if subgroup else "@builtin(local_invocation_index)" }} lane: u32,
 ) {
     let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
     let batch = here.batch;
     let head = here.head;
     let seq = sequence(batch);
     let row_first = params.row0 + here.row_tile * (LANES * ROWS);
     let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
+    let row_last = max(row_end, 1u) - 1u;
     let range = tile_range(seq, row_first, min(row_first + LANES * ROWS - 1u, row_last));
     let key_first = params.key0 + here.col_tile * KEYS;
     let key_begin = max(key_first, range.x & ~3u);
-    let key_end = min(min(key_first + KEYS, params.key_end), range.y);
-    if (key_begin >= key_end || seq.stored == 0u) {
-        return;
-    }
-    let key_last = seq.stored - 1u;
+    let key_stop = min(min(key_first + KEYS, params.key_end), min(range.y, seq.stored));
+    // No early return: a CPU driver would run all that follows under a mask. Without work the loop is empty.
+    let key_end = select(0u, key_stop, here.inside && row_first < row_end);
+    let key_last = max(seq.stored, 1u) - 1u;
 {% for r in range(rows) %}
     let owned_{{ r }} = row_first + {{ r * lanes }}u + lane <= row_last;
     let row_{{ r }} = min(row_first + {{ r * lanes }}u + lane, row_last);
@@ -130,9 +123,11 @@ fn main(
 {% else %}
             let b_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}), held_{{ c }});
 {% endif %}
+{% if c % 2 == 1 %}
 {% for r in range(rows) %}
-            sum_{{ r }}.{{ component }} += dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }});
+            sum_{{ r }}.{{ component }} += dot(q_{{ r }}_{{ c - 1 }}, b_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }});
 {% endfor %}
+{% endif %}
 {% endfor %}
 {% endfor %}
             if (valid <= DIMS) {

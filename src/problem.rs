@@ -353,17 +353,17 @@ pub struct Inputs<'a> {
     pub mask: Option<&'a [u8]>,
     /// Additive bias.
     pub bias: Option<Elements<'a>>,
-    /// Key lengths, [batch].
+    /// Key lengths, `[batch]`.
     pub key_lengths: Option<&'a [u32]>,
-    /// Offsets of [`Causal::Offset`], [batch].
+    /// Offsets of [`Causal::Offset`], `[batch]`.
     pub offsets: Option<&'a [i32]>,
-    /// ALiBi slopes, [heads].
+    /// ALiBi slopes, `[heads]`.
     pub alibi_slopes: Option<&'a [f32]>,
-    /// Attention sinks, [heads].
+    /// Attention sinks, `[heads]`.
     pub sinks: Option<&'a [f32]>,
-    /// Boundaries of the query sequences, [batch + 1].
+    /// Boundaries of the query sequences, `[batch + 1]`.
     pub cu_seqlens_q: Option<&'a [u32]>,
-    /// Boundaries of the key sequences, [batch + 1].
+    /// Boundaries of the key sequences, `[batch + 1]`.
     pub cu_seqlens_kv: Option<&'a [u32]>,
 }
 

@@ -19,11 +19,13 @@ struct Place {
 
 // Workgroups are numbered through, so that any count folds into three grid axes; columns run fastest, then rows, then heads.
 fn place(workgroup: vec3<u32>, grid: vec3<u32>) -> Place {
-    let index = params.first + workgroup.x + grid.x * (workgroup.y + grid.y * workgroup.z);
+    let number = params.first + workgroup.x + grid.x * (workgroup.y + grid.y * workgroup.z);
+    // The grid may overshoot; whoever does not return then still forms addresses that exist.
+    let index = min(number, params.end - 1u);
     let line = index / params.col_tiles;
     let plane = line / params.row_tiles;
     return Place(
-        index < params.end,
+        number < params.end,
         params.batch0 + plane / params.heads,
         params.head0 + plane % params.heads,
         line % params.row_tiles,
