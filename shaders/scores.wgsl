@@ -123,9 +123,9 @@ fn main(
 {% else %}
             let b_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}), held_{{ c }});
 {% endif %}
-{% if c % 2 == 1 %}
+{% if c % 4 == 3 %}
 {% for r in range(rows) %}
-            sum_{{ r }}.{{ component }} += dot(q_{{ r }}_{{ c - 1 }}, b_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }});
+            sum_{{ r }}.{{ component }} += (dot(q_{{ r }}_{{ c - 3 }}, b_{{ j }}_{{ c - 3 }}) + dot(q_{{ r }}_{{ c - 2 }}, b_{{ j }}_{{ c - 2 }})) + (dot(q_{{ r }}_{{ c - 1 }}, b_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }}));
 {% endfor %}
 {% endif %}
 {% endfor %}
@@ -220,8 +220,13 @@ fn main(
 {% for c in range(cols) %}
         let k_{{ d }}_{{ c }} = sh_k[(across + {{ c * (tile_cols // cols) }}u) * PITCH + {{ d }}u];
 {% for r in range(rows) %}
-        sum_{{ r }}_{{ c }} += dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
+        {{ "var" if d == 0 else "" }} part_{{ r }}_{{ c }} {{ "" if d == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
 {% endfor %}
+{% endfor %}
+{% endfor %}
+{% for r in range(rows) %}
+{% for c in range(cols) %}
+        sum_{{ r }}_{{ c }} += part_{{ r }}_{{ c }};
 {% endfor %}
 {% endfor %}
         workgroupBarrier();

@@ -266,7 +266,11 @@ impl Gpu {
             sinks: some("sinks", cast(inputs.sinks)),
             cu_seqlens_q: some("cu_seqlens_q", cast(inputs.cu_seqlens_q)),
             cu_seqlens_kv: some("cu_seqlens_kv", cast(inputs.cu_seqlens_kv)),
-            lse: nan("lse", s.lse, s.lse_len()),
+            // Tokens that no packed sequence owns stay 0.
+            lse: match s.packed {
+                Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
+                None => nan("lse", s.lse, s.lse_len()),
+            },
             weights: nan("weights", s.weights, s.scores_len()),
             logits: nan("logits", s.logits.is_some(), s.scores_len()),
         };
