@@ -50,7 +50,7 @@ params! {
     head_dim: u32,
     /// Last axis of v and out.
     value_dim: u32,
-    /// Bits of [`flags`].
+    /// One bit a rule or operand that is on.
     flags: u32,
     /// Factor of q·k.
     scale: f32,

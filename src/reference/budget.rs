@@ -219,7 +219,7 @@ struct Magnitude {
 
 fn magnitude(row: &Row<'_>, j: usize, raw: f64, logit: f64) -> Magnitude {
     let capped = raw + f64::from(row.shape.softcap.unwrap_or(0.0));
-    let (before, bias) = (capped + row.alibi(j), row.bias(j));
+    let (before, bias) = (capped + row.alibi(j).abs(), row.bias(j));
     // f32 has 24 bits: less than a quarter of the last place is lost in the sum, which is then the bias itself.
     let absorbed = before <= bias.abs() * U / 4.0;
     let delta = if absorbed { (logit - logits::finite(bias)).abs() } else { 4.0 * U * (before + bias.abs()) };
