@@ -212,6 +212,57 @@ impl Archive {
     }
 }
 
+/// Files for the tests of what reads them.
+#[cfg(test)]
+pub mod builder {
+    use std::collections::HashMap;
+
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    /// Tensors and metadata of a file to be.
+    #[derive(Default)]
+    pub struct Builder {
+        tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+        metadata: HashMap<String, String>,
+    }
+
+    impl Builder {
+        pub fn text(mut self, key: &str, value: &str) -> Self {
+            self.metadata.insert(key.into(), value.into());
+            self
+        }
+
+        pub fn f32s(self, name: &str, shape: &[usize], values: &[f32]) -> Self {
+            self.tensor(name, Dtype::F32, shape, bytemuck::cast_slice(values))
+        }
+
+        pub fn tensor(mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Self {
+            self.tensors.insert(name.into(), (dtype, shape.to_vec(), bytes.to_vec()));
+            self
+        }
+
+        pub fn without(mut self, name: &str) -> Self {
+            self.tensors.remove(name);
+            self
+        }
+
+        pub fn bytes(&self) -> Vec<u8> {
+            let views = self
+                .tensors
+                .iter()
+                .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+            safetensors::serialize(views, Some(self.metadata.clone())).unwrap()
+        }
+
+        pub fn archive(&self) -> Archive {
+            Archive::parse(Path::new("case.safetensors"), &self.bytes()).unwrap()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use safetensors::tensor::TensorView;

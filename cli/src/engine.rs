@@ -5,7 +5,7 @@ use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{DeviceOptions, Error, Form, Gpu, Inputs, Options, Outputs, Problem, reference};
 
 /// Which device is opened and how.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, PartialEq)]
 pub struct DeviceArgs {
     /// Open devices with the lowest limits that WebGPU guarantees on old hardware and without optional features
     #[arg(long)]
@@ -16,7 +16,7 @@ pub struct DeviceArgs {
 }
 
 /// How kernels are chosen; what is absent is left to the planner.
-#[derive(Args, Clone, Copy, Debug, Default)]
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
 pub struct KernelArgs {
     /// Body of the kernels
     #[arg(long, value_enum)]
@@ -26,7 +26,7 @@ pub struct KernelArgs {
     pub f16: Option<F16Arg>,
 }
 
-#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
 pub enum FormArg {
     /// Tiles shared by a workgroup: for GPUs
     Tiled,
@@ -34,7 +34,7 @@ pub enum FormArg {
     Lanes,
 }
 
-#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
 pub enum F16Arg {
     Native,
     Packed,

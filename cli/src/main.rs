@@ -28,7 +28,7 @@ use report::Report;
 
 /// Attention on any GPU: checks, benchmarks and runs it on every adapter of this machine.
 #[derive(Parser)]
-#[command(name = "wgpu-attention", version, args_conflicts_with_subcommands = true)]
+#[command(name = "wgpu-attention", version)]
 struct Arguments {
     /// One JSON object a line instead of tables
     #[arg(long, global = true)]
@@ -66,6 +66,11 @@ enum Outcome {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.command.is_some() && arguments.check != check::Arguments::default() {
+        // Only --json may stand before a subcommand: the rest there belongs to the check that runs without one.
+        report::complain("options of a subcommand stand after it");
+        return ExitCode::from(2);
+    }
     let report = Report { json: arguments.json };
     let outcome = match &arguments.command {
         None => check::run(&arguments.check, report),

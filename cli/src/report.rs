@@ -23,6 +23,15 @@ impl Report {
         Ok(())
     }
 
+    /// A remark that nobody may miss: where machines read standard output, it goes to standard error.
+    pub fn note(&self, text: impl std::fmt::Display) -> Result<()> {
+        if self.json {
+            // Nothing is left to do where standard error is closed.
+            let _ = writeln!(io::stderr().lock(), "{text}");
+        }
+        self.line(text)
+    }
+
     /// An object for machines; people do not see it.
     pub fn object(&self, object: &impl Serialize) -> Result<()> {
         if self.json {

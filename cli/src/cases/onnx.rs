@@ -326,3 +326,102 @@ fn expected(archive: &Archive, mut problem: Problem, operands: Operands, attribu
     let call = Call { label: "", problem, operands, expectations };
     Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes: Vec::new() }]))
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use wgpu_attention::reference;
+
+    use super::*;
+    use crate::archive::builder::Builder;
+
+    /// Keys 0 to 3 of equal score, two of them in the cache; two queries; the values are the keys' numbers.
+    fn cached(attributes: &str, y: [f32; 2]) -> Builder {
+        Builder::default()
+            .text("format", FORMAT)
+            .text("op", "Attention")
+            .text("attributes", attributes)
+            .f32s("in.Q", &[1, 1, 2, 1], &[0.0; 2])
+            .f32s("in.K", &[1, 1, 2, 1], &[1.0; 2])
+            .f32s("in.V", &[1, 1, 2, 1], &[2.0, 3.0])
+            .f32s("in.past_key", &[1, 1, 2, 1], &[0.0; 2])
+            .f32s("in.past_value", &[1, 1, 2, 1], &[0.0, 1.0])
+            .f32s("out.Y", &[1, 1, 2, 1], &y)
+            .f32s("out.present_key", &[1, 1, 4, 1], &[0.0, 0.0, 1.0, 1.0])
+            .f32s("out.present_value", &[1, 1, 4, 1], &[0.0, 1.0, 2.0, 3.0])
+    }
+
+    fn passes(file: &Builder) -> bool {
+        let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("this is supported") };
+        let call = &cases[0].calls[0];
+        call.check().unwrap();
+        let outputs = reference::attention::<f32>(&call.problem, &call.operands.inputs()).unwrap();
+        call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
+    }
+
+    #[test]
+    fn the_cache_moves_the_causal_rule_and_the_window() {
+        assert!(passes(&cached("{}", [1.5, 1.5])));
+        assert!(passes(&cached(r#"{"is_causal": 1}"#, [1.0, 1.5])));
+        assert!(passes(&cached(r#"{"is_causal": 1, "left_window_size": 0}"#, [2.0, 3.0])));
+        // Without the causal rule the window stands at the same place.
+        assert!(passes(&cached(r#"{"left_window_size": 0, "right_window_size": 0}"#, [2.0, 3.0])));
+        assert!(passes(&cached(r#"{"left_window_size": 1, "right_window_size": -1}"#, [2.0, 2.5])));
+        assert!(passes(&cached(r#"{"right_window_size": 0}"#, [1.0, 1.5])));
+        let huge = r#"{"left_window_size": 9223372036854775807, "right_window_size": 4294967295}"#;
+        assert!(passes(&cached(huge, [1.5, 1.5])));
+        assert!(!passes(&cached("{}", [1.0, 1.5])));
+        assert!(!passes(&cached("{}", [1.5, 1.5]).f32s("out.present_value", &[1, 1, 4, 1], &[2.0, 3.0, 0.0, 1.0])));
+    }
+
+    #[test]
+    fn lengths_anchor_at_their_end() {
+        let keys = |attributes: &str, y: [f32; 2]| {
+            Builder::default()
+                .text("op", "Attention")
+                .text("attributes", attributes)
+                .f32s("in.Q", &[1, 1, 2, 1], &[0.0; 2])
+                .f32s("in.K", &[1, 1, 4, 1], &[0.0; 4])
+                .f32s("in.V", &[1, 1, 4, 1], &[0.0, 1.0, 2.0, 3.0])
+                .tensor("in.nonpad_kv_seqlen", Dtype::I64, &[1], &3i64.to_le_bytes())
+                .f32s("out.Y", &[1, 1, 2, 1], &y)
+        };
+        assert!(passes(&keys("{}", [1.0, 1.0])));
+        assert!(passes(&keys(r#"{"is_causal": 1}"#, [0.5, 1.0])));
+        assert!(passes(&keys(r#"{"left_window_size": 0, "right_window_size": 0}"#, [1.0, 2.0])));
+    }
+
+    #[test]
+    fn merged_heads_and_their_cache_are_read() {
+        // Two heads of one element each, merged in Q, K, V and Y; each head sees its own cache row first.
+        let file = Builder::default()
+            .text("op", "Attention")
+            .text("attributes", r#"{"q_num_heads": 2, "kv_num_heads": 2}"#)
+            .f32s("in.Q", &[1, 1, 2], &[0.0; 2])
+            .f32s("in.K", &[1, 2, 2], &[1.0, 2.0, 3.0, 4.0])
+            .f32s("in.V", &[1, 2, 2], &[3.0, 30.0, 6.0, 60.0])
+            .f32s("in.past_key", &[1, 2, 1, 1], &[0.0, 9.0])
+            .f32s("in.past_value", &[1, 2, 1, 1], &[0.0, 0.0])
+            .f32s("out.Y", &[1, 1, 2], &[3.0, 30.0])
+            .f32s("out.present_key", &[1, 2, 3, 1], &[0.0, 1.0, 3.0, 9.0, 2.0, 4.0]);
+        assert!(passes(&file));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_and_what_is_unknown_is_skipped() {
+        let error = |file: Builder| load(&file.archive()).unwrap_err().to_string();
+        let file = || cached("{}", [1.5, 1.5]);
+        assert!(error(file().without("in.K")).contains("\"in.K\" is missing"));
+        assert!(error(file().without("in.past_value")).contains("\"in.past_value\" is missing"));
+        assert!(
+            error(file().without("out.Y").without("out.present_key").without("out.present_value")).contains("out.Y")
+        );
+        assert!(error(file().f32s("in.Q", &[1, 2, 1], &[0.0; 2])).contains("divisible by 0 heads"));
+        assert!(error(file().f32s("in.past_key", &[1, 2, 1, 1], &[0.0; 2])).contains("\"in.past_key\" has shape"));
+        assert!(error(file().tensor("in.past_key", Dtype::F16, &[1, 1, 2, 1], &[0; 4])).contains("past_key holds f16"));
+        assert!(error(file().tensor("out.Y", Dtype::F16, &[1, 1, 2, 1], &[0; 4])).contains("Y holds f16"));
+        assert!(error(file().text("attributes", "[")).contains("attributes"));
+        let unknown = load(&cached(r#"{"rotary": 1}"#, [0.0; 2]).archive()).unwrap();
+        assert!(matches!(unknown, Loaded::Unsupported { why, .. } if why == "attribute rotary"));
+    }
+}

@@ -80,3 +80,83 @@ fn options(archive: &Archive, problem: &mut Problem) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use wgpu_attention::reference;
+
+    use super::*;
+    use crate::archive::builder::Builder;
+
+    /// One query, two keys of equal score: the output is the mean of the values.
+    fn mean() -> Builder {
+        Builder::default()
+            .text("format", FORMAT)
+            .text("causal", "none")
+            .text("tol", r#"{"out": {"atol": 1e-6, "rtol": 0.0}, "lse": {"atol": 1e-6}, "probs": null}"#)
+            .f32s("q", &[1, 1, 1, 2], &[0.0, 0.0])
+            .f32s("k", &[1, 1, 2, 2], &[1.0, 2.0, 3.0, 4.0])
+            .f32s("v", &[1, 1, 2, 1], &[1.0, 5.0])
+            .f32s("out", &[1, 1, 1, 1], &[3.0])
+            .f32s("lse", &[1, 1, 1], &[2f32.ln()])
+            .f32s("probs", &[1, 1, 1, 2], &[0.5, 0.5])
+    }
+
+    fn case(file: &Builder) -> Result<Case> {
+        match load(&file.archive())? {
+            Loaded::Cases(mut cases) => Ok(cases.remove(0)),
+            Loaded::Unsupported { why, .. } => panic!("{why}"),
+        }
+    }
+
+    fn passes(file: &Builder) -> bool {
+        let case = case(file).unwrap();
+        let call = &case.calls[0];
+        call.check().unwrap();
+        let outputs = reference::attention::<f32>(&call.problem, &call.operands.inputs()).unwrap();
+        call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
+    }
+
+    #[test]
+    fn a_case_passes_or_not() {
+        assert!(passes(&mean()));
+        assert!(!passes(&mean().f32s("out", &[1, 1, 1, 1], &[3.1])));
+        assert!(!passes(&mean().f32s("lse", &[1, 1, 1], &[0.0])));
+        assert!(!passes(&mean().f32s("probs", &[1, 1, 1, 2], &[0.6, 0.4])));
+        let second = mean().tensor("mask", Dtype::BOOL, &[2], &[0, 1]).without("probs");
+        let second = second.f32s("out", &[1, 1, 1, 1], &[5.0]).f32s("lse", &[1, 1, 1], &[0.0]);
+        assert!(passes(&second));
+    }
+
+    #[test]
+    fn packed_sequences_are_read() {
+        let bounds = |values: [i32; 3]| values.map(i32::to_le_bytes).concat();
+        let file = mean()
+            .without("probs")
+            .text("layout", "thd")
+            .f32s("q", &[2, 1, 2], &[0.0; 4])
+            .f32s("k", &[2, 1, 2], &[0.0; 4])
+            .f32s("v", &[2, 1, 1], &[1.0, 5.0])
+            .tensor("cu_seqlens_q", Dtype::I32, &[3], &bounds([0, 1, 2]))
+            .tensor("cu_seqlens_k", Dtype::I32, &[3], &bounds([0, 1, 2]))
+            .f32s("out", &[2, 1, 1], &[1.0, 5.0])
+            .f32s("lse", &[1, 2], &[0.0, 0.0]);
+        assert!(passes(&file));
+        let falling = file.tensor("cu_seqlens_k", Dtype::I32, &[3], &bounds([0, 2, 1]));
+        assert!(case(&falling).unwrap().calls[0].check().is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let error = |file: Builder| case(&file).unwrap_err().to_string();
+        assert!(error(mean().without("k")).contains("tensor \"k\" is missing"));
+        assert!(error(mean().tensor("v", Dtype::I32, &[1, 1, 2, 1], &[0; 8])).contains("\"v\" has type I32"));
+        assert!(error(mean().f32s("k", &[1, 2, 2], &[0.0; 4])).contains("\"k\" has shape [1, 2, 2]"));
+        assert!(error(mean().f32s("out", &[1], &[3.0])).contains("\"out\" has shape [1]; it must be [1, 1, 1, 1]"));
+        assert!(error(mean().text("causal", "sideways")).contains("metadata \"causal\" is \"sideways\""));
+        assert!(error(mean().text("tol", "{}")).contains("metadata \"tol\""));
+        assert!(error(mean().text("window_left", "x")).contains("metadata \"window_left\""));
+        assert!(error(mean().text("layout", "dshb")).contains("bhsd, bshd or thd"));
+    }
+}

@@ -87,7 +87,7 @@ pub fn run(report: Report) -> Result<Outcome> {
         report.object(row)?;
     }
     if rows.is_empty() {
-        report.line(format!("No GPU adapter was found.\n{}", engine::how_to_get_one()))?;
+        report.note(format!("No GPU adapter was found.\n{}", engine::how_to_get_one()))?;
     } else {
         // One column an adapter: their names are long and their properties many.
         let columns: Vec<_> = rows.iter().map(Row::cells).collect();

@@ -14,7 +14,7 @@ use crate::oracle::{Judgement, Oracle};
 use crate::report::{self, Report};
 use crate::sample::Sample;
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default, PartialEq)]
 pub struct Arguments {
     /// Adapter to check: index, part of its name, or backend:part (repeatable; default all)
     #[arg(long)]
@@ -243,7 +243,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
 
     let wrong = rows.iter().filter(|(_, row)| row.verdict != "ok").count();
     if adapters.is_empty() {
-        report.line(format!(
+        report.note(format!(
             "No GPU adapter was found: only the CPU reference ran, nothing was checked on a GPU.\n{}",
             engine::how_to_get_one()
         ))?;

@@ -144,3 +144,59 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     report.line(format!("computed by {label}, written to {}", arguments.output.display()))?;
     Ok(Outcome::Right)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::archive::builder::Builder;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn run_on(file: &Builder, options: &[&str]) -> Result<Archive> {
+        let folder = tempfile::tempdir().unwrap();
+        let (input, output) = (folder.path().join("x.safetensors"), folder.path().join("y.safetensors"));
+        std::fs::write(&input, file.bytes()).unwrap();
+        let paths = ["run", "--cpu", "--input", input.to_str().unwrap(), "--output", output.to_str().unwrap()];
+        let line = Line::parse_from(paths.iter().chain(options));
+        run(&line.arguments, Report { json: true })?;
+        Archive::read(&output)
+    }
+
+    #[test]
+    fn out_has_the_type_of_the_input() {
+        let halves = |values: &[f32]| -> Vec<u8> {
+            values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
+        };
+        let file = Builder::default()
+            .tensor("q", Dtype::BF16, &[1, 1, 1, 2], &halves(&[0.0; 2]))
+            .tensor("k", Dtype::BF16, &[1, 2, 1, 2], &halves(&[0.0; 4]))
+            .tensor("v", Dtype::BF16, &[1, 2, 1, 1], &halves(&[1.0, 2.0]));
+        let archive = run_on(&file, &["--layout", "bshd", "--weights", "--lse"]).unwrap();
+        assert_eq!(*archive.floats("out").unwrap(), Floats::Bf16(vec![half::bf16::from_f32(1.5)]));
+        assert_eq!(archive.shape("out").unwrap(), [1, 1, 1, 1]);
+        assert_eq!(archive.f32s_of("weights", &[1, 1, 1, 2]).unwrap(), [0.5, 0.5]);
+        assert_eq!(archive.f32s_of("lse", &[1, 1, 1]).unwrap(), [2f32.ln()]);
+        let causal = run_on(&file, &["--layout", "bshd", "--causal", "top-left"]).unwrap();
+        assert_eq!(causal.floats("out").unwrap().widened(), [1.0]);
+        assert!(!causal.has("weights"));
+    }
+
+    #[test]
+    fn wrong_input_is_refused() {
+        let file = Builder::default().f32s("q", &[1, 1, 1, 2], &[0.0; 2]).f32s("k", &[1, 1, 1, 2], &[0.0; 2]).f32s(
+            "v",
+            &[1, 1, 1, 2],
+            &[0.0; 2],
+        );
+        let error = run_on(&file, &["--softcap", "-1"]).unwrap_err().to_string();
+        assert!(error.contains("x.safetensors: softcap is -1"), "{error}");
+        let error = run_on(&file.without("v"), &[]).unwrap_err().to_string();
+        assert!(error.contains("tensor \"v\" is missing"), "{error}");
+    }
+}
