@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex};
 
 use futures::channel::oneshot;
-use wgpu::util::DeviceExt;
 
 use crate::encode::{Attention, Buffers, Prepared};
 use crate::plan::{Options, Plan};
@@ -236,15 +235,20 @@ impl Gpu {
     pub fn upload(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
         let s = plan.shape();
         s.check_inputs(inputs)?;
+        self.fault()?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        // Written through the queue: mapping at creation (`create_buffer_init`) panics on a lost device.
         let make = |label: &str, bytes: &[u8]| {
             let mut padded = bytes.to_vec();
             padded.resize(bytes.len().next_multiple_of(4).max(4), 0);
-            self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+            let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
-                contents: &padded,
+                size: padded.len() as u64,
                 usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
-            })
+                mapped_at_creation: false,
+            });
+            self.queue.write_buffer(&buffer, 0, &padded);
+            buffer
         };
         fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
             slice.map(bytemuck::cast_slice)
