@@ -135,9 +135,6 @@ fn main(
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
                 sum_{{ r }}.{{ component }} = scaled(sum_{{ r }}.{{ component }});
-{% if full %}
-                sum_{{ r }}.{{ component }} = logit(batch, head, row_{{ r }}, key + {{ j }}u, seq, sum_{{ r }}.{{ component }});
-{% endif %}
 {% endfor %}
 {% endfor %}
             }

@@ -8,6 +8,90 @@ use crate::pipelines::{Pipeline, Pipelines};
 use crate::plan::{Options, Step};
 use crate::{Caps, Causal, Error, Plan, Problem, Result};
 
+/// Compiled steps and their uniforms: what every operation on the GPU records.
+#[derive(Debug)]
+pub(crate) struct Program {
+    device: wgpu::Device,
+    steps: Vec<(Step, Arc<Pipeline>)>,
+    params: wgpu::Buffer,
+}
+
+impl Program {
+    /// Compiles the pipelines that are not cached yet and writes the uniforms.
+    pub(crate) fn new(device: &wgpu::Device, pipelines: &Pipelines, steps: &[Step]) -> Result<Self> {
+        let compiled = steps.iter().map(|step| Ok((step.clone(), pipelines.get(&step.variant)?)));
+        let compiled = compiled.collect::<Result<_>>()?;
+        let params = allocate(device, || {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("params"),
+                size: steps.len().max(1) as u64 * STRIDE,
+                usage: wgpu::BufferUsages::UNIFORM,
+                mapped_at_creation: true,
+            })
+        })?;
+        let mut bytes = vec![0; params.size() as usize];
+        for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(steps) {
+            let source = bytemuck::bytes_of(&step.params);
+            place[..source.len()].copy_from_slice(source);
+        }
+        params.get_mapped_range_mut(..).map_err(|error| Error::DeviceLost(error.to_string()))?.copy_from_slice(&bytes);
+        params.unmap();
+        Ok(Program { device: device.clone(), steps: compiled, params })
+    }
+
+    /// Records a range of the steps in one compute pass. `buffer` gives the buffer of a slot, and where the operand starts in it.
+    pub(crate) fn record<'a>(
+        &self,
+        steps: std::ops::Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffer: impl Fn(Slot) -> (&'a wgpu::Buffer, u64),
+    ) {
+        let groups: Vec<_> = steps.clone().map(|i| self.bind(i, &buffer)).collect();
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
+        for ((step, pipeline), group) in self.steps[steps].iter().zip(&groups) {
+            let [x, y, z] = step.grid;
+            pass.set_pipeline(&pipeline.compute);
+            pass.set_bind_group(0, group, &[]);
+            pass.dispatch_workgroups(x, y, z);
+        }
+    }
+
+    fn bind<'a>(&self, index: usize, buffer: &impl Fn(Slot) -> (&'a wgpu::Buffer, u64)) -> wgpu::BindGroup {
+        let (step, pipeline) = &self.steps[index];
+        let range = |buffer, offset, size| {
+            wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: std::num::NonZero::new(size) })
+        };
+        let uniform = range(&self.params, index as u64 * STRIDE, STRIDE);
+        let storage = step.bindings.iter().map(|bound| {
+            let (buffer, start) = buffer(bound.slot);
+            range(buffer, start + bound.offset, bound.size)
+        });
+        let entries: Vec<_> = std::iter::once(uniform)
+            .chain(storage)
+            .zip(0..)
+            .map(|(resource, binding)| wgpu::BindGroupEntry { binding, resource })
+            .collect();
+        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(step.variant.kernel()),
+            layout: &pipeline.layout,
+            entries: &entries,
+        })
+    }
+}
+
+/// Creates buffers and returns what wgpu found wrong with them: out of memory, most likely.
+pub(crate) fn allocate<T>(device: &wgpu::Device, create: impl FnOnce() -> T) -> Result<T> {
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let created = create();
+    let errors = [pollster::block_on(validation.pop()), pollster::block_on(memory.pop())];
+    match errors.into_iter().flatten().next() {
+        None => Ok(created),
+        Some(error) => Err(error.into()),
+    }
+}
+
 /// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.
 #[derive(Debug)]
 pub struct Attention {
@@ -45,40 +129,20 @@ impl Attention {
 
     /// Compiles the pipelines that are not cached yet and allocates the plan's scratch. Blocks while the driver compiles.
     pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
-        let pipelines = plan.steps().iter().map(|step| self.pipelines.get(&step.variant)).collect::<Result<_>>()?;
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let buffer = |label, size, usage| {
-            self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size,
-                usage,
-                mapped_at_creation: false,
-            })
-        };
-        let params = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("attention params"),
-            size: plan.steps().len() as u64 * STRIDE,
-            usage: wgpu::BufferUsages::UNIFORM,
-            mapped_at_creation: true,
-        });
+        let program = Program::new(&self.device, &self.pipelines, plan.steps())?;
         let scratch = wgpu::BufferUsages::STORAGE;
-        let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
-        let scores = buffer("attention scores", plan.scores_bytes(), scratch);
-        let unpacked =
-            (plan.unpacked_bytes() > 0).then(|| buffer("attention unpacked", plan.unpacked_bytes(), scratch));
-        let errors = [pollster::block_on(validation.pop()), pollster::block_on(scope.pop())];
-        if let Some(error) = errors.into_iter().flatten().next() {
-            return Err(error.into());
-        }
-        let mut bytes = vec![0; params.size() as usize];
-        for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(plan.steps()) {
-            let source = bytemuck::bytes_of(&step.params);
-            place[..source.len()].copy_from_slice(source);
-        }
-        params.get_mapped_range_mut(..).map_err(|error| Error::DeviceLost(error.to_string()))?.copy_from_slice(&bytes);
-        params.unmap();
-        Ok(Prepared { device: self.device.clone(), plan: plan.clone(), pipelines, params, lists, scores, unpacked })
+        let buffer = |label, size, usage| {
+            let label = Some(label);
+            self.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
+        };
+        let (lists, scores, unpacked) = allocate(&self.device, || {
+            let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
+            let scores = buffer("attention scores", plan.scores_bytes(), scratch);
+            let unpacked =
+                (plan.unpacked_bytes() > 0).then(|| buffer("attention unpacked", plan.unpacked_bytes(), scratch));
+            (lists, scores, unpacked)
+        })?;
+        Ok(Prepared { plan: plan.clone(), program, lists, scores, unpacked })
     }
 }
 
@@ -276,10 +340,8 @@ fn check_slice(field: &'static str, slice: &wgpu::BufferSlice<'_>, want: u64, al
 /// The scratch is shared by all recordings, so they run one after the other on the queue, as wgpu orders them by itself.
 #[derive(Debug)]
 pub struct Prepared {
-    device: wgpu::Device,
     plan: Plan,
-    pipelines: Vec<Arc<Pipeline>>,
-    params: wgpu::Buffer,
+    program: Program,
     lists: wgpu::Buffer,
     scores: wgpu::Buffer,
     unpacked: Option<wgpu::Buffer>,
@@ -325,44 +387,15 @@ impl Prepared {
                 encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &self.lists, place, size);
             }
         }
-        let groups: Vec<_> = steps.clone().map(|i| self.bind(i, buffers)).collect();
-        let mut pass = encoder
-            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
-        for (i, group) in steps.zip(&groups) {
-            let [x, y, z] = self.plan.steps()[i].grid;
-            pass.set_pipeline(&self.pipelines[i].compute);
-            pass.set_bind_group(0, group, &[]);
-            pass.dispatch_workgroups(x, y, z);
-        }
+        self.program.record(steps, encoder, |slot| match slot {
+            Slot::Lists => (&self.lists, 0),
+            Slot::Scores => (&self.scores, 0),
+            Slot::Unpacked => (self.unpacked.as_ref().expect("the plan states its size"), 0),
+            slot => {
+                let slice = buffers.get(slot).expect("Buffers::check found it");
+                (slice.buffer(), slice.offset())
+            }
+        });
         Ok(())
-    }
-
-    fn bind(&self, index: usize, buffers: &Buffers<'_>) -> wgpu::BindGroup {
-        let step: &Step = &self.plan.steps()[index];
-        let uniform = wgpu::BufferBinding {
-            buffer: &self.params,
-            offset: index as u64 * STRIDE,
-            size: std::num::NonZero::new(STRIDE),
-        };
-        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
-        for (bound, binding) in step.bindings.iter().zip(1..) {
-            let (buffer, start) = match bound.slot {
-                Slot::Lists => (&self.lists, 0),
-                Slot::Scores => (&self.scores, 0),
-                Slot::Unpacked => (self.unpacked.as_ref().expect("the plan states its size"), 0),
-                slot => {
-                    let slice = buffers.get(slot).expect("Buffers::check found it");
-                    (slice.buffer(), slice.offset())
-                }
-            };
-            let range =
-                wgpu::BufferBinding { buffer, offset: start + bound.offset, size: std::num::NonZero::new(bound.size) };
-            entries.push(wgpu::BindGroupEntry { binding, resource: wgpu::BindingResource::Buffer(range) });
-        }
-        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(step.variant.kernel()),
-            layout: &self.pipelines[index].layout,
-            entries: &entries,
-        })
     }
 }

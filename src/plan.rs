@@ -302,10 +302,12 @@ impl<'a> Planner<'a> {
         let room =
             caps.limits.max_storage_buffers_per_shader_stage >= 6 && caps.limits.max_bindings_per_bind_group >= 7;
         let early = shape.wants(Logits::Raw) || shape.wants(Logits::Capped);
-        let separate = operands && (early || !room);
+        let separate = operands && (early || !room || body != Body::Tiled);
         if separate {
             reasons.push(if early {
                 "the score transform is a pass of its own, because scores before it are asked for".into()
+            } else if room {
+                "the score transform is a pass of its own: unrolled in the lane form it would compile for seconds".into()
             } else {
                 format!(
                     "the score transform is a pass of its own: scores cannot bind q, k, scores, lists, mask and bias under {} storage buffers",

@@ -14,7 +14,8 @@ pub struct Scores {
     pub tile: Tile,
     /// q and k.
     pub format: Format,
-    /// Whether the whole score transform is applied (soft cap, ALiBi, bias, boolean mask), with its operands bound.
+    /// Whether the whole score transform is applied (soft cap, ALiBi, bias, boolean mask), with its operands bound; in the
+    /// tiled form only.
     pub full: bool,
 }
 
@@ -24,6 +25,7 @@ impl Scores {
             Format::all()
                 .filter(move |format| tuning::renders(tile, *format))
                 .flat_map(move |format| [false, true].map(|full| Scores { tile, format, full }))
+                .filter(|scores| !scores.full || scores.tile.body == Body::Tiled)
         })
     }
 
