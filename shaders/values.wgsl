@@ -17,6 +17,7 @@ enable f16;
 @group(0) @binding(4) var<storage, read> lists: array<u32>;
 
 {% include "shared/visible.wgsl" %}
+{% include "shared/value.wgsl" %}
 {{ load("v", element, native, vector) }}
 {{ store("out", out, vector) }}
 
@@ -30,11 +31,6 @@ fn s_place(batch: u32, head: u32, row: u32) -> u32 {
 
 fn out_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
     return params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (sequence.token_q + row) * params.out_row;
-}
-
-fn finite(x: vec4<f32>) -> bool {
-    let exponent = bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u);
-    return all(exponent != vec4<u32>(0x7f800000u));
 }
 
 // Four dims of one row: the sum so far where the keys are split, the bits of NaN where a non-finite value is visible.

@@ -135,14 +135,17 @@ impl Attention {
             let label = Some(label);
             self.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
         };
-        let (lists, scores, unpacked) = allocate(&self.device, || {
+        let (lists, scores, unpacked, spare) = allocate(&self.device, || {
             let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
-            let scores = buffer("attention scores", plan.scores_bytes(), scratch);
-            let unpacked =
-                (plan.unpacked_bytes() > 0).then(|| buffer("attention unpacked", plan.unpacked_bytes(), scratch));
-            (lists, scores, unpacked)
+            let [scores, unpacked, spare] = [
+                ("attention scores", plan.scores_bytes()),
+                ("attention unpacked", plan.unpacked_bytes()),
+                ("attention spare", plan.spare_bytes()),
+            ]
+            .map(|(label, size)| (size > 0).then(|| buffer(label, size, scratch)));
+            (lists, scores, unpacked, spare)
         })?;
-        Ok(Prepared { plan: plan.clone(), program, lists, scores, unpacked })
+        Ok(Prepared { plan: plan.clone(), program, lists, scores, unpacked, spare })
     }
 }
 
@@ -290,7 +293,7 @@ impl<'a> Buffers<'a> {
             Slot::Logits => self.logits,
             Slot::Mask => self.mask,
             Slot::Bias => self.bias,
-            Slot::Lists | Slot::Scores | Slot::Unpacked => None,
+            Slot::Lists | Slot::Scores | Slot::Unpacked | Slot::Spare => None,
         }
     }
 }
@@ -343,8 +346,9 @@ pub struct Prepared {
     plan: Plan,
     program: Program,
     lists: wgpu::Buffer,
-    scores: wgpu::Buffer,
+    scores: Option<wgpu::Buffer>,
     unpacked: Option<wgpu::Buffer>,
+    spare: Option<wgpu::Buffer>,
 }
 
 impl Prepared {
@@ -389,8 +393,9 @@ impl Prepared {
         }
         self.program.record(steps, encoder, |slot| match slot {
             Slot::Lists => (&self.lists, 0),
-            Slot::Scores => (&self.scores, 0),
+            Slot::Scores => (self.scores.as_ref().expect("the plan states its size"), 0),
             Slot::Unpacked => (self.unpacked.as_ref().expect("the plan states its size"), 0),
+            Slot::Spare => (self.spare.as_ref().expect("the plan states its size"), 0),
             slot => {
                 let slice = buffers.get(slot).expect("Buffers::check found it");
                 (slice.buffer(), slice.offset())

@@ -4,6 +4,7 @@ pub mod export;
 pub mod logits;
 pub mod pack;
 pub mod params;
+pub mod rows;
 pub mod scores;
 pub mod softmax;
 pub mod values;
@@ -41,6 +42,8 @@ pub enum Slot {
     Scores,
     /// Scratch: `out` in f32 before it is packed.
     Unpacked,
+    /// Scratch that stands for an output which a shader can write but the problem does not ask for.
+    Spare,
 }
 
 impl Slot {
@@ -59,6 +62,7 @@ impl Slot {
             Slot::Lists => "lists",
             Slot::Scores => "scores",
             Slot::Unpacked => "unpacked",
+            Slot::Spare => "spare",
         }
     }
 }
@@ -161,6 +165,8 @@ pub enum Variant {
     Export(export::Export),
     /// f32 to 16-bit output.
     Pack(pack::Pack),
+    /// Fused, a query row per lane.
+    Rows(rows::Rows),
 }
 
 macro_rules! each {
@@ -172,6 +178,7 @@ macro_rules! each {
             Variant::Values($x) => $body,
             Variant::Export($x) => $body,
             Variant::Pack($x) => $body,
+            Variant::Rows($x) => $body,
         }
     };
 }
@@ -186,6 +193,7 @@ impl Variant {
         all.extend(values::Values::all().map(Variant::Values));
         all.extend(export::Export::all().map(Variant::Export));
         all.extend(pack::Pack::all().map(Variant::Pack));
+        all.extend(rows::Rows::all().map(Variant::Rows));
         all
     }
 
@@ -198,6 +206,7 @@ impl Variant {
             Variant::Values(_) => "values",
             Variant::Export(_) => "export",
             Variant::Pack(_) => "pack",
+            Variant::Rows(_) => "rows",
         }
     }
 
@@ -227,12 +236,12 @@ impl Variant {
 
     /// Whether the shader needs subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
-        let tile = match self {
-            Variant::Scores(x) => x.tile,
-            Variant::Values(x) => x.tile,
-            _ => return false,
-        };
-        matches!(tile.body, Body::Lanes { subgroup: true, .. })
+        match self {
+            Variant::Scores(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
+            Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
+            Variant::Rows(x) => x.tile.subgroup,
+            _ => false,
+        }
     }
 
     /// What the template is rendered with.

@@ -19,7 +19,7 @@ pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
-pub use plan::{Form, Options, Plan};
+pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
 };

@@ -6,10 +6,19 @@ use std::time::Duration;
 
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Format, Slot, Tile, Variant, export, logits, pack, scores, softmax, values};
+use crate::kernel::{Body, Format, Slot, Tile, Variant, export, logits, pack, rows, scores, softmax, values};
 use crate::problem::{Broadcast, Causal, Element, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::{Error, Result, tuning};
+
+/// How attention is computed, to force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// `scores`, `softmax` and `values`, with the score matrix in between; runs every problem on every device.
+    Unfused,
+    /// `rows`: fused, a query row per lane.
+    Rows,
+}
 
 /// Body of `scores` and `values` to force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,7 +32,9 @@ pub enum Form {
 /// How to plan. The default lets the planner choose.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// Forces a body of `scores` and `values`; planning fails where it cannot run.
+    /// Forces a kernel; planning fails where it cannot run.
+    pub kernel: Option<Kernel>,
+    /// Forces a body of `scores` and `values`, and thereby these; planning fails where it cannot run.
     pub form: Option<Form>,
     /// Forces f16 to be read with the adapter's own type (`true`) or unpacked from u32 (`false`).
     pub native_f16: Option<bool>,
@@ -35,7 +46,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { form: None, native_f16: None, scratch_budget: 256 << 20, work_budget: Duration::from_millis(50) }
+        Options {
+            kernel: None,
+            form: None,
+            native_f16: None,
+            scratch_budget: 256 << 20,
+            work_budget: Duration::from_millis(50),
+        }
     }
 }
 
@@ -75,6 +92,7 @@ pub struct Plan {
     slices: Vec<Range<usize>>,
     scratch: u64,
     unpacked: u64,
+    spare: u64,
     lists: Lists,
     alignment: u64,
     flops_per_second: f64,
@@ -180,7 +198,7 @@ impl Plan {
 
     /// Bytes of device memory that `prepare` allocates for intermediate results.
     pub fn scratch_bytes(&self) -> u64 {
-        self.scratch + self.unpacked
+        self.scratch + self.unpacked + self.spare
     }
 
     pub(crate) fn scores_bytes(&self) -> u64 {
@@ -189,6 +207,10 @@ impl Plan {
 
     pub(crate) fn unpacked_bytes(&self) -> u64 {
         self.unpacked
+    }
+
+    pub(crate) fn spare_bytes(&self) -> u64 {
+        self.spare
     }
 
     pub(crate) fn lists(&self) -> &Lists {
@@ -270,6 +292,8 @@ struct Planner<'a> {
     flops_per_step: f64,
     flops_per_second: f64,
     lists: Lists,
+    /// The fused kernel; otherwise `scores`, `softmax` and `values`.
+    rows: Option<rows::Rows>,
     scores: scores::Scores,
     softmax: softmax::Softmax,
     values: values::Values,
@@ -287,23 +311,24 @@ struct Planner<'a> {
 impl<'a> Planner<'a> {
     fn new(shape: &'a Shape, caps: &'a Caps, options: &Options) -> Result<Self> {
         let mut reasons = Vec::new();
-        let body = choose_body(caps, options, &mut reasons)?;
+        let key_step = key_step(shape, caps)?;
+        let rows = choose_rows(shape, caps, options, key_step, &mut reasons)?;
+        let (body, why) = choose_body(caps, options);
+        if rows.is_none() {
+            reasons.push(format!("scores and values in the form: {body} ({why})"));
+        }
         let native = choose_native(shape, caps, body, options)?;
         let format = |tensors: &[&Tensor]| Format {
             element: shape.element,
             native,
             vector: tensors.iter().all(|t| whole_vectors(t)),
         };
-        let operands = shape.softcap.is_some()
-            || shape.alibi
-            || shape.mask.is_some()
-            || shape.bias.is_some()
-            || shape.wants(Logits::Masked);
+        let operands = transforms(shape) || shape.wants(Logits::Masked);
         let room =
             caps.limits.max_storage_buffers_per_shader_stage >= 6 && caps.limits.max_bindings_per_bind_group >= 7;
         let early = shape.wants(Logits::Raw) || shape.wants(Logits::Capped);
         let separate = operands && (early || !room || body != Body::Tiled);
-        if separate {
+        if separate && rows.is_none() {
             reasons.push(if early {
                 "the score transform is a pass of its own, because scores before it are asked for".into()
             } else if room {
@@ -323,11 +348,11 @@ impl<'a> Planner<'a> {
                     .push(format!("{what} has rows that are not whole vectors of four: elements are read one by one"));
             }
         }
-        let key_step = key_step(shape, caps)?;
         if key_step < shape.seq_kv {
             reasons.push(format!("keys or values of one head exceed a binding: {key_step} keys a dispatch"));
         }
-        let unpacked = shape.element != Element::F32 && (!vo.vector || key_step < shape.seq_kv);
+        let direct = rows.map_or(vo.vector, |rows| rows.format.vector);
+        let unpacked = shape.element != Element::F32 && (!direct || key_step < shape.seq_kv);
         if unpacked {
             if !shape.out.is_dense() {
                 return Err(Error::Conflict {
@@ -360,6 +385,7 @@ impl<'a> Planner<'a> {
             flops_per_step: flops_per_second * options.work_budget.as_secs_f64().max(1e-6),
             flops_per_second,
             lists: Lists::new(shape),
+            rows,
             scores,
             softmax: softmax::Softmax { threads, lse: shape.lse },
             values,
@@ -407,6 +433,7 @@ impl<'a> Planner<'a> {
             slices,
             scratch: self.scratch,
             unpacked,
+            spare: if self.rows.is_some() && !s.lse { SPARE } else { 0 },
             lists: self.lists,
             alignment: self.caps.alignment(),
             flops_per_second: self.flops_per_second,
@@ -446,7 +473,7 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         let limit = self.caps.binding();
         let scores = self.score_bytes(part);
-        if scores > self.budget {
+        if self.rows.is_none() && scores > self.budget {
             return Some(("one row of scores", scores, self.budget));
         }
         let bytes = s.element.bytes();
@@ -532,6 +559,10 @@ impl<'a> Planner<'a> {
     /// The dispatches of one part.
     fn part(&mut self, part: &Part) -> Result<()> {
         let s = self.shape;
+        if let Some(rows) = self.rows {
+            let lse = if s.lse { flags::LSE } else { 0 };
+            return self.step(Variant::Rows(rows), part, &(0..s.seq_kv), lse);
+        }
         self.scratch = self.scratch.max(self.score_bytes(part));
         let ranges: Vec<Range<u32>> = (0..s.seq_kv)
             .step_by(self.key_step as usize)
@@ -592,6 +623,9 @@ impl<'a> Planner<'a> {
                 2.0 * f64::from(s.value_dim),
             ),
             Variant::Softmax(_) => (count(&part.rows), 1, 32.0),
+            Variant::Rows(x) => {
+                (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
+            }
             _ => (count(&part.rows), count(keys).div_ceil(variant.threads().into()), 32.0),
         };
         let mut params = self.params(part, keys, extra_flags);
@@ -689,7 +723,7 @@ impl<'a> Planner<'a> {
         let dense =
             [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
                 .map(|x| x as u32);
-        let unpacked = self.unpacked && matches!(variant, Variant::Values(_));
+        let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_));
         let (slot, (offset, size, base)) = match slot {
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
@@ -698,6 +732,7 @@ impl<'a> Planner<'a> {
                 (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
             }
             Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
+            Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
             // A shader that can take the operand binds something even where the problem has none.
@@ -710,7 +745,7 @@ impl<'a> Planner<'a> {
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
             Slot::Scores => (slot, (0, self.score_bytes(part), p.s_base)),
-            Slot::Unpacked => unreachable!("only `values` and `pack` use it"),
+            Slot::Unpacked | Slot::Spare => unreachable!("they only stand for other slots"),
         };
         match slot {
             Slot::Q => (p.q_base, [p.q_batch, p.q_head, p.q_row]) = (base, strides(&s.q)),
@@ -736,7 +771,7 @@ impl<'a> Planner<'a> {
                 [p.bias_batch, p.bias_head, p.bias_row, p.bias_key] = broadcast_strides(&shape);
                 p.bias_keys = covered(&shape, s.seq_kv);
             }
-            Slot::Lists | Slot::Scores => {}
+            Slot::Lists | Slot::Scores | Slot::Spare => {}
         }
         Bound { slot, offset, size, written }
     }
@@ -768,6 +803,9 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 }
+
+/// Bytes of the scratch that stands for an output which is not asked for.
+const SPARE: u64 = 256;
 
 fn small(field: &'static str, value: u64) -> Result<u32> {
     // Workgroup numbers of a folded grid may overshoot; below 2^30 they cannot wrap.
@@ -829,19 +867,90 @@ fn problem_flags(s: &Shape) -> u32 {
     set.into_iter().filter(|&(on, _)| on).fold(bias | causal, |all, (_, flag)| all | flag)
 }
 
-fn choose_body(caps: &Caps, options: &Options, reasons: &mut Vec<String>) -> Result<Body> {
-    let lanes = match caps.lanes() {
+fn lane_body(caps: &Caps) -> Body {
+    match caps.lanes() {
         Some(lanes) => Body::Lanes { lanes, subgroup: true },
         None => Body::Lanes { lanes: 8, subgroup: false },
-    };
-    let (body, why) = match (options.form, caps.cpu) {
+    }
+}
+
+fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str) {
+    match (options.form, caps.cpu) {
         (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
-        (Some(Form::Lanes), _) => (lanes, "as asked"),
-        (None, true) => (lanes, "a CPU adapter: loads are the cost, workgroup memory is no faster"),
+        (Some(Form::Lanes), _) => (lane_body(caps), "as asked"),
+        (None, true) => (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster"),
         (None, false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
+    }
+}
+
+/// The fused kernel, if it is asked for, or can run and is expected to be faster.
+fn choose_rows(
+    shape: &Shape,
+    caps: &Caps,
+    options: &Options,
+    key_step: u32,
+    reasons: &mut Vec<String>,
+) -> Result<Option<rows::Rows>> {
+    let forced = match options.kernel {
+        Some(Kernel::Rows) => true,
+        Some(Kernel::Unfused) => return Ok(None),
+        None => false,
     };
-    reasons.push(format!("scores and values in the form: {body} ({why})"));
-    Ok(body)
+    let full = transforms(shape);
+    let buffers = if full { 8 } else { 6 };
+    let dim = shape.head_dim.max(shape.value_dim);
+    let body = lane_body(caps);
+    let tile = tuning::rows_tiles(body).find(|tile| dim <= tile.dims);
+    let obstacle = if shape.weights || shape.logits.is_some() {
+        Some("weights and logits need the score matrix".to_string())
+    } else if caps.limits.max_storage_buffers_per_shader_stage < buffers
+        || caps.limits.max_bindings_per_bind_group <= buffers
+    {
+        Some(format!(
+            "it binds {buffers} storage buffers, the device {}",
+            caps.limits.max_storage_buffers_per_shader_stage
+        ))
+    } else if tile.is_none() {
+        Some(format!("{dim} dims do not fit a lane's registers"))
+    } else if key_step < shape.seq_kv {
+        Some("keys or values of one head exceed a binding".to_string())
+    } else if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        Some("it reads f16 packed".to_string())
+    } else {
+        None
+    };
+    let slower = if options.form.is_some() {
+        Some("a form of scores and values is asked for")
+    } else if !caps.cpu {
+        Some("a GPU: a row per lane leaves too few lanes busy")
+    } else if matches!(body, Body::Lanes { lanes, .. } if shape.seq_q <= lanes) {
+        Some("so few queries leave its lanes idle")
+    } else {
+        None
+    };
+    match (tile, obstacle, slower) {
+        (_, Some(why), _) if forced => Err(Error::Kernel { kernel: "rows", why }),
+        (Some(tile), None, slower) if forced || slower.is_none() => {
+            let vector = [&shape.q, &shape.k, &shape.v, &shape.out].iter().all(|t| whole_vectors(t));
+            let why = if forced {
+                "as asked"
+            } else {
+                "a CPU adapter: no score matrix, keys and values loaded once per subgroup"
+            };
+            reasons.push(format!("kernel rows: {why}"));
+            Ok(Some(rows::Rows { tile, format: Format { element: shape.element, native: false, vector }, full }))
+        }
+        (_, obstacle, slower) => {
+            let why = obstacle.or(slower.map(String::from)).unwrap_or_default();
+            reasons.push(format!("not kernel rows: {why}"));
+            Ok(None)
+        }
+    }
+}
+
+/// Whether the score transform is more than the scale and the key range.
+fn transforms(s: &Shape) -> bool {
+    s.softcap.is_some() || s.alibi || s.mask.is_some() || s.bias.is_some()
 }
 
 fn choose_native(shape: &Shape, caps: &Caps, body: Body, options: &Options) -> Result<bool> {

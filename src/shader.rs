@@ -23,12 +23,14 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/visible.wgsl",
         "shared/score.wgsl",
         "shared/element.wgsl",
+        "shared/value.wgsl",
         "scores.wgsl",
         "logits.wgsl",
         "softmax.wgsl",
         "values.wgsl",
         "export.wgsl",
         "pack.wgsl",
+        "rows.wgsl",
     ];
     for (name, source) in sources {
         environment.add_template(name, source).unwrap_or_else(|error| panic!("template {name}: {error:#}"));

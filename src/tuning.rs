@@ -1,6 +1,6 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile};
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, rows};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
@@ -23,7 +23,7 @@ pub const SCORES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 4), tiled(32, 32, 16, 
 /// Tiled rows of `values`, largest first: 8 rows × 4 dims per invocation.
 pub const VALUES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 1), tiled(32, 32, 16, 4, 1)];
 
-fn lane_bodies() -> impl Iterator<Item = Body> {
+pub(crate) fn lane_bodies() -> impl Iterator<Item = Body> {
     let spread = SUBGROUP_SIZES.map(|lanes| Body::Lanes { lanes, subgroup: true });
     spread.into_iter().chain([Body::Lanes { lanes: 8, subgroup: false }])
 }
@@ -59,6 +59,20 @@ pub(crate) fn values_tiles() -> Vec<Tile> {
 fn lane_tiles(tile: fn(Body, u32, u32) -> Tile) -> impl Iterator<Item = Tile> {
     lane_bodies().flat_map(move |body| {
         LANE_DIMS.into_iter().flat_map(move |dims| LANE_ROWS.into_iter().map(move |rows| tile(body, rows, dims)))
+    })
+}
+
+/// Rows of the table of `rows`: dims, rows per lane and keys per step with subgroups, and without. With subgroups q and o of a
+/// workgroup fill half of a 32 KiB first-level cache; without, every load feeds as many rows as compile in a second.
+const ROWS: [(u32, [u32; 2], [u32; 2]); 4] =
+    [(32, [8, 4], [8, 2]), (64, [4, 4], [8, 1]), (128, [2, 4], [4, 1]), (256, [1, 4], [2, 1])];
+
+/// The tiles of `rows`, fewest dims first.
+pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {
+    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    ROWS.into_iter().map(move |(dims, spread, alone)| {
+        let [rows, keys] = if subgroup { spread } else { alone };
+        rows::Tile { lanes, subgroup, rows, keys, dims }
     })
 }
 

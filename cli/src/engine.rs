@@ -2,7 +2,7 @@
 
 use clap::Args;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
-use wgpu_attention::{DeviceOptions, Error, Form, Gpu, Inputs, Options, Outputs, Problem, reference};
+use wgpu_attention::{DeviceOptions, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Problem, reference};
 
 /// Which device is opened and how.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
@@ -18,12 +18,23 @@ pub struct DeviceArgs {
 /// How kernels are chosen; what is absent is left to the planner.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
 pub struct KernelArgs {
-    /// Body of the kernels
+    /// How attention is computed
+    #[arg(long, value_enum)]
+    pub kernel: Option<KernelArg>,
+    /// Body of the scores and values kernels
     #[arg(long, value_enum)]
     pub form: Option<FormArg>,
     /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
     #[arg(long, value_enum)]
     pub f16: Option<F16Arg>,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
+pub enum KernelArg {
+    /// Scores, softmax and values, with the score matrix in between
+    Unfused,
+    /// Fused, one query row per lane
+    Rows,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -46,8 +57,12 @@ impl KernelArgs {
             FormArg::Tiled => Form::Tiled,
             FormArg::Lanes => Form::Lanes,
         });
+        let kernel = self.kernel.map(|kernel| match kernel {
+            KernelArg::Unfused => Kernel::Unfused,
+            KernelArg::Rows => Kernel::Rows,
+        });
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
-        Options { form, native_f16, ..Options::default() }
+        Options { kernel, form, native_f16, ..Options::default() }
     }
 }
 

@@ -179,4 +179,5 @@ flags! {
     EVERY_KEY = 14,
     EXPORT_LOGITS = 15,
     ADD = 16,
+    LSE = 17,
 }

@@ -1,0 +1,249 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Rows:  out = softmax(logits) v  in one pass over the keys, without a score matrix: each lane owns {{ rows }} query rows and keeps their
+// q, running maximum m, sum l and unnormalised output o in registers. Per block of {{ keys }} keys:
+//   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
+// At the end out = o / l and lse = m + ln l. (Online softmax: Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022.)
+{% if subgroup %}
+// Keys and values are loaded once per subgroup, spread over its lanes, and broadcast.
+{% else %}
+// Without subgroup operations every lane loads every key and value.
+{% endif %}
+// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+//
+// Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup is one subgroup.
+// Memory:    no workgroup memory.
+// Given:     1 ≤ head_dim, value_dim ≤ {{ dims }}. Blocks of keys that no row of the tile sees by range are not read.
+// Reference: src/reference.rs (attention)
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector) }};
+@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector) }};
+@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+@group(0) @binding(6) var<storage, read> lists: array<u32>;
+{% if full %}
+@group(0) @binding(7) var<storage, read> mask: array<u32>;
+@group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+{% include "shared/value.wgsl" %}
+{{ load("q", element, false, vector) }}
+{{ load("k", element, false, vector) }}
+{{ load("v", element, false, vector) }}
+{{ store("out", out, vector) }}
+
+const LANES: u32 = {{ lanes }}u;
+const ROWS: u32 = {{ rows }}u;
+const KEYS: u32 = {{ keys }}u;
+
+// exp(x − m), as low as f32 can tell from 0.
+fn weigh(x: f32, m: f32) -> f32 {
+    return exp(max(x - m, -150.0));
+}
+
+{% set parts = dims // 4 %}
+{% set loads = keys * parts // lanes %}
+@compute @workgroup_size({{ lanes }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    {{ "@builtin(subgroup_invocation_id)" if subgroup else "@builtin(local_invocation_index)" }} lane: u32,
+) {
+    let here = place(workgroup, grid);
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
+    let row_end = select(0u, min(params.row_end, seq.rows), here.inside);
+    // Rows of this lane: row_first + lane + LANES · r for r < turns. No early return: a CPU driver would run all that follows under a mask.
+    let turns = min(ROWS, (max(row_end, row_first) - row_first + LANES - 1u) / LANES);
+    let row_last = max(row_end, 1u) - 1u;
+    let range = tile_range(seq, min(row_first, row_last), min(row_first + LANES * ROWS - 1u, row_last));
+    let key_end = select(0u, min(range.y, seq.stored), turns > 0u);
+    let key_last = max(seq.stored, 1u) - 1u;
+
+{% for r in range(rows) %}
+{% if not full %}
+    let range_{{ r }} = key_range(seq, min(row_first + {{ r * lanes }}u + lane, row_last));
+{% endif %}
+    var m_{{ r }} = HIDDEN;
+    var l_{{ r }} = 0.0;
+    var poisoned_{{ r }} = false;
+{% for c in range(parts) %}
+    var q_{{ r }}_{{ c }} = vec4<f32>();
+    var o_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+    // One row after the other, so that each load stands once in the text: drivers that compile on the CPU pay for each place.
+    let q_last = (params.head_dim - 1u) & ~3u;
+    for (var r = 0u; r < turns; r++) {
+        let row = min(row_first + r * LANES + lane, row_last);
+        let at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (seq.token_q + row) * params.q_row;
+{% for c in range(parts) %}
+        let x_{{ c }} = select(vec4<f32>(), load_q(at + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
+{% for r in range(rows) %}
+        q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+    }
+
+    let k_at = params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + seq.token_kv * params.k_row;
+    let v_at = params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + seq.token_kv * params.v_row;
+    let v_last = (params.value_dim - 1u) & ~3u;
+{% if subgroup %}
+{% for t in range(loads) %}
+    let key_{{ t }} = (lane + {{ t * lanes }}u) / {{ parts }}u;
+    let dim_{{ t }} = ((lane + {{ t * lanes }}u) % {{ parts }}u) * 4u;
+{% endfor %}
+{% endif %}
+    for (var key = range.x; key < key_end; key += KEYS) {
+{% if subgroup %}
+{% for t in range(loads) %}
+        let k_{{ t }} = select(
+            vec4<f32>(),
+            load_k(k_at + min(key + key_{{ t }}, key_last) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
+            dim_{{ t }} < params.head_dim,
+        );
+{% endfor %}
+{% endif %}
+{% for j in range(keys) %}
+{% if not subgroup %}
+        let k_place_{{ j }} = k_at + min(key + {{ j }}u, key_last) * params.k_row;
+{% endif %}
+{% for c in range(parts) %}
+{% set part = j * parts + c %}
+{% if subgroup %}
+        let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
+{% else %}
+        let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
+{% endif %}
+{% if c % 4 == 3 %}
+{% for r in range(rows) %}
+        {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (dot(q_{{ r }}_{{ c - 3 }}, k_{{ j }}_{{ c - 3 }}) + dot(q_{{ r }}_{{ c - 2 }}, k_{{ j }}_{{ c - 2 }})) + (dot(q_{{ r }}_{{ c - 1 }}, k_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}));
+{% endfor %}
+{% endif %}
+{% endfor %}
+{% endfor %}
+{% if full %}
+        for (var r = 0u; r < turns; r++) {
+            let row = min(row_first + r * LANES + lane, row_last);
+{% for j in range(keys) %}
+            var x_{{ j }} = s_0_{{ j }};
+{% for r in range(1, rows) %}
+            x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+{% endfor %}
+            x_{{ j }} = logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }}));
+{% for r in range(rows) %}
+            s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+        }
+{% else %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+        s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < range_{{ r }}.y);
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+        let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+        let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
+        m_{{ r }} = higher_{{ r }};
+{% for j in range(keys) %}
+        let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+        l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+{% endfor %}
+        // Most blocks do not raise a maximum.
+        if ({{ "subgroupAny" if subgroup else "" }}({% for r in range(rows) %}{{ " || " if not loop.first }}shrink_{{ r }} != 1.0{% endfor %})) {
+{% for r in range(rows) %}
+{% for c in range(parts) %}
+            o_{{ r }}_{{ c }} *= shrink_{{ r }};
+{% endfor %}
+{% endfor %}
+        }
+{% if subgroup %}
+{% for t in range(loads) %}
+        let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, key_last) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
+        let good_{{ t }} = finite(raw_{{ t }});
+        let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
+{% endfor %}
+        if (subgroupAny(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
+{% for j in range(keys) %}
+            let bad_{{ j }} = subgroupAny(!({% for t in range(loads // keys) %}{{ " && " if not loop.first }}good_{{ j * (loads // keys) + t }}{% endfor %}));
+{% for r in range(rows) %}
+            poisoned_{{ r }} = poisoned_{{ r }} || (bad_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+{% endfor %}
+        }
+{% else %}
+{% for j in range(keys) %}
+        let v_place_{{ j }} = v_at + min(key + {{ j }}u, key_last) * params.v_row;
+        var good_{{ j }} = true;
+{% endfor %}
+{% endif %}
+{% for c in range(parts) %}
+{% for j in range(keys) %}
+{% set part = j * parts + c %}
+{% if subgroup %}
+        let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
+{% else %}
+        let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last));
+        let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+        let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
+        good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
+{% endif %}
+{% endfor %}
+{% for r in range(rows) %}
+        o_{{ r }}_{{ c }} += {% for j in range(keys) %}{{ " + " if not loop.first }}p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+{% endfor %}
+{% endfor %}
+{% if not subgroup %}
+{% for j in range(keys) %}
+{% for r in range(rows) %}
+        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+{% endfor %}
+{% endif %}
+    }
+
+    for (var r = 0u; r < turns; r++) {
+        var m = m_0;
+        var l = l_0;
+        var poisoned = poisoned_0;
+{% for r in range(1, rows) %}
+        m = select(m, m_{{ r }}, r == {{ r }}u);
+        l = select(l, l_{{ r }}, r == {{ r }}u);
+        poisoned = select(poisoned, poisoned_{{ r }}, r == {{ r }}u);
+{% endfor %}
+        var shrink = 1.0;
+        if ((params.flags & SINKS) != 0u) {
+            let sink = bitcast<f32>(lists[params.list_sinks + head]);
+            let higher = max(m, sink);
+            shrink = weigh(m, higher);
+            l = l * shrink + weigh(sink, higher);
+            m = higher;
+        }
+        let factor = select(0.0, shrink / l, l > 0.0);
+        let row = row_first + r * LANES + lane;
+        if (row < row_end) {
+            if ((params.flags & LSE) != 0u) {
+                let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
+                lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+            }
+            let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row) * params.out_row;
+{% for c in range(parts) %}
+            if ({{ c * 4 }}u < params.value_dim) {
+                var y = o_0_{{ c }};
+{% for r in range(1, rows) %}
+                y = select(y, o_{{ r }}_{{ c }}, r == {{ r }}u);
+{% endfor %}
+                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, select(bitcast<vec4<u32>>(y * factor), vec4<u32>(0x7fc00000u), poisoned));
+            }
+{% endfor %}
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Host side of `shaders/rows.wgsl`: attention in one kernel, a query row per lane.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::{Body, Format, Slot};
+use crate::problem::Element;
+use crate::tuning;
+
+/// A variant of `rows`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rows {
+    /// Tile parameters.
+    pub tile: Tile,
+    /// q, k, v and out. f16 is read packed.
+    pub format: Format,
+    /// Whether the whole score transform is applied (soft cap, ALiBi, bias, boolean mask), with its operands bound.
+    pub full: bool,
+}
+
+/// Tile parameters of `rows`. The table lives in [`crate::tuning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Invocations of a workgroup; with `subgroup` also the adapter's subgroup size.
+    pub lanes: u32,
+    /// Whether keys and values are spread by subgroup broadcast.
+    pub subgroup: bool,
+    /// Rows per lane.
+    pub rows: u32,
+    /// Keys per step.
+    pub keys: u32,
+    /// Dims that a lane keeps in registers: the smallest bucket that holds head_dim and value_dim.
+    pub dims: u32,
+}
+
+impl Tile {
+    /// Rows of a workgroup.
+    pub fn tile_rows(&self) -> u32 {
+        self.lanes * self.rows
+    }
+}
+
+impl Rows {
+    pub(crate) fn all() -> impl Iterator<Item = Rows> {
+        let formats = || Format::all().filter(|format| !format.native);
+        tuning::lane_bodies().flat_map(tuning::rows_tiles).flat_map(move |tile| {
+            formats().flat_map(move |format| [false, true].map(|full| Rows { tile, format, full }))
+        })
+    }
+
+    /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).
+    pub fn out(&self) -> Element {
+        if self.format.vector { self.format.element } else { Element::F32 }
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = vec![
+            (Slot::Q, false),
+            (Slot::K, false),
+            (Slot::V, false),
+            (Slot::Out, true),
+            (Slot::Lse, true),
+            (Slot::Lists, false),
+        ];
+        if self.full {
+            slots.extend([(Slot::Mask, false), (Slot::Bias, false)]);
+        }
+        slots
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        self.tile.lanes
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        let Tile { lanes, subgroup, rows, keys, dims } = self.tile;
+        context! {
+            element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
+            full => self.full, lanes, subgroup, rows, keys, dims,
+        }
+    }
+}
+
+impl fmt::Display for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { lanes, subgroup, rows, keys, dims } = self.tile;
+        let body = Body::Lanes { lanes, subgroup };
+        let full = if self.full { " full" } else { "" };
+        write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims; {}{full}]", self.format)
+    }
+}
