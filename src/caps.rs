@@ -12,6 +12,8 @@ pub struct Caps {
     pub f16: bool,
     /// Shaders may use subgroup operations, and every subgroup has this many lanes.
     pub subgroup_size: Option<u32>,
+    /// Shaders may use subgroup operations, and no subgroup has fewer lanes than this.
+    pub subgroup_min_size: Option<u32>,
     /// The device's limits.
     pub limits: wgpu::Limits,
 }
@@ -22,10 +24,12 @@ impl Caps {
         let info = device.adapter_info();
         let features = device.features();
         let fixed = info.subgroup_min_size == info.subgroup_max_size;
+        let subgroups = features.contains(wgpu::Features::SUBGROUP);
         Caps {
             cpu: info.device_type == wgpu::DeviceType::Cpu,
             f16: features.contains(wgpu::Features::SHADER_F16),
-            subgroup_size: (features.contains(wgpu::Features::SUBGROUP) && fixed).then_some(info.subgroup_min_size),
+            subgroup_size: (subgroups && fixed).then_some(info.subgroup_min_size),
+            subgroup_min_size: subgroups.then_some(info.subgroup_min_size),
             limits: device.limits(),
         }
     }

@@ -1,6 +1,7 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
 pub mod export;
+pub mod flash;
 pub mod logits;
 pub mod pack;
 pub mod params;
@@ -167,6 +168,8 @@ pub enum Variant {
     Pack(pack::Pack),
     /// Fused, a query row per lane.
     Rows(rows::Rows),
+    /// Fused, tiled.
+    Flash(flash::Flash),
 }
 
 macro_rules! each {
@@ -179,6 +182,7 @@ macro_rules! each {
             Variant::Export($x) => $body,
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
+            Variant::Flash($x) => $body,
         }
     };
 }
@@ -194,6 +198,7 @@ impl Variant {
         all.extend(export::Export::all().map(Variant::Export));
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
+        all.extend(flash::Flash::all().map(Variant::Flash));
         all
     }
 
@@ -207,6 +212,7 @@ impl Variant {
             Variant::Export(_) => "export",
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
+            Variant::Flash(_) => "flash",
         }
     }
 
@@ -230,6 +236,7 @@ impl Variant {
         match self {
             Variant::Scores(x) => x.format.native,
             Variant::Values(x) => x.format.native,
+            Variant::Flash(x) => x.format.native,
             _ => false,
         }
     }
@@ -240,6 +247,7 @@ impl Variant {
             Variant::Scores(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Rows(x) => x.tile.subgroup,
+            Variant::Flash(x) => x.tile.shuffle,
             _ => false,
         }
     }

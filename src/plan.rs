@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Format, Slot, Tile, Variant, export, logits, pack, rows, scores, softmax, values};
+use crate::kernel::{Body, Format, Slot, Tile, Variant, export, flash, logits, pack, rows, scores, softmax, values};
 use crate::problem::{Broadcast, Causal, Element, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::{Error, Result, tuning};
@@ -18,6 +18,22 @@ pub enum Kernel {
     Unfused,
     /// `rows`: fused, a query row per lane.
     Rows,
+    /// `flash`: fused, tiled in workgroup memory.
+    Flash,
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Kernel; 3] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash];
+
+    /// Its name, as `--kernel` takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kernel::Unfused => "unfused",
+            Kernel::Rows => "rows",
+            Kernel::Flash => "flash",
+        }
+    }
 }
 
 /// Body of `scores` and `values` to force.
@@ -293,7 +309,7 @@ struct Planner<'a> {
     flops_per_second: f64,
     lists: Lists,
     /// The fused kernel; otherwise `scores`, `softmax` and `values`.
-    rows: Option<rows::Rows>,
+    fused: Option<Variant>,
     scores: scores::Scores,
     softmax: softmax::Softmax,
     values: values::Values,
@@ -312,9 +328,9 @@ impl<'a> Planner<'a> {
     fn new(shape: &'a Shape, caps: &'a Caps, options: &Options) -> Result<Self> {
         let mut reasons = Vec::new();
         let key_step = key_step(shape, caps)?;
-        let rows = choose_rows(shape, caps, options, key_step, &mut reasons)?;
+        let fused = choose_fused(shape, caps, options, key_step, &mut reasons)?;
         let (body, why) = choose_body(caps, options);
-        if rows.is_none() {
+        if fused.is_none() {
             reasons.push(format!("scores and values in the form: {body} ({why})"));
         }
         let native = choose_native(shape, caps, body, options)?;
@@ -328,7 +344,7 @@ impl<'a> Planner<'a> {
             caps.limits.max_storage_buffers_per_shader_stage >= 6 && caps.limits.max_bindings_per_bind_group >= 7;
         let early = shape.wants(Logits::Raw) || shape.wants(Logits::Capped);
         let separate = operands && (early || !room || body != Body::Tiled);
-        if separate && rows.is_none() {
+        if separate && fused.is_none() {
             reasons.push(if early {
                 "the score transform is a pass of its own, because scores before it are asked for".into()
             } else if room {
@@ -351,7 +367,11 @@ impl<'a> Planner<'a> {
         if key_step < shape.seq_kv {
             reasons.push(format!("keys or values of one head exceed a binding: {key_step} keys a dispatch"));
         }
-        let direct = rows.map_or(vo.vector, |rows| rows.format.vector);
+        let direct = match &fused {
+            Some(Variant::Rows(x)) => x.format.vector,
+            Some(Variant::Flash(x)) => x.format.vector,
+            _ => vo.vector,
+        };
         let unpacked = shape.element != Element::F32 && (!direct || key_step < shape.seq_kv);
         if unpacked {
             if !shape.out.is_dense() {
@@ -385,7 +405,7 @@ impl<'a> Planner<'a> {
             flops_per_step: flops_per_second * options.work_budget.as_secs_f64().max(1e-6),
             flops_per_second,
             lists: Lists::new(shape),
-            rows,
+            fused,
             scores,
             softmax: softmax::Softmax { threads, lse: shape.lse },
             values,
@@ -426,6 +446,7 @@ impl<'a> Planner<'a> {
             }
             self.pack()?;
         }
+        let spare = self.steps.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
         let slices = slices(&self.steps, self.flops_per_step);
         Ok(Plan {
             shape: s.clone(),
@@ -433,7 +454,7 @@ impl<'a> Planner<'a> {
             slices,
             scratch: self.scratch,
             unpacked,
-            spare: if self.rows.is_some() && !s.lse { SPARE } else { 0 },
+            spare: if spare { SPARE } else { 0 },
             lists: self.lists,
             alignment: self.caps.alignment(),
             flops_per_second: self.flops_per_second,
@@ -473,7 +494,7 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         let limit = self.caps.binding();
         let scores = self.score_bytes(part);
-        if self.rows.is_none() && scores > self.budget {
+        if self.fused.is_none() && scores > self.budget {
             return Some(("one row of scores", scores, self.budget));
         }
         let bytes = s.element.bytes();
@@ -559,9 +580,9 @@ impl<'a> Planner<'a> {
     /// The dispatches of one part.
     fn part(&mut self, part: &Part) -> Result<()> {
         let s = self.shape;
-        if let Some(rows) = self.rows {
+        if let Some(fused) = self.fused {
             let lse = if s.lse { flags::LSE } else { 0 };
-            return self.step(Variant::Rows(rows), part, &(0..s.seq_kv), lse);
+            return self.step(fused, part, &(0..s.seq_kv), lse);
         }
         self.scratch = self.scratch.max(self.score_bytes(part));
         let ranges: Vec<Range<u32>> = (0..s.seq_kv)
@@ -623,6 +644,14 @@ impl<'a> Planner<'a> {
                 2.0 * f64::from(s.value_dim),
             ),
             Variant::Softmax(_) => (count(&part.rows), 1, 32.0),
+            Variant::Flash(x) => {
+                let blocks = s.value_dim.div_ceil(x.tile.dims);
+                (
+                    count(&part.rows).div_ceil(x.tile.tile_rows().into()),
+                    blocks.into(),
+                    2.0 * f64::from(blocks * s.head_dim + s.value_dim),
+                )
+            }
             Variant::Rows(x) => {
                 (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
             }
@@ -723,7 +752,7 @@ impl<'a> Planner<'a> {
         let dense =
             [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
                 .map(|x| x as u32);
-        let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_));
+        let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
         let (slot, (offset, size, base)) = match slot {
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
@@ -883,69 +912,114 @@ fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str) {
     }
 }
 
-/// The fused kernel, if it is asked for, or can run and is expected to be faster.
-fn choose_rows(
+/// The fused kernel, if one is asked for, or can run and is expected to be faster; with the reasons.
+fn choose_fused(
     shape: &Shape,
     caps: &Caps,
     options: &Options,
     key_step: u32,
     reasons: &mut Vec<String>,
-) -> Result<Option<rows::Rows>> {
-    let forced = match options.kernel {
-        Some(Kernel::Rows) => true,
+) -> Result<Option<Variant>> {
+    let candidates = match options.kernel {
         Some(Kernel::Unfused) => return Ok(None),
-        None => false,
+        Some(kernel) => vec![kernel],
+        None if options.form.is_some() => return Ok(None),
+        None => vec![Kernel::Rows, Kernel::Flash],
     };
-    let full = transforms(shape);
-    let buffers = if full { 8 } else { 6 };
-    let dim = shape.head_dim.max(shape.value_dim);
-    let body = lane_body(caps);
-    let tile = tuning::rows_tiles(body).find(|tile| dim <= tile.dims);
-    let obstacle = if shape.weights || shape.logits.is_some() {
-        Some("weights and logits need the score matrix".to_string())
-    } else if caps.limits.max_storage_buffers_per_shader_stage < buffers
-        || caps.limits.max_bindings_per_bind_group <= buffers
-    {
-        Some(format!(
-            "it binds {buffers} storage buffers, the device {}",
-            caps.limits.max_storage_buffers_per_shader_stage
-        ))
-    } else if tile.is_none() {
-        Some(format!("{dim} dims do not fit a lane's registers"))
-    } else if key_step < shape.seq_kv {
-        Some("keys or values of one head exceed a binding".to_string())
-    } else if options.native_f16 == Some(true) && shape.element == Element::F16 {
-        Some("it reads f16 packed".to_string())
-    } else {
-        None
-    };
-    let slower = if options.form.is_some() {
-        Some("a form of scores and values is asked for")
-    } else if !caps.cpu {
-        Some("a GPU: a row per lane leaves too few lanes busy")
-    } else if matches!(body, Body::Lanes { lanes, .. } if shape.seq_q <= lanes) {
-        Some("so few queries leave its lanes idle")
-    } else {
-        None
-    };
-    match (tile, obstacle, slower) {
-        (_, Some(why), _) if forced => Err(Error::Kernel { kernel: "rows", why }),
-        (Some(tile), None, slower) if forced || slower.is_none() => {
-            let vector = [&shape.q, &shape.k, &shape.v, &shape.out].iter().all(|t| whole_vectors(t));
-            let why = if forced {
-                "as asked"
-            } else {
-                "a CPU adapter: no score matrix, keys and values loaded once per subgroup"
-            };
-            reasons.push(format!("kernel rows: {why}"));
-            Ok(Some(rows::Rows { tile, format: Format { element: shape.element, native: false, vector }, full }))
-        }
-        (_, obstacle, slower) => {
-            let why = obstacle.or(slower.map(String::from)).unwrap_or_default();
-            reasons.push(format!("not kernel rows: {why}"));
-            Ok(None)
+    for kernel in candidates {
+        let forced = options.kernel.is_some();
+        let found = match kernel {
+            Kernel::Rows => rows(shape, caps, options, key_step),
+            _ => flash(shape, caps, options, key_step),
+        };
+        let slower = match kernel {
+            _ if forced => None,
+            Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
+            Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
+                Some("so few queries leave its lanes idle")
+            }
+            Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
+            _ => None,
+        };
+        match (found, slower) {
+            (Err(why), _) if forced => return Err(Error::Kernel { kernel: kernel.name(), why }),
+            (Ok(variant), None) => {
+                let why = if forced { "as asked" } else { "one pass over the keys, no score matrix" };
+                reasons.push(format!("kernel {}: {why}", kernel.name()));
+                return Ok(Some(variant));
+            }
+            (Err(why), _) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
+            (Ok(_), Some(why)) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
         }
     }
+    Ok(None)
+}
+
+/// What keeps any fused kernel with these operands from running.
+fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Option<String> {
+    let l = &caps.limits;
+    if shape.weights || shape.logits.is_some() {
+        Some("weights and logits need the score matrix".into())
+    } else if l.max_storage_buffers_per_shader_stage < buffers || l.max_bindings_per_bind_group <= buffers {
+        let most = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
+        Some(format!("it binds {buffers} storage buffers, the device {most}"))
+    } else if key_step < shape.seq_kv {
+        Some("keys or values of one head exceed a binding".into())
+    } else {
+        None
+    }
+}
+
+fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+    let full = transforms(shape);
+    if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
+        return Err(why);
+    }
+    if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        return Err("it reads f16 packed".into());
+    }
+    let dim = shape.head_dim.max(shape.value_dim);
+    let tile = tuning::rows_tiles(lane_body(caps)).find(|tile| dim <= tile.dims);
+    let tile = tile.ok_or_else(|| format!("{dim} dims do not fit a lane's registers"))?;
+    Ok(Variant::Rows(rows::Rows { tile, format: whole_format(shape, false), full }))
+}
+
+fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+    let small_arrays =
+        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
+    let operands = match (transforms(shape), small_arrays) {
+        (true, _) => flash::Operands::Full,
+        (false, true) => flash::Operands::Lists,
+        (false, false) => flash::Operands::Bare,
+    };
+    if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
+        return Err(why);
+    }
+    let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
+    if options.native_f16 == Some(true) && shape.element == Element::F16 && !caps.f16 {
+        return Err("the device has no shader f16".into());
+    }
+    let format = whole_format(shape, native);
+    let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= flash::ACROSS);
+    let largest = tuning::FLASH.iter().map(|tile| tile.dims).max().expect("the table has rows");
+    let dims = shape.value_dim.min(largest);
+    tuning::FLASH
+        .into_iter()
+        .map(|tile| flash::Flash { tile, format, operands })
+        .find(|x| {
+            dims <= x.tile.dims
+                && (shuffles || !x.tile.shuffle)
+                && (shape.head_dim <= x.tile.dims || !x.tile.resident)
+                && fits(caps, flash::ACROSS * flash::DOWN, x.workgroup_bytes())
+        })
+        .map(Variant::Flash)
+        .ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
+}
+
+/// One format for q, k, v and out.
+fn whole_format(shape: &Shape, native: bool) -> Format {
+    let vector = [&shape.q, &shape.k, &shape.v, &shape.out].into_iter().all(whole_vectors);
+    Format { element: shape.element, native, vector }
 }
 
 /// Whether the score transform is more than the scale and the key range.

@@ -31,6 +31,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "export.wgsl",
         "pack.wgsl",
         "rows.wgsl",
+        "flash.wgsl",
     ];
     for (name, source) in sources {
         environment.add_template(name, source).unwrap_or_else(|error| panic!("template {name}: {error:#}"));

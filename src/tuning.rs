@@ -1,6 +1,6 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, rows};
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
@@ -75,6 +75,20 @@ pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {
         rows::Tile { lanes, subgroup, rows, keys, dims }
     })
 }
+
+/// Tiles of `flash`, fewest dims first: for each bucket of value dims one for devices with subgroups and 32 KiB of workgroup
+/// memory, then one that runs on every device. 64 rows × 32 keys, four rows of four keys an invocation: half a load from
+/// workgroup memory a multiply-add; with 256 dims half the rows, so that o stays in 64 registers.
+pub const FLASH: [flash::Tile; 8] = [
+    flash::Tile { dims: 32, rows: 4, depth: 32, value_keys: 32, resident: true, shuffle: true },
+    flash::Tile { dims: 32, rows: 4, depth: 16, value_keys: 32, resident: false, shuffle: false },
+    flash::Tile { dims: 64, rows: 4, depth: 32, value_keys: 16, resident: true, shuffle: true },
+    flash::Tile { dims: 64, rows: 4, depth: 16, value_keys: 16, resident: false, shuffle: false },
+    flash::Tile { dims: 128, rows: 4, depth: 32, value_keys: 16, resident: false, shuffle: true },
+    flash::Tile { dims: 128, rows: 4, depth: 16, value_keys: 8, resident: false, shuffle: false },
+    flash::Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
+    flash::Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
+];
 
 /// Whether a tile is rendered for a format: lane forms read f16 packed (conversion is not their cost), and unaligned rows
 /// only with the larger bucket of dims.

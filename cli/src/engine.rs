@@ -33,8 +33,10 @@ pub struct KernelArgs {
 pub enum KernelArg {
     /// Scores, softmax and values, with the score matrix in between
     Unfused,
-    /// Fused, one query row per lane
+    /// Fused, one query row per lane: for adapters that run on a CPU
     Rows,
+    /// Fused, tiles shared by a workgroup: for GPUs
+    Flash,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -60,6 +62,7 @@ impl KernelArgs {
         let kernel = self.kernel.map(|kernel| match kernel {
             KernelArg::Unfused => Kernel::Unfused,
             KernelArg::Rows => Kernel::Rows,
+            KernelArg::Flash => Kernel::Flash,
         });
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
         Options { kernel, form, native_f16, ..Options::default() }

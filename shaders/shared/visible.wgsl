@@ -1,4 +1,5 @@
-{# Lengths, positions and the key range of a row. Needs params.wgsl and the binding `lists`: the small per-batch and per-head arrays. #}
+{# Lengths, positions and the key range of a row. Needs params.wgsl and, with `lists`, the binding of that name: the small per-batch and
+   per-head arrays. Without it no problem that has any of them runs. #}
 
 // One batch entry or packed sequence. Lengths that come from the GPU are clamped here, so that no value leaves a buffer.
 struct Sequence {
@@ -17,6 +18,7 @@ fn batch_of(batch: u32) -> u32 {
 
 fn sequence(batch: u32) -> Sequence {
     var s = Sequence(params.seq_q, params.seq_kv, params.seq_kv, 0u, 0u, 0);
+{% if lists %}
     if ((params.flags & PACKED) != 0u) {
         s.token_q = min(lists[params.list_cu_q + batch], params.total_q);
         s.token_kv = min(lists[params.list_cu_kv + batch], params.total_kv);
@@ -29,12 +31,15 @@ fn sequence(batch: u32) -> Sequence {
     if ((params.flags & LENGTHS) != 0u) {
         s.keys = min(lists[params.list_lengths + batch], params.seq_kv);
     }
+{% endif %}
     if ((params.flags & BOTTOM_RIGHT) != 0u) {
         s.offset = i32(s.keys) - i32(s.rows);
     }
+{% if lists %}
     if ((params.flags & OFFSETS) != 0u) {
         s.offset = clamp(bitcast<i32>(lists[params.list_offsets + batch]), -1073741824, 1073741824);
     }
+{% endif %}
     return s;
 }
 

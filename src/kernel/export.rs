@@ -32,7 +32,7 @@ impl Export {
     }
 
     pub(crate) fn context(&self) -> Value {
-        context! { threads => self.threads(), full => false }
+        context! { lists => true, threads => self.threads(), full => false }
     }
 }
 

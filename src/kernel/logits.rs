@@ -29,7 +29,7 @@ impl Logits {
     }
 
     pub(crate) fn context(&self) -> Value {
-        context! { threads => self.threads(), full => true }
+        context! { lists => true, threads => self.threads(), full => true }
     }
 }
 

@@ -80,6 +80,7 @@ impl Rows {
     pub(crate) fn context(&self) -> Value {
         let Tile { lanes, subgroup, rows, keys, dims } = self.tile;
         context! {
+            lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
             full => self.full, lanes, subgroup, rows, keys, dims,
         }

@@ -50,6 +50,7 @@ impl Scores {
 
     pub(crate) fn context(&self) -> Value {
         context! {
+            lists => true,
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
             full => self.full, workgroup_bytes => self.workgroup_bytes(),
             ..self.tile.context(self.threads())

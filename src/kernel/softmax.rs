@@ -38,7 +38,7 @@ impl Softmax {
     }
 
     pub(crate) fn context(&self) -> Value {
-        context! { threads => self.threads, lse => self.lse, full => false }
+        context! { lists => true, threads => self.threads, lse => self.lse, full => false }
     }
 }
 

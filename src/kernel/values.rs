@@ -51,6 +51,7 @@ impl Values {
 
     pub(crate) fn context(&self) -> Value {
         context! {
+            lists => true,
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
             out => self.out.to_string(), workgroup_bytes => self.workgroup_bytes(),
             ..self.tile.context(self.threads())

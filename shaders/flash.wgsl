@@ -1,0 +1,322 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
+// 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
+//   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
+// At the end out = o / l and lse = m + ln l. More value dims than {{ dims }} are further workgroups, which form the scores again.
+//
+// Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
+// scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
+// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; where its weight is not 0 the whole row is NaN.
+//
+// Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
+// Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
+// Given:     128 invocations{{ ", all in full subgroups of at least 8" if shuffle }}{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of keys that no row sees by range are not read.
+// Reference: src/reference.rs (attention)
+{% if native %}
+enable f16;
+{% endif %}
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
+@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
+@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
+{% if lists %}
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+@group(0) @binding(6) var<storage, read> lists: array<u32>;
+{% endif %}
+{% if full %}
+@group(0) @binding(7) var<storage, read> mask: array<u32>;
+@group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+{% include "shared/value.wgsl" %}
+{{ load("q", element, native, vector) }}
+{{ load("k", element, native, vector) }}
+{{ load("v", element, native, vector) }}
+{{ store("out", out, vector) }}
+
+const TILE_Q: u32 = {{ tile_rows }}u;
+const TILE_KV: u32 = {{ tile_keys }}u;
+const ACROSS: u32 = {{ across }}u;
+const DOWN: u32 = {{ down }}u;
+const THREADS: u32 = {{ across * down }}u;
+// Dims of q and k that are staged at once, in vectors of four.
+const DEPTH: u32 = {{ depth // 4 }}u;
+// Value dims of this workgroup, in vectors of four, and keys whose values are staged at once.
+const DIMS: u32 = {{ dims // 4 }}u;
+const KEYS: u32 = {{ value_keys }}u;
+
+// One array, in parts: staged q; staged k, then the maxima of the columns, then staged v; the weights p.
+// Vectors lie side by side over rows or keys, so that neighbouring invocations read neighbouring words.
+const AT_K: u32 = {{ at_k }}u;
+const AT_P: u32 = {{ at_p }}u;
+var<workgroup> sh: array<vec4<f32>, {{ at_p + tile_rows * tile_keys // 4 }}>;
+// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
+var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
+var<workgroup> sh_any: u32;
+
+// exp(x − m), as low as f32 can tell from 0.
+fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
+    return exp(max(x - m, vec4<f32>(-150.0)));
+}
+
+fn highest(x: vec4<f32>) -> f32 {
+    return max(max(x.x, x.y), max(x.z, x.w));
+}
+
+@compute @workgroup_size({{ across * down }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+{% if shuffle %}
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
+    @builtin(subgroup_invocation_id) invocation: u32,
+{% else %}
+    @builtin(local_invocation_index) thread: u32,
+{% endif %}
+) {
+{% if shuffle %}
+    // The columns of a line are neighbours in one subgroup, whatever its size and however the device numbers invocations.
+    let thread = subgroup * subgroup_size + invocation;
+{% endif %}
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * TILE_Q;
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let tile_last = min(row_first + TILE_Q - 1u, row_last);
+    let range = tile_range(seq, row_first, tile_last);
+    // Between these every row of the tile sees every key by range.
+    let all_first = key_range(seq, tile_last).x;
+    let all_end = key_range(seq, row_first).y;
+    let key_end = min(range.y, seq.stored);
+    let key_last = max(seq.stored, 1u) - 1u;
+    let dim_first = here.col_tile * (DIMS * 4u);
+    let column = thread % ACROSS;
+    let line = thread / ACROSS;
+    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let k_at = params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + seq.token_kv * params.k_row;
+    let v_at = params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + seq.token_kv * params.v_row;
+
+{% for r in range(rows) %}
+    var m_{{ r }} = HIDDEN;
+    var l_{{ r }} = 0.0;
+    var poisoned_{{ r }} = false;
+{% for c in range(parts) %}
+    var o_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+    if (thread < KEYS) {
+        sh_bad[thread] = 0u;
+    }
+    if (thread == 0u) {
+        sh_any = 0u;
+    }
+{% if resident %}
+    for (var part = thread; part < TILE_Q * {{ dims // 4 }}u; part += THREADS) {
+        let row = part / {{ dims // 4 }}u;
+        let d = (part % {{ dims // 4 }}u) * 4u;
+        var x = vec4<f32>();
+        if (d < params.head_dim) {
+            x = load_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
+        }
+        sh[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
+    }
+{% endif %}
+    var stage = 0u;
+    for (var key = range.x; key < key_end; key += TILE_KV) {
+{% for r in range(rows) %}
+        var s_{{ r }} = vec4<f32>();
+{% endfor %}
+        for (var dim = 0u; dim < params.head_dim; dim += DEPTH * 4u) {
+{% if not resident %}
+            for (var part = thread; part < TILE_Q * DEPTH; part += THREADS) {
+                let row = part / DEPTH;
+                let d = dim + (part % DEPTH) * 4u;
+                var x = vec4<f32>();
+                if (d < params.head_dim) {
+                    x = load_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
+                }
+                sh[(part % DEPTH) * TILE_Q + row] = x;
+            }
+{% endif %}
+            for (var part = thread; part < TILE_KV * DEPTH; part += THREADS) {
+                let j = part / DEPTH;
+                let d = dim + (part % DEPTH) * 4u;
+                var x = vec4<f32>();
+                if (d < params.head_dim) {
+                    x = load_k(k_at + min(key + j, key_last) * params.k_row + d, params.head_dim - d);
+                }
+                // The four keys of a column stand ACROSS apart.
+                sh[AT_K + (part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
+            }
+            workgroupBarrier();
+{% for d in range(depth // 4) %}
+{% for c in range(4) %}
+            let k_{{ d }}_{{ c }} = sh[AT_K + {{ d * tile_keys + c * across }}u + column];
+{% endfor %}
+{% for r in range(rows) %}
+            let q_{{ d }}_{{ r }} = sh[{{ "(dim / 4u + %su) * TILE_Q + " | format(d) if resident else "%su + " | format(d * tile_rows) }}line + {{ r * down }}u];
+            {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d == 0 else "+" }}= vec4<f32>(dot(q_{{ d }}_{{ r }}, k_{{ d }}_0), dot(q_{{ d }}_{{ r }}, k_{{ d }}_1), dot(q_{{ d }}_{{ r }}, k_{{ d }}_2), dot(q_{{ d }}_{{ r }}, k_{{ d }}_3));
+{% endfor %}
+{% endfor %}
+{% for r in range(rows) %}
+            s_{{ r }} += sum_{{ r }};
+{% endfor %}
+            workgroupBarrier();
+        }
+        let key_own = key + column * 4u;
+{% for r in range(rows) %}
+        s_{{ r }} = vec4<f32>(scaled(s_{{ r }}.x), scaled(s_{{ r }}.y), scaled(s_{{ r }}.z), scaled(s_{{ r }}.w));
+{% endfor %}
+        let p_at = AT_P + column * TILE_Q + line;
+{% if full %}
+        // Through workgroup memory, each invocation its own words, so that the transform stands four times in the text.
+{% for r in range(rows) %}
+        sh[p_at + {{ r * down }}u] = s_{{ r }};
+{% endfor %}
+        for (var r = 0u; r < {{ rows }}u; r++) {
+            let row = min(row_first + line + r * DOWN, row_last);
+            let x = sh[p_at + r * DOWN];
+            sh[p_at + r * DOWN] = vec4<f32>(
+                logit(batch, head, row, key_own, seq, x.x),
+                logit(batch, head, row, key_own + 1u, seq, x.y),
+                logit(batch, head, row, key_own + 2u, seq, x.z),
+                logit(batch, head, row, key_own + 3u, seq, x.w),
+            );
+        }
+{% for r in range(rows) %}
+        s_{{ r }} = sh[p_at + {{ r * down }}u];
+{% endfor %}
+{% else %}
+        if (key < all_first || key + TILE_KV > all_end) {
+            let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
+{% for r in range(rows) %}
+            let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, keys >= vec4<u32>(range_{{ r }}.x) & keys < vec4<u32>(range_{{ r }}.y));
+{% endfor %}
+        }
+{% endif %}
+        var top = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "highest(s_%s)" | format(r) if r < rows else "HIDDEN" }}{% endfor %});
+{% if shuffle %}
+{% for step in shuffles %}
+        top = max(top, subgroupShuffleXor(top, {{ step }}u));
+{% endfor %}
+{% else %}
+        sh[AT_K + column * DOWN + line] = top;
+        workgroupBarrier();
+{% for c in range(across) %}
+        top = max(top, sh[AT_K + {{ c * down }}u + line]);
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+        let higher_{{ r }} = max(m_{{ r }}, top.{{ "xyzw"[r] }});
+        let shrink_{{ r }} = exp(max(m_{{ r }} - higher_{{ r }}, -150.0));
+        m_{{ r }} = higher_{{ r }};
+        let p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
+        l_{{ r }} = l_{{ r }} * shrink_{{ r }} + (p_{{ r }}.x + p_{{ r }}.y) + (p_{{ r }}.z + p_{{ r }}.w);
+        sh[p_at + {{ r * down }}u] = p_{{ r }};
+{% for c in range(parts) %}
+        o_{{ r }}_{{ c }} *= shrink_{{ r }};
+{% endfor %}
+{% endfor %}
+        workgroupBarrier();
+        for (var skip = 0u; skip < TILE_KV; skip += KEYS) {
+            stage += 1u;
+            for (var part = thread; part < KEYS * DIMS; part += THREADS) {
+                let j = key + skip + part / DIMS;
+                let d = dim_first + (part % DIMS) * 4u;
+                var x = vec4<f32>();
+                if (j < key_end && d < params.value_dim) {
+                    x = load_v(v_at + j * params.v_row + d, params.value_dim - d);
+                }
+                if (!finite(x)) {
+                    x = vec4<f32>();
+                    sh_bad[part / DIMS] = stage;
+                    sh_any = stage;
+                }
+                sh[AT_K + part] = x;
+            }
+            workgroupBarrier();
+{% for j4 in range(value_keys // 4) %}
+{% for r in range(rows) %}
+            let w_{{ j4 }}_{{ r }} = sh[AT_P + (skip / 4u + {{ j4 }}u) * TILE_Q + line + {{ r * down }}u];
+{% endfor %}
+{% for c in range(parts) %}
+{% for j in range(4) %}
+            let v_{{ j4 }}_{{ c }}_{{ j }} = sh[AT_K + {{ (j4 * 4 + j) * (dims // 4) + c * across }}u + column];
+{% endfor %}
+{% for r in range(rows) %}
+            o_{{ r }}_{{ c }} += w_{{ j4 }}_{{ r }}.x * v_{{ j4 }}_{{ c }}_0 + w_{{ j4 }}_{{ r }}.y * v_{{ j4 }}_{{ c }}_1 + w_{{ j4 }}_{{ r }}.z * v_{{ j4 }}_{{ c }}_2 + w_{{ j4 }}_{{ r }}.w * v_{{ j4 }}_{{ c }}_3;
+{% endfor %}
+{% endfor %}
+{% endfor %}
+            if (sh_any == stage) {
+{% for j in range(value_keys) %}
+                if (sh_bad[{{ j }}] == stage) {
+{% for r in range(rows) %}
+                    poisoned_{{ r }} = poisoned_{{ r }} || w_{{ j // 4 }}_{{ r }}.{{ "xyzw"[j % 4] }} != 0.0;
+{% endfor %}
+                }
+{% endfor %}
+            }
+            workgroupBarrier();
+        }
+    }
+
+    var sums = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
+{% if shuffle %}
+{% for step in shuffles %}
+    sums += subgroupShuffleXor(sums, {{ step }}u);
+{% endfor %}
+{% else %}
+    workgroupBarrier();
+    sh[AT_K + column * DOWN + line] = sums;
+    workgroupBarrier();
+    sums = vec4<f32>();
+{% for c in range(across) %}
+    sums += sh[AT_K + {{ c * down }}u + line];
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+    let row_{{ r }} = row_first + line + {{ r * down }}u;
+    if (row_{{ r }} <= row_last) {
+        var m = m_{{ r }};
+        var l = sums.{{ "xyzw"[r] }};
+        var shrink = 1.0;
+{% if lists %}
+        if ((params.flags & SINKS) != 0u) {
+            let sink = bitcast<f32>(lists[params.list_sinks + head]);
+            let higher = max(m, sink);
+            shrink = exp(max(m - higher, -150.0));
+            l = l * shrink + exp(max(sink - higher, -150.0));
+            m = higher;
+        }
+        if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
+            let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
+            lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+        }
+{% endif %}
+        let factor = select(0.0, shrink / l, l > 0.0);
+        let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_{{ r }}) * params.out_row;
+{% for c in range(parts) %}
+        let dim_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
+        if (dim_{{ c }} < params.value_dim) {
+            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, select(bitcast<vec4<u32>>(o_{{ r }}_{{ c }} * factor), vec4<u32>(0x7fc00000u), poisoned_{{ r }}));
+        }
+{% endfor %}
+    }
+{% endfor %}
+}

@@ -1,0 +1,156 @@
+//! Host side of `shaders/flash.wgsl`: attention in one kernel, tiled in workgroup memory.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::{Format, Slot};
+use crate::problem::Element;
+use crate::tuning;
+
+/// A variant of `flash`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Flash {
+    /// Tile parameters.
+    pub tile: Tile,
+    /// q, k, v and out.
+    pub format: Format,
+    /// Operands bound.
+    pub operands: Operands,
+}
+
+/// Which operands a fused kernel binds beside q, k, v and out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operands {
+    /// None: four storage buffers.
+    Bare,
+    /// Log-sum-exp and the small per-batch and per-head arrays: six.
+    Lists,
+    /// Also mask and bias, and the whole score transform is applied: eight.
+    Full,
+}
+
+impl Operands {
+    /// Storage buffers that a fused kernel binds.
+    pub fn buffers(self) -> u32 {
+        match self {
+            Operands::Bare => 4,
+            Operands::Lists => 6,
+            Operands::Full => 8,
+        }
+    }
+
+    fn all() -> [Operands; 3] {
+        [Operands::Bare, Operands::Lists, Operands::Full]
+    }
+}
+
+/// Tile parameters of `flash`. The table lives in [`crate::tuning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Value dims of a workgroup.
+    pub dims: u32,
+    /// Rows per invocation, at most four.
+    pub rows: u32,
+    /// Dims of q and k staged at once.
+    pub depth: u32,
+    /// Keys whose values are staged at once.
+    pub value_keys: u32,
+    /// q is staged once and stays; head_dim fits `dims`.
+    pub resident: bool,
+    /// Columns are reduced by subgroup shuffles.
+    pub shuffle: bool,
+}
+
+/// Invocations of a workgroup: columns, each of four keys, and lines.
+pub const ACROSS: u32 = 8;
+/// Lines of invocations.
+pub const DOWN: u32 = 16;
+
+impl Tile {
+    /// Rows of a workgroup.
+    pub fn tile_rows(&self) -> u32 {
+        DOWN * self.rows
+    }
+
+    /// Keys of a tile.
+    pub fn tile_keys(&self) -> u32 {
+        4 * ACROSS
+    }
+
+    /// Where staged k begins, in vectors of four.
+    fn at_k(&self) -> u32 {
+        self.tile_rows() * if self.resident { self.dims } else { self.depth } / 4
+    }
+
+    /// Where the weights begin: after staged k, the maxima of the columns and staged v, which share a place.
+    fn at_p(&self) -> u32 {
+        let [k, maxima, v] = [self.tile_keys() * self.depth / 4, ACROSS * DOWN, self.value_keys * self.dims / 4];
+        self.at_k() + k.max(maxima).max(v)
+    }
+}
+
+impl Flash {
+    pub(crate) fn all() -> impl Iterator<Item = Flash> {
+        tuning::FLASH.into_iter().flat_map(|tile| {
+            Format::all().flat_map(move |format| {
+                Operands::all().into_iter().map(move |operands| Flash { tile, format, operands })
+            })
+        })
+    }
+
+    /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).
+    pub fn out(&self) -> Element {
+        if self.format.vector { self.format.element } else { Element::F32 }
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let slots = [
+            (Slot::Q, false),
+            (Slot::K, false),
+            (Slot::V, false),
+            (Slot::Out, true),
+            (Slot::Lse, true),
+            (Slot::Lists, false),
+            (Slot::Mask, false),
+            (Slot::Bias, false),
+        ];
+        slots[..self.operands.buffers() as usize].to_vec()
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ACROSS * DOWN
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        let weights = self.tile.tile_rows() * self.tile.tile_keys() / 4;
+        16 * (self.tile.at_p() + weights) + 4 * (self.tile.value_keys + 1)
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        let Tile { dims, rows, depth, value_keys, resident, shuffle } = self.tile;
+        context! {
+            element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
+            out => self.out().to_string(), lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
+            dims, rows, depth, value_keys, resident, shuffle, parts => dims / (4 * ACROSS), across => ACROSS, down => DOWN,
+            shuffles => (0..ACROSS.ilog2()).map(|bit| 1 << bit).collect::<Vec<u32>>(),
+            tile_rows => self.tile.tile_rows(), tile_keys => self.tile.tile_keys(), at_k => self.tile.at_k(),
+            at_p => self.tile.at_p(), workgroup_bytes => self.workgroup_bytes(),
+        }
+    }
+}
+
+impl fmt::Display for Flash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { dims, depth, resident, shuffle, .. } = self.tile;
+        let (rows, keys) = (self.tile.tile_rows(), self.tile.tile_keys());
+        let resident = if resident { ", q resident" } else { "" };
+        let shuffle = if shuffle { ", shuffles" } else { "" };
+        let operands = match self.operands {
+            Operands::Bare => " bare",
+            Operands::Lists => "",
+            Operands::Full => " full",
+        };
+        write!(f, "flash[{rows}×{keys}×{depth}, {dims} dims{resident}{shuffle}; {}{operands}]", self.format)
+    }
+}
