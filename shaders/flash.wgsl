@@ -163,17 +163,18 @@ fn main(
                 sh[AT_K + (part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
             }
             workgroupBarrier();
+            // Sums of four vectors each, added up: exact where a long chain of equal terms would round (f16's largest, say).
 {% for d in range(depth // 4) %}
 {% for c in range(4) %}
             let k_{{ d }}_{{ c }} = sh[AT_K + {{ d * tile_keys + c * across }}u + column];
 {% endfor %}
 {% for r in range(rows) %}
             let q_{{ d }}_{{ r }} = sh[{{ "(dim / 4u + %su) * TILE_Q + " | format(d) if resident else "%su + " | format(d * tile_rows) }}line + {{ r * down }}u];
-            {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d == 0 else "+" }}= vec4<f32>(dot(q_{{ d }}_{{ r }}, k_{{ d }}_0), dot(q_{{ d }}_{{ r }}, k_{{ d }}_1), dot(q_{{ d }}_{{ r }}, k_{{ d }}_2), dot(q_{{ d }}_{{ r }}, k_{{ d }}_3));
-{% endfor %}
-{% endfor %}
-{% for r in range(rows) %}
+            {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d % 4 == 0 else "+" }}= vec4<f32>(dot(q_{{ d }}_{{ r }}, k_{{ d }}_0), dot(q_{{ d }}_{{ r }}, k_{{ d }}_1), dot(q_{{ d }}_{{ r }}, k_{{ d }}_2), dot(q_{{ d }}_{{ r }}, k_{{ d }}_3));
+{% if d % 4 == 3 %}
             s_{{ r }} += sum_{{ r }};
+{% endif %}
+{% endfor %}
 {% endfor %}
             workgroupBarrier();
         }
