@@ -466,7 +466,7 @@ impl<'a> Planner<'a> {
     fn divide(&self, part: Part, parts: &mut Vec<Part>) -> Result<()> {
         let Some((field, value, limit)) = self.excess(&part) else {
             parts.push(part);
-            return Ok(());
+            return few(parts.len() as u64);
         };
         let half = |range: &Range<u32>, step: u32| {
             let middle = range.start + ((range.end - range.start) / 2).next_multiple_of(step);
@@ -667,16 +667,23 @@ impl<'a> Planner<'a> {
             .collect::<Vec<_>>();
         let flops = flops_per_score * part.planes() as f64 * count(&part.rows) as f64 * count(keys) as f64;
         let workgroups = small("workgroups", row_tiles * col_tiles * part.planes())?;
-        self.dispatch(variant, params, bindings, workgroups, flops);
-        Ok(())
+        self.dispatch(variant, params, bindings, workgroups, flops)
     }
 
     /// Cuts a step's workgroups into dispatches that keep to the work budget and the grid limits.
-    fn dispatch(&mut self, variant: Variant, params: Params, bindings: Vec<Bound>, workgroups: u32, flops: f64) {
+    fn dispatch(
+        &mut self,
+        variant: Variant,
+        params: Params,
+        bindings: Vec<Bound>,
+        workgroups: u32,
+        flops: f64,
+    ) -> Result<()> {
         let side = u64::from(self.caps.limits.max_compute_workgroups_per_dimension);
         let most = side.saturating_mul(side).saturating_mul(side).min(u64::from(workgroups));
         let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
         let piece = u64::from(workgroups).div_ceil(pieces).min(most) as u32;
+        few(self.steps.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
         let mut first = 0;
         while first < workgroups {
             let end = workgroups.min(first + piece);
@@ -689,6 +696,7 @@ impl<'a> Planner<'a> {
             });
             first = end;
         }
+        Ok(())
     }
 
     fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
@@ -826,7 +834,7 @@ impl<'a> Planner<'a> {
                 Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
                 Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
             ];
-            self.dispatch(variant, params, bindings, params.col_tiles, 32.0 * elements as f64);
+            self.dispatch(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
             first += elements;
         }
         Ok(())
@@ -835,6 +843,13 @@ impl<'a> Planner<'a> {
 
 /// Bytes of the scratch that stands for an output which is not asked for.
 const SPARE: u64 = 256;
+
+/// Refuses what would take hours on any device, before the plan itself takes minutes and gigabytes. The uniforms of this many
+/// dispatches fit the largest buffer that WebGPU guarantees.
+fn few(dispatches: u64) -> Result<()> {
+    let limit = 1 << 18;
+    if dispatches <= limit { Ok(()) } else { Err(Error::TooLarge { field: "dispatches", value: dispatches, limit }) }
+}
 
 fn small(field: &'static str, value: u64) -> Result<u32> {
     // Workgroup numbers of a folded grid may overshoot; below 2^30 they cannot wrap.

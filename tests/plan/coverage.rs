@@ -1,0 +1,162 @@
+//! Who does what: every workgroup once, and every row, key and dim of every head once, in an order that reads nothing unwritten.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use wgpu_attention::kernel::{Slot, Variant};
+use wgpu_attention::plan::Step;
+use wgpu_attention::{Element, Plan};
+
+/// Dispatches that belong together follow each other and share `[0, n)`, n being whole tiles of whole heads, and together the
+/// dispatches of a variant hold as many (row, key) pairs as the problem.
+pub fn every_workgroup_once(plan: &Plan) {
+    let s = plan.shape();
+    let rows = u64::from(s.batch) * u64::from(s.heads) * u64::from(s.seq_q);
+    let mut pairs: HashMap<Variant, u64> = HashMap::new();
+    let mut steps = plan.steps().iter().peekable();
+    let mut expected = 0;
+    while let Some(step) = steps.next() {
+        let (p, variant) = (&step.params, &step.variant);
+        assert_eq!(p.first, expected, "{variant}");
+        if let Some(next) = steps.peek().filter(|next| next.params.first != 0) {
+            assert_eq!((&next.variant, &next.bindings), (variant, &step.bindings));
+            expected = p.end;
+            continue;
+        }
+        expected = 0;
+        let tiles = p.row_tiles * p.col_tiles;
+        assert!(p.end.is_multiple_of(tiles), "{variant} ends inside a head");
+        if !matches!(variant, Variant::Pack(_)) {
+            let keys = if matches!(variant, Variant::Softmax(_)) { s.seq_kv } else { p.key_end - p.key0 };
+            let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * u64::from(keys);
+            *pairs.entry(*variant).or_default() += count;
+        }
+    }
+    assert!(!pairs.is_empty());
+    for (variant, found) in pairs {
+        // With the cap as an output of its own the transform runs twice.
+        let times = if matches!(variant, Variant::Logits(_)) { found / (rows * u64::from(s.seq_kv)) } else { 1 };
+        assert!((1..=2).contains(&times), "{variant}");
+        assert_eq!(found, times * rows * u64::from(s.seq_kv), "{variant}");
+    }
+}
+
+/// What one workgroup owns.
+pub struct Place {
+    pub batch: u32,
+    pub head: u32,
+    pub rows: Range<u32>,
+    /// Keys, or value dims.
+    pub cols: Range<u32>,
+}
+
+/// The workgroups of a step as shaders/shared/params.wgsl numbers them.
+pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> impl Iterator<Item = Place> + 'a {
+    let p = &step.params;
+    let threads = step.variant.threads();
+    let (tile_rows, tile_cols, cols) = match &step.variant {
+        Variant::Scores(x) => (x.tile.tile_rows, x.tile.tile_cols, p.key0..p.key_end),
+        Variant::Values(x) => (x.tile.tile_rows, x.tile.tile_cols, 0..p.value_dim),
+        Variant::Softmax(_) => (1, u32::MAX, 0..p.seq_kv),
+        Variant::Rows(x) => (x.tile.tile_rows(), u32::MAX, 0..p.value_dim),
+        _ => (1, threads, p.key0..p.key_end),
+    };
+    assert_eq!(p.value_dim, plan.shape().value_dim);
+    (p.first..p.end).map(move |index| {
+        let (line, col) = (index / p.col_tiles, index % p.col_tiles);
+        let (plane, row) = (line / p.row_tiles, line % p.row_tiles);
+        let first_row = p.row0 + row * tile_rows;
+        let first_col = cols.start + col.saturating_mul(tile_cols);
+        Place {
+            batch: p.batch0 + plane / p.heads,
+            head: p.head0 + plane % p.heads,
+            rows: first_row..first_row.saturating_add(tile_rows).min(p.row_end),
+            cols: first_col..first_col.saturating_add(tile_cols).min(cols.end),
+        }
+    })
+}
+
+/// How far a row is.
+#[derive(Clone, Default)]
+struct Row {
+    scored: Vec<u8>,
+    transforms: Vec<u8>,
+    softmax: u8,
+    exported: HashMap<&'static str, Vec<u8>>,
+    summed: Vec<u32>,
+    lse: u8,
+    /// Times that a kernel did all of this at once.
+    fused: u8,
+}
+
+pub fn every_place_once(plan: &Plan) {
+    let s = plan.shape();
+    let [keys, dims] = [s.seq_kv as usize, s.value_dim as usize];
+    let fresh = Row { scored: vec![0; keys], transforms: vec![0; keys], summed: vec![0; dims], ..Row::default() };
+    let mut rows = vec![fresh; (s.batch * s.heads * s.seq_q) as usize];
+    let mut packed = vec![0u8; s.out().extent() as usize];
+    for step in plan.steps() {
+        let p = &step.params;
+        if let Variant::Pack(_) = step.variant {
+            let out = step.bindings.iter().find(|bound| bound.slot == Slot::Out).unwrap();
+            let threads = u64::from(step.variant.threads());
+            let words = u64::from(p.first) * threads..u64::from(p.end) * threads;
+            let elements = (2 * words.start).min(p.pack_count.into())..(2 * words.end).min(p.pack_count.into());
+            elements.for_each(|n| packed[(out.offset / 2 + n) as usize] += 1);
+            continue;
+        }
+        for place in places(plan, step) {
+            assert!(!place.rows.is_empty() && !place.cols.is_empty(), "{} has an idle workgroup", step.variant);
+            assert!(place.batch < s.batch && place.head < s.heads && place.rows.end <= s.seq_q, "{}", step.variant);
+            for i in place.rows.clone() {
+                let row = &mut rows[((place.batch * s.heads + place.head) * s.seq_q + i) as usize];
+                let all = |counts: &[u8]| counts.iter().all(|&n| n == 1);
+                let cols = place.cols.start as usize..place.cols.end as usize;
+                match &step.variant {
+                    Variant::Scores(_) => row.scored[cols].iter_mut().for_each(|n| *n += 1),
+                    Variant::Logits(_) => {
+                        assert!(all(&row.scored) && row.softmax == 0);
+                        row.transforms[cols].iter_mut().for_each(|n| *n += 1);
+                    }
+                    Variant::Softmax(x) => {
+                        assert!(all(&row.scored));
+                        row.softmax += 1;
+                        row.lse += u8::from(x.lse);
+                    }
+                    Variant::Export(x) => {
+                        let logits = x.to == Slot::Logits;
+                        assert!(all(&row.scored) && (row.softmax == 0) == logits);
+                        row.exported.entry(x.to.name()).or_insert(vec![0; keys])[cols].iter_mut().for_each(|n| *n += 1);
+                    }
+                    Variant::Values(_) => {
+                        assert!(row.softmax == 1);
+                        row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                    }
+                    Variant::Rows(_) => {
+                        assert!((p.key0, p.key_end) == (0, s.seq_kv));
+                        row.fused += 1;
+                        row.lse += u8::from(step.bindings.iter().any(|bound| bound.slot == Slot::Lse));
+                    }
+                    other => panic!("{other} is not known here"),
+                }
+            }
+        }
+    }
+    for row in &rows {
+        assert_eq!(row.lse, u8::from(s.lse));
+        if row.fused > 0 {
+            assert!(row.fused == 1 && row.softmax == 0 && row.exported.is_empty() && !s.weights && s.logits.is_none());
+            assert!(row.scored.iter().chain(&row.transforms).all(|&n| n == 0) && row.summed.iter().all(|&n| n == 0));
+            continue;
+        }
+        assert!(row.scored.iter().all(|&n| n == 1) && row.softmax == 1);
+        assert!(row.transforms.iter().all(|&n| n == row.transforms[0]));
+        assert!(row.summed.iter().all(|&n| n == s.seq_kv), "each dim sums each key once");
+        for (name, asked) in [("weights", s.weights), ("logits", s.logits.is_some())] {
+            let done = row.exported.get(name);
+            assert!(done.is_some() == asked && done.is_none_or(|done| done.iter().all(|&n| n == 1)), "{name}");
+        }
+    }
+    let packs = plan.steps().iter().any(|step| matches!(step.variant, Variant::Pack(_)));
+    assert!(packed.iter().all(|&n| n == u8::from(packs)) && (!packs || s.element != Element::F32));
+}

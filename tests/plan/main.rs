@@ -1,0 +1,276 @@
+//! Plans as pure data: no GPU is needed to prove that every row is covered once, no limit is exceeded, and no address leaves
+//! its binding.
+
+mod address;
+mod coverage;
+mod strategy;
+
+use std::collections::HashSet;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use wgpu_attention::kernel::{Body, Slot, Variant};
+use wgpu_attention::plan::Step;
+use wgpu_attention::{Caps, Element, Error, Form, Kernel, Options, Plan, Problem, tuning, wgpu};
+
+use strategy::{caps, options, problem};
+
+fn plan(problem: &Problem, caps: &Caps, options: &Options) -> Option<Plan> {
+    match Plan::new(&problem.check().unwrap(), caps, options) {
+        Ok(plan) => Some(plan),
+        // What is too large for the device, or excluded, says so; nothing else may go wrong.
+        Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
+        Err(Error::Conflict { left: "element", right: "out", .. }) if problem.element != Element::F32 => None,
+        Err(Error::Kernel { kernel: "native f16", .. }) if options.native_f16 == Some(true) => None,
+        Err(Error::Kernel { kernel: "rows", .. }) if options.kernel == Some(Kernel::Rows) => None,
+        Err(error) => panic!("{error}\n{problem:?}\n{caps:?}"),
+    }
+}
+
+/// The body of the kernels that have two.
+fn body(variant: &Variant) -> Option<Body> {
+    match variant {
+        Variant::Scores(x) => Some(x.tile.body),
+        Variant::Values(x) => Some(x.tile.body),
+        _ => None,
+    }
+}
+
+/// Lanes of a subgroup that a shader counts on.
+fn subgroup(variant: &Variant) -> Option<u32> {
+    match (variant, body(variant)) {
+        (Variant::Rows(x), _) => x.tile.subgroup.then_some(x.tile.lanes),
+        (_, Some(Body::Lanes { lanes, subgroup })) => subgroup.then_some(lanes),
+        _ => None,
+    }
+}
+
+fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
+    let l = &caps.limits;
+    let variant = &step.variant;
+    assert_eq!(variant.bindings().len(), step.bindings.len());
+    assert!(step.bindings.len() as u32 <= l.max_storage_buffers_per_shader_stage, "{variant}");
+    assert!(step.bindings.len() as u32 + 1 < l.max_bindings_per_bind_group + 1);
+    for ((slot, written), bound) in variant.bindings().into_iter().zip(&step.bindings) {
+        let size = operand_bytes(plan, bound.slot);
+        assert!(bound.offset % u64::from(l.min_storage_buffer_offset_alignment) == 0, "{variant} {bound:?}");
+        assert!(bound.size > 0 && bound.size % 4 == 0, "{variant} {bound:?}");
+        assert!(bound.size <= l.max_storage_buffer_binding_size, "{variant} {bound:?}");
+        assert!(bound.offset + bound.size <= size, "{variant} {bound:?} of {size}");
+        assert_eq!(bound.written, written, "{variant} {bound:?}");
+        let stands_in = matches!(
+            (slot, bound.slot),
+            (Slot::Mask | Slot::Bias, Slot::Lists) | (Slot::Out, Slot::Unpacked) | (Slot::Lse, Slot::Spare)
+        );
+        assert!(slot == bound.slot || stands_in, "{variant} {bound:?}");
+        let same = |other: &&wgpu_attention::plan::Bound| other.slot == bound.slot && (other.written || bound.written);
+        assert_eq!(
+            step.bindings.iter().filter(same).count(),
+            usize::from(bound.written),
+            "{variant} reads what it writes"
+        );
+    }
+    let workgroups: u64 = step.grid.iter().map(|&n| u64::from(n)).product();
+    assert!(step.grid.iter().all(|&n| (1..=l.max_compute_workgroups_per_dimension).contains(&n)), "{:?}", step.grid);
+    assert!(step.params.first < step.params.end && u64::from(step.params.end - step.params.first) <= workgroups);
+    assert!(u64::from(step.params.first) + workgroups <= 1 << 31, "workgroup numbers cannot wrap");
+    assert!(variant.workgroup_bytes() <= l.max_compute_workgroup_storage_size, "{variant}");
+    assert!(
+        variant.threads() <= l.max_compute_invocations_per_workgroup.min(l.max_compute_workgroup_size_x),
+        "{variant}"
+    );
+    assert!(!variant.uses_f16() || caps.f16, "{variant}");
+    assert_eq!(variant.uses_subgroups(), subgroup(variant).is_some(), "{variant}");
+    if let Some(lanes) = subgroup(variant) {
+        assert_eq!(Some(lanes), caps.subgroup_size, "{variant}");
+    }
+    static RENDERED: LazyLock<HashSet<Variant>> = LazyLock::new(|| Variant::all().into_iter().collect());
+    assert!(RENDERED.contains(variant), "{variant} is not rendered by the tests");
+}
+
+/// Bytes of an operand as the caller, or `prepare`, allocates it.
+fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
+    let s = plan.shape();
+    let bytes = s.element.bytes();
+    let size = match slot {
+        Slot::Q => s.q().extent() * bytes,
+        Slot::K => s.k().extent() * bytes,
+        Slot::V => s.v().extent() * bytes,
+        Slot::Out => s.out().extent() * bytes,
+        Slot::Lse => 4 * s.lse_len(),
+        Slot::Weights | Slot::Logits => 4 * s.scores_len(),
+        Slot::Mask => s.mask.unwrap().len() as u64,
+        Slot::Bias => s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes()).unwrap(),
+        Slot::Scores | Slot::Unpacked | Slot::Spare => plan.scratch_bytes(),
+        Slot::Lists => u64::MAX - 3,
+    };
+    size.next_multiple_of(4)
+}
+
+fn check(problem: &Problem, caps: &Caps, options: &Options) -> bool {
+    let Some(plan) = plan(problem, caps, options) else { return false };
+    plan.steps().iter().for_each(|step| within_limits(step, &plan, caps));
+    slices_partition_the_steps(&plan, caps, options);
+    let largest = |slot| {
+        let bound = plan.steps().iter().flat_map(|step| &step.bindings).filter(|bound| bound.slot == slot);
+        bound.map(|bound| bound.offset + bound.size).max().unwrap_or(0)
+    };
+    assert!(largest(Slot::Scores) <= options.scratch_budget, "{plan}");
+    let scratch = [Slot::Scores, Slot::Unpacked, Slot::Spare].map(largest).into_iter().sum::<u64>();
+    // `pack` rounds its last word up.
+    assert!((scratch..scratch + 4).contains(&plan.scratch_bytes()), "{} of {scratch}: {plan}", plan.scratch_bytes());
+    coverage::every_workgroup_once(&plan);
+    if plan.shape().scores_len() <= 1 << 14 {
+        coverage::every_place_once(&plan);
+        address::inside(&plan);
+    }
+    true
+}
+
+fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
+    let steps: Vec<&Step> = (0..plan.slices()).flat_map(|slice| plan.slice(slice)).collect();
+    assert!(steps.iter().copied().eq(plan.steps()) && plan.dispatches() == steps.len());
+    let rate = if caps.cpu { tuning::CPU_FLOPS } else { tuning::GPU_FLOPS };
+    let budget = rate * options.work_budget.as_secs_f64();
+    for slice in 0..plan.slices() {
+        let steps = plan.slice(slice);
+        let flops: f64 = steps.iter().map(|step| step.flops).sum();
+        // A dispatch of one workgroup cannot be cut; one of several may be a workgroup too long.
+        let workgroups = u64::from(steps[0].params.end - steps[0].params.first);
+        let alone = steps.len() == 1 && flops <= budget + flops / workgroups as f64 * 1.0001;
+        assert!(
+            !steps.is_empty() && (flops <= budget * 1.0001 || alone),
+            "slice {slice} of {flops} flops over {budget}"
+        );
+    }
+    let total: f64 = plan.steps().iter().map(|step| step.flops).sum();
+    assert!((plan.estimate().as_secs_f64() - total / rate).abs() <= 1e-6 + total / rate * 1e-6);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_plan_keeps_to_its_limits_and_covers_everything_once(p in problem(), c in caps(), o in options()) {
+        check(&p, &c, &o);
+    }
+}
+
+/// A device with what every WebGPU device has.
+fn gpu() -> Caps {
+    Caps { cpu: false, f16: false, subgroup_size: None, limits: wgpu::Limits::default() }
+}
+
+#[test]
+fn large_problems_keep_to_the_limits() {
+    let mut long = Problem::new(1, 1, 1 << 17, 1 << 17, 128);
+    long.causal = wgpu_attention::Causal::TopLeft;
+    let mut many = Problem::new(1 << 13, 1 << 13, 1, 64, 8);
+    many.kv_heads = 1;
+    let mut decode = Problem::new(64, 32, 1, 1 << 19, 128);
+    decode.kv_heads = 8;
+    let mut long_half = Problem::new(4, 1, 64, 1 << 22, 128);
+    long_half.element = Element::F16;
+    for p in [long, many, decode, long_half] {
+        for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(8), ..gpu() }] {
+            assert!(check(&p, &caps, &Options::default()), "{p:?}");
+        }
+    }
+}
+
+#[test]
+fn the_same_problem_gives_the_same_plan() {
+    let shape = Problem::new(3, 6, 100, 300, 40).check().unwrap();
+    let once = || Plan::new(&shape, &gpu(), &Options::default()).unwrap();
+    assert_eq!(once(), once());
+}
+
+#[test]
+fn forced_forms_are_planned_or_refused_never_replaced() {
+    let mut p = Problem::new(1, 2, 33, 65, 64);
+    let shape = p.check().unwrap();
+    for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(4), f16: true, ..gpu() }] {
+        for form in [Form::Tiled, Form::Lanes] {
+            let plan = Plan::new(&shape, &caps, &Options { form: Some(form), ..Options::default() }).unwrap();
+            let bodies: Vec<_> = plan.steps().iter().filter_map(|step| body(&step.variant)).collect();
+            assert!(!bodies.is_empty() && bodies.iter().all(|body| (*body == Body::Tiled) == (form == Form::Tiled)));
+        }
+    }
+    let kernel = |p: &Problem, kernel| {
+        let options = Options { kernel: Some(kernel), ..Options::default() };
+        Plan::new(&p.check().unwrap(), &gpu(), &options)
+    };
+    assert_eq!(kernel(&p, Kernel::Rows).unwrap().kernel(), "rows");
+    assert_eq!(kernel(&p, Kernel::Unfused).unwrap().kernel(), "scores+softmax+values");
+    p.weights = true;
+    let error = kernel(&p, Kernel::Rows).unwrap_err();
+    assert!(matches!(&error, Error::Kernel { kernel: "rows", why } if why.contains("weights")), "{error}");
+    p.weights = false;
+    p.element = Element::F16;
+    let shape = p.check().unwrap();
+    let native = |form, f16| {
+        let options = Options { form: Some(form), native_f16: Some(true), ..Options::default() };
+        Plan::new(&shape, &Caps { f16, ..gpu() }, &options)
+    };
+    for (form, f16) in [(Form::Tiled, false), (Form::Lanes, true)] {
+        let error = native(form, f16).unwrap_err();
+        assert!(matches!(&error, Error::Kernel { kernel: "native f16", why } if why.contains("f16")), "{error}");
+    }
+    assert!(native(Form::Tiled, true).unwrap().steps().iter().any(|step| step.variant.uses_f16()));
+    let packed = Options { native_f16: Some(false), ..Options::default() };
+    let plan = Plan::new(&shape, &Caps { f16: true, ..gpu() }, &packed).unwrap();
+    assert!(!plan.steps().iter().any(|step| step.variant.uses_f16()));
+}
+
+#[test]
+fn devices_below_the_floor_are_refused_by_the_name_of_the_limit() {
+    let shape = Problem::new(1, 1, 4, 4, 4).check().unwrap();
+    let lower: [(&str, fn(&mut wgpu::Limits)); 5] = [
+        ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage = 3),
+        ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size = 1024),
+        ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup = 32),
+        ("max_compute_workgroups_per_dimension", |l| l.max_compute_workgroups_per_dimension = 0),
+        ("max_storage_buffer_binding_size", |l| l.max_storage_buffer_binding_size = 2048),
+    ];
+    for (name, lower) in lower {
+        let mut caps = gpu();
+        lower(&mut caps.limits);
+        let error = Plan::new(&shape, &caps, &Options::default()).unwrap_err();
+        assert!(matches!(error, Error::Device { limit, got, want } if limit == name && got < want), "{error}");
+    }
+}
+
+#[test]
+fn a_short_work_budget_makes_more_and_shorter_slices() {
+    let shape = Problem::new(1, 8, 512, 512, 64).check().unwrap();
+    let slices = |micros| {
+        let options = Options { work_budget: Duration::from_micros(micros), ..Options::default() };
+        Plan::new(&shape, &gpu(), &options).unwrap().slices()
+    };
+    assert!(slices(1_000_000) == 1 && slices(1000) > 1 && slices(100) > slices(1000));
+}
+
+#[test]
+fn a_plan_says_what_it_does_and_why() {
+    let shape = Problem::new(1, 8, 512, 512, 63).check().unwrap();
+    let plan = Plan::new(&shape, &gpu(), &Options::default()).unwrap();
+    let text = plan.to_string();
+    for part in [plan.kernel().as_str(), "dispatches", "bytes of scratch", "estimated", "whole vectors"] {
+        assert!(part.split('+').all(|part| text.contains(part)), "{part:?} is not in\n{text}");
+    }
+    assert!(!plan.reasons().is_empty());
+}
+
+#[test]
+fn work_that_no_device_finishes_is_refused_rather_than_planned_for_ever() {
+    let tiny = Options { work_budget: Duration::ZERO, ..Options::default() };
+    let rows = Problem::new(1 << 14, 1 << 14, 1 << 20, 1 << 10, 1);
+    let pairs = Problem::new(1, 1, 1 << 24, 1 << 24, 512);
+    for (problem, options) in [(&rows, &Options::default()), (&pairs, &Options::default()), (&pairs, &tiny)] {
+        for caps in [gpu(), Caps { cpu: true, ..gpu() }] {
+            let error = Plan::new(&problem.check().unwrap(), &caps, options).unwrap_err();
+            assert!(matches!(error, Error::TooLarge { field: "dispatches", value, limit } if value > limit), "{error}");
+        }
+    }
+}
