@@ -159,7 +159,7 @@ proptest! {
 
 /// A device with what every WebGPU device has.
 fn gpu() -> Caps {
-    Caps { cpu: false, f16: false, subgroup_size: None, limits: wgpu::Limits::default() }
+    Caps { cpu: false, f16: false, subgroup_size: None, subgroup_min_size: None, limits: wgpu::Limits::default() }
 }
 
 #[test]

@@ -111,7 +111,7 @@ prop_compose! {
             min_storage_buffer_offset_alignment: alignment,
             ..wgpu::Limits::default()
         };
-        Caps { cpu, f16, subgroup_size, limits }
+        Caps { cpu, f16, subgroup_size, subgroup_min_size: subgroup_size, limits }
     }
 }
 
