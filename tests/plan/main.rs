@@ -23,7 +23,7 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options) -> Option<Plan> {
         Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
         Err(Error::Conflict { left: "element", right: "out", .. }) if problem.element != Element::F32 => None,
         Err(Error::Kernel { kernel: "native f16", .. }) if options.native_f16 == Some(true) => None,
-        Err(Error::Kernel { kernel: "rows", .. }) if options.kernel == Some(Kernel::Rows) => None,
+        Err(Error::Kernel { kernel, .. }) if options.kernel.is_some_and(|forced| forced.name() == kernel) => None,
         Err(error) => panic!("{error}\n{problem:?}\n{caps:?}"),
     }
 }
