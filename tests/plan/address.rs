@@ -48,7 +48,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                         let got = sum(base, [(batch, b), (head, h), (token, r), (dim, 1)]);
                         hits(step, bound, bytes, got, want);
                         let vector = format(&step.variant).is_some_and(|format| format.vector);
-                        assert!(!vector || dim > first || got % 4 == 0, "{} reads half vectors", step.variant);
+                        assert!(!vector || dim > first || got.is_multiple_of(4), "{} reads half vectors", step.variant);
                     }
                 }
             };
@@ -66,7 +66,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let got = score(place.batch, place.head, row);
                     // The whole vector that holds the key.
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
-                    assert!(end <= bound.size && p.s_row % 4 == 0, "{} at {got} of {bound:?}", step.variant);
+                    assert!(end <= bound.size && p.s_row.is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
                 Slot::Weights | Slot::Logits => {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);

@@ -226,7 +226,8 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
 #[test]
 fn devices_below_the_floor_are_refused_by_the_name_of_the_limit() {
     let shape = Problem::new(1, 1, 4, 4, 4).check().unwrap();
-    let lower: [(&str, fn(&mut wgpu::Limits)); 5] = [
+    type Lower = fn(&mut wgpu::Limits);
+    let lower: [(&str, Lower); 5] = [
         ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage = 3),
         ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size = 1024),
         ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup = 32),
