@@ -33,6 +33,28 @@ pub enum Error {
         /// Key/value heads.
         kv_heads: u32,
     },
+    /// One size must divide another.
+    #[error("{field} is {value}; it must divide {of}, which is {whole}")]
+    Divide {
+        /// The divisor.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must divide.
+        of: &'static str,
+        /// The value of that.
+        whole: u64,
+    },
+    /// A size or stride must be a multiple of a small number.
+    #[error("{field} is {value}; it must be a multiple of {of}")]
+    Multiple {
+        /// What it is.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The number.
+        of: u64,
+    },
     /// A number that must be finite (and, for `softcap`, positive) is not.
     #[error("{field} is {value}; it must be {want}")]
     Number {

@@ -6,10 +6,13 @@ mod encode;
 mod error;
 pub mod gpu;
 pub mod kernel;
+mod operation;
 mod pipelines;
 pub mod plan;
 pub mod problem;
+mod projection;
 pub mod reference;
+mod rotation;
 mod runner;
 pub mod shader;
 pub mod shape;
@@ -19,10 +22,13 @@ pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
+pub use operation::Operation;
 pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
 };
+pub use projection::{Order, Projection};
+pub use rotation::{Positions, Rotation};
 pub use runner::Runner;
 pub use shape::Shape;
 pub use wgpu;

@@ -11,6 +11,8 @@
 mod budget;
 mod logits;
 mod merge;
+mod project;
+mod rotary;
 mod rows;
 mod scores;
 mod softmax;
@@ -24,6 +26,8 @@ use num_traits::Float;
 pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
 pub use logits::logits;
 pub use merge::{Partial, merge};
+pub use project::project;
+pub use rotary::rotary;
 pub use scores::scores;
 pub use softmax::softmax;
 pub use values::values;

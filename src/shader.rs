@@ -28,6 +28,8 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "logits.wgsl",
         "softmax.wgsl",
         "values.wgsl",
+        "project.wgsl",
+        "rotary.wgsl",
         "export.wgsl",
         "pack.wgsl",
         "rows.wgsl",

@@ -1,9 +1,10 @@
 //! Adapters under test, signed random data, and the comparison of a GPU run with the reference.
+#![allow(dead_code)] // each test file uses a part of this
 
 use std::sync::OnceLock;
 
 use wgpu_attention::gpu::describe;
-use wgpu_attention::{Causal, DeviceOptions, Elements, Gpu, Inputs, Options, Problem, reference};
+use wgpu_attention::{Causal, DeviceOptions, Elements, Gpu, Inputs, Options, Problem, reference, wgpu};
 
 /// The adapters that `WGPU_ATTENTION_ADAPTERS` lists (`backend:name-part`, …), or all; none at all is a failure.
 pub fn gpus() -> &'static [Gpu] {
@@ -23,6 +24,21 @@ pub fn gpus() -> &'static [Gpu] {
 /// Whether shaders are compiled with wgpu's runtime checks.
 pub fn checked() -> bool {
     std::env::var_os("WGPU_ATTENTION_CHECKED").is_some()
+}
+
+/// A device with the least that the crate promises to run on, and every split forced.
+pub fn floor(gpu: &Gpu, binding: u64, side: u32) -> Gpu {
+    let adapter = Gpu::adapters().into_iter().find(|a| a.get_info() == *gpu.info()).expect("still there");
+    let limits = wgpu::Limits {
+        max_storage_buffers_per_shader_stage: 4,
+        max_compute_workgroup_storage_size: 16352,
+        max_compute_invocations_per_workgroup: 256,
+        max_compute_workgroups_per_dimension: side,
+        max_storage_buffer_binding_size: binding,
+        ..adapter.limits()
+    };
+    let options = DeviceOptions { limits: Some(limits), features: Some(wgpu::Features::empty()), checked: checked() };
+    Gpu::open(&adapter, &options).expect("lower limits are granted")
 }
 
 /// Whether the adapter is slow and runs the small suite; what is left to the others is printed by name.
