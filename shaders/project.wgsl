@@ -10,7 +10,7 @@
 
 @group(0) @binding(1) var<storage, read> x: {{ storage("f32", false, vector) }};
 @group(0) @binding(2) var<storage, read> w: {{ storage(element, false, vector) }};
-@group(0) @binding(3) var<storage, read> b: {{ storage("f32", false, vector and lanes) }};
+@group(0) @binding(3) var<storage, read> b: array<u32>;
 @group(0) @binding(4) var<storage, read_write> y: {{ storage("f32", false, vector and lanes) }};
 
 {{ load("x", "f32", false, vector) }}
@@ -20,13 +20,23 @@ fn x_place(batch: u32, row: u32) -> u32 {
     return params.x_base + batch * params.x_batch + row * params.x_row;
 }
 
+// Where a batch's rows begin in y: a cache already holds some.
+fn y_first(batch: u32) -> u32 {
+    if ((params.flags & OFFSETS) == 0u) {
+        return 0u;
+    }
+    return min(b[params.list_offsets + batch], params.total_kv);
+}
+
 fn y_place(batch: u32, row: u32, col: u32) -> u32 {
     return params.out_base + batch * params.out_batch + (col / params.col_head) * params.out_head + row * params.out_row + col % params.col_head;
 }
 
-{% if lanes %}
-{{ load("b", "f32", false, vector) }}
+fn bias(col: u32) -> f32 {
+    return bitcast<f32>(b[params.b_base + min(col, params.col_end - 1u)]);
+}
 
+{% if lanes %}
 {% if not vector %}
 fn give(batch: u32, row: u32, col: u32, sum: f32) {
     if (col < params.col_end) {
@@ -114,6 +124,7 @@ fn main(
 {% endfor %}
     }
     // One row after the other, so that each store stands once in the text: drivers that compile on the CPU pay for each place.
+    let first = y_first(batch);
     for (var r = 0u; r < ROWS; r++) {
         let row = row_first + r * LANES + lane;
         if (row < row_end) {
@@ -125,14 +136,14 @@ fn main(
                 sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
                 if ((params.flags & BIAS) != 0u) {
-                    sum += load_b(params.b_base + col_at_{{ c }}, params.col_end - col_at_{{ c }});
+                    sum += vec4<f32>(bias(col_at_{{ c }}), bias(col_at_{{ c }} + 1u), bias(col_at_{{ c }} + 2u), bias(col_at_{{ c }} + 3u));
                 }
 {% if vector %}
-                let at = y_place(batch, row, col_at_{{ c }}) >> 2u;
+                let at = y_place(batch, first + row, col_at_{{ c }}) >> 2u;
                 y[at] = sum + select(vec4<f32>(), y[at], (params.flags & ADD) != 0u);
 {% else %}
 {% for j in range(4) %}
-                give(batch, row, col_at_{{ c }} + {{ j }}u, sum.{{ "xyzw"[j] }});
+                give(batch, first + row, col_at_{{ c }} + {{ j }}u, sum.{{ "xyzw"[j] }});
 {% endfor %}
 {% endif %}
             }
@@ -231,17 +242,18 @@ fn main(
 {% endfor %}
         workgroupBarrier();
     }
+    let first_row = y_first(batch);
 {% for c in range(cols) %}
     let col_{{ c }} = col_first + across + {{ c * (tile_cols // cols) }}u;
     if (col_{{ c }} < params.col_end) {
         var shift = 0.0;
         if ((params.flags & BIAS) != 0u) {
-            shift = b[params.b_base + col_{{ c }}];
+            shift = bias(col_{{ c }});
         }
 {% for r in range(rows) %}
         let row_{{ c }}_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
         if (row_{{ c }}_{{ r }} <= row_last) {
-            let at = y_place(batch, row_{{ c }}_{{ r }}, col_{{ c }});
+            let at = y_place(batch, first_row + row_{{ c }}_{{ r }}, col_{{ c }});
             y[at] = sum_{{ r }}_{{ c }} + shift + select(0.0, y[at], (params.flags & ADD) != 0u);
         }
 {% endfor %}

@@ -62,8 +62,11 @@ fn main(
     if (!here.inside || row >= params.row_end) {
         return;
     }
-    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row;
-    let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
+    let listed = positions[params.k_base + here.batch * params.k_batch + row * params.k_row];
+    // In a cache, rows stand at their position.
+    let place_row = row + select(0u, min(listed, params.seq_kv), (params.flags & OFFSETS) != 0u);
+    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + place_row * params.x_row;
+    let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + place_row * params.out_row;
     if (item >= turning) {
 {% if not in_place %}
 {% if packed %}
@@ -76,7 +79,6 @@ fn main(
 {% endif %}
         return;
     }
-    let listed = positions[params.k_base + here.batch * params.k_batch + row * params.k_row];
     let position = min(listed + row * params.k_head, params.total_kv - 1u);
     let angle = position * params.head_dim;
 {% if packed and interleaved %}

@@ -116,6 +116,10 @@ impl Attention {
         Program::new(&self.device, &self.pipelines, steps)
     }
 
+    pub(crate) fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
     /// What the device can do.
     pub fn caps(&self) -> &Caps {
         &self.caps

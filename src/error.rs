@@ -45,6 +45,16 @@ pub enum Error {
         /// The value of that.
         whole: u64,
     },
+    /// A size of the problem or of an input differs from the layer's.
+    #[error("{field} is {got}; the layer needs {want}")]
+    LayerSize {
+        /// The size.
+        field: &'static str,
+        /// Its value.
+        got: u32,
+        /// The layer's.
+        want: u32,
+    },
     /// A size or stride must be a multiple of a small number.
     #[error("{field} is {value}; it must be a multiple of {of}")]
     Multiple {

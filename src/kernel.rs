@@ -1,7 +1,9 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
+pub mod average;
 pub mod export;
 pub mod flash;
+pub mod extra;
 pub mod logits;
 pub mod pack;
 pub mod params;
@@ -59,6 +61,8 @@ pub enum Slot {
     Shifts,
     /// The layer's output, or the rows that one operation writes.
     Result,
+    /// The weights that the layer gives out.
+    Averaged,
     /// Cosines and sines of `rotary`.
     Angles,
     /// Positions of rows, for `rotary`.
@@ -88,6 +92,7 @@ impl Slot {
             Slot::Matrix(_) => "weight matrix",
             Slot::Shifts => "biases",
             Slot::Result => "result",
+            Slot::Averaged => "layer weights",
             Slot::Angles => "rotary table",
             Slot::Positions => "positions",
         }
@@ -200,6 +205,10 @@ pub enum Variant {
     Project(project::Project),
     /// Rotary position embedding.
     Rotary(rotary::Rotary),
+    /// One more key that every row sees.
+    Extra(extra::Extra),
+    /// The weights that the layer gives out.
+    Average(average::Average),
 }
 
 macro_rules! each {
@@ -215,6 +224,8 @@ macro_rules! each {
             Variant::Flash($x) => $body,
             Variant::Project($x) => $body,
             Variant::Rotary($x) => $body,
+            Variant::Extra($x) => $body,
+            Variant::Average($x) => $body,
         }
     };
 }
@@ -233,6 +244,8 @@ impl Variant {
         all.extend(flash::Flash::all().map(Variant::Flash));
         all.extend(project::Project::all().map(Variant::Project));
         all.extend(rotary::Rotary::all().map(Variant::Rotary));
+        all.extend(extra::Extra::all().map(Variant::Extra));
+        all.extend(average::Average::all().map(Variant::Average));
         all
     }
 
@@ -249,6 +262,8 @@ impl Variant {
             Variant::Flash(_) => "flash",
             Variant::Project(_) => "project",
             Variant::Rotary(_) => "rotary",
+            Variant::Extra(_) => "extra",
+            Variant::Average(_) => "average",
         }
     }
 

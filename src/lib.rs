@@ -6,6 +6,8 @@ mod encode;
 mod error;
 pub mod gpu;
 pub mod kernel;
+pub mod layer;
+mod multihead;
 mod operation;
 mod pipelines;
 pub mod plan;
@@ -22,12 +24,14 @@ pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
+pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
+pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
 pub use operation::Operation;
 pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
 };
-pub use projection::{Order, Projection};
+pub use projection::{Append, Order, Projection};
 pub use rotation::{Positions, Rotation};
 pub use runner::Runner;
 pub use shape::Shape;

@@ -8,7 +8,10 @@
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
 //! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
 
+mod average;
 mod budget;
+mod extra;
+mod layer;
 mod logits;
 mod merge;
 mod project;
@@ -23,7 +26,10 @@ use std::iter::Sum;
 
 use num_traits::Float;
 
+pub use average::average;
 pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
+pub use extra::extra;
+pub use layer::layer;
 pub use logits::logits;
 pub use merge::{Partial, merge};
 pub use project::project;

@@ -30,6 +30,8 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "values.wgsl",
         "project.wgsl",
         "rotary.wgsl",
+        "extra.wgsl",
+        "average.wgsl",
         "export.wgsl",
         "pack.wgsl",
         "rows.wgsl",

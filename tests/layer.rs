@@ -2,11 +2,13 @@
 
 mod support;
 
-use support::{Random, floor, gpus, small};
+use support::{Data, Random, floor, gpus, small};
 use wgpu_attention::kernel::Slot;
+use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
-    Element, Elements, Error, Form, Gpu, Operation, Options, Order, Positions, Projection, Rotation, Strides,
-    reference, wgpu,
+    Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Inputs, Layer, LayerBuffers,
+    LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, Problem, Projection, Rotation,
+    Sources, Strides, Weights, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -312,4 +314,212 @@ fn wrong_rotations_are_errors() {
         plan(&|r| (r.element, r.x.row) = (Element::F16, 13)),
         Err(Error::Multiple { value: 13, of: 2, .. })
     ));
+}
+
+fn linear(r: &mut Random, inputs: u32, outputs: u32, order: Order, bias: bool) -> Linear {
+    let size = 1.5 / (inputs as f32).sqrt();
+    let weight = r.signed_vec((inputs * outputs) as usize, size);
+    // Rounded, so that f16 on the GPU and f32 in the reference are the same weights.
+    let weight = weight.into_iter().map(|x| half::f16::from_f32(x).to_f32()).collect();
+    Linear { inputs, outputs, weight, order, bias: bias.then(|| r.signed_vec(outputs as usize, 0.5)) }
+}
+
+/// Heads, key/value heads, columns of a key and a value, width of query, key, value and output.
+fn layer(r: &mut Random, [heads, kv_heads, dk, dv]: [u32; 4], widths: [u32; 4], order: Order, bias: bool) -> Layer {
+    let parts = [
+        linear(r, widths[0], heads * dk, order, bias),
+        linear(r, widths[1], kv_heads * dk, order, bias),
+        linear(r, widths[2], kv_heads * dv, order, bias),
+        linear(r, heads * dv, widths[3], order, bias),
+    ];
+    Layer::new(heads, kv_heads, parts).expect("valid")
+}
+
+/// Within what the published cases of this layer allow a plain f32 evaluation.
+fn assert_close(got: &[f32], want: &[f64], atol: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let size = want.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
+    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= atol * size, "{what}: element {i} is {got}, want {want}");
+    }
+}
+
+/// Runs a layer and its reference on random inputs and operands.
+fn check_layer(gpu: &Gpu, layer: &Layer, problem: &Problem, call: &Call, element: Element, options: &Options) {
+    let mut r = Random(77);
+    let mut input = |seq: u32, width: u32| r.signed_vec((problem.batch * seq * width) as usize, 1.0);
+    let query = input(problem.seq_q, layer.query.inputs);
+    let (key, value) = (input(problem.seq_kv, layer.key.inputs), input(problem.seq_kv, layer.value.inputs));
+    let data = Data::random(problem, 5, 1.0);
+    let operands = Inputs { q: Elements::default(), k: Elements::default(), v: Elements::default(), ..data.inputs() };
+    let inputs = LayerInputs {
+        query: &query,
+        key: (call.sources != Sources::Query).then_some(&key),
+        value: (call.sources == Sources::Each).then_some(&value),
+        operands,
+    };
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
+    let got =
+        resident.forward_with(gpu, problem, call, &inputs, options).unwrap_or_else(|e| panic!("{e}\n{problem:?}"));
+    let want = reference::layer::<f64>(layer, problem, call, &inputs).expect("valid");
+    let what = format!("{} {call:?} {problem:?} {options:?}", gpu.info().name);
+    assert_close(&got.out, &want.out, 2e-5, &what);
+    assert_eq!(got.weights.is_some(), want.weights.is_some());
+    if let (Some(got), Some(want)) = (&got.weights, &want.weights) {
+        assert_close(got, want, 5e-6, &format!("weights, {what}"));
+    }
+}
+
+#[test]
+fn layers_match() {
+    for gpu in gpus() {
+        let mut r = Random(40);
+        for round in 0..if small("24 of the 36 random layers") { 12 } else { 36 } {
+            let sources = [Sources::Query, Sources::Key, Sources::Each][round % 3];
+            let (heads, kv_heads) = [(4, 4), (6, 2), (3, 1), (1, 1)][r.below(4) as usize];
+            let (dk, dv) = [(8, 8), (16, 12), (10, 7), (6, 6)][r.below(4) as usize];
+            let wide = 20 + r.below(30);
+            let widths = match sources {
+                Sources::Query => [wide, wide, wide, 24],
+                Sources::Key => [wide, 28, 28, 36],
+                Sources::Each => [wide, 20, 27, 25],
+            };
+            let order = [Order::InOut, Order::OutIn][r.below(2) as usize];
+            let mut layer = layer(&mut r, [heads, kv_heads, dk, dv], widths, order, r_bool(round / 2));
+            let (seq_q, other) = (1 + r.below(20), 1 + r.below(30));
+            let seq_kv = if sources == Sources::Query { seq_q } else { other };
+            let mut problem = layer.problem(1 + r.below(3), seq_q, seq_kv);
+            layer.rotary = r_bool(r.below(2) as usize).then_some(RotaryEmbedding {
+                dim: dk - dk % 4,
+                interleaved: r_bool(round),
+                base: 100.0,
+                positions: 64,
+            });
+            layer.zero_attn = r.below(3) == 0;
+            if r.below(3) == 0 {
+                layer.bias_kv =
+                    Some((r.signed_vec((kv_heads * dk) as usize, 1.0), r.signed_vec((kv_heads * dv) as usize, 1.0)));
+            }
+            problem.mask = (r.below(2) == 0).then_some(Broadcast([problem.batch, 1, seq_q, seq_kv]));
+            problem.bias =
+                (r.below(2) == 0).then_some(Bias { shape: Broadcast([1, heads, 1, seq_kv]), element: Element::F32 });
+            problem.causal = [Causal::None, Causal::TopLeft, Causal::BottomRight][r.below(3) as usize];
+            problem.key_lengths = r.below(3) == 0;
+            let mut call = Call::default();
+            call.sources = sources;
+            call.seq_first = r.below(2) == 0;
+            call.weights = [None, Some(Weights::Heads), Some(Weights::Mean)][r.below(3) as usize];
+            let element = [Element::F32, Element::F16][r.below(2) as usize];
+            check_layer(gpu, &layer, &problem, &call, element, &forced(FORMS[round % 2]));
+        }
+    }
+}
+
+fn r_bool(n: usize) -> bool {
+    n.is_multiple_of(2)
+}
+
+#[test]
+fn layers_run_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 16 << 10, 3);
+        for order in [Order::InOut, Order::OutIn] {
+            let mut layer = layer(&mut Random(41), [4, 2, 16, 16], [80; 4], order, true);
+            layer.zero_attn = true;
+            let mut call = Call::default();
+            call.weights = Some(Weights::Mean);
+            let problem = layer.problem(2, 30, 30);
+            check_layer(gpu, &layer, &problem, &call, Element::F32, &Options::default());
+        }
+    }
+}
+
+/// Prompts of different lengths into the cache, then token by token; each output as if everything had been given at once.
+#[test]
+fn decoding_with_a_cache_matches_whole_sequences() {
+    for gpu in gpus() {
+        let (lengths, room, width, new) = ([5u32, 2, 7], 12u32, 20u32, 3u32);
+        let mut layer = layer(&mut Random(42), [4, 2, 8, 6], [width; 4], Order::OutIn, true);
+        layer.rotary = Some(RotaryEmbedding { dim: 4, interleaved: false, base: 100.0, positions: 32 });
+        let mut r = Random(43);
+        let sequences: Vec<Vec<f32>> =
+            lengths.iter().map(|n| r.signed_vec(((n + new) * width) as usize, 1.0)).collect();
+        let mut causal = Call::default();
+        let whole: Vec<Vec<f64>> = (sequences.iter().zip(lengths))
+            .map(|(x, n)| {
+                let mut problem = layer.problem(1, n + new, n + new);
+                problem.causal = Causal::TopLeft;
+                let inputs = LayerInputs { query: x, ..Default::default() };
+                reference::layer::<f64>(&layer, &problem, &causal, &inputs).expect("valid").out
+            })
+            .collect();
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+        causal.cache = true;
+        let nan = |n: u32| upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; n as usize]));
+        let (k, v, starts) = (nan(3 * 2 * room * 8), nan(3 * 2 * room * 6), upload(gpu, &[0; 12]));
+        let mut have = [0u32; 3];
+        // The prompt padded to 7 rows, of which only the first count; then one row a step.
+        for step in 0..=new {
+            let rows = if step == 0 { 7 } else { 1 };
+            let prepared = resident
+                .prepare(gpu.library(), &layer.problem(3, rows, room), &causal, &Options::default())
+                .expect("valid");
+            let mut x = vec![0.5f32; (3 * rows * width) as usize];
+            for (b, sequence) in sequences.iter().enumerate() {
+                let n = (if step == 0 { lengths[b] } else { 1 } * width) as usize;
+                let at = (have[b] * width) as usize;
+                x[b * (rows * width) as usize..][..n].copy_from_slice(&sequence[at..at + n]);
+            }
+            let (x, y) = (upload(gpu, bytemuck::cast_slice(&x)), nan(3 * rows * width));
+            gpu.queue().write_buffer(&starts, 0, bytemuck::cast_slice(&have));
+            let mut buffers = LayerBuffers::new(x.slice(..), y.slice(..));
+            buffers.cache = Some(CacheBuffers { k: k.slice(..), v: v.slice(..), starts: starts.slice(..) });
+            let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            prepared.encode(&mut encoder, &buffers).expect("valid");
+            gpu.queue().submit([encoder.finish()]);
+            let got: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(y.slice(..)).expect("read"));
+            for b in 0..3 {
+                let n = if step == 0 { lengths[b] } else { 1 };
+                let (at, count) = ((have[b] * width) as usize, (n * width) as usize);
+                let got = &got[b * (rows * width) as usize..][..count];
+                assert_close(got, &whole[b][at..at + count], 2e-5, &format!("batch {b} step {step}"));
+                have[b] += n;
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_layers_and_calls_are_errors() {
+    let gpu = &gpus()[0];
+    let good = layer(&mut Random(44), [4, 2, 8, 6], [20; 4], Order::OutIn, true);
+    let make = |change: &dyn Fn(&mut Layer)| {
+        let mut layer = good.clone();
+        change(&mut layer);
+        MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F16).map(|_| ())
+    };
+    assert_eq!(make(&|_| ()), Ok(()));
+    assert_eq!(make(&|l| l.kv_heads = 3), Err(Error::KvHeads { heads: 4, kv_heads: 3 }));
+    assert_eq!(
+        make(&|l| l.value.weight.truncate(239)),
+        Err(Error::Length { field: "value weight", got: 239, want: 240 })
+    );
+    assert_eq!(make(&|l| l.out.bias = Some(vec![0.0; 3])), Err(Error::Length { field: "out bias", got: 3, want: 20 }));
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
+    let x = vec![0.0; 2 * 3 * 20];
+    let inputs = LayerInputs { query: &x, ..Default::default() };
+    let run = |change: &dyn Fn(&mut Problem, &mut Call)| {
+        let (mut problem, mut call) = (good.problem(2, 3, 3), Call::default());
+        change(&mut problem, &mut call);
+        resident.forward(gpu, &problem, &call, &inputs).map(|_| ())
+    };
+    assert_eq!(run(&|_, _| ()), Ok(()));
+    assert_eq!(run(&|p, _| p.head_dim = 4), Err(Error::LayerSize { field: "head_dim", got: 4, want: 8 }));
+    assert_eq!(run(&|p, _| p.seq_kv = 4), Err(Error::LayerSize { field: "seq_kv", got: 4, want: 3 }));
+    assert_eq!(run(&|p, _| (p.seq_q, p.seq_kv) = (4, 4)), Err(Error::Length { field: "query", got: 120, want: 160 }));
+    assert_eq!(run(&|_, c| c.sources = Sources::Key), Err(Error::Missing { field: "key" }));
+    assert_eq!(run(&|p, _| p.key_lengths = true), Err(Error::Missing { field: "key_lengths" }));
+    assert!(matches!(run(&|_, c| c.cache = true), Err(Error::Conflict { left: "cache", .. })));
+    assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
 }

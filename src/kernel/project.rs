@@ -17,7 +17,7 @@ pub struct Project {
     pub element: Element,
     /// The weights are [out, in] rather than [in, out].
     pub transposed: bool,
-    /// Every row of x, w, b and y starts at a multiple of four elements and has a multiple of four of them.
+    /// Every row of x, w and y starts at a multiple of four elements and has a multiple of four of them.
     pub vector: bool,
 }
 
