@@ -216,6 +216,39 @@ pub enum Error {
         /// What is needed.
         want: u64,
     },
+    /// A file of weights cannot be read as safetensors.
+    #[error("not a safetensors file: {0}")]
+    File(String),
+    /// A file of weights lacks a tensor.
+    #[error("tensor {tensor:?} is missing")]
+    MissingTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A file of weights holds a tensor under the layer's prefix that the layer does not have.
+    #[error("tensor {tensor:?} is not part of the layer")]
+    ExtraTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor in a file has another shape than the layer needs.
+    #[error("tensor {tensor:?} has shape {got:?}; it must be {want}")]
+    TensorShape {
+        /// Its name.
+        tensor: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape needed.
+        want: String,
+    },
+    /// A tensor in a file has a type that is not read.
+    #[error("tensor {tensor:?} has type {got}; it must be F32, F16, BF16 or F64")]
+    TensorType {
+        /// Its name.
+        tensor: String,
+        /// Its type.
+        got: String,
+    },
     /// No GPU adapter matches.
     #[error("no GPU adapter{wanted}; found: {found}")]
     NoAdapter {

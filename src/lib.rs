@@ -7,6 +7,8 @@ mod error;
 pub mod gpu;
 pub mod kernel;
 pub mod layer;
+#[cfg(feature = "safetensors")]
+pub mod load;
 mod multihead;
 mod operation;
 mod pipelines;
