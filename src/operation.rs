@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
-use crate::encode::{Attention, Program, check_slice};
+use crate::encode::{Attention, Program, allocate, check_slice};
+use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::Slot;
 use crate::plan::{Options, Step, Steps};
+use crate::problem::{Element, Elements};
 use crate::projection::Projection;
 use crate::rotation::Rotation;
 use crate::{Error, Result};
@@ -116,5 +118,53 @@ impl Attention {
         let mut steps = Steps::new(self.caps(), options);
         rotation.plan(self.caps(), &mut steps)?;
         Operation::new(self, steps)
+    }
+}
+
+impl Gpu {
+    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` and `rotation.cache_rows` must be `None`.
+    pub fn rotate(&self, rotation: &Rotation, x: Elements<'_>, table: &[f32], positions: &[u32]) -> Result<Vec<f32>> {
+        rotation.check()?;
+        if rotation.y.is_some() || rotation.cache_rows.is_some() {
+            let why = "host slices turn in place";
+            return Err(Error::Conflict { left: "y or cache_rows", right: "host slices", why });
+        }
+        if x.element() != rotation.element {
+            return Err(Error::Element { field: "x", got: x.element(), want: rotation.element });
+        }
+        let lengths = [
+            ("x", x.len() as u64, rotation.extent()),
+            ("table", table.len() as u64, u64::from(rotation.table_rows) * u64::from(rotation.rotary_dim)),
+            ("positions", positions.len() as u64, rotation.position_count()),
+        ];
+        for (field, got, want) in lengths {
+            if got != want {
+                return Err(Error::Length { field, got: got as usize, want: want as usize });
+            }
+        }
+        let operation = self.library().rotate(rotation, &Options::default())?;
+        let [x_buffer, table, positions] = allocate(self.device(), || {
+            [x.bytes(), bytemuck::cast_slice(table), bytemuck::cast_slice(positions)]
+                .map(|bytes| upload_bytes(self.device(), self.queue(), "rotation", bytes))
+        })?;
+        let slots = [
+            (Slot::Result, x_buffer.slice(..)),
+            (Slot::Angles, table.slice(..)),
+            (Slot::Positions, positions.slice(..)),
+        ];
+        for slice in 0..operation.slices() {
+            let mut encoder = self.device().create_command_encoder(&Default::default());
+            operation.encode_slice(slice, &mut encoder, &slots)?;
+            self.queue().submit([encoder.finish()]);
+            self.wait()?;
+        }
+        let mut bytes = self.read(x_buffer.slice(..))?;
+        bytes.truncate(x.bytes().len());
+        let words = || bytemuck::pod_collect_to_vec::<u8, u16>(&bytes);
+        Ok(match rotation.element {
+            Element::F32 => bytemuck::pod_collect_to_vec(&bytes),
+            Element::F16 => words().into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+            Element::Bf16 => words().into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+        })
     }
 }

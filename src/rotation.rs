@@ -102,6 +102,13 @@ impl Rotation {
         (0..rows).flat_map(row).collect()
     }
 
+    /// Elements from the start of x to its last one, that one included.
+    pub fn extent(&self) -> u64 {
+        let last = [(self.batch, self.x.batch), (self.heads, self.x.head), (self.rows, self.x.row)];
+        let place = |(n, stride): (u32, u64)| u64::from(n - 1) * stride;
+        self.x.offset + last.into_iter().map(place).sum::<u64>() + u64::from(self.head_dim)
+    }
+
     /// Words of [`Slot::Positions`].
     pub fn position_count(&self) -> u64 {
         match self.positions {
