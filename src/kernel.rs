@@ -2,8 +2,8 @@
 
 pub mod average;
 pub mod export;
-pub mod flash;
 pub mod extra;
+pub mod flash;
 pub mod logits;
 pub mod pack;
 pub mod params;

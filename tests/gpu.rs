@@ -4,8 +4,8 @@ mod support;
 
 use support::{Data, Random, check, floor, gpus, small};
 use wgpu_attention::{
-    Attention, Bias, Broadcast, Causal, DeviceOptions, Element, Elements, Error, Form, Gpu, Inputs, Layout, Logits,
-    Options, Packed, Problem, Strides, Window, reference, wgpu,
+    Attention, Bias, Broadcast, Causal, Element, Elements, Error, Form, Inputs, Layout, Logits, Options, Packed,
+    Problem, Strides, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];

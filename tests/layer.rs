@@ -134,7 +134,9 @@ fn projections_match_on_odd_sizes() {
     for gpu in gpus() {
         for (seed, &(rows, inputs, outputs)) in sizes.iter().enumerate() {
             for form in FORMS {
-                for mut projection in projections(rows, inputs, outputs) {
+                // bf16 differs from f16 in one line, which the test of layouts runs.
+                let wanted = |p: &Projection| p.element != Element::Bf16;
+                for mut projection in projections(rows, inputs, outputs).filter(wanted) {
                     projection.bias = (rows % 2 == 1).then_some(0);
                     check_projection(gpu, &projection, &forced(form), seed as u64);
                 }

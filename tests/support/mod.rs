@@ -1,13 +1,15 @@
 //! Adapters under test, signed random data, and the comparison of a GPU run with the reference.
 #![allow(dead_code)] // each test file uses a part of this
 
-use std::sync::OnceLock;
+use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use wgpu_attention::gpu::describe;
 use wgpu_attention::{Causal, DeviceOptions, Elements, Gpu, Inputs, Options, Problem, reference, wgpu};
 
 /// The adapters that `WGPU_ATTENTION_ADAPTERS` lists (`backend:name-part`, …), or all; none at all is a failure.
 pub fn gpus() -> &'static [Gpu] {
+    take_turn();
     static GPUS: OnceLock<Vec<Gpu>> = OnceLock::new();
     GPUS.get_or_init(|| {
         const HELP: &str = "no adapter to test on; Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1 libegl1 libgles2 libgl1-mesa-dri";
@@ -19,6 +21,16 @@ pub fn gpus() -> &'static [Gpu] {
         let options = DeviceOptions { checked: checked(), ..Default::default() };
         adapters.iter().map(|adapter| Gpu::open(adapter, &options).expect("the adapter opens")).collect()
     })
+}
+
+/// Lets the tests of a binary that use adapters run one after the other, each until its thread ends: wgpu's OpenGL panics where
+/// a thread waits a second for another that compiles. The drivers use all processors anyway.
+fn take_turn() {
+    static TURN: Mutex<()> = Mutex::new(());
+    thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
+    MINE.with_borrow_mut(|mine| {
+        mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    });
 }
 
 /// Whether shaders are compiled with wgpu's runtime checks.
