@@ -2,10 +2,10 @@
 
 mod support;
 
-use support::{Data, Random, check, gpus, small};
+use support::{Data, Random, check, floor, gpus, small};
 use wgpu_attention::{
-    Attention, Bias, Broadcast, Causal, DeviceOptions, Element, Elements, Error, Form, Gpu, Inputs, Layout, Logits,
-    Options, Packed, Problem, Strides, Window, reference, wgpu,
+    Attention, Bias, Broadcast, Causal, Element, Elements, Error, Form, Inputs, Layout, Logits, Options, Packed,
+    Problem, Strides, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -235,22 +235,6 @@ fn strided_operands_share_a_buffer() {
         };
         check(gpu, &problem, &inputs, &Options::default());
     }
-}
-
-/// A device with the least that the crate promises to run on, and every split forced.
-fn floor(gpu: &Gpu, binding: u64, side: u32) -> Gpu {
-    let adapter = Gpu::adapters().into_iter().find(|a| a.get_info() == *gpu.info()).expect("still there");
-    let limits = wgpu::Limits {
-        max_storage_buffers_per_shader_stage: 4,
-        max_compute_workgroup_storage_size: 16352,
-        max_compute_invocations_per_workgroup: 256,
-        max_compute_workgroups_per_dimension: side,
-        max_storage_buffer_binding_size: binding,
-        ..adapter.limits()
-    };
-    let options =
-        DeviceOptions { limits: Some(limits), features: Some(wgpu::Features::empty()), checked: support::checked() };
-    Gpu::open(&adapter, &options).expect("lower limits are granted")
 }
 
 #[test]

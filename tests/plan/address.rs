@@ -103,6 +103,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     broadcast(step, bound, bias.shape, (p.bias_base, strides, p.bias_keys), bias.element.bytes(), at);
                 }
                 Slot::Lists | Slot::Spare => unreachable!("handled before"),
+                _ => unreachable!("attention binds no operand of the layer"),
             }
         }
     }

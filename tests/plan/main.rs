@@ -104,6 +104,7 @@ fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
         Slot::Bias => s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes()).unwrap(),
         Slot::Scores | Slot::Unpacked | Slot::Spare => plan.scratch_bytes(),
         Slot::Lists => u64::MAX - 3,
+        _ => unreachable!("attention binds no operand of the layer"),
     };
     size.next_multiple_of(4)
 }

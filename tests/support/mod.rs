@@ -1,12 +1,15 @@
 //! Adapters under test, signed random data, and the comparison of a GPU run with the reference.
+#![allow(dead_code)] // each test file uses a part of this
 
-use std::sync::OnceLock;
+use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use wgpu_attention::gpu::describe;
-use wgpu_attention::{Causal, DeviceOptions, Elements, Gpu, Inputs, Options, Problem, reference};
+use wgpu_attention::{Causal, DeviceOptions, Elements, Gpu, Inputs, Options, Problem, reference, wgpu};
 
 /// The adapters that `WGPU_ATTENTION_ADAPTERS` lists (`backend:name-part`, …), or all; none at all is a failure.
 pub fn gpus() -> &'static [Gpu] {
+    take_turn();
     static GPUS: OnceLock<Vec<Gpu>> = OnceLock::new();
     GPUS.get_or_init(|| {
         const HELP: &str = "no adapter to test on; Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1 libegl1 libgles2 libgl1-mesa-dri";
@@ -20,9 +23,34 @@ pub fn gpus() -> &'static [Gpu] {
     })
 }
 
+/// Lets the tests of a binary that use adapters run one after the other, each until its thread ends: wgpu's OpenGL panics where
+/// a thread waits a second for another that compiles. The drivers use all processors anyway.
+fn take_turn() {
+    static TURN: Mutex<()> = Mutex::new(());
+    thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
+    MINE.with_borrow_mut(|mine| {
+        mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    });
+}
+
 /// Whether shaders are compiled with wgpu's runtime checks.
 pub fn checked() -> bool {
     std::env::var_os("WGPU_ATTENTION_CHECKED").is_some()
+}
+
+/// A device with the least that the crate promises to run on, and every split forced.
+pub fn floor(gpu: &Gpu, binding: u64, side: u32) -> Gpu {
+    let adapter = Gpu::adapters().into_iter().find(|a| a.get_info() == *gpu.info()).expect("still there");
+    let limits = wgpu::Limits {
+        max_storage_buffers_per_shader_stage: 4,
+        max_compute_workgroup_storage_size: 16352,
+        max_compute_invocations_per_workgroup: 256,
+        max_compute_workgroups_per_dimension: side,
+        max_storage_buffer_binding_size: binding,
+        ..adapter.limits()
+    };
+    let options = DeviceOptions { limits: Some(limits), features: Some(wgpu::Features::empty()), checked: checked() };
+    Gpu::open(&adapter, &options).expect("lower limits are granted")
 }
 
 /// Whether the adapter is slow and runs the small suite; what is left to the others is printed by name.
