@@ -81,9 +81,14 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         "{variant}"
     );
     assert!(!variant.uses_f16() || caps.f16, "{variant}");
-    assert_eq!(variant.uses_subgroups(), subgroup(variant).is_some(), "{variant}");
-    if let Some(lanes) = subgroup(variant) {
-        assert_eq!(Some(lanes), caps.subgroup_size, "{variant}");
+    match (variant, subgroup(variant)) {
+        // Shuffles among eight neighbours: any size from eight on will do.
+        (Variant::Flash(_), _) if variant.uses_subgroups() => assert!(caps.subgroup_min_size >= Some(8), "{variant}"),
+        (_, Some(lanes)) => {
+            assert!(variant.uses_subgroups(), "{variant}");
+            assert_eq!(Some(lanes), caps.subgroup_size, "{variant}");
+        }
+        _ => assert!(!variant.uses_subgroups(), "{variant}"),
     }
     static RENDERED: LazyLock<HashSet<Variant>> = LazyLock::new(|| Variant::all().into_iter().collect());
     assert!(RENDERED.contains(variant), "{variant} is not rendered by the tests");
