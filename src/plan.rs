@@ -975,6 +975,9 @@ fn choose_fused(
         let slower = match kernel {
             _ if forced => None,
             Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
+            Kernel::Rows if caps.lanes().is_some_and(|lanes| lanes < 8) => {
+                Some("a driver of four lanes takes minutes to compile it")
+            }
             Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
                 Some("so few queries leave its lanes idle")
             }
