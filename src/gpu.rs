@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex};
 use futures::channel::oneshot;
 
 use crate::encode::{Attention, Buffers, Prepared};
+use crate::kernel::Slot;
+use crate::operation::Operation;
 use crate::plan::{Options, Plan};
 use crate::problem::{Element, Inputs, Outputs, Problem};
 use crate::shape::Shape;
@@ -272,6 +274,33 @@ impl Gpu {
         }
     }
 
+    /// Runs an operation on buffers that begin with the given bytes, slice by slice, and reads some of them back.
+    pub(crate) fn compute(
+        &self,
+        operation: &Operation,
+        buffers: &[(Slot, &[u8])],
+        read: &[Slot],
+    ) -> Result<Vec<Vec<u8>>> {
+        self.fault()?;
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let own: Vec<_> = buffers
+            .iter()
+            .map(|&(slot, bytes)| (slot, upload_bytes(&self.device, &self.queue, slot.name(), bytes)))
+            .collect();
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(error.into());
+        }
+        let slices: Vec<_> = own.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
+        for slice in 0..operation.slices() {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            operation.encode_slice(slice, &mut encoder, &slices)?;
+            self.queue.submit([encoder.finish()]);
+            self.wait()?;
+        }
+        let wanted = read.iter().filter_map(|wanted| slices.iter().find(|(slot, _)| slot == wanted));
+        wanted.map(|(_, slice)| self.read(*slice)).collect()
+    }
+
     fn submit(&self, prepared: &Prepared, slice: usize, resident: &Resident) -> Result<()> {
         let mut encoder = self.device.create_command_encoder(&Default::default());
         prepared.encode_slice(slice, &mut encoder, &resident.buffers())?;
@@ -411,14 +440,19 @@ fn unwritten(s: &Shape) -> Vec<u8> {
     bytes
 }
 
+/// The elements of a tensor's bytes, widened to f32, which is exact.
+pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
+    let words = bytemuck::pod_collect_to_vec::<u8, u16>;
+    match element {
+        Element::F32 => bytemuck::pod_collect_to_vec(bytes),
+        Element::F16 => words(bytes).into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+        Element::Bf16 => words(bytes).into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+    }
+}
+
 fn outputs(plan: &Plan, out: Vec<u8>, [lse, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
     let f32s = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
-    let words = bytemuck::pod_collect_to_vec::<u8, u16>;
-    let mut widened: Vec<f32> = match plan.shape().element {
-        Element::F32 => f32s(out),
-        Element::F16 => words(&out).into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
-        Element::Bf16 => words(&out).into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
-    };
+    let mut widened = widened(plan.shape().element, &out);
     widened.truncate(plan.shape().out().extent() as usize);
     Ok(Outputs { out: widened, lse: lse.map(f32s), weights: weights.map(f32s), logits: logits.map(f32s) })
 }

@@ -5,6 +5,7 @@ pub mod export;
 pub mod extra;
 pub mod flash;
 pub mod logits;
+pub mod merge;
 pub mod pack;
 pub mod params;
 pub mod project;
@@ -67,6 +68,14 @@ pub enum Slot {
     Angles,
     /// Positions of rows, for `rotary`.
     Positions,
+    /// Outputs to merge.
+    PartialOut,
+    /// Log-sum-exps to merge.
+    PartialLse,
+    /// Attention sinks, where a kernel reads them from a buffer of their own.
+    Sinks,
+    /// Scratch of `merge`: maximum and sum of each row.
+    Totals,
 }
 
 impl Slot {
@@ -95,6 +104,10 @@ impl Slot {
             Slot::Averaged => "layer weights",
             Slot::Angles => "rotary table",
             Slot::Positions => "positions",
+            Slot::PartialOut => "partial_out",
+            Slot::PartialLse => "partial_lse",
+            Slot::Sinks => "sinks",
+            Slot::Totals => "totals",
         }
     }
 }
@@ -209,6 +222,8 @@ pub enum Variant {
     Extra(extra::Extra),
     /// The weights that the layer gives out.
     Average(average::Average),
+    /// One result from several.
+    Merge(merge::Merge),
 }
 
 macro_rules! each {
@@ -226,6 +241,7 @@ macro_rules! each {
             Variant::Rotary($x) => $body,
             Variant::Extra($x) => $body,
             Variant::Average($x) => $body,
+            Variant::Merge($x) => $body,
         }
     };
 }
@@ -246,6 +262,7 @@ impl Variant {
         all.extend(rotary::Rotary::all().map(Variant::Rotary));
         all.extend(extra::Extra::all().map(Variant::Extra));
         all.extend(average::Average::all().map(Variant::Average));
+        all.extend(merge::Merge::all().map(Variant::Merge));
         all
     }
 
@@ -264,6 +281,7 @@ impl Variant {
             Variant::Rotary(_) => "rotary",
             Variant::Extra(_) => "extra",
             Variant::Average(_) => "average",
+            Variant::Merge(_) => "merge",
         }
     }
 

@@ -9,6 +9,7 @@ pub mod kernel;
 pub mod layer;
 #[cfg(feature = "safetensors")]
 pub mod load;
+mod merge;
 mod multihead;
 mod operation;
 mod pipelines;
@@ -27,6 +28,7 @@ pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
 pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
+pub use merge::Merge;
 pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
 pub use operation::Operation;
 pub use plan::{Form, Kernel, Options, Plan};

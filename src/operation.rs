@@ -17,6 +17,7 @@ pub struct Operation {
     program: Program,
     slices: Vec<Range<usize>>,
     needs: Vec<Need>,
+    scratch: Vec<(Slot, wgpu::Buffer)>,
     alignment: u64,
 }
 
@@ -29,10 +30,23 @@ struct Need {
 
 impl Operation {
     pub(crate) fn new(attention: &Attention, steps: Steps<'_>) -> Result<Self> {
+        Self::with_scratch(attention, steps, &[])
+    }
+
+    /// With buffers of its own, of the given bytes, for some slots.
+    pub(crate) fn with_scratch(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
         attention.caps().check()?;
         let (steps, slices) = steps.finish();
         let program = attention.program(&steps)?;
-        Ok(Operation { program, slices, needs: needs(&steps), alignment: attention.caps().alignment() })
+        let buffer = |&(slot, size): &(Slot, u64)| {
+            let (label, usage) = (Some(slot.name()), wgpu::BufferUsages::STORAGE);
+            let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
+            (slot, attention.device().create_buffer(&descriptor))
+        };
+        let scratch = allocate(attention.device(), || scratch.iter().map(buffer).collect::<Vec<_>>())?;
+        let mut needs = needs(&steps);
+        needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
+        Ok(Operation { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
     /// Each buffer that is read or written, and its least size in bytes.
@@ -84,6 +98,9 @@ impl Operation {
             }
         }
         self.program.record(steps, encoder, |slot| {
+            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
+                return (buffer, 0);
+            }
             let slice = find(slot).expect("found above");
             (slice.buffer(), slice.offset())
         });

@@ -503,7 +503,7 @@ impl<'a> Planner<'a> {
                 let limit = self.caps.limits.max_buffer_size;
                 return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
             }
-            self.pack()?;
+            pack(self.caps, s.element, s.out.extent(), &mut self.steps)?;
         }
         let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
         let (steps, slices) = self.steps.finish();
@@ -837,33 +837,32 @@ impl<'a> Planner<'a> {
         }
         Bound { slot, offset, size, written }
     }
+}
 
-    /// Rounds the f32 scratch of `out` to its 16-bit type, in dispatches that each fit a binding.
-    fn pack(&mut self) -> Result<()> {
-        let variant = Variant::Pack(pack::Pack { element: self.shape.element });
-        let total = self.shape.out.extent();
-        // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
-        let step = (self.caps.binding() / 4).min(1 << 28) / self.caps.alignment() * self.caps.alignment();
-        let mut first = 0;
-        while first < total {
-            let elements = step.min(total - first);
-            let words = elements.div_ceil(2);
-            let params = Params {
-                row_tiles: 1,
-                col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
-                heads: 1,
-                pack_count: small("elements", elements)?,
-                ..Params::default()
-            };
-            let bindings = vec![
-                Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
-                Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
-            ];
-            self.steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
-            first += elements;
-        }
-        Ok(())
+/// Rounds the f32 scratch of an output of `total` elements to its 16-bit type, in dispatches that each fit a binding.
+pub(crate) fn pack(caps: &Caps, element: Element, total: u64, steps: &mut Steps<'_>) -> Result<()> {
+    let variant = Variant::Pack(pack::Pack { element });
+    // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
+    let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
+    let mut first = 0;
+    while first < total {
+        let elements = step.min(total - first);
+        let words = elements.div_ceil(2);
+        let params = Params {
+            row_tiles: 1,
+            col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
+            heads: 1,
+            pack_count: small("elements", elements)?,
+            ..Params::default()
+        };
+        let bindings = vec![
+            Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
+            Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
+        ];
+        steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
+        first += elements;
     }
+    Ok(())
 }
 
 /// Bytes of the scratch that stands for an output which is not asked for.
@@ -1131,7 +1130,7 @@ pub(crate) fn largest(tiles: &[Tile], rows: u32, fits: impl Fn(&Tile) -> bool, k
 }
 
 /// Whether every row starts at a multiple of four elements and has a multiple of four of them.
-fn whole_vectors(tensor: &Tensor) -> bool {
+pub(crate) fn whole_vectors(tensor: &Tensor) -> bool {
     let s = &tensor.strides;
     let steps = [s.batch, s.head, s.row];
     let aligned = steps.iter().zip(tensor.sizes).all(|(stride, size)| size == 1 || stride % 4 == 0);

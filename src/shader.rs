@@ -36,6 +36,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "pack.wgsl",
         "rows.wgsl",
         "flash.wgsl",
+        "merge.wgsl",
     ];
     for (name, source) in sources {
         environment.add_template(name, source).unwrap_or_else(|error| panic!("template {name}: {error:#}"));

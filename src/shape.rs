@@ -43,6 +43,27 @@ impl Tensor {
         Some(end)
     }
 
+    /// The same checked: addressable, and no two elements in one place.
+    pub(crate) fn output(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
+        let tensor = Tensor::input(field, sizes, dim, layout)?;
+        if !tensor.disjoint() {
+            let (s, [b, h, r]) = (tensor.strides, sizes);
+            return Err(Error::Overlap { field, strides: [s.batch, s.head, s.row], sizes: [b, h, r, dim] });
+        }
+        Ok(tensor)
+    }
+
+    /// The same checked: addressable.
+    pub(crate) fn input(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
+        let tensor = Tensor::new(sizes, dim, layout);
+        // Byte counts stay far from u64's end, so that the planner adds without checks.
+        let limit = u64::MAX / 64;
+        match tensor.checked_extent() {
+            Some(extent) if extent <= limit => Ok(tensor),
+            extent => Err(Error::TooLarge { field, value: extent.unwrap_or(u64::MAX), limit }),
+        }
+    }
+
     /// Elements from the start of the buffer slice to the last one, that one included.
     pub fn extent(&self) -> u64 {
         self.checked_extent().expect("checked by Shape::new")
@@ -184,26 +205,10 @@ impl Shape {
                 (1, packed.total_q, packed.total_kv)
             }
         };
-        let tensors = [
-            ("q", Tensor::new([batch, p.heads, total_q], p.head_dim, p.q)),
-            ("k", Tensor::new([batch, p.kv_heads, total_kv], p.head_dim, p.k)),
-            ("v", Tensor::new([batch, p.kv_heads, total_kv], p.value_dim, p.v)),
-            ("out", Tensor::new([batch, p.heads, total_q], p.value_dim, p.out)),
-        ];
-        for (field, tensor) in tensors {
-            // Byte counts stay far from u64's end, so that the planner adds without checks.
-            let limit = u64::MAX / 64;
-            match tensor.checked_extent() {
-                Some(extent) if extent <= limit => {}
-                extent => return Err(Error::TooLarge { field, value: extent.unwrap_or(u64::MAX), limit }),
-            }
-        }
-        let [(_, q), (_, k), (_, v), (_, out)] = tensors;
-        if !out.disjoint() {
-            let s = out.strides;
-            let [b, h, r] = out.sizes;
-            return Err(Error::Overlap { field: "out", strides: [s.batch, s.head, s.row], sizes: [b, h, r, out.dim] });
-        }
+        let q = Tensor::input("q", [batch, p.heads, total_q], p.head_dim, p.q)?;
+        let k = Tensor::input("k", [batch, p.kv_heads, total_kv], p.head_dim, p.k)?;
+        let v = Tensor::input("v", [batch, p.kv_heads, total_kv], p.value_dim, p.v)?;
+        let out = Tensor::output("out", [batch, p.heads, total_q], p.value_dim, p.out)?;
         Ok(Shape {
             scale: p.scale.unwrap_or_else(|| (1.0 / f64::from(p.head_dim).sqrt()) as f32),
             group: p.heads / p.kv_heads,

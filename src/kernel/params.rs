@@ -170,6 +170,14 @@ params! {
     col_end: u32,
     /// Output columns of a head.
     col_head: u32,
+    /// Partial log-sum-exps of `merge`: base; other strides are those of `lse`.
+    partial_base: u32,
+    /// From one partial to the next.
+    partial_lse: u32,
+    /// From one partial output to the next.
+    partial_out: u32,
+    /// Items that `merge` numbers through.
+    item_count: u32,
 }
 
 /// Bytes from one dispatch's uniform to the next: every adapter can bind multiples of 256.

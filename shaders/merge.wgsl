@@ -1,0 +1,131 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
+//   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
+// A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. A NaN lse makes its row NaN.
+// (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
+{% if totals %}
+// This pass: m and l of each row{{ ", and its lse" if lse }}. With ADD it goes on from those of the partials before.
+{% else %}
+// This pass: out from m and l. With ADD it adds to what the partials before left in out, which is f32 then.
+{% endif %}
+//
+// Grid:      columns = tiles of {{ threads }} items, an item being a row{{ "" if totals else " and four of its elements" }}. No other axis.
+// Memory:    no workgroup memory.
+// Given:     partials params.key0 .. params.key_end are bound; items number params.batch0 .., params.head0 .., params.row0 .. through.
+{% if not totals %}
+//            l < 0 marks a NaN row.
+{% endif %}
+// Reference: src/reference/merge.rs
+{% include "shared/params.wgsl" %}
+
+{% if totals %}
+@group(0) @binding(1) var<storage, read> partial_lse: array<u32>;
+@group(0) @binding(2) var<storage, read_write> totals: array<vec2<f32>>;
+{% if lse %}
+@group(0) @binding(3) var<storage, read_write> lse: array<u32>;
+{% endif %}
+{% if sinks %}
+@group(0) @binding({{ 4 if lse else 3 }}) var<storage, read> sinks: array<f32>;
+{% endif %}
+{% else %}
+@group(0) @binding(1) var<storage, read> partial_out: {{ storage("f32", false, vector) }};
+@group(0) @binding(2) var<storage, read> partial_lse: array<u32>;
+@group(0) @binding(3) var<storage, read> totals: array<vec2<f32>>;
+@group(0) @binding(4) var<storage, read_write> out: {{ output(element, vector) }};
+
+{{ load("partial_out", "f32", false, vector) }}
+{{ store("out", element, vector) }}
+{% endif %}
+
+const EMPTY: u32 = 0xff800000u;
+// Below every lse, so that the first partial that is not empty sets the maximum.
+const NONE: f32 = -3.40282346638528859812e+38f;
+
+// exp(x − m), as low as f32 can tell from 0.
+fn weigh(x: f32, m: f32) -> f32 {
+    return exp(max(x - m, -150.0));
+}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let item = here.col_tile * {{ threads }}u + thread;
+    if (!here.inside || item >= params.item_count) {
+        return;
+    }
+{% if totals %}
+    let line = item;
+{% else %}
+    let groups = (params.value_dim + 3u) / 4u;
+    let line = item / groups;
+    let dim = (item % groups) * 4u;
+{% endif %}
+    let rows = params.row_end - params.row0;
+    let plane = line / rows;
+    let row = params.row0 + line % rows;
+    let head = params.head0 + plane % params.heads;
+    let batch = params.batch0 + plane / params.heads;
+    // Of lse, totals and, from partial_base on, of each partial's lse.
+    let at = batch * params.lse_batch + head * params.lse_head + row;
+{% if totals %}
+    var m = NONE;
+    var l = 0.0;
+    if ((params.flags & ADD) != 0u) {
+        m = totals[params.lse_base + at].x;
+        l = totals[params.lse_base + at].y;
+    }
+    let before = m;
+    var poisoned = l < 0.0;
+    for (var n = params.key0; n < params.key_end; n++) {
+        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
+        poisoned = poisoned || (bits & 0x7fffffffu) > 0x7f800000u;
+        m = select(max(m, bitcast<f32>(bits)), m, bits == EMPTY);
+    }
+{% if sinks %}
+    m = max(m, sinks[head]);
+{% endif %}
+    l *= weigh(before, m);
+    for (var n = params.key0; n < params.key_end; n++) {
+        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
+        l += select(weigh(bitcast<f32>(bits), m), 0.0, bits == EMPTY);
+    }
+{% if sinks %}
+    l += weigh(sinks[head], m);
+{% endif %}
+{% if lse %}
+    let sum = select(EMPTY, bitcast<u32>(m + log(l)), l > 0.0);
+    lse[params.lse_base + at] = select(sum, 0x7fc00000u, poisoned);
+{% endif %}
+    totals[params.lse_base + at] = vec2<f32>(m, select(l, -1.0, poisoned));
+{% else %}
+    let total = totals[params.lse_base + at];
+    let inverse = select(0.0, 1.0 / total.y, total.y > 0.0);
+    let valid = min(4u, params.value_dim - dim);
+    let to = params.out_base + batch * params.out_batch + head * params.out_head + row * params.out_row + dim;
+    let from_place = params.x_base + batch * params.x_batch + head * params.x_head + row * params.x_row + dim;
+    var sum = vec4<f32>();
+{% if element == "f32" %}
+    if ((params.flags & ADD) != 0u) {
+{% if vector %}
+        sum = bitcast<vec4<f32>>(out[to >> 2u]);
+{% else %}
+        for (var i = 0u; i < valid; i++) {
+            sum[i] = bitcast<f32>(out[to + i]);
+        }
+{% endif %}
+    }
+{% endif %}
+    for (var n = params.key0; n < params.key_end; n++) {
+        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
+        if (bits != EMPTY) {
+            let weight = weigh(bitcast<f32>(bits), total.x) * inverse;
+            sum += weight * load_partial_out(from_place + n * params.partial_out, valid);
+        }
+    }
+    store_out(to, valid, select(bitcast<vec4<u32>>(sum), vec4<u32>(0x7fc00000u), total.y < 0.0));
+{% endif %}
+}

@@ -1,0 +1,324 @@
+//! Merging partial results on real drivers, against the f64 reference under a bound derived from the same data.
+
+mod support;
+
+use support::{Data, Random, floor, gpus};
+use wgpu_attention::kernel::Slot;
+use wgpu_attention::reference::{self, Partial};
+use wgpu_attention::{
+    Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, Options, Problem, Strides, wgpu,
+};
+
+/// Unit roundoff of f32.
+const U: f64 = 1.0 / (1u32 << 24) as f64;
+
+/// Partial results as other kernels would leave them.
+struct Parts {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    sinks: Option<Vec<f32>>,
+}
+
+impl Parts {
+    /// One in five rows of a partial is empty and holds garbage; row 0 is empty in all of them.
+    fn random(merge: &Merge, seed: u64, spread: f32) -> Parts {
+        let mut r = Random(seed);
+        let lines = (merge.batch * merge.heads * merge.seq_q) as usize;
+        let dim = merge.value_dim as usize;
+        let mut lse = r.signed_vec(merge.partials as usize * lines, spread);
+        let mut out = r.signed_vec(lse.len() * dim, 2.0);
+        for (place, lse) in lse.iter_mut().enumerate() {
+            if place % lines == 0 || r.below(5) == 0 {
+                *lse = f32::NEG_INFINITY;
+                out[place * dim..][..dim].fill(if place % 2 == 0 { f32::NAN } else { f32::INFINITY });
+            }
+        }
+        Parts { out, lse, sinks: merge.sinks.then(|| r.signed_vec(merge.heads as usize, spread)) }
+    }
+
+    fn run(&self, gpu: &Gpu, merge: &Merge) -> wgpu_attention::Result<wgpu_attention::Outputs> {
+        gpu.merge(merge, &self.out, &self.lse, self.sinks.as_deref())
+    }
+}
+
+/// What may come out of one row: values and lse, and how far f32 may be off.
+struct Want {
+    out: Vec<f64>,
+    lse: f64,
+    out_bound: Vec<f64>,
+    lse_bound: f64,
+}
+
+/// The rows in order of [batch, heads, seq_q]. WGSL allows exp 3 + 2|x| ULP and division 2.5; weights sum to 1, so that an
+/// error common to all of them moves nothing but the distance of each partial from the result.
+fn wanted(merge: &Merge, parts: &Parts) -> Vec<Want> {
+    let lines = (merge.batch * merge.heads * merge.seq_q) as usize;
+    let dim = merge.value_dim as usize;
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let (outs, lses) = (wide(&parts.out), wide(&parts.lse));
+    let partials: Vec<_> =
+        (outs.chunks_exact(lines * dim).zip(lses.chunks_exact(lines))).map(|(out, lse)| Partial { out, lse }).collect();
+    let head = |line: usize| line / merge.seq_q as usize % merge.heads as usize;
+    let sinks: Option<Vec<f64>> =
+        parts.sinks.as_ref().map(|sinks| (0..lines).map(|line| sinks[head(line)].into()).collect());
+    let (out, lse) = reference::merge(dim, &partials, sinks.as_deref()).expect("whole parts");
+    let (u16, tiny) = match merge.element {
+        Element::F32 => (0.0, 0.0),
+        Element::F16 => (2f64.powi(-11), 2f64.powi(-24)),
+        Element::Bf16 => (2f64.powi(-8), 0.0),
+    };
+    let row = |line: usize| {
+        let out = &out[line * dim..][..dim];
+        let mut logits: Vec<(f64, Option<&[f64]>)> =
+            partials.iter().map(|part| (part.lse[line], Some(&part.out[line * dim..][..dim]))).collect();
+        logits.extend(sinks.as_ref().map(|sinks| (sinks[line], None)));
+        logits.retain(|(x, _)| *x != f64::NEG_INFINITY);
+        let max = logits.iter().fold(f64::NEG_INFINITY, |m, (x, _)| m.max(*x));
+        let count = logits.len() as f64;
+        let bound = |d: usize| {
+            if logits.iter().all(|(_, part)| part.is_none()) {
+                return 0.0;
+            }
+            let value = |part: Option<&[f64]>| part.map_or(0.0, |part| part[d]);
+            let moved = logits.iter().map(|&(x, part)| {
+                let error = 2.0 * U * (4.0 + 2.0 * (max - x));
+                (x - lse[line]).exp() * error.exp_m1() * (value(part) - out[d]).abs()
+            });
+            let peak = logits.iter().map(|&(_, part)| value(part).abs()).fold(0.0, f64::max);
+            moved.sum::<f64>() * 1.01
+                + (8.0 + count.sqrt()) * U * peak
+                + count * f64::from(f32::MIN_POSITIVE)
+                + tiny
+                + (4.0 * U + 1.01 * u16) * out[d].abs()
+        };
+        Want {
+            out_bound: (0..dim).map(bound).collect(),
+            lse_bound: U * (2.0 * lse[line].abs() + 16.0 + 2.0 * count.sqrt()),
+            out: out.to_vec(),
+            lse: lse[line],
+        }
+    };
+    (0..lines).map(row).collect()
+}
+
+fn check(gpu: &Gpu, merge: &Merge, parts: &Parts) {
+    let got = parts.run(gpu, merge).unwrap_or_else(|error| panic!("{error}: {merge:?}"));
+    assert_eq!(got.lse.is_some(), merge.lse);
+    let mut place = Problem::new(merge.batch, merge.heads, merge.seq_q, 1, merge.value_dim);
+    place.out = merge.out;
+    let shape = place.check().expect("the same out");
+    for (line, want) in wanted(merge, parts).iter().enumerate() {
+        let [h, i] = [merge.heads as usize, merge.seq_q as usize];
+        let at = shape.out().at((line / i / h) as u32, (line / i % h) as u32, (line % i) as u32) as usize;
+        for d in 0..merge.value_dim as usize {
+            let (got, want, bound) = (got.out[at + d], want.out[d], want.out_bound[d]);
+            let ok = f64::from(got) == want || (f64::from(got) - want).abs() <= bound;
+            let adapter = &gpu.info().name;
+            assert!(ok, "row {line} element {d}: got {got}, want {want} within {bound:e}, on {adapter}: {merge:?}");
+        }
+        if let Some(lse) = &got.lse {
+            let (got, bound) = (f64::from(lse[line]), want.lse_bound);
+            let ok = got == want.lse || (got - want.lse).abs() <= bound;
+            assert!(ok, "lse of row {line}: got {got}, want {} within {bound:e}: {merge:?}", want.lse);
+        }
+    }
+}
+
+#[test]
+fn parts_merge_as_the_reference_merges_them() {
+    for gpu in gpus() {
+        for (i, (partials, seq_q, dim)) in
+            [(1, 5, 8), (2, 1, 128), (3, 33, 7), (5, 13, 20), (17, 3, 1), (4, 2, 512)].into_iter().enumerate()
+        {
+            for element in [Element::F32, Element::F16, Element::Bf16] {
+                for layout in [Layout::Bhsd, Layout::Bshd] {
+                    let mut merge = Merge::new(partials, 2, 3, seq_q, dim);
+                    (merge.element, merge.out, merge.sinks) = (element, layout, i % 2 == 1);
+                    merge.lse = i != 2;
+                    check(gpu, &merge, &Parts::random(&merge, i as u64, 4.0));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn far_apart_and_far_out_sums_stay_exact() {
+    for gpu in gpus() {
+        for spread in [1e-3, 200.0, 1e5, 3e38] {
+            let mut merge = Merge::new(4, 1, 2, 20, 16);
+            merge.sinks = spread < 1e6;
+            check(gpu, &merge, &Parts::random(&merge, 40, spread));
+        }
+        // Rows that are all low by bias are ordinary rows: their partials weigh alike.
+        let merge = Merge::new(3, 1, 1, 1, 4);
+        let parts = Parts { out: (0..12).map(|x| x as f32).collect(), lse: vec![f32::MIN; 3], sinks: None };
+        check(gpu, &merge, &parts);
+    }
+}
+
+#[test]
+fn strided_outputs_keep_what_stands_between() {
+    for gpu in gpus() {
+        let mut merge = Merge::new(2, 2, 3, 5, 4);
+        merge.out = Layout::Strided(Strides { offset: 8, batch: 200, head: 8, row: 32 });
+        let parts = Parts::random(&merge, 50, 2.0);
+        check(gpu, &merge, &parts);
+        let got = parts.run(gpu, &merge).expect("valid").out;
+        assert!(got[..8].iter().chain(&got[12..16]).all(|x| x.is_nan()), "written between the rows");
+    }
+}
+
+#[test]
+fn empty_rows_are_zero_and_a_nan_stays_in_its_row() {
+    for gpu in gpus() {
+        let merge = Merge::new(2, 1, 1, 3, 4);
+        let (inf, nan) = (f32::NEG_INFINITY, f32::NAN);
+        let parts = Parts {
+            out: [[nan; 4], [1.0; 4], [2.0; 4], [nan; 4], [nan; 4], [4.0; 4]].concat(),
+            lse: vec![inf, 0.5, nan, inf, inf, 0.0],
+            sinks: None,
+        };
+        let got = parts.run(gpu, &merge).expect("valid");
+        let lse = got.lse.expect("asked for");
+        assert_eq!((&got.out[..4], lse[0]), (&[0.0; 4][..], inf));
+        assert_eq!((&got.out[4..8], lse[1]), (&[1.0; 4][..], 0.5));
+        assert!(got.out[8..].iter().all(|x| x.is_nan()) && lse[2].is_nan());
+    }
+}
+
+#[test]
+fn every_split_happens_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 4096, 3);
+        for (element, dim) in [(Element::F32, 20), (Element::F32, 7), (Element::F16, 20), (Element::Bf16, 9)] {
+            // A partial is 2·3·70 rows: neither its outputs nor its log-sum-exps of one head fit a binding with the next one's.
+            let mut merge = Merge::new(5, 2, 3, 70, dim);
+            (merge.element, merge.sinks) = (element, true);
+            let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+            let steps = merge.plan(gpu.library().caps(), &options).expect("splits");
+            assert!(steps.iter().all(|step| step.grid.iter().all(|&side| side <= 3)));
+            assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
+            for first in 0..5 {
+                assert!(steps.iter().any(|step| step.params.key0 == first), "partials are split");
+            }
+            let rows_split = steps.iter().any(|step| step.params.row0 > 0);
+            assert_eq!(rows_split, 4 * 70 * dim > 4096, "rows are split where those of one head exceed a binding");
+            assert!(steps.iter().any(|step| step.params.head0 > 0), "heads are split");
+            check(gpu, &merge, &Parts::random(&merge, 60, 3.0));
+        }
+    }
+}
+
+/// Attention over parts of the keys, merged, is attention over all of them: with sinks and a causal rule whose offset moves.
+#[test]
+fn parts_of_the_keys_merge_into_the_whole() {
+    for gpu in gpus() {
+        let mut whole = Problem::new(2, 4, 19, 50, 16);
+        (whole.kv_heads, whole.causal, whole.sinks, whole.lse) = (2, Causal::BottomRight, true, true);
+        whole.mask = Some(Broadcast([1, 1, 1, 50]));
+        let data = Data::random(&whole, 70, 3.0);
+        let (mut out, mut lse) = (Vec::new(), Vec::new());
+        let bounds = [0usize, 7, 7 + 24, 50];
+        for part in bounds.windows(2) {
+            let keys = part[1] - part[0];
+            let rows = |x: &[f32]| -> Vec<f32> {
+                x.chunks_exact(50 * 16).flat_map(|head| &head[part[0] * 16..part[1] * 16]).copied().collect()
+            };
+            let (k, v) = (rows(&data.k), rows(&data.v));
+            let mut problem = Problem::new(2, 4, 19, keys as u32, 16);
+            (problem.kv_heads, problem.causal, problem.lse) = (2, Causal::Offset, true);
+            problem.mask = Some(Broadcast([1, 1, 1, keys as u32]));
+            let mask = data.mask.as_ref().expect("asked for");
+            let inputs = Inputs {
+                q: Elements::F32(&data.q),
+                k: Elements::F32(&k),
+                v: Elements::F32(&v),
+                mask: Some(&mask[part[0]..part[1]]),
+                offsets: Some(&[50 - 19 - part[0] as i32; 2]),
+                ..Inputs::default()
+            };
+            let got = gpu.attention(&problem, &inputs).expect("valid");
+            out.extend(got.out);
+            lse.extend(got.lse.expect("asked for"));
+        }
+        let mut merge = Merge::new(3, 2, 4, 19, 16);
+        merge.sinks = true;
+        let got = gpu.merge(&merge, &out, &lse, data.sinks.as_deref()).expect("valid");
+        let (want, budget) = reference::attention_with_budget(&whole, &data.inputs()).expect("valid");
+        let shape = whole.check().expect("valid");
+        // Each partial may use the whole problem's budget, the merge as much again.
+        let double = |mut tolerance: reference::Tolerance| {
+            tolerance.atol.iter_mut().for_each(|atol| *atol *= 2.0);
+            tolerance
+        };
+        let budget = reference::Budget { out: double(budget.out), lse: double(budget.lse), ..budget };
+        let compared = budget.compare_out(&shape, &got.out, &want.out);
+        assert!(compared.passed(), "out: {compared}");
+        let compared = budget.lse.check(&got.lse.expect("asked for"), &want.lse.expect("asked for"));
+        assert!(compared.passed(), "lse: {compared}");
+    }
+}
+
+#[test]
+fn descriptions_that_cannot_be_are_errors() {
+    let check = |set: fn(&mut Merge)| {
+        let mut merge = Merge::new(2, 2, 2, 2, 4);
+        set(&mut merge);
+        merge.check()
+    };
+    assert_eq!(check(|_| ()), Ok(()));
+    assert_eq!(check(|m| m.partials = 0), Err(Error::Zero { field: "partials" }));
+    assert_eq!(check(|m| m.seq_q = 0), Err(Error::Zero { field: "seq_q" }));
+    assert_eq!(check(|m| m.value_dim = 513), Err(Error::TooLarge { field: "value_dim", value: 513, limit: 512 }));
+    let error = check(|m| (m.partials, m.batch, m.heads) = (1 << 28, 1 << 28, 1 << 28));
+    assert!(matches!(error, Err(Error::TooLarge { field: "partial_out", .. })), "{error:?}");
+    let error = check(|m| m.out = Layout::Strided(Strides { offset: 0, batch: 16, head: 3, row: 8 }));
+    assert_eq!(error, Err(Error::Overlap { field: "out", strides: [16, 3, 8], sizes: [2, 2, 2, 4] }));
+    let gpu = &gpus()[0];
+    let mut odd = Merge::new(1, 1, 1, 3, 5);
+    (odd.element, odd.out) = (Element::F16, Layout::Strided(Strides { offset: 0, batch: 0, head: 0, row: 7 }));
+    let error = gpu.library().merge(&odd, &Options::default()).map(|_| ());
+    assert!(matches!(error, Err(Error::Conflict { left: "element", right: "out", .. })), "{error:?}");
+}
+
+#[test]
+fn wrong_operands_and_buffers_are_errors() {
+    let gpu = &gpus()[0];
+    let mut merge = Merge::new(2, 1, 1, 4, 4);
+    let run = |merge: &Merge, out: usize, lse: usize, sinks: Option<&[f32]>| {
+        gpu.merge(merge, &vec![0.0; out], &vec![0.0; lse], sinks).map(|_| ())
+    };
+    assert_eq!(run(&merge, 32, 8, None), Ok(()));
+    assert_eq!(run(&merge, 31, 8, None), Err(Error::Length { field: "partial_out", got: 31, want: 32 }));
+    assert_eq!(run(&merge, 32, 4, None), Err(Error::Length { field: "partial_lse", got: 4, want: 8 }));
+    assert_eq!(run(&merge, 32, 8, Some(&[0.0])), Err(Error::Unexpected { field: "sinks" }));
+    merge.sinks = true;
+    assert_eq!(run(&merge, 32, 8, None), Err(Error::Missing { field: "sinks" }));
+    assert_eq!(run(&merge, 32, 8, Some(&[0.0; 2])), Err(Error::Length { field: "sinks", got: 2, want: 1 }));
+
+    merge.sinks = false;
+    let operation = gpu.library().merge(&merge, &Options::default()).expect("compiles");
+    let make = |size, usage| {
+        gpu.device().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+    };
+    let storage = wgpu::BufferUsages::STORAGE;
+    let buffers = [make(128, storage), make(1024, storage), make(64, storage), make(16, storage)];
+    let slots = [Slot::PartialOut, Slot::PartialLse, Slot::Out, Slot::Lse];
+    let good = || -> Vec<_> { slots.into_iter().zip(&buffers).map(|(slot, b)| (slot, b.slice(..))).collect() };
+    let encode = |given: &[(Slot, wgpu::BufferSlice<'_>)]| {
+        operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), given)
+    };
+    assert_eq!(encode(&good()), Ok(()));
+    let with = |slot: usize, slice| {
+        let mut wrong = good();
+        wrong[slot].1 = slice;
+        encode(&wrong)
+    };
+    assert_eq!(encode(&good()[..3]), Err(Error::Missing { field: "lse" }));
+    let (short, plain) = (make(60, storage), make(64, wgpu::BufferUsages::COPY_SRC));
+    assert_eq!(with(2, short.slice(..)), Err(Error::BufferSize { field: "out", got: 60, want: 64 }));
+    assert_eq!(with(2, plain.slice(..)), Err(Error::BufferUsage { field: "out", usage: "STORAGE" }));
+    assert_eq!(with(2, buffers[0].slice(..)), Err(Error::Aliased { output: "out", other: "partial_out" }));
+    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "partial_lse", offset: 4, .. })));
+}
