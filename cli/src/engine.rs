@@ -59,6 +59,11 @@ pub enum F16Arg {
 }
 
 impl KernelArgs {
+    /// The same, with the three kernels whatever was asked for: they alone have stages.
+    pub fn staged(&self) -> Self {
+        KernelArgs { kernel: Some(KernelArg::Unfused), ..*self }
+    }
+
     pub fn options(&self) -> Options {
         let form = self.form.map(|form| match form {
             FormArg::Tiled => Form::Tiled,

@@ -39,6 +39,13 @@ struct Subject {
 /// A stage's name and how its result compares.
 type Stage = (&'static str, Option<Judgement>);
 
+/// How the problem ran as a whole, without the stages' outputs.
+struct Whole {
+    out: Vec<f32>,
+    ms: f64,
+    kernel: String,
+}
+
 #[derive(Serialize)]
 struct Row {
     #[serde(flatten)]
@@ -47,6 +54,8 @@ struct Row {
     shape: String,
     dtype: String,
     stage: &'static str,
+    /// What computed the whole.
+    kernel: Option<String>,
     max_error: Option<f64>,
     budget: Option<f64>,
     /// Largest error in units of what is allowed where it stands.
@@ -109,9 +118,11 @@ impl Subject {
     /// One row for each stage and one for the whole, or the error that stopped it.
     fn rows(&self, engine: &Engine, oracle: &Oracle, kernels: &KernelArgs) -> Vec<Row> {
         match self.judge(engine, oracle, kernels) {
-            Ok((stages, ms)) => {
-                let row = |(stage, judgement)| self.row(engine, stage, judgement, (stage == "whole").then_some(ms));
-                stages.into_iter().map(row).collect()
+            Ok((stages, whole)) => {
+                let mut rows: Vec<Row> =
+                    stages.into_iter().map(|(stage, judgement)| self.row(engine, stage, judgement, None)).collect();
+                rows.push(self.row(engine, "whole", Some(oracle.out(&whole.out)), Some(whole)));
+                rows
             }
             Err(error) => {
                 let mut row = self.row(engine, "whole", None, None);
@@ -121,7 +132,7 @@ impl Subject {
         }
     }
 
-    fn row(&self, engine: &Engine, stage: &'static str, judgement: Option<Judgement>, ms: Option<f64>) -> Row {
+    fn row(&self, engine: &Engine, stage: &'static str, judgement: Option<Judgement>, whole: Option<Whole>) -> Row {
         let passed = judgement.is_some_and(|judgement| judgement.comparison.passed());
         Row {
             label: engine.label(),
@@ -132,40 +143,40 @@ impl Subject {
             max_error: judgement.map(|judgement| judgement.comparison.max_error),
             budget: judgement.map(|judgement| judgement.budget),
             of_budget: judgement.map(|judgement| judgement.comparison.worst_ratio),
-            ms,
-            gflops: ms.map(|ms| self.flops / ms / 1e6),
+            ms: whole.as_ref().map(|whole| whole.ms),
+            gflops: whole.as_ref().map(|whole| self.flops / whole.ms / 1e6),
+            kernel: whole.map(|whole| whole.kernel),
             verdict: if passed { "ok" } else { "DIFFERS" }.into(),
         }
     }
 
-    /// What each stage is worth, and the time of the whole without the stages' outputs.
+    /// What each stage of the three kernels is worth, and the whole as the planner, or the caller, chooses its kernel.
     fn judge(
         &self,
         engine: &Engine,
         oracle: &Oracle,
         kernels: &KernelArgs,
-    ) -> wgpu_attention::Result<(Vec<Stage>, f64)> {
+    ) -> wgpu_attention::Result<(Vec<Stage>, Whole)> {
         let inputs = self.operands.inputs();
-        let staged = engine.attention(&self.staged(), &inputs, kernels)?;
-        let mut stages = vec![
+        let staged = engine.attention(&self.staged(), &inputs, &kernels.staged())?;
+        let stages = vec![
             ("scores", oracle.logits(&staged)),
             ("softmax", oracle.weights(&staged)),
             ("values", Some(oracle.out(&staged.out))),
         ];
-        let (out, ms) = match engine {
+        let whole = match engine {
             Engine::Gpu(gpu) => self.time_gpu(gpu, kernels)?,
             Engine::Cpu => {
                 let start = Instant::now();
                 let out = engine.attention(&self.problem, &inputs, kernels)?.out;
-                (out, start.elapsed().as_secs_f64() * 1e3)
+                Whole { out, ms: start.elapsed().as_secs_f64() * 1e3, kernel: "reference".into() }
             }
         };
-        stages.push(("whole", Some(oracle.out(&out))));
-        Ok((stages, ms))
+        Ok((stages, whole))
     }
 
     /// Median time of warm runs: submission and wait, without upload and read-back.
-    fn time_gpu(&self, gpu: &Gpu, kernels: &KernelArgs) -> wgpu_attention::Result<(Vec<f32>, f64)> {
+    fn time_gpu(&self, gpu: &Gpu, kernels: &KernelArgs) -> wgpu_attention::Result<Whole> {
         let plan = gpu.library().plan_with(&self.problem, &kernels.options())?;
         let prepared = gpu.library().prepare(&plan)?;
         let resident = gpu.upload(&plan, &self.operands.inputs())?;
@@ -177,7 +188,7 @@ impl Subject {
             times.push(start.elapsed().as_secs_f64() * 1e3);
         }
         times.sort_by(f64::total_cmp);
-        Ok((gpu.download(&plan, &resident)?.out, times[RUNS / 2]))
+        Ok(Whole { out: gpu.download(&plan, &resident)?.out, ms: times[RUNS / 2], kernel: plan.kernel() })
     }
 }
 
@@ -191,6 +202,7 @@ impl Row {
             self.shape.clone(),
             self.dtype.clone(),
             self.stage.into(),
+            self.kernel.clone().unwrap_or_default(),
             small(self.max_error),
             small(self.budget),
             percent,
@@ -201,8 +213,19 @@ impl Row {
     }
 }
 
-const HEADER: [&str; 10] =
-    ["problem", "B,H,HKV,SQ,SKV,D", "type", "stage", "max error", "budget", "used", "ms", "GFLOP/s", "verdict"];
+const HEADER: [&str; 11] = [
+    "problem",
+    "B,H,HKV,SQ,SKV,D",
+    "type",
+    "stage",
+    "kernel",
+    "max error",
+    "budget",
+    "used",
+    "ms",
+    "GFLOP/s",
+    "verdict",
+];
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let adapters = engine::choose(&arguments.adapter)?;
