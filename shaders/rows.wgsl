@@ -56,7 +56,10 @@ fn main(
     let batch = here.batch;
     let head = here.head;
     let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
+    // From both ends by turns: under a causal rule late rows see most, and drivers give each thread a run of workgroups.
+    let turn = here.row_tile / 2u;
+    let row_tile = select(turn, params.row_tiles - 1u - turn, here.row_tile % 2u == 1u);
+    let row_first = params.row0 + row_tile * (LANES * ROWS);
     let row_end = select(0u, min(params.row_end, seq.rows), here.inside);
     // Rows of this lane: row_first + lane + LANES · r for r < turns. No early return: a CPU driver would run all that follows under a mask.
     let turns = min(ROWS, (max(row_end, row_first) - row_first + LANES - 1u) / LANES);
