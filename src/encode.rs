@@ -112,6 +112,14 @@ impl Attention {
         Attention { device: device.clone(), caps: Caps::of(device), pipelines: Pipelines::new(device, checked) }
     }
 
+    pub(crate) fn program(&self, steps: &[Step]) -> Result<Program> {
+        Program::new(&self.device, &self.pipelines, steps)
+    }
+
+    pub(crate) fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
     /// What the device can do.
     pub fn caps(&self) -> &Caps {
         &self.caps
@@ -129,7 +137,7 @@ impl Attention {
 
     /// Compiles the pipelines that are not cached yet and allocates the plan's scratch. Blocks while the driver compiles.
     pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
-        let program = Program::new(&self.device, &self.pipelines, plan.steps())?;
+        let program = self.program(plan.steps())?;
         let scratch = wgpu::BufferUsages::STORAGE;
         let buffer = |label, size, usage| {
             let label = Some(label);
@@ -293,7 +301,7 @@ impl<'a> Buffers<'a> {
             Slot::Logits => self.logits,
             Slot::Mask => self.mask,
             Slot::Bias => self.bias,
-            Slot::Lists | Slot::Scores | Slot::Unpacked | Slot::Spare => None,
+            _ => None,
         }
     }
 }
@@ -328,7 +336,7 @@ fn present<'a>(
     }
 }
 
-fn check_slice(field: &'static str, slice: &wgpu::BufferSlice<'_>, want: u64, alignment: u64) -> Result<()> {
+pub(crate) fn check_slice(field: &'static str, slice: &wgpu::BufferSlice<'_>, want: u64, alignment: u64) -> Result<()> {
     if slice.size() < want {
         return Err(Error::BufferSize { field, got: slice.size(), want });
     }

@@ -33,6 +33,38 @@ pub enum Error {
         /// Key/value heads.
         kv_heads: u32,
     },
+    /// One size must divide another.
+    #[error("{field} is {value}; it must divide {of}, which is {whole}")]
+    Divide {
+        /// The divisor.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must divide.
+        of: &'static str,
+        /// The value of that.
+        whole: u64,
+    },
+    /// A size of the problem or of an input differs from the layer's.
+    #[error("{field} is {got}; the layer needs {want}")]
+    LayerSize {
+        /// The size.
+        field: &'static str,
+        /// Its value.
+        got: u32,
+        /// The layer's.
+        want: u32,
+    },
+    /// A size or stride must be a multiple of a small number.
+    #[error("{field} is {value}; it must be a multiple of {of}")]
+    Multiple {
+        /// What it is.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The number.
+        of: u64,
+    },
     /// A number that must be finite (and, for `softcap`, positive) is not.
     #[error("{field} is {value}; it must be {want}")]
     Number {
@@ -183,6 +215,39 @@ pub enum Error {
         got: u64,
         /// What is needed.
         want: u64,
+    },
+    /// A file of weights cannot be read as safetensors.
+    #[error("not a safetensors file: {0}")]
+    File(String),
+    /// A file of weights lacks a tensor.
+    #[error("tensor {tensor:?} is missing")]
+    MissingTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A file of weights holds a tensor under the layer's prefix that the layer does not have.
+    #[error("tensor {tensor:?} is not part of the layer")]
+    ExtraTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor in a file has another shape than the layer needs.
+    #[error("tensor {tensor:?} has shape {got:?}; it must be {want}")]
+    TensorShape {
+        /// Its name.
+        tensor: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape needed.
+        want: String,
+    },
+    /// A tensor in a file has a type that is not read.
+    #[error("tensor {tensor:?} has type {got}; it must be F32, F16, BF16 or F64")]
+    TensorType {
+        /// Its name.
+        tensor: String,
+        /// Its type.
+        got: String,
     },
     /// No GPU adapter matches.
     #[error("no GPU adapter{wanted}; found: {found}")]

@@ -237,19 +237,7 @@ impl Gpu {
         s.check_inputs(inputs)?;
         self.fault()?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        // Written through the queue: mapping at creation (`create_buffer_init`) panics on a lost device.
-        let make = |label: &str, bytes: &[u8]| {
-            let mut padded = bytes.to_vec();
-            padded.resize(bytes.len().next_multiple_of(4).max(4), 0);
-            let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size: padded.len() as u64,
-                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            });
-            self.queue.write_buffer(&buffer, 0, &padded);
-            buffer
-        };
+        let make = |label: &str, bytes: &[u8]| upload_bytes(&self.device, &self.queue, label, bytes);
         fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
             slice.map(bytemuck::cast_slice)
         }
@@ -376,6 +364,21 @@ impl Gpu {
             Some(_) => fault.take().map_or(Ok(()), Err),
         }
     }
+}
+
+/// A storage buffer with these bytes, padded to whole words.
+pub(crate) fn upload_bytes(device: &wgpu::Device, queue: &wgpu::Queue, label: &str, bytes: &[u8]) -> wgpu::Buffer {
+    let mut padded = bytes.to_vec();
+    padded.resize(bytes.len().next_multiple_of(4).max(4), 0);
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some(label),
+        size: padded.len() as u64,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    // Written through the queue: mapping at creation (`create_buffer_init`) panics on a lost device.
+    queue.write_buffer(&buffer, 0, &padded);
+    buffer
 }
 
 type Mapping = oneshot::Receiver<Result<(), wgpu::BufferAsyncError>>;

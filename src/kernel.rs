@@ -1,10 +1,14 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
+pub mod average;
 pub mod export;
+pub mod extra;
 pub mod flash;
 pub mod logits;
 pub mod pack;
 pub mod params;
+pub mod project;
+pub mod rotary;
 pub mod rows;
 pub mod scores;
 pub mod softmax;
@@ -45,6 +49,24 @@ pub enum Slot {
     Unpacked,
     /// Scratch that stands for an output which a shader can write but the problem does not ask for.
     Spare,
+    /// The layer's query input, or the rows that one projection reads.
+    Query,
+    /// The layer's key input.
+    Key,
+    /// The layer's value input.
+    Value,
+    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key, 2 value, 3 output.
+    Matrix(u8),
+    /// The layer's biases, one after the other.
+    Shifts,
+    /// The layer's output, or the rows that one operation writes.
+    Result,
+    /// The weights that the layer gives out.
+    Averaged,
+    /// Cosines and sines of `rotary`.
+    Angles,
+    /// Positions of rows, for `rotary`.
+    Positions,
 }
 
 impl Slot {
@@ -64,6 +86,15 @@ impl Slot {
             Slot::Scores => "scores",
             Slot::Unpacked => "unpacked",
             Slot::Spare => "spare",
+            Slot::Query => "query",
+            Slot::Key => "key",
+            Slot::Value => "value",
+            Slot::Matrix(_) => "weight matrix",
+            Slot::Shifts => "biases",
+            Slot::Result => "result",
+            Slot::Averaged => "layer weights",
+            Slot::Angles => "rotary table",
+            Slot::Positions => "positions",
         }
     }
 }
@@ -170,6 +201,14 @@ pub enum Variant {
     Rows(rows::Rows),
     /// Fused, tiled.
     Flash(flash::Flash),
+    /// Rows times a weight matrix.
+    Project(project::Project),
+    /// Rotary position embedding.
+    Rotary(rotary::Rotary),
+    /// One more key that every row sees.
+    Extra(extra::Extra),
+    /// The weights that the layer gives out.
+    Average(average::Average),
 }
 
 macro_rules! each {
@@ -183,6 +222,10 @@ macro_rules! each {
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
             Variant::Flash($x) => $body,
+            Variant::Project($x) => $body,
+            Variant::Rotary($x) => $body,
+            Variant::Extra($x) => $body,
+            Variant::Average($x) => $body,
         }
     };
 }
@@ -199,6 +242,10 @@ impl Variant {
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
         all.extend(flash::Flash::all().map(Variant::Flash));
+        all.extend(project::Project::all().map(Variant::Project));
+        all.extend(rotary::Rotary::all().map(Variant::Rotary));
+        all.extend(extra::Extra::all().map(Variant::Extra));
+        all.extend(average::Average::all().map(Variant::Average));
         all
     }
 
@@ -213,6 +260,10 @@ impl Variant {
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
             Variant::Flash(_) => "flash",
+            Variant::Project(_) => "project",
+            Variant::Rotary(_) => "rotary",
+            Variant::Extra(_) => "extra",
+            Variant::Average(_) => "average",
         }
     }
 
@@ -248,6 +299,7 @@ impl Variant {
             Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Rows(x) => x.tile.subgroup,
             Variant::Flash(x) => x.tile.shuffle,
+            Variant::Project(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             _ => false,
         }
     }

@@ -6,10 +6,17 @@ mod encode;
 mod error;
 pub mod gpu;
 pub mod kernel;
+pub mod layer;
+#[cfg(feature = "safetensors")]
+pub mod load;
+mod multihead;
+mod operation;
 mod pipelines;
 pub mod plan;
 pub mod problem;
+mod projection;
 pub mod reference;
+mod rotation;
 mod runner;
 pub mod shader;
 pub mod shape;
@@ -19,10 +26,15 @@ pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
+pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
+pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
+pub use operation::Operation;
 pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
 };
+pub use projection::{Append, Order, Projection};
+pub use rotation::{Positions, Rotation};
 pub use runner::Runner;
 pub use shape::Shape;
 pub use wgpu;

@@ -174,7 +174,7 @@ fn count(range: &Range<u32>) -> u64 {
 }
 
 /// Elements of an operand that a part touches, `[first, end)`.
-type Span = (u64, u64);
+pub(crate) type Span = (u64, u64);
 
 impl Plan {
     /// Plans a checked problem for a device.
@@ -301,11 +301,72 @@ impl fmt::Display for Plan {
     }
 }
 
+/// Dispatches in the making, cut to the limits of a device and to the work budget.
+pub(crate) struct Steps<'a> {
+    caps: &'a Caps,
+    flops_per_step: f64,
+    list: Vec<Step>,
+}
+
+impl<'a> Steps<'a> {
+    pub(crate) fn new(caps: &'a Caps, options: &Options) -> Self {
+        let flops_per_step = flops_per_second(caps) * options.work_budget.as_secs_f64().max(1e-6);
+        Steps { caps, flops_per_step, list: Vec::new() }
+    }
+
+    /// Cuts a step's workgroups into dispatches that keep to the work budget and the grid limits.
+    pub(crate) fn push(
+        &mut self,
+        variant: Variant,
+        params: Params,
+        bindings: Vec<Bound>,
+        workgroups: u32,
+        flops: f64,
+    ) -> Result<()> {
+        let side = u64::from(self.caps.limits.max_compute_workgroups_per_dimension);
+        let most = side.saturating_mul(side).saturating_mul(side).min(u64::from(workgroups));
+        let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
+        let piece = u64::from(workgroups).div_ceil(pieces).min(most) as u32;
+        few(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
+        let mut first = 0;
+        while first < workgroups {
+            let end = workgroups.min(first + piece);
+            self.list.push(Step {
+                variant,
+                params: Params { first, end, ..params },
+                bindings: bindings.clone(),
+                grid: fold(end - first, side),
+                flops: flops * f64::from(end - first) / f64::from(workgroups),
+            });
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// The dispatches, and the slices that each keep to the work budget.
+    pub(crate) fn finish(self) -> (Vec<Step>, Vec<Range<usize>>) {
+        let slices = slices(&self.list, self.flops_per_step);
+        (self.list, slices)
+    }
+}
+
+fn flops_per_second(caps: &Caps) -> f64 {
+    if caps.cpu { tuning::CPU_FLOPS } else { tuning::GPU_FLOPS }
+}
+
+/// Byte offset and size of the binding of a span, and the base address to use in it, `origin` being the place of
+/// element (0, 0, 0, 0).
+pub(crate) fn bind(caps: &Caps, (first, end): Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
+    let alignment = caps.alignment();
+    let offset = first * bytes / alignment * alignment;
+    let size = (end * bytes - offset).next_multiple_of(4);
+    (offset, size, origin.wrapping_sub(offset / bytes) as u32)
+}
+
 struct Planner<'a> {
     shape: &'a Shape,
     caps: &'a Caps,
     budget: u64,
-    flops_per_step: f64,
     flops_per_second: f64,
     lists: Lists,
     /// The fused kernel; otherwise `scores`, `softmax` and `values`.
@@ -319,7 +380,7 @@ struct Planner<'a> {
     key_step: u32,
     /// `out` is written in f32 and packed afterwards.
     unpacked: bool,
-    steps: Vec<Step>,
+    steps: Steps<'a>,
     scratch: u64,
     reasons: Vec<String>,
 }
@@ -387,7 +448,6 @@ impl<'a> Planner<'a> {
             scores::Scores { tile: scores_tile(shape, caps, body, qk)?, format: qk, full: operands && !separate };
         let out = if unpacked { Element::F32 } else { shape.element };
         let values = values::Values { tile: values_tile(shape, caps, body, vo)?, format: vo, out };
-        let flops_per_second = if caps.cpu { tuning::CPU_FLOPS } else { tuning::GPU_FLOPS };
         let threads = match (caps.cpu, shape.seq_kv) {
             (true, _) => tuning::SOFTMAX_THREADS[0],
             (false, ..=512) => tuning::SOFTMAX_THREADS[1],
@@ -402,8 +462,7 @@ impl<'a> Planner<'a> {
             shape,
             caps,
             budget: caps.binding().min(options.scratch_budget),
-            flops_per_step: flops_per_second * options.work_budget.as_secs_f64().max(1e-6),
-            flops_per_second,
+            flops_per_second: flops_per_second(caps),
             lists: Lists::new(shape),
             fused,
             scores,
@@ -412,7 +471,7 @@ impl<'a> Planner<'a> {
             separate,
             key_step,
             unpacked,
-            steps: Vec::new(),
+            steps: Steps::new(caps, options),
             scratch: 0,
             reasons,
         })
@@ -446,11 +505,11 @@ impl<'a> Planner<'a> {
             }
             self.pack()?;
         }
-        let spare = self.steps.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
-        let slices = slices(&self.steps, self.flops_per_step);
+        let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
+        let (steps, slices) = self.steps.finish();
         Ok(Plan {
             shape: s.clone(),
-            steps: self.steps,
+            steps,
             slices,
             scratch: self.scratch,
             unpacked,
@@ -568,13 +627,8 @@ impl<'a> Planner<'a> {
         broadcast_span(&Broadcast([s.batch, s.heads, s.seq_q, s.seq_kv]), part)
     }
 
-    /// Byte offset and size of the binding of a span, and the base address to use in it, `origin` being the place of
-    /// element (0, 0, 0, 0).
-    fn bind(&self, (first, end): Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
-        let alignment = self.caps.alignment();
-        let offset = first * bytes / alignment * alignment;
-        let size = (end * bytes - offset).next_multiple_of(4);
-        (offset, size, origin.wrapping_sub(offset / bytes) as u32)
+    fn bind(&self, span: Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
+        bind(self.caps, span, bytes, origin)
     }
 
     /// The dispatches of one part.
@@ -621,9 +675,9 @@ impl<'a> Planner<'a> {
 
     /// The score transform as a pass of its own, with only the flags in `keep`.
     fn transform(&mut self, part: &Part, keep: u32) -> Result<()> {
-        let from = self.steps.len();
+        let from = self.steps.list.len();
         self.step(Variant::Logits(logits::Logits), part, &(0..self.shape.seq_kv), 0)?;
-        for step in &mut self.steps[from..] {
+        for step in &mut self.steps.list[from..] {
             step.params.flags &= keep;
         }
         Ok(())
@@ -667,36 +721,7 @@ impl<'a> Planner<'a> {
             .collect::<Vec<_>>();
         let flops = flops_per_score * part.planes() as f64 * count(&part.rows) as f64 * count(keys) as f64;
         let workgroups = small("workgroups", row_tiles * col_tiles * part.planes())?;
-        self.dispatch(variant, params, bindings, workgroups, flops)
-    }
-
-    /// Cuts a step's workgroups into dispatches that keep to the work budget and the grid limits.
-    fn dispatch(
-        &mut self,
-        variant: Variant,
-        params: Params,
-        bindings: Vec<Bound>,
-        workgroups: u32,
-        flops: f64,
-    ) -> Result<()> {
-        let side = u64::from(self.caps.limits.max_compute_workgroups_per_dimension);
-        let most = side.saturating_mul(side).saturating_mul(side).min(u64::from(workgroups));
-        let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
-        let piece = u64::from(workgroups).div_ceil(pieces).min(most) as u32;
-        few(self.steps.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
-        let mut first = 0;
-        while first < workgroups {
-            let end = workgroups.min(first + piece);
-            self.steps.push(Step {
-                variant,
-                params: Params { first, end, ..params },
-                bindings: bindings.clone(),
-                grid: fold(end - first, side),
-                flops: flops * f64::from(end - first) / f64::from(workgroups),
-            });
-            first = end;
-        }
-        Ok(())
+        self.steps.push(variant, params, bindings, workgroups, flops)
     }
 
     fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
@@ -782,7 +807,7 @@ impl<'a> Planner<'a> {
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
             Slot::Scores => (slot, (0, self.score_bytes(part), p.s_base)),
-            Slot::Unpacked | Slot::Spare => unreachable!("they only stand for other slots"),
+            _ => unreachable!("attention's kernels bind no such operand"),
         };
         match slot {
             Slot::Q => (p.q_base, [p.q_batch, p.q_head, p.q_row]) = (base, strides(&s.q)),
@@ -808,7 +833,7 @@ impl<'a> Planner<'a> {
                 [p.bias_batch, p.bias_head, p.bias_row, p.bias_key] = broadcast_strides(&shape);
                 p.bias_keys = covered(&shape, s.seq_kv);
             }
-            Slot::Lists | Slot::Scores | Slot::Spare => {}
+            _ => {}
         }
         Bound { slot, offset, size, written }
     }
@@ -834,7 +859,7 @@ impl<'a> Planner<'a> {
                 Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
                 Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
             ];
-            self.dispatch(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
+            self.steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
             first += elements;
         }
         Ok(())
@@ -851,7 +876,7 @@ fn few(dispatches: u64) -> Result<()> {
     if dispatches <= limit { Ok(()) } else { Err(Error::TooLarge { field: "dispatches", value: dispatches, limit }) }
 }
 
-fn small(field: &'static str, value: u64) -> Result<u32> {
+pub(crate) fn small(field: &'static str, value: u64) -> Result<u32> {
     // Workgroup numbers of a folded grid may overshoot; below 2^30 they cannot wrap.
     let limit = 1 << 30;
     if value <= limit { Ok(value as u32) } else { Err(Error::TooLarge { field, value, limit }) }
@@ -918,7 +943,7 @@ fn lane_body(caps: &Caps) -> Body {
     }
 }
 
-fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str) {
+pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str) {
     match (options.form, caps.cpu) {
         (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
         (Some(Form::Lanes), _) => (lane_body(caps), "as asked"),
@@ -1085,7 +1110,7 @@ fn values_tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result
     largest(&tuning::VALUES_TILED, shape.seq_q, fits, "values")
 }
 
-fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {
+pub(crate) fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {
     let l = &caps.limits;
     workgroup_bytes <= l.max_compute_workgroup_storage_size
         && threads <= l.max_compute_invocations_per_workgroup
@@ -1093,7 +1118,7 @@ fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {
 }
 
 /// The largest tile that fits the device and is not mostly empty for so few rows.
-fn largest(tiles: &[Tile], rows: u32, fits: impl Fn(&Tile) -> bool, kernel: &'static str) -> Result<Tile> {
+pub(crate) fn largest(tiles: &[Tile], rows: u32, fits: impl Fn(&Tile) -> bool, kernel: &'static str) -> Result<Tile> {
     let smallest = tiles.last().expect("the table has rows").tile_rows;
     let found = tiles.iter().find(|tile| fits(tile) && (rows > tile.tile_rows / 2 || tile.tile_rows == smallest));
     found.copied().ok_or_else(|| Error::Kernel {

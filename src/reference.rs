@@ -8,9 +8,14 @@
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
 //! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
 
+mod average;
 mod budget;
+mod extra;
+mod layer;
 mod logits;
 mod merge;
+mod project;
+mod rotary;
 mod rows;
 mod scores;
 mod softmax;
@@ -21,9 +26,14 @@ use std::iter::Sum;
 
 use num_traits::Float;
 
+pub use average::average;
 pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
+pub use extra::extra;
+pub use layer::layer;
 pub use logits::logits;
 pub use merge::{Partial, merge};
+pub use project::project;
+pub use rotary::rotary;
 pub use scores::scores;
 pub use softmax::softmax;
 pub use values::values;

@@ -293,6 +293,11 @@ impl Shape {
         tensor("q", &inputs.q, &self.q)?;
         tensor("k", &inputs.k, &self.k)?;
         tensor("v", &inputs.v, &self.v)?;
+        self.check_operands(inputs)
+    }
+
+    /// The same for all but q, k and v.
+    pub(crate) fn check_operands(&self, inputs: &Inputs<'_>) -> Result<()> {
         let batch = self.batch as usize;
         let packed = self.packed.is_some();
         let counts = [

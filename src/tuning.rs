@@ -56,6 +56,24 @@ pub(crate) fn values_tiles() -> Vec<Tile> {
     lane_tiles(values_lanes).chain(VALUES_TILED).collect()
 }
 
+/// Tiled rows of `project`, largest first, like those of `scores`.
+pub const PROJECT_TILED: [Tile; 2] = SCORES_TILED;
+
+/// Lane-per-row tiles of `project`, many rows first.
+pub(crate) fn project_lanes(body: Body) -> [Tile; 2] {
+    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    let cols = if subgroup { 32 } else { 16 };
+    PROJECT_ROWS.map(|rows| Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: cols, depth: 4 })
+}
+
+/// Rows per lane in `project`.
+const PROJECT_ROWS: [u32; 2] = [8, 1];
+
+/// Every tile of `project`.
+pub(crate) fn project_tiles() -> impl Iterator<Item = Tile> {
+    lane_bodies().flat_map(project_lanes).chain(PROJECT_TILED)
+}
+
 fn lane_tiles(tile: fn(Body, u32, u32) -> Tile) -> impl Iterator<Item = Tile> {
     lane_bodies().flat_map(move |body| {
         LANE_DIMS.into_iter().flat_map(move |dims| LANE_ROWS.into_iter().map(move |rows| tile(body, rows, dims)))

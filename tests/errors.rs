@@ -5,11 +5,14 @@ mod support;
 use std::collections::BTreeSet;
 
 use support::staged::Staged;
-use support::{Operands, adapters};
+use support::{Data, gpus};
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
-    Bias, Broadcast, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Layout, Options, Packed, Plan, Problem, wgpu,
+    Bias, Broadcast, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer, LayerInputs, Layout,
+    Linear, MultiHeadAttention, Options, Order, Packed, Plan, Problem, Projection, Rotation, wgpu,
 };
+
+type Change<T> = fn(&mut T);
 
 fn small() -> Problem {
     Problem::new(2, 4, 5, 7, 8)
@@ -41,7 +44,7 @@ fn names(error: &Error, parts: &[&str]) {
 
 #[test]
 fn sizes_of_zero_and_beyond_the_limit_are_refused() {
-    let zero: [(&str, fn(&mut Problem)); 9] = [
+    let zero: [(&str, Change<Problem>); 9] = [
         ("batch", |p| p.batch = 0),
         ("heads", |p| p.heads = 0),
         ("kv_heads", |p| p.kv_heads = 0),
@@ -56,7 +59,7 @@ fn sizes_of_zero_and_beyond_the_limit_are_refused() {
         refused(set, Error::Zero { field }, &[field, "0", "1"]);
     }
     let (big, max) = ((1u32 << 28) + 1, 1u64 << 28);
-    let large: [(&str, u64, u64, fn(&mut Problem)); 9] = [
+    let large: [(&str, u64, u64, Change<Problem>); 9] = [
         ("batch", big.into(), max, |p| p.batch = (1 << 28) + 1),
         ("seq_kv", big.into(), max, |p| p.seq_kv = (1 << 28) + 1),
         ("head_dim", 513, 512, |p| p.head_dim = 513),
@@ -117,13 +120,13 @@ fn contradictory_problems_are_refused() {
 }
 
 /// A problem with every operand, and them.
-fn full() -> (Problem, Operands) {
+fn full() -> (Problem, Data) {
     let p = with(|p| {
         (p.key_lengths, p.alibi, p.sinks, p.causal) = (true, true, true, Causal::Offset);
         p.mask = Some(Broadcast([1, 1, 5, 7]));
         p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 7]), element: Element::F32 });
     });
-    let operands = Operands::random(&p, 1);
+    let operands = Data::random(&p, 1, 1.0);
     (p, operands)
 }
 
@@ -132,7 +135,7 @@ fn host_operands_that_do_not_fit_are_refused() {
     let (p, operands) = full();
     let shape = p.check().unwrap();
     let refused = |change: &dyn Fn(&mut Inputs<'static>), want: Error, parts: &[&str]| {
-        let leaked: &'static Operands = Box::leak(Box::new(operands.clone()));
+        let leaked: &'static Data = Box::leak(Box::new(operands.clone()));
         let mut inputs = leaked.inputs();
         change(&mut inputs);
         says(shape.check_inputs(&inputs).unwrap_err(), want, parts);
@@ -148,7 +151,7 @@ fn host_operands_that_do_not_fit_are_refused() {
     refused(&|i| i.alibi_slopes = Some(&[1.0]), length("alibi_slopes", 1, 4), &["alibi_slopes"]);
     refused(&|i| i.sinks = Some(&[1.0; 5]), length("sinks", 5, 4), &["sinks"]);
 
-    let missing: [(&str, fn(&mut Inputs<'static>)); 6] = [
+    let missing: [(&str, Change<Inputs<'static>>); 6] = [
         ("mask", |i| i.mask = None),
         ("bias", |i| i.bias = None),
         ("key_lengths", |i| i.key_lengths = None),
@@ -178,7 +181,7 @@ fn host_operands_that_do_not_fit_are_refused() {
     refused(&|i| i.sinks = Some(&[0.0, 1.0, f32::INFINITY, 0.0]), number, &["sinks", "inf"]);
 
     let packed = with(|p| p.packed = Some(Packed { total_q: 9, total_kv: 12 }));
-    let (shape, operands) = (packed.check().unwrap(), Operands::random(&packed, 1));
+    let (shape, operands) = (packed.check().unwrap(), Data::random(&packed, 1, 1.0));
     let check = |q: &[u32], kv: &[u32]| {
         let inputs = Inputs { cu_seqlens_q: Some(q), cu_seqlens_kv: Some(kv), ..operands.inputs() };
         shape.check_inputs(&inputs)
@@ -192,7 +195,7 @@ fn host_operands_that_do_not_fit_are_refused() {
 
 #[test]
 fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let (p, operands) = full();
         let plan = gpu.library().plan(&p).unwrap();
         let prepared = gpu.library().prepare(&plan).unwrap();
@@ -256,7 +259,7 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
         }
         (other, found) => panic!("{other:?} of {found:?}"),
     }
-    for gpu in adapters() {
+    for gpu in gpus() {
         let limits = wgpu::Limits { max_compute_workgroup_size_x: u32::MAX, ..gpu.adapter.limits() };
         let options = DeviceOptions { limits: Some(limits), ..DeviceOptions::default() };
         let error = Gpu::open(&gpu.adapter, &options).unwrap_err();
@@ -268,7 +271,7 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
 #[test]
 fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
     let shape = with(|p| p.element = Element::F16).check().unwrap();
-    for gpu in adapters() {
+    for gpu in gpus() {
         let caps = gpu.library().caps().clone();
         let lanes = Options { form: Some(wgpu_attention::Form::Lanes), native_f16: Some(true), ..Options::default() };
         let error = Plan::new(&shape, &caps, &lanes).unwrap_err();
@@ -283,7 +286,8 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
         // A plan for another device: its pipeline does not compile here, and that is an error, not a panic.
         let poor = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
         let rich = wgpu_attention::Caps { f16: true, cpu: false, ..caps };
-        let plan = Plan::new(&shape, &rich, &Options::default()).unwrap();
+        let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+        let plan = Plan::new(&shape, &rich, &unfused).unwrap();
         let error = poor.library().prepare(&plan).unwrap_err();
         assert!(matches!(error, Error::Pipeline { .. }), "{error}");
         names(&error, &["scores", "did not compile"]);
@@ -295,7 +299,7 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
 fn a_sixteen_bit_output_with_gaps_and_odd_rows_is_refused() {
     let gaps = Layout::Strided(Strides { offset: 0, batch: 400, head: 100, row: 9 });
     let p = with(|p| (p.element, p.value_dim, p.out) = (Element::F16, 7, gaps));
-    for gpu in adapters() {
+    for gpu in gpus() {
         let error = gpu.library().plan(&p).unwrap_err();
         assert!(matches!(error, Error::Conflict { left: "element", right: "out", .. }), "{error}");
         names(&error, &["element", "out", "dense"]);
@@ -304,7 +308,7 @@ fn a_sixteen_bit_output_with_gaps_and_odd_rows_is_refused() {
 
 #[test]
 fn what_wgpu_reports_arrives_as_an_error_once() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|_| ());
         let usage = wgpu::BufferUsages::STORAGE;
         let buffer = device.device().create_buffer(&wgpu::BufferDescriptor {
@@ -335,6 +339,65 @@ fn out_of_memory_and_internal_errors_keep_their_kind_and_text() {
     says(error, Error::Validation("bad call".into()), &["bad call"]);
     let error = Error::from(wgpu::Error::Internal { source: source(), description: "broke".into() });
     says(error, Error::DeviceLost("broke".into()), &["broke"]);
+}
+
+#[test]
+fn projections_rotations_and_layers_that_do_not_fit_are_refused() {
+    let gpu = &gpus()[0];
+    let mut projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+    projection.head_columns = 5;
+    let want = Error::Divide { field: "head_columns", value: 5, of: "outputs", whole: 12 };
+    let plan = gpu.library().project(&projection, &Options::default());
+    says(plan.map(drop).unwrap_err(), want, &["head_columns is 5", "outputs", "12"]);
+    let mut rotation = Rotation::new(1, 2, 3, 12, 9);
+    rotation.rotary_dim = 3;
+    let want = Error::Multiple { field: "rotary_dim", value: 3, of: 2 };
+    let plan = gpu.library().rotate(&rotation, &Options::default());
+    says(plan.map(drop).unwrap_err(), want, &["rotary_dim is 3", "multiple of 2"]);
+    let zeros = |inputs, outputs| Linear {
+        inputs,
+        outputs,
+        weight: vec![0.0; (inputs * outputs) as usize],
+        order: Order::OutIn,
+        bias: None,
+    };
+    let layer = Layer::new(2, 2, [(); 4].map(|()| zeros(8, 8))).unwrap();
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).unwrap();
+    let mut problem = layer.problem(1, 3, 3);
+    problem.head_dim = 5;
+    let query = [0.0; 24];
+    let inputs = LayerInputs { query: &query, ..LayerInputs::default() };
+    let run = resident.forward(gpu, &problem, &Call::default(), &inputs);
+    let want = Error::LayerSize { field: "head_dim", got: 5, want: 4 };
+    says(run.map(drop).unwrap_err(), want, &["head_dim is 5", "4"]);
+}
+
+#[cfg(feature = "safetensors")]
+#[test]
+fn files_of_weights_that_do_not_fit_are_refused() {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+    let data = [0u8; 1024];
+    let load = |tensors: &[(&str, Dtype, &[usize])]| {
+        let views = tensors.iter().map(|&(name, dtype, shape)| {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            (name, TensorView::new(dtype, shape.to_vec(), &data[..bytes]).unwrap())
+        });
+        wgpu_attention::load::pytorch(&safetensors::serialize(views, None).unwrap(), "", 2).unwrap_err()
+    };
+    let packed = ("in_proj_weight", Dtype::F32, &[12usize, 4][..]);
+    let out = ("out_proj.weight", Dtype::F32, &[4usize, 4][..]);
+    let want = Error::MissingTensor { tensor: "out_proj.weight".into() };
+    says(load(&[packed]), want, &["out_proj.weight", "missing"]);
+    let want = Error::ExtraTensor { tensor: "stranger".into() };
+    says(load(&[packed, out, ("stranger", Dtype::F32, &[1])]), want, &["stranger", "not part"]);
+    let want = Error::TensorShape { tensor: "in_proj_bias".into(), got: vec![11], want: "[12]".into() };
+    says(load(&[packed, out, ("in_proj_bias", Dtype::F32, &[11])]), want, &["in_proj_bias", "[11]", "[12]"]);
+    let want = Error::TensorType { tensor: "out_proj.weight".into(), got: "I64".into() };
+    says(load(&[packed, (out.0, Dtype::I64, out.2)]), want, &["out_proj.weight", "I64", "F32"]);
+    let error = wgpu_attention::load::pytorch(b"no header", "", 2).unwrap_err();
+    assert!(matches!(error, Error::File(_)), "{error}");
+    names(&error, &["safetensors"]);
 }
 
 #[test]

@@ -148,13 +148,16 @@ impl Archive {
 
     /// Lengths or boundaries, one axis: integers from 0 to 2³¹ − 1.
     pub fn lengths(&self, name: &str) -> Result<Vec<u32>> {
+        let values = self.indices(name)?;
+        if self.shape(name)?.len() == 1 { Ok(values) } else { Err(self.wrong_shape(name, "of rank 1")) }
+    }
+
+    /// Integers from 0 to 2³¹ − 1 of any rank.
+    pub fn indices(&self, name: &str) -> Result<Vec<u32>> {
         let tensor = self.tensor(name)?;
         let Data::Integers(values) = &tensor.data else {
             return Err(self.wrong_type(name, tensor.dtype, "I32, U32 or I64"));
         };
-        if tensor.shape.len() != 1 {
-            return Err(self.wrong_shape(name, "of rank 1"));
-        }
         let length = |(index, &value): (usize, &i64)| match i32::try_from(value) {
             Ok(n @ 0..) => Ok(n as u32),
             _ => Err(Error::TensorValue {

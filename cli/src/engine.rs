@@ -2,7 +2,12 @@
 
 use clap::Args;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
-use wgpu_attention::{DeviceOptions, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Problem, reference};
+use wgpu_attention::{
+    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, MultiHeadAttention, Options, Outputs, Problem, Rotation,
+    reference,
+};
+
+use crate::cases::{LayerWork, RotationWork};
 
 /// Which device is opened and how.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
@@ -122,6 +127,47 @@ impl Engine {
             Engine::Cpu => reference::attention::<f32>(problem, inputs),
         }
     }
+}
+
+impl Engine {
+    /// Runs a whole layer.
+    pub fn layer(&self, work: &LayerWork, kernels: &KernelArgs) -> wgpu_attention::Result<Outputs> {
+        let (layer, problem, call, inputs) = (&work.layer, &work.problem, &work.call, work.inputs());
+        let outputs = match self {
+            Engine::Gpu(gpu) => {
+                let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, Element::F32)?;
+                resident.forward_with(gpu, problem, call, &inputs, &kernels.options())?
+            }
+            Engine::Cpu => reference::layer::<f32>(layer, problem, call, &inputs)?,
+        };
+        Ok(Outputs { out: outputs.out, weights: outputs.weights, ..Outputs::default() })
+    }
+
+    /// Turns rows in place.
+    pub fn rotation(&self, work: &RotationWork) -> wgpu_attention::Result<Outputs> {
+        let RotationWork { rotation, x, table, positions } = work;
+        let out = match self {
+            Engine::Gpu(gpu) => gpu.rotate(rotation, x.elements(), table, positions)?,
+            Engine::Cpu => {
+                // The reference gives dense heads; these rows go back to where they stood.
+                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions);
+                let (mut out, mut rows) = (x.widened(), turned.chunks_exact(rotation.head_dim as usize));
+                for (b, h, row) in places(rotation) {
+                    let at = b * rotation.x.batch + h * rotation.x.head + row * rotation.x.row + rotation.x.offset;
+                    let turned = rows.next().expect("one for each place");
+                    out[at as usize..][..turned.len()].copy_from_slice(turned);
+                }
+                out
+            }
+        };
+        Ok(Outputs { out, ..Outputs::default() })
+    }
+}
+
+/// Batch, head and row of each row of a rotation, in order.
+fn places(rotation: &Rotation) -> impl Iterator<Item = (u64, u64, u64)> {
+    let [batch, heads, rows] = [rotation.batch, rotation.heads, rotation.rows].map(u64::from);
+    (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..rows).map(move |row| (b, h, row))))
 }
 
 /// Opens one adapter.

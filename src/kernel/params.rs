@@ -146,6 +146,30 @@ params! {
     list_cu_kv: u32,
     /// Elements that `pack` writes.
     pack_count: u32,
+    /// Input rows of `project` and `rotary`: base and strides.
+    x_base: u32,
+    /// Stride.
+    x_batch: u32,
+    /// Stride.
+    x_head: u32,
+    /// Stride.
+    x_row: u32,
+    /// Weights: base, and from one row of the matrix in memory to the next.
+    w_base: u32,
+    /// Stride.
+    w_row: u32,
+    /// Bias of the projection: base.
+    b_base: u32,
+    /// First input.
+    in0: u32,
+    /// End of the inputs.
+    in_end: u32,
+    /// First output column.
+    col0: u32,
+    /// End of the output columns.
+    col_end: u32,
+    /// Output columns of a head.
+    col_head: u32,
 }
 
 /// Bytes from one dispatch's uniform to the next: every adapter can bind multiples of 256.

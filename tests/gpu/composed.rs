@@ -1,10 +1,9 @@
 //! All features in random company.
 
-use wgpu_attention::{
-    Bias, Broadcast, Causal, Element, Form, Layout, Logits, Options, Packed, Problem, Strides, Window,
-};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Layout, Logits, Options, Packed, Problem, Strides, Window};
 
-use crate::support::{Case, Random, adapters, small};
+use crate::support::{Case, Random, gpus, small};
+use crate::ways;
 
 const SEQS: [u32; 10] = [1, 2, 7, 16, 33, 63, 64, 65, 100, 129];
 const DIMS: [u32; 9] = [1, 4, 7, 16, 32, 37, 64, 72, 128];
@@ -21,28 +20,28 @@ fn broadcast(r: &mut Random, full: [u32; 4]) -> Broadcast {
 fn strided(r: &mut Random, sizes: [u32; 3], dim: u32) -> Layout {
     let [_, heads, rows] = sizes.map(u64::from);
     let step = if r.once_in(2) { 4 } else { 1 };
-    let pad = |n: u64, r: &mut Random| (n + r.below(9) as u64).next_multiple_of(step);
+    let pad = |n: u64, r: &mut Random| (n + u64::from(r.below(9))).next_multiple_of(step);
     let (inner, outer) = if r.once_in(2) { (heads, rows) } else { (rows, heads) };
     let small = pad(dim.into(), r);
     let large = pad(small * inner, r);
     let batch = pad(large * outer, r);
     let (head, row) = if inner == heads { (small, large) } else { (large, small) };
-    Layout::Strided(Strides { offset: r.below(3) as u64 * step, batch, head, row })
+    Layout::Strided(Strides { offset: u64::from(r.below(3)) * step, batch, head, row })
 }
 
 fn random_problem(r: &mut Random) -> (Problem, Options) {
-    let kv_heads = 1 + r.below(3) as u32;
-    let heads = kv_heads * (1 + r.below(3) as u32);
-    let mut p = Problem::new(1 + r.below(3) as u32, heads, r.pick(&SEQS), r.pick(&SEQS), r.pick(&DIMS));
+    let kv_heads = 1 + r.below(3);
+    let heads = kv_heads * (1 + r.below(3));
+    let mut p = Problem::new(1 + r.below(3), heads, r.pick(&SEQS), r.pick(&SEQS), r.pick(&DIMS));
     p.kv_heads = kv_heads;
     if r.once_in(2) {
         p.value_dim = r.pick(&DIMS);
     }
     p.element = r.pick(&[Element::F32, Element::F32, Element::F16, Element::Bf16]);
-    p.scale = r.once_in(4).then(|| 2.0 * r.uniform());
+    p.scale = r.once_in(4).then(|| 2.0 * r.signed());
     p.softcap = r.once_in(3).then(|| 1.0 + r.normal().abs());
     p.causal = r.pick(&[Causal::None, Causal::TopLeft, Causal::BottomRight, Causal::Offset]);
-    let side = |r: &mut Random| r.once_in(3).then(|| r.below(50) as u32);
+    let side = |r: &mut Random| r.once_in(3).then(|| r.below(50));
     p.window = Window { left: side(r), right: side(r) };
     let full = [p.batch, p.heads, p.seq_q, p.seq_kv];
     p.mask = r.once_in(3).then(|| broadcast(r, full));
@@ -53,7 +52,7 @@ fn random_problem(r: &mut Random) -> (Problem, Options) {
     (p.lse, p.weights) = (r.once_in(2), r.once_in(3));
     p.logits = r.pick(&[None, None, None, Some(Logits::Raw), Some(Logits::Capped), Some(Logits::Masked)]);
     if r.once_in(4) {
-        p.packed = Some(Packed { total_q: p.seq_q + r.below(40) as u32, total_kv: p.seq_kv + r.below(40) as u32 });
+        p.packed = Some(Packed { total_q: p.seq_q + r.below(40), total_kv: p.seq_kv + r.below(40) });
         // Rows that no sequence owns keep their NaN.
         p.lse = false;
     } else {
@@ -76,13 +75,12 @@ fn random_problem(r: &mut Random) -> (Problem, Options) {
     if p.element != Element::F32 && matches!(p.out, Layout::Strided(_)) {
         p.out = Layout::Bshd;
     }
-    let mut options =
-        Options { form: r.pick(&[None, None, Some(Form::Tiled), Some(Form::Lanes)]), ..Options::default() };
+    let mut options = Options::default();
     if r.once_in(4) {
-        options.scratch_budget = 4 * u64::from(p.seq_kv.next_multiple_of(4)) * (1 + r.below(40) as u64);
+        options.scratch_budget = 4 * u64::from(p.seq_kv.next_multiple_of(4)) * (1 + u64::from(r.below(40)));
     }
     if r.once_in(4) {
-        options.work_budget = std::time::Duration::from_micros(1 + r.below(100) as u64);
+        options.work_budget = std::time::Duration::from_micros(1 + u64::from(r.below(100)));
     }
     (p, options)
 }
@@ -91,11 +89,14 @@ fn random_problem(r: &mut Random) -> (Problem, Options) {
 fn features_hold_in_random_company() {
     let problems = if small("features_hold_in_random_company, 60 of its 80 problems") { 20 } else { 80 };
     for seed in 0..problems {
-        let (p, options) = random_problem(&mut Random::new(seed));
+        let (p, options) = random_problem(&mut Random(seed));
         eprintln!("composed problem {seed}");
         let case = Case::random(p, seed);
-        for gpu in adapters() {
-            case.check(&gpu, &options);
+        for gpu in gpus() {
+            for way in ways(gpu, &case.problem) {
+                let (scratch_budget, work_budget) = (options.scratch_budget, options.work_budget);
+                case.check(gpu, &Options { scratch_budget, work_budget, ..way });
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use wgpu_attention::{Attention, Causal, Error, Options, Problem, wgpu};
 
 use crate::support::staged::Staged;
-use crate::support::{Adapter, Case, adapters};
+use crate::support::{Adapter, Case, gpus};
 use crate::{form, lean, problem};
 
 /// A device that the library did not make.
@@ -20,8 +20,8 @@ fn cases() -> [Case; 2] {
 
 #[test]
 fn problems_share_the_callers_device_and_encoder() {
-    for gpu in adapters() {
-        let (device, queue) = own(&gpu);
+    for gpu in gpus() {
+        let (device, queue) = own(gpu);
         let attention = Attention::new(&device);
         let cases = cases();
         let prepared = cases.each_ref().map(|case| attention.prepare(&attention.plan(&case.problem).unwrap()).unwrap());
@@ -43,7 +43,7 @@ fn problems_share_the_callers_device_and_encoder() {
 #[test]
 fn slices_submitted_in_order_make_the_whole() {
     let options = Options { work_budget: std::time::Duration::from_micros(1), ..form(None) };
-    for gpu in adapters() {
+    for gpu in gpus() {
         for case in cases() {
             let plan = gpu.library().plan_with(&case.problem, &options).unwrap();
             let prepared = gpu.library().prepare(&plan).unwrap();
@@ -61,9 +61,9 @@ fn slices_submitted_in_order_make_the_whole() {
 
 #[test]
 fn the_asynchronous_path_gives_the_same_bits() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         for case in cases() {
-            let (want, _) = case.check(&gpu, &form(None));
+            let (want, _) = case.check(gpu, &form(None));
             let done = std::sync::atomic::AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
@@ -82,7 +82,7 @@ fn the_asynchronous_path_gives_the_same_bits() {
 
 #[test]
 fn a_lost_device_is_an_error_on_every_call() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|_| ());
         let case = Case::random(lean(&problem([1, 2, 9, 35, 8], |_| ())), 1);
         let (_, plan) = case.check(&device, &form(None));
@@ -110,7 +110,7 @@ fn a_lost_device_is_an_error_on_every_call() {
 #[test]
 fn a_plan_is_the_same_for_the_same_device() {
     let p = Problem::new(1, 8, 512, 512, 64);
-    for gpu in adapters() {
+    for gpu in gpus() {
         let attention = gpu.library();
         assert_eq!(attention.plan(&p).unwrap(), attention.plan(&p).unwrap());
     }

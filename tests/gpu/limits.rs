@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Logits, Options, Plan, Problem, wgpu};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Kernel, Logits, Options, Plan, Problem, wgpu};
 
-use crate::support::{Case, adapters, small};
+use crate::support::{Case, gpus, small};
 use crate::{form, lean, problem, ways};
 
 fn count(plan: &Plan, kernel: &str) -> usize {
@@ -25,7 +25,7 @@ fn many(p: &mut Problem) {
 
 #[test]
 fn four_storage_buffers_are_enough() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffers_per_shader_stage = 4);
         for logits in [None, Some(Logits::Raw), Some(Logits::Capped), Some(Logits::Masked)] {
             let p = problem([2, 4, 33, 67, 20], |p| {
@@ -46,7 +46,7 @@ fn four_storage_buffers_are_enough() {
 
 #[test]
 fn a_small_binding_limit_splits_batches_heads_rows_and_keys() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 8192);
         for (sizes, element, split) in [
             ([3, 4, 33, 67, 20], Element::F32, "parts"),
@@ -72,7 +72,7 @@ fn a_small_binding_limit_splits_batches_heads_rows_and_keys() {
 
 #[test]
 fn values_at_keys_of_several_dispatches_are_summed_and_stay_spoilt() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 8192);
         for dim in [20, 7] {
             let p = lean(&problem([1, 1, 17, 1031, dim], |p| p.causal = Causal::BottomRight));
@@ -93,10 +93,10 @@ fn values_at_keys_of_several_dispatches_are_summed_and_stay_spoilt() {
 #[test]
 fn a_small_scratch_budget_splits_into_parts() {
     let case = Case::random(problem([2, 4, 33, 67, 20], many), 1);
-    for gpu in adapters() {
-        for way in ways(&gpu, &case.problem) {
+    for gpu in gpus() {
+        for way in ways(gpu, &case.problem) {
             // One row of scores is 272 bytes: parts of a few rows.
-            let (_, plan) = case.check(&gpu, &Options { scratch_budget: 1024, ..way });
+            let (_, plan) = case.check(gpu, &Options { scratch_budget: 1024, ..way });
             says(&plan, "parts");
             assert!(plan.scratch_bytes() <= 1024 && count(&plan, "softmax") >= 2 * 4 * 11, "{plan}");
         }
@@ -106,9 +106,9 @@ fn a_small_scratch_budget_splits_into_parts() {
 #[test]
 fn a_small_work_budget_slices_and_the_slices_make_the_whole() {
     let case = Case::random(problem([2, 4, 33, 67, 20], many), 1);
-    for gpu in adapters() {
-        for way in ways(&gpu, &case.problem) {
-            let (_, plan) = case.check(&gpu, &Options { work_budget: Duration::from_nanos(2000), ..way });
+    for gpu in gpus() {
+        for way in ways(gpu, &case.problem) {
+            let (_, plan) = case.check(gpu, &Options { work_budget: Duration::from_nanos(2000), ..way });
             assert!(plan.slices() > 10 && plan.dispatches() > 10, "{plan}");
         }
     }
@@ -116,7 +116,7 @@ fn a_small_work_budget_slices_and_the_slices_make_the_whole() {
 
 #[test]
 fn few_workgroups_per_dimension_fold_and_split() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_compute_workgroups_per_dimension = 3);
         let case = Case::random(problem([2, 4, 33, 67, 20], many), 1);
         for way in ways(&device, &case.problem) {
@@ -131,7 +131,7 @@ fn few_workgroups_per_dimension_fold_and_split() {
 fn small_workgroups_and_no_features_are_enough() {
     let p = problem([2, 4, 65, 67, 20], |p| p.element = Element::F16);
     let case = Case::random(p, 1);
-    for gpu in adapters() {
+    for gpu in gpus() {
         for bytes in [16_352, 8192] {
             let device = gpu.limited_to(Some(wgpu::Features::empty()), |limits| {
                 limits.max_compute_workgroup_storage_size = bytes;
@@ -152,7 +152,7 @@ fn small_workgroups_and_no_features_are_enough() {
 
 #[test]
 fn all_limits_at_once_hold() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited_to(Some(wgpu::Features::empty()), |limits| {
             limits.max_storage_buffers_per_shader_stage = 4;
             limits.max_storage_buffer_binding_size = 8192;
@@ -175,10 +175,11 @@ fn more_rows_than_one_grid_axis_holds() {
         return;
     }
     let case = Case::random(lean(&problem([300, 300, 1, 3, 4], |p| p.kv_heads = 1)), 1);
-    for gpu in adapters() {
+    for gpu in gpus() {
         let side = gpu.library().caps().limits.max_compute_workgroups_per_dimension;
-        for way in ways(&gpu, &case.problem) {
-            let (_, plan) = case.check(&gpu, &way);
+        // A tile of `flash` would hold one row, and 90,000 of them take minutes on a CPU.
+        for way in ways(gpu, &case.problem).into_iter().filter(|way| way.kernel != Some(Kernel::Flash)) {
+            let (_, plan) = case.check(gpu, &way);
             let folds = plan.steps().iter().any(|step| step.params.end - step.params.first > side && step.grid[1] > 1);
             assert!(folds || side > 90_000 || plan.slices() > 1, "{plan}");
         }
@@ -187,7 +188,7 @@ fn more_rows_than_one_grid_axis_holds() {
 
 #[test]
 fn what_fits_no_binding_is_an_error_that_says_so() {
-    for gpu in adapters() {
+    for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 4096);
         let long = device.library().plan(&Problem::new(1, 1, 1, 2000, 4)).unwrap_err();
         assert_eq!(long, Error::TooLarge { field: "one row of scores", value: 8000, limit: 4096 });

@@ -2,8 +2,8 @@
 
 use wgpu_attention::{Causal, Logits, Window};
 
-use crate::support::{Case, adapters, small};
-use crate::{everywhere, form, lean, problem, ways};
+use crate::support::{Case, gpus, small};
+use crate::{everywhere, lean, problem, ways};
 
 /// The sizes at which tiles have a tail, or are missed or filled by one.
 const PAIRS: [(u32, u32); 9] = [(1, 1), (1, 257), (7, 1), (7, 63), (63, 65), (65, 7), (65, 127), (127, 65), (257, 63)];
@@ -20,7 +20,7 @@ fn scores_softmax_and_values_hold_at_odd_sizes() {
                 (p.logits, p.softcap, p.value_dim) = (Some(logits), Some(1.5), 20);
             });
             let case = Case::random(p, u64::from(seq_q * 1000 + seq_kv));
-            everywhere(&case);
+            everywhere(case);
         }
     }
 }
@@ -32,7 +32,7 @@ fn the_whole_holds_at_odd_sizes() {
             let p =
                 problem([2, 2, seq_q, seq_kv, 32], |p| (p.causal, p.window) = (causal, Window { left, right: None }));
             let case = Case::random(lean(&p), u64::from(seq_q * 1000 + seq_kv));
-            everywhere(&case);
+            everywhere(case);
         }
     }
 }
@@ -42,7 +42,7 @@ fn a_peaked_softmax_keeps_its_digits() {
     // Logits of some tens to hundreds: most weights underflow, and the rest depend on every bit of the maximum.
     for scale in [3.0, -20.0] {
         let case = Case::random(problem([1, 3, 65, 127, 37], |p| p.scale = Some(scale)), 7);
-        everywhere(&case);
+        everywhere(case);
     }
 }
 
@@ -59,7 +59,7 @@ fn logits_far_from_zero_do_not_overflow() {
             case.operands.k.set(i, sign * (6.0 + 0.1 * (i % 13) as f32));
         }
         let case = Case::new(p, case.operands);
-        everywhere(&case);
+        everywhere(case);
     }
 }
 
@@ -67,16 +67,14 @@ fn logits_far_from_zero_do_not_overflow() {
 fn the_default_scale_is_that_of_the_head_dim() {
     let case = Case::random(problem([1, 1, 7, 9, 16], |p| p.value_dim = 4), 5);
     assert_eq!(case.problem.check().unwrap().scale(), 0.25);
-    for gpu in adapters() {
-        case.check(&gpu, &form(None));
-    }
+    everywhere(case);
 }
 
 #[test]
 fn query_heads_share_key_heads_in_contiguous_groups() {
     for (heads, kv_heads) in [(6, 1), (6, 2), (6, 3)] {
         let case = Case::random(problem([2, heads, 7, 33, 12], |p| p.kv_heads = kv_heads), u64::from(kv_heads));
-        everywhere(&case);
+        everywhere(case);
     }
 }
 
@@ -85,9 +83,9 @@ fn two_runs_give_the_same_bits() {
     let p = problem([2, 3, 65, 257, 37], |p| (p.causal, p.sinks) = (Causal::BottomRight, true));
     for p in [lean(&p), p] {
         let case = Case::random(p, 11);
-        for gpu in adapters() {
-            for way in ways(&gpu, &case.problem) {
-                let ((first, _), (second, _)) = (case.check(&gpu, &way), case.check(&gpu, &way));
+        for gpu in gpus() {
+            for way in ways(gpu, &case.problem) {
+                let ((first, _), (second, _)) = (case.check(gpu, &way), case.check(gpu, &way));
                 assert_eq!(first, second);
             }
         }

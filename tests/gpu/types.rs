@@ -2,7 +2,7 @@
 
 use wgpu_attention::{Causal, Element, Error, Form, Options};
 
-use crate::support::{Case, adapters, small};
+use crate::support::{Case, gpus, small};
 use crate::{everywhere, form, problem};
 
 #[test]
@@ -14,7 +14,7 @@ fn head_dims_from_1_to_512_hold() {
             continue;
         }
         let case = Case::random(problem([1, 2, 9, 35, head_dim], |p| p.value_dim = value_dim), n as u64);
-        everywhere(&case);
+        everywhere(case);
     }
 }
 
@@ -30,7 +30,7 @@ fn sixteen_bit_types_hold_with_even_and_odd_rows() {
                 (p.element, p.value_dim, p.causal) = (element, value_dim, Causal::TopLeft);
             });
             let case = Case::random(p, u64::from(head_dim));
-            everywhere(&case);
+            everywhere(case);
         }
     }
 }
@@ -38,11 +38,11 @@ fn sixteen_bit_types_hold_with_even_and_odd_rows() {
 #[test]
 fn native_f16_and_packed_f16_both_hold() {
     let case = Case::random(problem([1, 2, 33, 35, 20], |p| p.element = Element::F16), 1);
-    for gpu in adapters() {
+    for gpu in gpus() {
         let tiled = |native_f16| Options { native_f16, ..form(Some(Form::Tiled)) };
-        case.check(&gpu, &tiled(Some(false)));
+        case.check(gpu, &tiled(Some(false)));
         if gpu.library().caps().f16 {
-            let (_, plan) = case.check(&gpu, &tiled(Some(true)));
+            let (_, plan) = case.check(gpu, &tiled(Some(true)));
             assert!(plan.steps().iter().any(|step| step.variant.uses_f16()));
         } else {
             let error = gpu.library().plan_with(&case.problem, &tiled(Some(true))).unwrap_err();
@@ -59,7 +59,7 @@ fn an_odd_number_of_packed_elements_leaves_its_neighbour_alone() {
         for heads in [1, 3] {
             (p.heads, p.kv_heads) = (heads, heads);
             let case = Case::random(p.clone(), 9);
-            everywhere(&case);
+            everywhere(case);
         }
     }
 }
@@ -76,7 +76,7 @@ fn large_and_tiny_sixteen_bit_values_round_as_the_reference_does() {
                     case.operands.v.set(i, if i % 2 == 0 { low } else { high });
                 }
                 let case = Case::new(p.clone(), case.operands);
-                everywhere(&case);
+                everywhere(case);
             }
         }
     }

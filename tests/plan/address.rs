@@ -25,7 +25,7 @@ pub fn inside(plan: &Plan) {
 fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
     let s = plan.shape();
     let rows = [place.rows.start, place.rows.end - 1];
-    let owns_dims = matches!(step.variant, Variant::Values(_) | Variant::Rows(_));
+    let owns_dims = matches!(step.variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
     // What owns dims runs over the dispatch's keys; all others own keys.
     let keys = if owns_dims { step.params.key0..step.params.key_end } else { place.cols.clone() };
     for row in rows {
@@ -48,7 +48,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                         let got = sum(base, [(batch, b), (head, h), (token, r), (dim, 1)]);
                         hits(step, bound, bytes, got, want);
                         let vector = format(&step.variant).is_some_and(|format| format.vector);
-                        assert!(!vector || dim > first || got % 4 == 0, "{} reads half vectors", step.variant);
+                        assert!(!vector || dim > first || got.is_multiple_of(4), "{} reads half vectors", step.variant);
                     }
                 }
             };
@@ -66,7 +66,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let got = score(place.batch, place.head, row);
                     // The whole vector that holds the key.
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
-                    assert!(end <= bound.size && p.s_row % 4 == 0, "{} at {got} of {bound:?}", step.variant);
+                    assert!(end <= bound.size && p.s_row.is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
                 Slot::Weights | Slot::Logits => {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
@@ -103,6 +103,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     broadcast(step, bound, bias.shape, (p.bias_base, strides, p.bias_keys), bias.element.bytes(), at);
                 }
                 Slot::Lists | Slot::Spare => unreachable!("handled before"),
+                _ => unreachable!("attention binds no operand of the layer"),
             }
         }
     }
@@ -113,6 +114,7 @@ fn format(variant: &Variant) -> Option<Format> {
         Variant::Scores(x) => Some(x.format),
         Variant::Values(x) => Some(x.format),
         Variant::Rows(x) => Some(x.format),
+        Variant::Flash(x) => Some(x.format),
         _ => None,
     }
 }

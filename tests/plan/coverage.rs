@@ -59,6 +59,7 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> impl Iterator<Item = Place>
         Variant::Values(x) => (x.tile.tile_rows, x.tile.tile_cols, 0..p.value_dim),
         Variant::Softmax(_) => (1, u32::MAX, 0..p.seq_kv),
         Variant::Rows(x) => (x.tile.tile_rows(), u32::MAX, 0..p.value_dim),
+        Variant::Flash(x) => (x.tile.tile_rows(), x.tile.dims, 0..p.value_dim),
         _ => (1, threads, p.key0..p.key_end),
     };
     assert_eq!(p.value_dim, plan.shape().value_dim);
@@ -132,10 +133,14 @@ pub fn every_place_once(plan: &Plan) {
                         assert!(row.softmax == 1);
                         row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
                     }
-                    Variant::Rows(_) => {
+                    Variant::Rows(_) | Variant::Flash(_) => {
                         assert!((p.key0, p.key_end) == (0, s.seq_kv));
-                        row.fused += 1;
-                        row.lse += u8::from(step.bindings.iter().any(|bound| bound.slot == Slot::Lse));
+                        // The first block of value dims also writes lse.
+                        if cols.start == 0 {
+                            row.fused += 1;
+                            row.lse += u8::from(step.bindings.iter().any(|bound| bound.slot == Slot::Lse));
+                        }
+                        row.summed[cols].iter_mut().for_each(|n| *n += s.seq_kv);
                     }
                     other => panic!("{other} is not known here"),
                 }
@@ -146,7 +151,8 @@ pub fn every_place_once(plan: &Plan) {
         assert_eq!(row.lse, u8::from(s.lse));
         if row.fused > 0 {
             assert!(row.fused == 1 && row.softmax == 0 && row.exported.is_empty() && !s.weights && s.logits.is_none());
-            assert!(row.scored.iter().chain(&row.transforms).all(|&n| n == 0) && row.summed.iter().all(|&n| n == 0));
+            assert!(row.scored.iter().chain(&row.transforms).all(|&n| n == 0));
+            assert!(row.summed.iter().all(|&n| n == s.seq_kv));
             continue;
         }
         assert!(row.scored.iter().all(|&n| n == 1) && row.softmax == 1);

@@ -117,7 +117,7 @@ prop_compose! {
 
 prop_compose! {
     pub fn options()(
-        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Unfused))],
+        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Flash)), 1 => Just(Some(Kernel::Unfused))],
         form in prop_oneof![Just(None), Just(Some(Form::Tiled)), Just(Some(Form::Lanes))],
         native_f16 in prop_oneof![4 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))],
         scratch_budget in prop_oneof![Just(1500u64), Just(16_384), Just(256 << 20)],

@@ -4,14 +4,16 @@
 //! - `WGPU_ATTENTION_CHECKED=1`: shaders are compiled with wgpu's runtime checks.
 //! - `WGPU_ATTENTION_SUITE=small`: for slow adapters; what is left out is printed by name.
 
+use std::cell::RefCell;
 use std::env;
+use std::io::Write;
 use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use wgpu_attention::gpu::describe;
 use wgpu_attention::{DeviceOptions, Gpu, wgpu};
 
-const INSTALL: &str = "install a software one with `apt-get install mesa-vulkan-drivers libegl1 libgl1-mesa-dri` \
+const INSTALL: &str = "install a software one with `apt-get install mesa-vulkan-drivers libegl1 libgles2 libgl1-mesa-dri` \
     (scripts/test does) or name others in WGPU_ATTENTION_ADAPTERS";
 
 /// An adapter and the device that the tests share on it.
@@ -19,20 +21,6 @@ pub struct Adapter {
     pub name: String,
     pub adapter: wgpu::Adapter,
     gpu: Gpu,
-    turn: Mutex<()>,
-}
-
-/// An adapter for the one test whose turn it is: GL has one context, and wgpu panics when a thread waits a second for it.
-pub struct Turn {
-    adapter: &'static Adapter,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Deref for Turn {
-    type Target = Adapter;
-    fn deref(&self) -> &Adapter {
-        self.adapter
-    }
 }
 
 impl Deref for Adapter {
@@ -46,7 +34,7 @@ impl Adapter {
     fn open(adapter: wgpu::Adapter) -> Self {
         let name = describe(&adapter.get_info());
         let gpu = Gpu::open(&adapter, &DeviceOptions { checked: checked(), ..DeviceOptions::default() });
-        Adapter { gpu: gpu.unwrap_or_else(|error| panic!("{name}: {error}")), name, adapter, turn: Mutex::new(()) }
+        Adapter { gpu: gpu.unwrap_or_else(|error| panic!("{name}: {error}")), name, adapter }
     }
 
     /// A device of its own with other limits than the adapter's.
@@ -63,6 +51,17 @@ impl Adapter {
     }
 }
 
+/// A device with the least that the crate promises to run on, and every split forced.
+pub fn floor(gpu: &Adapter, binding: u64, side: u32) -> Gpu {
+    gpu.limited_to(Some(wgpu::Features::empty()), |limits| {
+        limits.max_storage_buffers_per_shader_stage = 4;
+        limits.max_compute_workgroup_storage_size = 16352;
+        limits.max_compute_invocations_per_workgroup = 256;
+        limits.max_compute_workgroups_per_dimension = side;
+        limits.max_storage_buffer_binding_size = binding;
+    })
+}
+
 pub fn checked() -> bool {
     env::var_os("WGPU_ATTENTION_CHECKED").is_some()
 }
@@ -72,19 +71,20 @@ pub fn is_small() -> bool {
     env::var("WGPU_ATTENTION_SUITE").is_ok_and(|value| value == "small")
 }
 
-/// Whether this is the small suite; then says what of `test` is left to the other adapters.
-pub fn small(test: &str) -> bool {
+/// Whether this is the small suite; then says what is left to the other adapters, also where the test passes.
+pub fn small(left_out: &str) -> bool {
     let small = is_small();
     if small {
-        eprintln!("small suite: left to other adapters: {test}");
+        writeln!(std::io::stderr(), "small suite: left to other adapters: {left_out}").expect("standard error is open");
     }
     small
 }
 
-/// All adapters to test on, one after the other.
-pub fn adapters() -> impl Iterator<Item = Turn> {
+/// All adapters to test on.
+pub fn gpus() -> &'static [Adapter] {
+    take_turn();
     static ADAPTERS: OnceLock<Vec<Adapter>> = OnceLock::new();
-    let all = ADAPTERS.get_or_init(|| {
+    ADAPTERS.get_or_init(|| {
         let found: Vec<wgpu::Adapter> = match env::var("WGPU_ATTENTION_ADAPTERS") {
             Ok(names) => {
                 let find = |name: &str| Gpu::find(name.trim()).unwrap_or_else(|error| panic!("{error}; {INSTALL}"));
@@ -94,8 +94,16 @@ pub fn adapters() -> impl Iterator<Item = Turn> {
         };
         assert!(!found.is_empty(), "no GPU adapter; {INSTALL}");
         found.into_iter().map(Adapter::open).collect()
-    });
+    })
+}
+
+/// Lets the tests of a binary that use adapters run one after the other, each until its thread ends: wgpu's OpenGL panics where
+/// a thread waits a second for another that compiles. The drivers use all processors anyway.
+fn take_turn() {
+    static TURN: Mutex<()> = Mutex::new(());
+    thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
     // A test that failed leaves nothing behind that another one would meet.
-    let turn = |adapter: &'static Adapter| adapter.turn.lock().unwrap_or_else(PoisonError::into_inner);
-    all.iter().map(move |adapter| Turn { adapter, _turn: turn(adapter) })
+    MINE.with_borrow_mut(|mine| {
+        mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
+    });
 }

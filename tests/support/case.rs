@@ -4,25 +4,34 @@ use wgpu_attention::gpu::describe;
 use wgpu_attention::reference::{Budget, Comparison, Tolerance, attention_with_budget};
 use wgpu_attention::{Gpu, Options, Outputs, Plan, Problem, Shape};
 
-use super::Operands;
+use super::Data;
 
+#[derive(Clone)]
 pub struct Case {
     pub problem: Problem,
-    pub operands: Operands,
+    pub operands: Data,
     pub want: Outputs<f64>,
     pub budget: Budget,
 }
 
 impl Case {
-    pub fn new(problem: Problem, operands: Operands) -> Self {
+    pub fn new(problem: Problem, operands: Data) -> Self {
         let (want, budget) = attention_with_budget(&problem, &operands.inputs())
             .unwrap_or_else(|error| panic!("{error}\n{problem:?}\n{operands:?}"));
         Case { problem, operands, want, budget }
     }
 
     pub fn random(problem: Problem, seed: u64) -> Self {
-        let operands = Operands::random(&problem, seed);
+        let operands = Data::random(&problem, seed, 1.0);
         Case::new(problem, operands)
+    }
+
+    /// The same without the outputs that need the score matrix.
+    pub fn lean(&self) -> Self {
+        let mut case = self.clone();
+        (case.problem.weights, case.problem.logits) = (false, None);
+        (case.want.weights, case.want.logits) = (None, None);
+        case
     }
 
     /// Runs and compares every output; gives the outputs and the plan.
@@ -51,7 +60,7 @@ impl Case {
         let (want, budget) = (&self.want, &self.budget);
         let out = budget.compare_out(shape, &got.out, &want.out);
         let out_atol = |index| self.row_of(shape, index).map_or(0.0, |row| budget.out.atol[row]);
-        self.report(place, "out", plan, &out, &got.out, &want.out, |i| {
+        self.report(&format!("out on {place}"), plan, &out, &got.out, &want.out, |i| {
             out_atol(i) + budget.out.rtol * want.out[i].abs()
         });
         if self.want.out.len() < 1 << 20 {
@@ -67,15 +76,14 @@ impl Case {
             assert_eq!(got.is_some(), want.is_some(), "{name} on {place}\n{plan}");
             let (Some(got), Some(want)) = (got, want) else { continue };
             let allowed = |i: usize| allowed(tolerance, want, i);
-            self.report(place, name, plan, &tolerance.check(got, want), got, want, allowed);
+            self.report(&format!("{name} on {place}"), plan, &tolerance.check(got, want), got, want, allowed);
         }
     }
 
     #[track_caller]
     fn report(
         &self,
-        place: &str,
-        name: &str,
+        what: &str,
         plan: &Plan,
         found: &Comparison,
         got: &[f32],
@@ -84,7 +92,7 @@ impl Case {
     ) {
         let Some(worst) = found.worst.filter(|_| !found.passed()) else { return };
         panic!(
-            "{name}[{worst}] is {}, not {} ± {:e}: {found}\n{place}, kernel {}\n{plan}\n{:?}",
+            "{what}: element {worst} is {}, not {} ± {:e}: {found}\nkernel {}\n{plan}\n{:?}",
             got[worst],
             want[worst],
             allowed(worst),

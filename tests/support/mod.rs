@@ -3,11 +3,11 @@
 
 pub mod adapters;
 pub mod case;
-pub mod operands;
+pub mod data;
 pub mod random;
 pub mod staged;
 
-pub use adapters::{Adapter, adapters, is_small, small};
+pub use adapters::{Adapter, floor, gpus, is_small, small};
 pub use case::Case;
-pub use operands::{Operands, Tensor};
+pub use data::{Data, Tensor};
 pub use random::Random;

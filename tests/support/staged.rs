@@ -3,7 +3,7 @@
 use wgpu::util::DeviceExt;
 use wgpu_attention::{Buffers, Outputs, Plan, wgpu};
 
-use super::Operands;
+use super::Data;
 
 const MARGIN: u64 = 256;
 const MARK: u8 = 0xa5;
@@ -69,7 +69,7 @@ pub struct Staged {
 }
 
 impl Staged {
-    pub fn new(device: &wgpu::Device, plan: &Plan, operands: &Operands) -> Self {
+    pub fn new(device: &wgpu::Device, plan: &Plan, operands: &Data) -> Self {
         let s = plan.shape();
         let make = |bytes: &[u8]| Guarded::new(device, bytes);
         let nan = |wanted: bool, len: u64| wanted.then(|| make(bytemuck::cast_slice(&vec![f32::NAN; len as usize])));

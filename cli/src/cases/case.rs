@@ -1,10 +1,10 @@
 //! One case: calls to make and what must come out.
 
-use wgpu_attention::{Element, Outputs, Problem};
+use wgpu_attention::{Call as LayerCall, Element, Elements, Inputs, Layer, LayerInputs, Outputs, Problem, Rotation};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};
-use crate::floats;
+use crate::floats::{self, Floats};
 use crate::operands::Operands;
 
 /// One case of a suite. It passes when all expectations of all its calls hold.
@@ -21,9 +21,49 @@ pub struct Case {
 pub struct Call {
     /// Tells the calls of a case apart; empty if there is one.
     pub label: &'static str,
+    pub work: Work,
+    pub expectations: Vec<Expectation>,
+}
+
+/// What a call runs.
+#[derive(Debug)]
+pub enum Work {
+    Attention { problem: Box<Problem>, operands: Box<Operands> },
+    Layer(Box<LayerWork>),
+    Rotation(Box<RotationWork>),
+}
+
+/// A whole layer on its inputs; q, k and v of the operands are empty.
+#[derive(Debug)]
+pub struct LayerWork {
+    pub layer: Layer,
     pub problem: Problem,
     pub operands: Operands,
-    pub expectations: Vec<Expectation>,
+    pub call: LayerCall,
+    pub query: Vec<f32>,
+    pub key: Option<Vec<f32>>,
+    pub value: Option<Vec<f32>>,
+}
+
+impl LayerWork {
+    pub fn inputs(&self) -> LayerInputs<'_> {
+        let none = Elements::default();
+        LayerInputs {
+            query: &self.query,
+            key: self.key.as_deref(),
+            value: self.value.as_deref(),
+            operands: Inputs { q: none, k: none, v: none, ..self.operands.inputs() },
+        }
+    }
+}
+
+/// A rotation in place.
+#[derive(Debug)]
+pub struct RotationWork {
+    pub rotation: Rotation,
+    pub x: Floats,
+    pub table: Vec<f32>,
+    pub positions: Vec<u32>,
 }
 
 /// Where the value to compare comes from.
@@ -99,7 +139,11 @@ impl Expectation {
 impl Call {
     /// Checks the problem and its operands as the library will.
     pub fn check(&self) -> wgpu_attention::Result<()> {
-        self.problem.check()?.check_inputs(&self.operands.inputs())
+        match &self.work {
+            Work::Attention { problem, operands } => problem.check()?.check_inputs(&operands.inputs()),
+            Work::Layer(work) => work.problem.check().map(|_| ()),
+            Work::Rotation(_) => Ok(()),
+        }
     }
 
     /// Compares what came out.

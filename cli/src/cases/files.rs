@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::{Case, minilm, onnx, sdpa};
+use super::{Case, layers, minilm, onnx, rotary, sdpa};
 use crate::archive::Archive;
 use crate::error::{Error, Result};
 
@@ -82,6 +82,10 @@ fn load_file(path: &Path) -> Result<Loaded> {
     match (archive.text("format"), archive.text("op")) {
         (Some(sdpa::FORMAT), _) => sdpa::load(&archive),
         (Some(onnx::FORMAT) | None, Some("Attention")) => onnx::load(&archive),
+        (Some(onnx::FORMAT) | None, Some("RotaryEmbedding")) => rotary::load(&archive),
+        (Some(layers::TORCH), _) => layers::torch(&archive),
+        (Some(layers::KERAS), _) => layers::keras(&archive),
+        (Some(layers::TUTORIAL), _) => layers::tutorial(&archive),
         // Other operators in the same tensor naming get their loader here.
         (Some(onnx::FORMAT) | None, Some(op)) => unsupported(format!("operator {op}")),
         (Some(minilm::FORMAT), _) => unsupported("weights or sentences without the other file beside it".into()),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use wgpu_attention::{Broadcast, Layout, Problem};
 
-use super::case::{Call, Case, Expectation, Quantity, Rows};
+use super::case::{Call, Case, Expectation, Quantity, Rows, Work};
 use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::Result;
@@ -163,14 +163,22 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
 
     let mut problem = Problem::new(batch_u32, heads, seq_u32, seq_u32, width_u32 / heads).with_layout(Layout::Bshd);
     problem.weights = sentences.has(&probs);
-    let mut lengths = Call {
-        label: "key lengths",
-        problem: problem.clone(),
-        operands: operands.clone(),
-        expectations: expectations()?,
+    let call = |label, change: &dyn Fn(&mut Problem, &mut Operands) -> Result<()>| {
+        let (mut problem, mut operands) = (problem.clone(), operands.clone());
+        change(&mut problem, &mut operands)?;
+        Ok::<_, crate::error::Error>(Call {
+            label,
+            work: Work::Attention { problem: problem.into(), operands: operands.into() },
+            expectations: expectations()?,
+        })
     };
-    lengths.operands.set_key_lengths(&mut lengths.problem, sentences.lengths("kv_lens")?);
-    let mut masked = Call { label: "mask", problem, operands, expectations: expectations()? };
-    masked.operands.set_mask(&mut masked.problem, Broadcast([batch_u32, 1, 1, seq_u32]), mask.to_vec());
+    let lengths = call("key lengths", &|problem, operands| {
+        operands.set_key_lengths(problem, sentences.lengths("kv_lens")?);
+        Ok(())
+    })?;
+    let masked = call("mask", &|problem, operands| {
+        operands.set_mask(problem, Broadcast([batch_u32, 1, 1, seq_u32]), mask.to_vec());
+        Ok(())
+    })?;
     Ok(Case { name: format!("minilm layer {layer}"), calls: vec![lengths, masked], notes: Vec::new() })
 }

@@ -2,9 +2,11 @@
 
 mod case;
 mod files;
+mod layers;
 mod minilm;
 mod onnx;
+mod rotary;
 mod sdpa;
 
-pub use case::{Case, Verdict};
+pub use case::{Case, LayerWork, RotationWork, Verdict, Work};
 pub use files::{Loaded, load, sources};

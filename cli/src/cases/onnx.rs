@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use wgpu_attention::{Causal, Element, Layout, Logits, Problem};
 
-use super::case::{Call, Case, Expectation, Quantity};
+use super::case::{Call, Case, Expectation, Quantity, Work};
 use super::files::Loaded;
 use crate::archive::Archive;
 use crate::difference::Rule;
@@ -323,7 +323,8 @@ fn expected(archive: &Archive, mut problem: Problem, operands: Operands, attribu
     if expectations.is_empty() {
         return Err(Error::MissingTensor { path: archive.path.clone(), tensor: "out.Y".into() });
     }
-    let call = Call { label: "", problem, operands, expectations };
+    let work = Work::Attention { problem: problem.into(), operands: operands.into() };
+    let call = Call { label: "", work, expectations };
     Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes: Vec::new() }]))
 }
 
@@ -355,7 +356,8 @@ mod tests {
         let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("this is supported") };
         let call = &cases[0].calls[0];
         call.check().unwrap();
-        let outputs = reference::attention::<f32>(&call.problem, &call.operands.inputs()).unwrap();
+        let Work::Attention { problem, operands } = &call.work else { panic!("not attention") };
+        let outputs = reference::attention::<f32>(problem, &operands.inputs()).unwrap();
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }
 

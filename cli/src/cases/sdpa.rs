@@ -6,7 +6,7 @@
 use serde::Deserialize;
 use wgpu_attention::{Causal, Layout, Problem};
 
-use super::case::{Call, Case, Expectation, Quantity};
+use super::case::{Call, Case, Expectation, Quantity, Work};
 use super::files::Loaded;
 use crate::archive::Archive;
 use crate::difference::Rule;
@@ -54,7 +54,8 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         expectations.push(Expectation::new("probs", Quantity::Weights, want, rule));
     }
     let notes = if archive.has("dout") { vec!["gradients are not computed"] } else { Vec::new() };
-    let call = Call { label: "", problem, operands, expectations };
+    let work = Work::Attention { problem: problem.into(), operands: operands.into() };
+    let call = Call { label: "", work, expectations };
     Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes }]))
 }
 
@@ -114,7 +115,8 @@ mod tests {
         let case = case(file).unwrap();
         let call = &case.calls[0];
         call.check().unwrap();
-        let outputs = reference::attention::<f32>(&call.problem, &call.operands.inputs()).unwrap();
+        let Work::Attention { problem, operands } = &call.work else { panic!("not attention") };
+        let outputs = reference::attention::<f32>(problem, &operands.inputs()).unwrap();
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }
 

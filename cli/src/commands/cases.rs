@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::Outcome;
-use crate::cases::{self, Case, Loaded, Verdict};
+use crate::cases::{self, Case, Loaded, Verdict, Work};
 use crate::engine::{self, DeviceArgs, Engine, KernelArgs};
 use crate::error::Result;
 use crate::report::{self, Report};
@@ -56,7 +56,11 @@ fn engines(arguments: &Arguments) -> Result<Vec<Engine>> {
 fn verdicts(case: &Case, engine: &Engine, kernels: &KernelArgs) -> wgpu_attention::Result<Vec<Verdict>> {
     let mut verdicts = Vec::new();
     for call in &case.calls {
-        let outputs = engine.attention(&call.problem, &call.operands.inputs(), kernels)?;
+        let outputs = match &call.work {
+            Work::Attention { problem, operands } => engine.attention(problem, &operands.inputs(), kernels)?,
+            Work::Layer(work) => engine.layer(work, kernels)?,
+            Work::Rotation(work) => engine.rotation(work)?,
+        };
         verdicts.extend(call.verdicts(&outputs));
     }
     Ok(verdicts)

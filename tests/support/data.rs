@@ -30,6 +30,12 @@ impl Tensor {
         }
     }
 
+    /// The numbers of a tensor of f32.
+    pub fn f32(&self) -> &[f32] {
+        let Tensor::F32(x) = self else { panic!("not f32: {:?}", self.elements().element()) };
+        x
+    }
+
     pub fn len(&self) -> usize {
         self.elements().len()
     }
@@ -49,7 +55,7 @@ impl Tensor {
 
 /// Everything that a problem reads.
 #[derive(Clone, Debug)]
-pub struct Operands {
+pub struct Data {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
@@ -63,13 +69,14 @@ pub struct Operands {
     pub cu_kv: Option<Vec<u32>>,
 }
 
-impl Operands {
+impl Data {
     /// Signed numbers; masks with holes, a bias with some −inf, lengths from 0 to full, sequences of which some are empty.
-    pub fn random(p: &Problem, seed: u64) -> Self {
+    /// `peak` scales q, so that softmax is as peaked as wanted.
+    pub fn random(p: &Problem, seed: u64, peak: f32) -> Self {
         let shape = p.check().unwrap();
-        let r = &mut Random::new(seed);
+        let r = &mut Random(seed);
         let batch = p.batch as usize;
-        let tensor = |len: u64, r: &mut Random| Tensor::new(p.element, &r.normals(len as usize, 1.0));
+        let tensor = |len: u64, spread: f32, r: &mut Random| Tensor::new(p.element, &r.normals(len as usize, spread));
         let (cu_q, cu_kv) = match p.packed {
             None => (None, None),
             Some(packed) => (
@@ -77,10 +84,10 @@ impl Operands {
                 Some(boundaries(batch, packed.total_kv, p.seq_kv, r)),
             ),
         };
-        Operands {
-            q: tensor(shape.q().extent(), r),
-            k: tensor(shape.k().extent(), r),
-            v: tensor(shape.v().extent(), r),
+        Data {
+            q: tensor(shape.q().extent(), peak, r),
+            k: tensor(shape.k().extent(), 1.0, r),
+            v: tensor(shape.v().extent(), 1.0, r),
             mask: p
                 .mask
                 .map(|mask| (0..mask.len()).map(|_| if r.once_in(3) { 0 } else { 1 + r.below(255) as u8 }).collect()),
@@ -91,11 +98,11 @@ impl Operands {
                 Tensor::new(bias.element, &holes)
             }),
             key_lengths: p.key_lengths.then(|| {
-                let some = [0, p.seq_kv, p.seq_kv / 2 | 1, p.seq_kv - 1];
-                (0..batch).map(|b| some[(b + r.below(2)) % some.len()].min(p.seq_kv)).collect()
+                let some = [0, p.seq_kv, (p.seq_kv / 2) | 1, p.seq_kv - 1];
+                (0..batch).map(|b| some[(b + r.below(2) as usize) % some.len()].min(p.seq_kv)).collect()
             }),
             offsets: (p.causal == Causal::Offset)
-                .then(|| (0..batch).map(|_| r.below((p.seq_kv + p.seq_q) as usize) as i32 - p.seq_q as i32).collect()),
+                .then(|| (0..batch).map(|_| r.below(p.seq_kv + p.seq_q) as i32 - p.seq_q as i32).collect()),
             slopes: p.alibi.then(|| (0..p.heads).map(|h| 0.5 / (h + 1) as f32).collect()),
             sinks: p.sinks.then(|| r.normals(p.heads as usize, 1.0)),
             cu_q,
@@ -122,11 +129,11 @@ impl Operands {
 
 /// Boundaries of sequences, some of them empty, each at most `longest`; tokens may be left that belong to nobody.
 fn boundaries(batch: usize, total: u32, longest: u32, r: &mut Random) -> Vec<u32> {
-    let mut at = r.below(2) as u32;
+    let mut at = r.below(2);
     let mut bounds = vec![at];
     for _ in 0..batch {
-        let room = (total - at).min(longest) as usize;
-        at += if r.once_in(4) { 0 } else { r.below(room + 1) as u32 };
+        let room = (total - at).min(longest);
+        at += if r.once_in(4) { 0 } else { r.below(room + 1) };
         bounds.push(at);
     }
     bounds

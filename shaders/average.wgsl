@@ -1,0 +1,44 @@
+// Average:  the weights that the layer gives out: of each head, or their mean, with columns for the keys that the layer adds.
+//   y[b,(h),i,j] = (mean over h of) (1 − w') · w[b,h,i,j];  then w' of the extra key;  then (1 − w') · exp(−lse) of the zero key.
+//
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads (one where the mean is taken) and batches.
+// Memory:    no workgroup memory.
+// Given:     lse as `extra` leaves it. params.in_end heads are averaged, params.seq_kv keys stand in w and params.key_end columns in y.
+// Reference: src/reference/average.rs
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> w: array<f32>;
+@group(0) @binding(2) var<storage, read> lse: array<f32>;
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let row = params.row0 + here.row_tile;
+    let key = here.col_tile * {{ threads }}u + thread;
+    if (!here.inside || key >= params.key_end) {
+        return;
+    }
+    var sum = 0.0;
+    for (var n = 0u; n < params.in_end; n++) {
+        let line = params.lse_base + here.batch * params.lse_batch + (here.head + n) * params.lse_head + row;
+        var keep = 1.0;
+        var extra = 0.0;
+        if ((params.flags & BIAS) != 0u) {
+            extra = lse[line + params.total_q];
+            keep = 1.0 - extra;
+        }
+        if (key < params.seq_kv) {
+            sum += keep * w[params.s_base + here.batch * params.s_batch + (here.head + n) * params.s_head + row * params.s_row + key];
+        } else if (key == params.seq_kv && (params.flags & BIAS) != 0u) {
+            sum += extra;
+        } else {
+            sum += keep * exp(-lse[line]);
+        }
+    }
+    y[params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key] = sum * params.scale;
+}

@@ -1,0 +1,40 @@
+//! Host side of `shaders/extra.wgsl`: one more key that every row sees.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning::ELEMENTWISE;
+
+/// The only variant of `extra`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extra;
+
+impl Extra {
+    pub(crate) fn all() -> impl Iterator<Item = Extra> {
+        std::iter::once(Extra)
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![(Slot::Q, false), (Slot::Shifts, false), (Slot::Lse, true), (Slot::Out, true)]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! { threads => self.threads() }
+    }
+}
+
+impl fmt::Display for Extra {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad("extra")
+    }
+}

@@ -1,0 +1,69 @@
+//! Host side of `shaders/project.wgsl`: y = x w + b.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::{Body, Slot, Tile};
+use crate::problem::Element;
+use crate::tuning;
+
+/// A variant of `project`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Project {
+    /// Tile parameters.
+    pub tile: Tile,
+    /// Type of the weights in memory; 16-bit types are packed in u32.
+    pub element: Element,
+    /// The weights are [out, in] rather than [in, out].
+    pub transposed: bool,
+    /// Every row of x, w and y starts at a multiple of four elements and has a multiple of four of them.
+    pub vector: bool,
+}
+
+impl Project {
+    pub(crate) fn all() -> impl Iterator<Item = Project> {
+        tuning::project_tiles().flat_map(|tile| {
+            [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
+                [(false, false), (false, true), (true, false), (true, true)].map(|(transposed, vector)| Project {
+                    tile,
+                    element,
+                    transposed,
+                    vector,
+                })
+            })
+        })
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![(Slot::Query, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Result, true)]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        self.tile.threads(self.tile.cols)
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        match self.tile.body {
+            Body::Tiled => 16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1),
+            Body::Lanes { .. } => 0,
+        }
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! {
+            element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
+            workgroup_bytes => self.workgroup_bytes(),
+            ..self.tile.context(self.threads())
+        }
+    }
+}
+
+impl fmt::Display for Project {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { body, rows, tile_rows, tile_cols, .. } = self.tile;
+        let order = if self.transposed { "[out, in]" } else { "[in, out]" };
+        let vector = if self.vector { "" } else { " unaligned" };
+        write!(f, "project[{body}; {tile_rows}×{tile_cols}, {rows} rows each; {} {order}{vector}]", self.element)
+    }
+}

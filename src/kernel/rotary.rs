@@ -1,0 +1,63 @@
+//! Host side of `shaders/rotary.wgsl`: pairs of a row turn by the angle of its position.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::problem::Element;
+use crate::tuning::ELEMENTWISE;
+
+/// A variant of `rotary`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rotary {
+    /// Type of the rows in memory; 16-bit types are packed in u32.
+    pub element: Element,
+    /// Pairs are neighbours rather than half a rotation apart.
+    pub interleaved: bool,
+    /// The result replaces the input.
+    pub in_place: bool,
+}
+
+impl Rotary {
+    pub(crate) fn all() -> impl Iterator<Item = Rotary> {
+        [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(|element| {
+            [(false, false), (false, true), (true, false), (true, true)].map(|(interleaved, in_place)| Rotary {
+                element,
+                interleaved,
+                in_place,
+            })
+        })
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = vec![(Slot::Angles, false), (Slot::Positions, false), (Slot::Result, true)];
+        if !self.in_place {
+            slots.push((Slot::Query, false));
+        }
+        slots
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! {
+            threads => self.threads(), element => self.element.to_string(), packed => self.element != Element::F32,
+            interleaved => self.interleaved, in_place => self.in_place,
+        }
+    }
+}
+
+impl fmt::Display for Rotary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs = if self.interleaved { "interleaved" } else { "halves" };
+        let place = if self.in_place { " in place" } else { "" };
+        write!(f, "rotary[{}, {pairs}{place}]", self.element)
+    }
+}

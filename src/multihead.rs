@@ -1,0 +1,690 @@
+//! The layer on the GPU: weights that stay there, and calls recorded into the caller's encoder.
+
+use crate::caps::Caps;
+use crate::encode::{Attention, Buffers, Prepared, allocate};
+use crate::gpu::{Gpu, upload_bytes};
+use crate::kernel::params::{Params, flags};
+use crate::kernel::{Slot, Variant, average, extra};
+use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
+use crate::operation::Operation;
+use crate::plan::{Bound, Options, Span, Steps, bind, small};
+use crate::problem::{Causal, Element, Layout, Problem, Strides};
+use crate::projection::{self, Append, Order, Projection};
+use crate::rotation::{self, Positions, Rotation};
+use crate::{Error, Result};
+
+/// A [`Layer`] whose weights are on a device.
+#[derive(Debug)]
+pub struct MultiHeadAttention {
+    /// Without its weights, which are only on the device.
+    layer: Layer,
+    element: Element,
+    /// Query, key, value and output, or query, key and value together and output.
+    matrices: Vec<wgpu::Buffer>,
+    /// Query, key and value weights are one matrix.
+    packed: bool,
+    /// Biases and added key and value, and where they begin.
+    shifts: Vec<f32>,
+    places: Places,
+    /// Cosines and sines.
+    table: Option<wgpu::Buffer>,
+}
+
+/// Places in the buffer of biases.
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    query: Option<u64>,
+    key: Option<u64>,
+    value: Option<u64>,
+    out: Option<u64>,
+    extra_key: u64,
+    extra_value: u64,
+}
+
+/// A layer prepared for one [`Problem`] and [`Call`], ready to be recorded any number of times.
+///
+/// The scratch is shared by all recordings, so they run one after the other on the queue, as wgpu orders them by itself.
+#[derive(Debug)]
+pub struct PreparedLayer {
+    before: Operation,
+    attention: Prepared,
+    after: Operation,
+    call: Call,
+    matrices: Vec<wgpu::Buffer>,
+    shifts: wgpu::Buffer,
+    /// Where `starts` go in `shifts`, and their bytes.
+    starts: (u64, u64),
+    table: Option<wgpu::Buffer>,
+    q: wgpu::Buffer,
+    k: Option<wgpu::Buffer>,
+    v: Option<wgpu::Buffer>,
+    context: wgpu::Buffer,
+    lse: Option<wgpu::Buffer>,
+    weights: Option<wgpu::Buffer>,
+    /// Zeros, for positions and sinks.
+    zeros: wgpu::Buffer,
+    zero_attn: bool,
+}
+
+/// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerBuffers<'a> {
+    /// Query input.
+    pub query: wgpu::BufferSlice<'a>,
+    /// Key input, where [`Sources`] has one.
+    pub key: Option<wgpu::BufferSlice<'a>>,
+    /// Value input, where [`Sources`] has one.
+    pub value: Option<wgpu::BufferSlice<'a>>,
+    /// The layer's output.
+    pub result: wgpu::BufferSlice<'a>,
+    /// The weights, if the call asks for them.
+    pub weights: Option<wgpu::BufferSlice<'a>>,
+    /// The key/value cache, if the call has one.
+    pub cache: Option<CacheBuffers<'a>>,
+    /// Mask, bias and the small arrays, as the problem says; q, k, v and out are not used.
+    pub operands: Buffers<'a>,
+}
+
+/// A key/value cache on the GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheBuffers<'a> {
+    /// [batch, kv_heads, seq_kv, key_dim].
+    pub k: wgpu::BufferSlice<'a>,
+    /// [batch, kv_heads, seq_kv, value_dim].
+    pub v: wgpu::BufferSlice<'a>,
+    /// Keys that each batch has already: u32 `[batch]`, usages `STORAGE` and `COPY_SRC`. Not written: add `seq_q` for the next
+    /// call.
+    pub starts: wgpu::BufferSlice<'a>,
+}
+
+impl<'a> LayerBuffers<'a> {
+    /// Self-attention without further operands.
+    pub fn new(query: wgpu::BufferSlice<'a>, result: wgpu::BufferSlice<'a>) -> Self {
+        let operands = Buffers::new(query, query, query, result);
+        LayerBuffers { query, key: None, value: None, result, weights: None, cache: None, operands }
+    }
+}
+
+fn encoded(values: &[f32], element: Element) -> Vec<u8> {
+    match element {
+        Element::F32 => bytemuck::cast_slice(values).to_vec(),
+        Element::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_ne_bytes()).collect(),
+        Element::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect(),
+    }
+}
+
+/// Matrices with the same rows of x as one, their columns side by side.
+fn together(parts: [&Linear; 3]) -> Vec<f32> {
+    match parts[0].order {
+        Order::OutIn => parts.iter().flat_map(|part| part.weight.iter().copied()).collect(),
+        Order::InOut => (0..parts[0].inputs as usize)
+            .flat_map(|i| parts.iter().flat_map(move |part| part.weight.chunks_exact(part.outputs as usize).nth(i)))
+            .flatten()
+            .copied()
+            .collect(),
+    }
+}
+
+impl MultiHeadAttention {
+    /// Uploads a layer's weights as `element`; biases stay f32.
+    pub fn new(attention: &Attention, queue: &wgpu::Queue, layer: &Layer, element: Element) -> Result<Self> {
+        layer.check()?;
+        let caps = attention.caps();
+        caps.check()?;
+        let parts = [&layer.query, &layer.key, &layer.value];
+        let bytes = |parts: &[&Linear]| parts.iter().map(|p| p.weight.len() as u64).sum::<u64>() * element.bytes();
+        let alike = parts.iter().all(|p| (p.inputs, p.order) == (layer.query.inputs, layer.query.order));
+        let packed = alike && bytes(&parts) <= caps.limits.max_buffer_size;
+        let mut hosts: Vec<Vec<f32>> =
+            if packed { vec![together(parts)] } else { parts.iter().map(|p| p.weight.clone()).collect() };
+        hosts.push(layer.out.weight.clone());
+        let limit = caps.limits.max_buffer_size;
+        if let Some(value) = hosts.iter().map(|m| m.len() as u64 * element.bytes()).find(|&size| size > limit) {
+            return Err(Error::TooLarge { field: "weight matrix", value, limit });
+        }
+        let (mut shifts, mut places) = (Vec::new(), Places::default());
+        if parts.iter().any(|p| p.bias.is_some()) {
+            // All three, so that they stand in a row for the packed matrix.
+            for (part, place) in parts.iter().zip([&mut places.query, &mut places.key, &mut places.value]) {
+                *place = Some(shifts.len() as u64);
+                shifts.extend(part.bias.clone().unwrap_or_else(|| vec![0.0; part.outputs as usize]));
+            }
+        }
+        if let Some(bias) = &layer.out.bias {
+            places.out = Some(shifts.len() as u64);
+            shifts.extend(bias);
+        }
+        if let Some((key, value)) = &layer.bias_kv {
+            places.extra_key = shifts.len() as u64;
+            shifts.extend(key);
+            places.extra_value = shifts.len() as u64;
+            shifts.extend(value);
+        }
+        // A binding is at least a vector long.
+        shifts.resize(shifts.len().max(4), 0.0);
+        let (matrices, table) = allocate(attention.device(), || {
+            let upload = |label, bytes: &[u8]| upload_bytes(attention.device(), queue, label, bytes);
+            let matrices = hosts.iter().map(|m| upload("weights", &encoded(m, element))).collect();
+            let table = layer
+                .rotary
+                .map(|r| upload("rotary table", bytemuck::cast_slice(&Rotation::table(r.positions, r.dim, r.base))));
+            (matrices, table)
+        })?;
+        let mut layer = layer.clone();
+        for linear in [&mut layer.query, &mut layer.key, &mut layer.value, &mut layer.out] {
+            linear.weight = Vec::new();
+        }
+        Ok(MultiHeadAttention { layer, element, matrices, packed, shifts, places, table })
+    }
+
+    /// The attention problem inside the layer, as [`Layer::problem`].
+    pub fn problem(&self, batch: u32, seq_q: u32, seq_kv: u32) -> Problem {
+        self.layer.problem(batch, seq_q, seq_kv)
+    }
+
+    /// Plans, compiles what is not cached yet, and allocates the scratch. Blocks while the driver compiles.
+    ///
+    /// With a cache, `problem.seq_kv` is its room, and the causal rule is that each new row sees the keys up to itself.
+    pub fn prepare(
+        &self,
+        attention: &Attention,
+        problem: &Problem,
+        call: &Call,
+        options: &Options,
+    ) -> Result<PreparedLayer> {
+        self.layer.check_call_sizes(problem, call)?;
+        Preparation::new(self, attention, problem, *call, options)?.prepare(attention)
+    }
+
+    /// Runs the layer on host slices: upload, compute, read back.
+    pub fn forward(&self, gpu: &Gpu, problem: &Problem, call: &Call, inputs: &LayerInputs<'_>) -> Result<LayerOutputs> {
+        self.forward_with(gpu, problem, call, inputs, &Options::default())
+    }
+
+    /// The same with planning [`Options`].
+    pub fn forward_with(
+        &self,
+        gpu: &Gpu,
+        problem: &Problem,
+        call: &Call,
+        inputs: &LayerInputs<'_>,
+        options: &Options,
+    ) -> Result<LayerOutputs> {
+        if call.cache {
+            let why = "the cache stays on the GPU: record the call into an encoder";
+            return Err(Error::Conflict { left: "cache", right: "host slices", why });
+        }
+        self.layer.check_call_sizes(problem, call)?;
+        self.layer.check_inputs(problem, call, inputs)?;
+        problem.check()?.check_operands(&inputs.operands)?;
+        let prepared = self.prepare(gpu.library(), problem, call, options)?;
+        let of = &inputs.operands;
+        fn bytes<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
+            slice.map(bytemuck::cast_slice)
+        }
+        let columns = u64::from(self.layer.weight_columns(problem.seq_kv));
+        let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
+        let heads = call.weights.map(|which| if which == Weights::Heads { u64::from(problem.heads) } else { 1 });
+        let nan = |count: u64| bytemuck::cast_slice(&vec![f32::NAN; count as usize]).to_vec();
+        let (result, weights) =
+            (nan(rows * u64::from(self.layer.out.outputs)), heads.map(|heads| nan(heads * rows * columns)));
+        let hosts = [
+            Some(bytemuck::cast_slice(inputs.query)),
+            bytes(inputs.key),
+            bytes(inputs.value),
+            Some(&result[..]),
+            weights.as_deref(),
+            of.mask,
+            of.bias.map(|bias| bias.bytes()),
+            bytes(of.key_lengths),
+            bytes(of.offsets),
+            bytes(of.alibi_slopes),
+            bytes(of.sinks),
+        ];
+        let uploaded = allocate(gpu.device(), || {
+            hosts.map(|host| host.map(|bytes| upload_bytes(gpu.device(), gpu.queue(), "layer operand", bytes)))
+        })?;
+        let [query, key, value, result, weights, mask, bias, lengths, offsets, slopes, sinks] =
+            uploaded.each_ref().map(|buffer| buffer.as_ref().map(|buffer| buffer.slice(..)));
+        let (query, result) = (query.expect("uploaded"), result.expect("uploaded"));
+        let mut buffers = LayerBuffers::new(query, result);
+        (buffers.key, buffers.value, buffers.weights) = (key, value, weights);
+        (buffers.operands.mask, buffers.operands.bias) = (mask, bias);
+        (buffers.operands.key_lengths, buffers.operands.offsets) = (lengths, offsets);
+        (buffers.operands.alibi_slopes, buffers.operands.sinks) = (slopes, sinks);
+        for slice in 0..prepared.slices() {
+            let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            prepared.encode_slice(slice, &mut encoder, &buffers)?;
+            gpu.queue().submit([encoder.finish()]);
+            gpu.wait()?;
+        }
+        let read = |slice| gpu.read(slice).map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes));
+        Ok(LayerOutputs { out: read(result)?, weights: weights.map(read).transpose()? })
+    }
+}
+
+/// What [`PreparedLayer`] is made from.
+struct Preparation<'a> {
+    of: &'a MultiHeadAttention,
+    caps: &'a Caps,
+    options: &'a Options,
+    problem: Problem,
+    call: Call,
+    /// Query, key and value are projected in one dispatch, into one buffer.
+    fused: bool,
+    scale: f32,
+}
+
+impl<'a> Preparation<'a> {
+    fn new(
+        of: &'a MultiHeadAttention,
+        attention: &'a Attention,
+        problem: &Problem,
+        call: Call,
+        options: &'a Options,
+    ) -> Result<Self> {
+        let (caps, layer) = (attention.caps(), &of.layer);
+        let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs].map(u64::from);
+        let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
+        let fused = of.packed
+            && call.sources == Sources::Query
+            && !call.cache
+            && 4 * rows * (nq + nk + nv) <= caps.limits.max_buffer_size;
+        let mut inner = problem.clone().with_layout(Layout::Bshd);
+        let direct = call.weights == Some(Weights::Heads) && layer.weight_columns(0) == 0;
+        inner.weights = call.weights.is_some();
+        inner.lse = layer.bias_kv.is_some() || (call.weights.is_some() && !direct);
+        inner.sinks |= layer.zero_attn;
+        if call.cache {
+            (inner.k, inner.v, inner.causal) = (Layout::Bhsd, Layout::Bhsd, Causal::Offset);
+        }
+        if fused {
+            let row = nq + nk + nv;
+            let part = |offset, dim: u32| {
+                Layout::Strided(Strides { offset, batch: u64::from(problem.seq_q) * row, head: dim.into(), row })
+            };
+            (inner.q, inner.k, inner.v) =
+                (part(0, layer.key_dim), part(nq, layer.key_dim), part(nq + nk, layer.value_dim));
+        }
+        let scale = inner.check()?.scale();
+        Ok(Preparation { of, caps, options, problem: inner, call, fused, scale })
+    }
+
+    /// Strides of an input or the output of the layer.
+    fn outer(&self, width: u32, rows: u32) -> Strides {
+        let (batch, row) = if self.call.seq_first { (1, self.problem.batch) } else { (rows, 1) };
+        let width = u64::from(width);
+        Strides { offset: 0, batch: u64::from(batch) * width, head: 0, row: u64::from(row) * width }
+    }
+
+    fn starts(&self) -> u64 {
+        self.of.shifts.len() as u64
+    }
+
+    /// The projections and rotations before attention.
+    fn before(&self, steps: &mut Steps<'_>) -> Result<()> {
+        let (layer, shape) = (&self.of.layer, self.problem.check()?);
+        let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs];
+        let (seq_q, keys) =
+            (self.problem.seq_q, if self.call.cache { self.problem.seq_q } else { self.problem.seq_kv });
+        let key_source = if self.call.sources == Sources::Query { Slot::Query } else { Slot::Key };
+        let value_source = if self.call.sources == Sources::Each { Slot::Value } else { key_source };
+        let parts = [
+            (&layer.query, self.of.places.query, Slot::Query, Slot::Q, shape.q().strides, seq_q, 0, layer.key_dim),
+            (&layer.key, self.of.places.key, key_source, Slot::K, shape.k().strides, keys, nq, layer.key_dim),
+            (
+                &layer.value,
+                self.of.places.value,
+                value_source,
+                Slot::V,
+                shape.v().strides,
+                keys,
+                nq + nk,
+                layer.value_dim,
+            ),
+        ];
+        let total = nq + nk + nv;
+        for (n, (linear, bias, source, to, y, rows, column, dim)) in parts.into_iter().enumerate() {
+            if self.fused && n > 0 {
+                break;
+            }
+            let outputs = if self.fused { total } else { linear.outputs };
+            let mut p = Projection::new(rows, linear.inputs, outputs, linear.order, self.of.element);
+            (p.batch, p.x, p.bias, p.y) = (self.problem.batch, self.outer(linear.inputs, rows), bias, y);
+            p.slots = projection::Slots { x: source, matrix: Slot::Matrix(0), y: to };
+            if self.of.packed {
+                (p.weight_offset, p.weight_row) = match linear.order {
+                    Order::OutIn => (u64::from(column) * u64::from(linear.inputs), linear.inputs.into()),
+                    Order::InOut => (column.into(), total.into()),
+                };
+            } else {
+                p.slots.matrix = Slot::Matrix(n as u8);
+            }
+            if self.fused {
+                (p.y.head, p.head_columns) = (0, total);
+            } else {
+                p.head_columns = dim;
+            }
+            if self.call.cache && n > 0 {
+                p.append = Some(Append { starts: self.starts(), rows: self.problem.seq_kv });
+            }
+            p.plan(self.caps, self.options, steps)?;
+        }
+        let Some(rotary) = layer.rotary else { return Ok(()) };
+        let turned = [
+            (layer.heads, seq_q, Slot::Q, shape.q().strides, None),
+            (
+                layer.kv_heads,
+                keys,
+                if self.fused { Slot::Q } else { Slot::K },
+                shape.k().strides,
+                self.call.cache.then_some(self.problem.seq_kv),
+            ),
+        ];
+        for (heads, rows, slot, x, cache_rows) in turned {
+            let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
+            (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
+            (r.x, r.cache_rows, r.slots) = (x, cache_rows, rotation::Slots { x: slot, y: slot });
+            r.plan(self.caps, steps)?;
+        }
+        Ok(())
+    }
+
+    /// The added key, the output projection and the weights, after attention.
+    fn after(&self, steps: &mut Steps<'_>) -> Result<()> {
+        let layer = &self.of.layer;
+        for batch in 0..if layer.bias_kv.is_some() { self.problem.batch } else { 0 } {
+            self.extra(batch, steps)?;
+        }
+        let linear = &layer.out;
+        let mut p = Projection::new(self.problem.seq_q, linear.inputs, linear.outputs, linear.order, self.of.element);
+        let inner = u64::from(linear.inputs);
+        p.x = Strides { offset: 0, batch: u64::from(self.problem.seq_q) * inner, head: 0, row: inner };
+        (p.batch, p.bias) = (self.problem.batch, self.of.places.out);
+        p.y = self.outer(linear.outputs, self.problem.seq_q);
+        p.slots = projection::Slots { x: Slot::Out, matrix: Slot::Matrix(3), y: Slot::Result };
+        p.plan(self.caps, self.options, steps)?;
+        for batch in 0..if self.averages() { self.problem.batch } else { 0 } {
+            self.average(batch, steps)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the weights pass through a kernel of their own on their way out.
+    fn averages(&self) -> bool {
+        self.problem.weights && self.problem.lse
+    }
+
+    /// Places of log-sum-exp: base and strides for `extra` and `average`.
+    fn lse(&self) -> Params {
+        let p = &self.problem;
+        Params {
+            lse_batch: p.heads * p.seq_q,
+            lse_head: p.seq_q,
+            total_q: p.batch * p.heads * p.seq_q,
+            row0: 0,
+            row_end: p.seq_q,
+            ..Params::default()
+        }
+    }
+
+    fn lse_bytes(&self) -> u64 {
+        let places = if self.of.layer.bias_kv.is_some() { 8 } else { 4 };
+        places * u64::from(self.problem.batch) * u64::from(self.problem.heads) * u64::from(self.problem.seq_q)
+    }
+
+    fn bound(&self, slot: Slot, span: Span, origin: u64, written: bool) -> Result<(Bound, u32)> {
+        let (offset, size, base) = bind(self.caps, span, 4, origin);
+        let limit = self.caps.binding();
+        if size > limit {
+            return Err(Error::TooLarge { field: slot.name(), value: size, limit });
+        }
+        Ok((Bound { slot, offset, size, written }, base))
+    }
+
+    fn extra(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
+        let (shape, places) = (self.problem.check()?, self.of.places);
+        let threads = extra::Extra.threads();
+        let (heads, rows) = (self.problem.heads, self.problem.seq_q);
+        let span = |t: &crate::shape::Tensor| (t.at(batch, 0, 0), t.at(batch, heads - 1, rows - 1) + u64::from(t.dim));
+        let (q, q_base) = self.bound(Slot::Q, span(shape.q()), shape.q().strides.offset, false)?;
+        let (out, out_base) = self.bound(Slot::Out, span(shape.out()), shape.out().strides.offset, true)?;
+        let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, true)?;
+        let (shifts, shift) = self.bound(Slot::Shifts, (0, self.starts()), 0, false)?;
+        let [q_strides, out_strides] = [shape.q().strides, shape.out().strides];
+        let params = Params {
+            row_tiles: rows.div_ceil(threads),
+            col_tiles: 1,
+            batch0: batch,
+            heads,
+            group: heads / self.problem.kv_heads,
+            head_dim: self.problem.head_dim,
+            value_dim: self.problem.value_dim,
+            scale: self.scale,
+            q_base,
+            q_batch: q_strides.batch as u32,
+            q_head: q_strides.head as u32,
+            q_row: q_strides.row as u32,
+            out_base,
+            out_batch: out_strides.batch as u32,
+            out_head: out_strides.head as u32,
+            out_row: out_strides.row as u32,
+            k_base: (places.extra_key as u32).wrapping_add(shift),
+            v_base: (places.extra_value as u32).wrapping_add(shift),
+            ..self.lse()
+        };
+        let workgroups = small("workgroups", u64::from(params.row_tiles) * u64::from(heads))?;
+        let flops = 4.0 * f64::from(heads) * f64::from(rows) * f64::from(params.head_dim + params.value_dim);
+        steps.push(Variant::Extra(extra::Extra), params, vec![q, shifts, lse, out], workgroups, flops)
+    }
+
+    fn average(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
+        let (p, threads) = (&self.problem, average::Average.threads());
+        let columns = self.of.layer.weight_columns(p.seq_kv);
+        let mean = self.call.weights == Some(Weights::Mean);
+        let heads = if mean { 1 } else { p.heads };
+        let [h, rows, keys] = [p.heads, p.seq_q, p.seq_kv].map(u64::from);
+        let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
+        let (w, s_base) = self.bound(Slot::Weights, within(h * rows * keys), 0, false)?;
+        let per_batch = u64::from(heads) * rows * u64::from(columns);
+        let (y, out_base) = self.bound(Slot::Averaged, within(per_batch), 0, true)?;
+        let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, false)?;
+        let params = Params {
+            row_tiles: p.seq_q,
+            col_tiles: columns.div_ceil(threads),
+            batch0: batch,
+            heads,
+            in_end: if mean { p.heads } else { 1 },
+            seq_kv: p.seq_kv,
+            key_end: columns,
+            scale: if mean { 1.0 / p.heads as f32 } else { 1.0 },
+            flags: if self.of.layer.bias_kv.is_some() { flags::BIAS } else { 0 },
+            s_base,
+            s_batch: (h * rows * keys) as u32,
+            s_head: (rows * keys) as u32,
+            s_row: p.seq_kv,
+            out_base,
+            out_batch: per_batch as u32,
+            out_head: (rows * u64::from(columns)) as u32,
+            out_row: columns,
+            ..self.lse()
+        };
+        let workgroups = rows * u64::from(params.col_tiles) * u64::from(heads);
+        let flops = 32.0 * (h * rows) as f64 * f64::from(columns);
+        let variant = Variant::Average(average::Average);
+        steps.push(variant, params, vec![w, lse, y], small("workgroups", workgroups)?, flops)
+    }
+
+    fn prepare(self, attention: &Attention) -> Result<PreparedLayer> {
+        let (mut before, mut after) = (Steps::new(self.caps, self.options), Steps::new(self.caps, self.options));
+        self.before(&mut before)?;
+        self.after(&mut after)?;
+        let before = Operation::new(attention, before)?;
+        let inner = attention.prepare(&attention.plan_with(&self.problem, self.options)?)?;
+        let after = Operation::new(attention, after)?;
+        let (p, layer) = (&self.problem, &self.of.layer);
+        let shape = inner.plan().shape();
+        let batch = u64::from(p.batch);
+        let q_elements = match self.fused {
+            true => shape.v().extent().max(shape.q().extent()),
+            false => shape.q().extent(),
+        };
+        let own = !self.fused && !self.call.cache;
+        let scores = self.averages().then(|| 4 * shape.scores_len());
+        let sizes = [
+            ("projected queries", Some(4 * q_elements)),
+            ("projected keys", own.then(|| 4 * shape.k().extent())),
+            ("projected values", own.then(|| 4 * shape.v().extent())),
+            ("merged heads", Some(4 * shape.out().extent())),
+            ("log-sum-exp", p.lse.then(|| self.lse_bytes())),
+            ("weights of heads", scores),
+            ("zeros", Some(4 * batch.max(layer.heads.into()))),
+        ];
+        let limit = self.caps.limits.max_buffer_size;
+        for (field, size) in sizes {
+            if let Some(value) = size.filter(|&size| size > limit) {
+                return Err(Error::TooLarge { field, value, limit });
+            }
+        }
+        let device = attention.device();
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let starts = (4 * self.starts(), 4 * batch);
+        let ([q, k, v, context, lse, weights, zeros], shifts) = allocate(device, || {
+            let buffer = |label, size: u64, mapped_at_creation| {
+                device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation })
+            };
+            let shifts = buffer("biases", starts.0 + starts.1, true);
+            (sizes.map(|(label, size)| size.map(|size| buffer(label, size.max(16), false))), shifts)
+        })?;
+        shifts
+            .get_mapped_range_mut(..starts.0)
+            .map_err(|error| Error::DeviceLost(error.to_string()))?
+            .copy_from_slice(bytemuck::cast_slice(&self.of.shifts));
+        shifts.unmap();
+        let made = "every size is stated";
+        Ok(PreparedLayer {
+            before,
+            attention: inner,
+            after,
+            call: self.call,
+            matrices: self.of.matrices.clone(),
+            shifts,
+            starts,
+            table: self.of.table.clone(),
+            q: q.expect(made),
+            k,
+            v,
+            context: context.expect(made),
+            lse,
+            weights,
+            zeros: zeros.expect(made),
+            zero_attn: layer.zero_attn,
+        })
+    }
+}
+
+impl PreparedLayer {
+    /// The plan of the attention inside.
+    pub fn plan(&self) -> &crate::Plan {
+        self.attention.plan()
+    }
+
+    /// How many slices there are.
+    pub fn slices(&self) -> usize {
+        self.before.slices() + self.attention.slices() + self.after.slices()
+    }
+
+    /// Records the whole layer. Nothing is submitted, waited for or read back.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &LayerBuffers<'_>) -> Result<()> {
+        (0..self.slices()).try_for_each(|slice| self.encode_slice(slice, encoder, buffers))
+    }
+
+    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
+    pub fn encode_slice(
+        &self,
+        slice: usize,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &LayerBuffers<'_>,
+    ) -> Result<()> {
+        let slots = self.slots(buffers)?;
+        let (first, second) = (self.before.slices(), self.before.slices() + self.attention.slices());
+        if slice < first {
+            if let (0, Some(cache)) = (slice, buffers.cache) {
+                let (place, size) = self.starts;
+                if !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC) {
+                    return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
+                }
+                crate::encode::check_slice("starts", &cache.starts, size, 4)?;
+                encoder.copy_buffer_to_buffer(cache.starts.buffer(), cache.starts.offset(), &self.shifts, place, size);
+            }
+            self.before.encode_slice(slice, encoder, &slots)
+        } else if slice < second {
+            self.attention.encode_slice(slice - first, encoder, &self.inner(buffers))
+        } else {
+            self.after.encode_slice(slice - second, encoder, &slots)
+        }
+    }
+
+    /// What the operations around attention bind.
+    fn slots<'a>(&'a self, buffers: &LayerBuffers<'a>) -> Result<Vec<(Slot, wgpu::BufferSlice<'a>)>> {
+        let given = [
+            ("key", buffers.key.is_some(), self.call.sources != Sources::Query),
+            ("value", buffers.value.is_some(), self.call.sources == Sources::Each),
+            ("weights", buffers.weights.is_some(), self.call.weights.is_some()),
+            ("cache", buffers.cache.is_some(), self.call.cache),
+        ];
+        for (field, given, wanted) in given {
+            match (given, wanted) {
+                (true, false) => return Err(Error::Unexpected { field }),
+                (false, true) => return Err(Error::Missing { field }),
+                _ => {}
+            }
+        }
+        let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
+        let cache = buffers.cache.as_ref();
+        let listed = [
+            (Slot::Query, Some(buffers.query)),
+            (Slot::Key, buffers.key),
+            (Slot::Value, buffers.value),
+            (Slot::Result, Some(buffers.result)),
+            (Slot::Averaged, buffers.weights),
+            (Slot::Shifts, Some(self.shifts.slice(..))),
+            (Slot::Q, Some(self.q.slice(..))),
+            (Slot::K, cache.map(|cache| cache.k).or(whole(&self.k))),
+            (Slot::V, cache.map(|cache| cache.v).or(whole(&self.v))),
+            (Slot::Out, Some(self.context.slice(..))),
+            (Slot::Lse, whole(&self.lse)),
+            (Slot::Weights, whole(&self.weights)),
+            (Slot::Angles, whole(&self.table)),
+            (Slot::Positions, Some(cache.map_or(self.zeros.slice(..), |cache| cache.starts))),
+        ];
+        let last = self.matrices.len() - 1;
+        let matrices = self
+            .matrices
+            .iter()
+            .enumerate()
+            .map(|(n, matrix)| (Slot::Matrix(if n == last { 3 } else { n as u8 }), matrix.slice(..)));
+        Ok(listed.into_iter().filter_map(|(slot, slice)| Some((slot, slice?))).chain(matrices).collect())
+    }
+
+    /// What attention binds.
+    fn inner<'a>(&'a self, buffers: &LayerBuffers<'a>) -> Buffers<'a> {
+        let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
+        let q = self.q.slice(..);
+        let (k, v) = match &buffers.cache {
+            Some(cache) => (cache.k, cache.v),
+            None => (whole(&self.k).unwrap_or(q), whole(&self.v).unwrap_or(q)),
+        };
+        let mut inner = Buffers { q, k, v, out: self.context.slice(..), ..buffers.operands };
+        inner.lse = self.lse.as_ref().map(|lse| lse.slice(..));
+        inner.weights = whole(&self.weights).or(buffers.weights);
+        inner.logits = None;
+        if self.zero_attn {
+            inner.sinks = Some(self.zeros.slice(..));
+        }
+        if let Some(cache) = &buffers.cache {
+            inner.offsets = Some(cache.starts);
+        }
+        inner
+    }
+}

@@ -1,0 +1,338 @@
+//! `y = x w + b` on the GPU: the linear layers around attention.
+
+use std::ops::Range;
+
+use crate::caps::Caps;
+use crate::kernel::params::{Params, flags};
+use crate::kernel::{Body, Slot, Tile, Variant, project};
+use crate::plan::{self, Bound, Options, Span, Steps, bind, small};
+use crate::problem::{Element, Strides};
+use crate::shape::MAX_SIZE;
+use crate::{Error, Result, tuning};
+
+/// Order of a weight matrix in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// [in, out], as Keras and TensorFlow keep it.
+    #[default]
+    InOut,
+    /// [out, in], as PyTorch keeps it.
+    OutIn,
+}
+
+/// A product `y[b,r,c] = Σ_i x[b,r,i] · w[i,c] + bias[c]`. x, bias and y are f32.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Projection {
+    /// Batches of rows.
+    pub batch: u32,
+    /// Rows of a batch.
+    pub rows: u32,
+    /// Columns of x.
+    pub inputs: u32,
+    /// Columns of y.
+    pub outputs: u32,
+    /// Where element (b, r, i) of x stands; `head` is unused.
+    pub x: Strides,
+    /// Order of the weights.
+    pub order: Order,
+    /// Type of the weights.
+    pub element: Element,
+    /// Place of the first weight, in elements.
+    pub weight_offset: u64,
+    /// Elements from one row of the matrix in memory to the next; at least `outputs` ([`Order::InOut`]) or `inputs`.
+    pub weight_row: u64,
+    /// Place of the first bias, if there is one.
+    pub bias: Option<u64>,
+    /// Columns of a head of y; divides `outputs`.
+    pub head_columns: u32,
+    /// Where element (b, head, r, c) of y stands.
+    pub y: Strides,
+    /// Rows of batch `b` go to row `starts[b]` of y on, which has room for `rows`: a key/value cache.
+    pub append: Option<Append>,
+    pub(crate) slots: Slots,
+}
+
+/// Where new rows go in a tensor that holds some already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Append {
+    /// Place of `starts`, u32 `[batch]`, in 4-byte words of the buffer of biases. Larger starts count as the last that fits.
+    pub starts: u64,
+    /// Rows that y has room for.
+    pub rows: u32,
+}
+
+/// Which buffers a projection reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slots {
+    pub(crate) x: Slot,
+    pub(crate) matrix: Slot,
+    pub(crate) y: Slot,
+}
+
+/// A part of a projection that one dispatch may bind.
+#[derive(Clone, Debug)]
+struct Part {
+    batch: Range<u32>,
+    rows: Range<u32>,
+    inputs: Range<u32>,
+    columns: Range<u32>,
+}
+
+impl Projection {
+    /// Dense rows times a dense matrix, without bias.
+    pub fn new(rows: u32, inputs: u32, outputs: u32, order: Order, element: Element) -> Self {
+        let weight_row = match order {
+            Order::InOut => outputs,
+            Order::OutIn => inputs,
+        };
+        Projection {
+            batch: 1,
+            rows,
+            inputs,
+            outputs,
+            x: Strides { row: inputs.into(), ..Strides::default() },
+            order,
+            element,
+            weight_offset: 0,
+            weight_row: weight_row.into(),
+            bias: None,
+            head_columns: outputs,
+            y: Strides { row: outputs.into(), ..Strides::default() },
+            append: None,
+            slots: Slots { x: Slot::Query, matrix: Slot::Matrix(0), y: Slot::Result },
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let sizes = [("batch", self.batch), ("rows", self.rows), ("inputs", self.inputs), ("outputs", self.outputs)];
+        for (field, value) in sizes {
+            if value == 0 {
+                return Err(Error::Zero { field });
+            }
+            if value > MAX_SIZE {
+                return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+            }
+        }
+        if self.head_columns == 0 || !self.outputs.is_multiple_of(self.head_columns) {
+            return Err(Error::Divide {
+                field: "head_columns",
+                value: self.head_columns.into(),
+                of: "outputs",
+                whole: self.outputs.into(),
+            });
+        }
+        let dense = match self.order {
+            Order::InOut => self.outputs,
+            Order::OutIn => self.inputs,
+        };
+        if self.weight_row < dense.into() {
+            return Err(Error::Entry {
+                field: "weight_row",
+                index: 0,
+                value: self.weight_row as i64,
+                want: "at least",
+                limit: dense.into(),
+            });
+        }
+        if let Some(append) = self.append
+            && append.rows < self.rows
+        {
+            return Err(Error::TooLarge { field: "rows", value: self.rows.into(), limit: append.rows.into() });
+        }
+        // Byte counts stay far from u64's end, so that planning adds without checks.
+        let limit = 1 << 48;
+        let places = [
+            ("x", [self.x.offset, self.x.batch, 0, self.x.row]),
+            ("y", [self.y.offset, self.y.batch, self.y.head, self.y.row]),
+            ("weight", [self.weight_offset, self.weight_row, self.bias.unwrap_or(0), 0]),
+        ];
+        for (field, strides) in places {
+            if let Some(&value) = strides.iter().find(|&&stride| stride > limit >> 28) {
+                return Err(Error::TooLarge { field, value, limit: limit >> 28 });
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of all batches as one, where x and y allow that: larger tiles, fewer of them.
+    fn flat(&self) -> Self {
+        let mut flat = self.clone();
+        let rows = u64::from(self.rows);
+        let in_line = self.x.batch == rows * self.x.row && self.y.batch == rows * self.y.row;
+        if self.append.is_none() && self.batch > 1 && in_line && rows * u64::from(self.batch) <= u64::from(MAX_SIZE) {
+            (flat.batch, flat.rows) = (1, self.rows * self.batch);
+        }
+        flat
+    }
+
+    fn vector(&self) -> bool {
+        let strides = |s: &Strides, heads: u32| {
+            let axes = [(s.batch, self.batch), (s.head, heads), (s.row, self.rows)];
+            s.offset.is_multiple_of(4) && axes.iter().all(|&(stride, size)| size == 1 || stride.is_multiple_of(4))
+        };
+        [self.inputs, self.outputs, self.head_columns].iter().all(|n| n.is_multiple_of(4))
+            && strides(&self.x, 1)
+            && strides(&self.y, self.outputs / self.head_columns)
+            && [self.weight_offset, self.weight_row].iter().all(|n| n.is_multiple_of(4))
+    }
+
+    fn tile(&self, caps: &Caps, options: &Options) -> Result<Tile> {
+        let (body, _) = plan::choose_body(caps, options);
+        if let Body::Lanes { lanes, .. } = body {
+            let [many, one] = tuning::project_lanes(body);
+            return Ok(if self.rows <= lanes { one } else { many });
+        }
+        let fits = |tile: &Tile| {
+            let variant = Variant::Project(self.variant(*tile));
+            plan::fits(caps, variant.threads(), variant.workgroup_bytes())
+        };
+        plan::largest(&tuning::PROJECT_TILED, self.rows, fits, "project")
+    }
+
+    fn variant(&self, tile: Tile) -> project::Project {
+        let transposed = self.order == Order::OutIn;
+        project::Project { tile, element: self.element, transposed, vector: self.vector() }
+    }
+
+    /// Appends the dispatches.
+    pub(crate) fn plan(&self, caps: &Caps, options: &Options, steps: &mut Steps<'_>) -> Result<()> {
+        self.check()?;
+        let flat = self.flat();
+        let variant = flat.variant(flat.tile(caps, options)?);
+        let whole = Part { batch: 0..flat.batch, rows: 0..flat.rows, inputs: 0..flat.inputs, columns: 0..flat.outputs };
+        flat.divide(caps, &variant, whole, steps)
+    }
+
+    /// Halves a part until each of its operands fits one binding.
+    fn divide(&self, caps: &Caps, variant: &project::Project, part: Part, steps: &mut Steps<'_>) -> Result<()> {
+        let limit = caps.binding();
+        let bytes = |span: Span, bytes: u64| bind(caps, span, bytes, 0).1;
+        let [x, w, y] = [
+            bytes(self.x_span(&part), 4),
+            bytes(self.w_span(&part), self.element.bytes()),
+            bytes(self.y_span(&part), 4),
+        ];
+        if x.max(w).max(y) <= limit {
+            return self.part(caps, variant, &part, steps);
+        }
+        let (mut low, mut high) = (part.clone(), part.clone());
+        // Along inputs the halves add up in order, so columns go first wherever they help.
+        let columns = |low: &mut Part, high: &mut Part| {
+            split(&mut low.columns, &mut high.columns, variant.tile.tile_cols, if variant.vector { 4 } else { 1 })
+        };
+        let inputs = |low: &mut Part, high: &mut Part| split(&mut low.inputs, &mut high.inputs, 4, 4);
+        let cut = if w > limit {
+            match self.order {
+                Order::OutIn => columns(&mut low, &mut high),
+                Order::InOut => inputs(&mut low, &mut high),
+            }
+        } else {
+            split(&mut low.batch, &mut high.batch, 1, 1)
+                || split(&mut low.rows, &mut high.rows, variant.tile.tile_rows, 1)
+                || (y > limit && columns(&mut low, &mut high))
+                || (x > limit && inputs(&mut low, &mut high))
+        };
+        if !cut {
+            let named = [("x", x), ("weight", w), ("y", y)];
+            let &(field, value) = named.iter().max_by_key(|(_, bytes)| bytes).expect("three operands");
+            return Err(Error::TooLarge { field, value, limit });
+        }
+        self.divide(caps, variant, low, steps)?;
+        self.divide(caps, variant, high, steps)
+    }
+
+    fn x_span(&self, part: &Part) -> Span {
+        let at = |b: u32, r: u32| self.x.offset + u64::from(b) * self.x.batch + u64::from(r) * self.x.row;
+        let first = at(part.batch.start, part.rows.start) + u64::from(part.inputs.start);
+        (first, at(part.batch.end - 1, part.rows.end - 1) + u64::from(part.inputs.end))
+    }
+
+    fn w_span(&self, part: &Part) -> Span {
+        let (major, minor) = match self.order {
+            Order::InOut => (&part.inputs, &part.columns),
+            Order::OutIn => (&part.columns, &part.inputs),
+        };
+        let at = |major: u32, minor: u32| self.weight_offset + u64::from(major) * self.weight_row + u64::from(minor);
+        (at(major.start, minor.start), at(major.end - 1, minor.end - 1) + 1)
+    }
+
+    fn y_span(&self, part: &Part) -> Span {
+        let at = |b: u32, h: u32, r: u32| {
+            self.y.offset + u64::from(b) * self.y.batch + u64::from(h) * self.y.head + u64::from(r) * self.y.row
+        };
+        let heads = part.columns.start / self.head_columns..(part.columns.end - 1) / self.head_columns;
+        let first = at(part.batch.start, heads.start, part.rows.start);
+        let last = part.rows.end - 1 + self.free();
+        (first, at(part.batch.end - 1, heads.end, last) + u64::from(self.head_columns))
+    }
+
+    /// The largest start.
+    fn free(&self) -> u32 {
+        self.append.map_or(0, |append| append.rows - self.rows)
+    }
+
+    fn part(&self, caps: &Caps, variant: &project::Project, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
+        let (rows, columns) = (part.rows.end - part.rows.start, part.columns.end - part.columns.start);
+        let (batch, inputs) = (part.batch.end - part.batch.start, part.inputs.end - part.inputs.start);
+        let row_tiles = rows.div_ceil(variant.tile.tile_rows);
+        let col_tiles = columns.div_ceil(variant.tile.tile_cols);
+        let (x_offset, x_size, x_base) = bind(caps, self.x_span(part), 4, self.x.offset);
+        let (w_offset, w_size, w_base) = bind(caps, self.w_span(part), self.element.bytes(), self.weight_offset);
+        let (y_offset, y_size, out_base) = bind(caps, self.y_span(part), 4, self.y.offset);
+        let first = part.inputs.start == 0;
+        let starts = self.append.map(|append| append.starts);
+        // A shader that can take a bias binds something even where there is none.
+        let b_first = self.bias.into_iter().chain(starts).min().unwrap_or(0);
+        let b_end = [self.bias.map(|at| at + u64::from(self.outputs)), starts.map(|at| at + u64::from(self.batch))];
+        let b_end = b_end.into_iter().flatten().max().unwrap_or(4);
+        let (b_offset, b_size, shift) = bind(caps, (b_first, b_end), 4, 0);
+        let inside = |place: Option<u64>| place.map_or(0, |place| (place as u32).wrapping_add(shift));
+        let params = Params {
+            row_tiles,
+            col_tiles,
+            batch0: part.batch.start,
+            heads: 1,
+            row0: part.rows.start,
+            row_end: part.rows.end,
+            in0: part.inputs.start,
+            in_end: part.inputs.end,
+            col0: part.columns.start,
+            col_end: part.columns.end,
+            col_head: self.head_columns,
+            flags: if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD }
+                | self.append.map_or(0, |_| flags::OFFSETS),
+            list_offsets: inside(starts),
+            total_kv: self.free(),
+            x_base,
+            x_batch: self.x.batch as u32,
+            x_row: self.x.row as u32,
+            w_base,
+            w_row: self.weight_row as u32,
+            b_base: inside(self.bias),
+            out_base,
+            out_batch: self.y.batch as u32,
+            out_head: self.y.head as u32,
+            out_row: self.y.row as u32,
+            ..Params::default()
+        };
+        let bindings = vec![
+            Bound { slot: self.slots.x, offset: x_offset, size: x_size, written: false },
+            Bound { slot: self.slots.matrix, offset: w_offset, size: w_size, written: false },
+            Bound { slot: Slot::Shifts, offset: b_offset, size: b_size, written: false },
+            Bound { slot: self.slots.y, offset: y_offset, size: y_size, written: true },
+        ];
+        let workgroups = small("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * u64::from(batch))?;
+        let flops = 2.0 * f64::from(batch) * f64::from(rows) * f64::from(inputs) * f64::from(columns);
+        steps.push(Variant::Project(*variant), params, bindings, workgroups, flops)
+    }
+}
+
+/// Cuts a range in two, at a multiple of `step` from its start if it is long enough, else of `least`; false where that is all of it.
+fn split(low: &mut Range<u32>, high: &mut Range<u32>, step: u32, least: u32) -> bool {
+    let half = (low.end - low.start) / 2;
+    let whole = [step, least].map(|step| half.next_multiple_of(step)).into_iter().find(|&n| low.start + n < low.end);
+    let Some(whole) = whole.filter(|&n| n > 0) else { return false };
+    (low.end, high.start) = (low.start + whole, low.start + whole);
+    true
+}

@@ -1,0 +1,527 @@
+//! The kernels around attention and the layer as a whole, on real drivers.
+
+mod support;
+
+use support::{Data, Random, floor, gpus, small};
+use wgpu_attention::kernel::Slot;
+use wgpu_attention::layer::RotaryEmbedding;
+use wgpu_attention::{
+    Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Inputs, Layer, LayerBuffers,
+    LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, Problem, Projection, Rotation,
+    Sources, Strides, Weights, reference, wgpu,
+};
+
+const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
+
+fn forced(form: Option<Form>) -> Options {
+    Options { form, ..Options::default() }
+}
+
+/// Signed values in one of the element types.
+struct Values {
+    bytes: Vec<u8>,
+    element: Element,
+}
+
+impl Values {
+    fn new(values: &[f32], element: Element) -> Self {
+        let bytes = match element {
+            Element::F32 => bytemuck::cast_slice(values).to_vec(),
+            Element::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+            Element::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        };
+        Values { bytes, element }
+    }
+
+    /// Decoded again: what a kernel reads.
+    fn widened(&self) -> Vec<f32> {
+        match self.element {
+            Element::F32 => bytemuck::pod_collect_to_vec(&self.bytes),
+            Element::F16 => {
+                bytemuck::pod_collect_to_vec::<_, half::f16>(&self.bytes).iter().map(|x| x.to_f32()).collect()
+            }
+            Element::Bf16 => {
+                bytemuck::pod_collect_to_vec::<_, half::bf16>(&self.bytes).iter().map(|x| x.to_f32()).collect()
+            }
+        }
+    }
+}
+
+fn upload(gpu: &Gpu, bytes: &[u8]) -> wgpu::Buffer {
+    let mut padded = bytes.to_vec();
+    padded.resize(bytes.len().next_multiple_of(4).max(16), 0);
+    let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: padded.len() as u64,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    gpu.queue().write_buffer(&buffer, 0, &padded);
+    buffer
+}
+
+/// Runs an operation on buffers and reads the last of them.
+fn run(gpu: &Gpu, operation: &Operation, buffers: &[(Slot, &wgpu::Buffer)]) -> Vec<u8> {
+    let slices: Vec<_> = buffers.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
+    for slice in 0..operation.slices() {
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        operation.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
+        gpu.queue().submit([encoder.finish()]);
+    }
+    gpu.wait().expect("computed");
+    gpu.read(slices.last().expect("not empty").1).expect("read")
+}
+
+/// One projection against its reference, every element under its own bound, the rest of y untouched.
+fn check_projection(gpu: &Gpu, p: &Projection, options: &Options, seed: u64) {
+    let mut r = Random(seed);
+    let x_end = p.x.offset + u64::from(p.batch - 1) * p.x.batch + u64::from(p.rows - 1) * p.x.row + u64::from(p.inputs);
+    let major = if p.order == Order::InOut { p.inputs } else { p.outputs };
+    let x = r.signed_vec(x_end as usize, 2.0);
+    let w = Values::new(&r.signed_vec((p.weight_offset + u64::from(major) * p.weight_row) as usize, 1.0), p.element);
+    let bias = r.signed_vec(p.bias.map_or(4, |at| at + u64::from(p.outputs)) as usize, 3.0);
+    let place = |b: u32, row: u32, c: u32| {
+        let [b, h, row] = [b, c / p.head_columns, row].map(u64::from);
+        (p.y.offset + b * p.y.batch + h * p.y.head + row * p.y.row) as usize + (c % p.head_columns) as usize
+    };
+    let end = place(p.batch - 1, p.rows - 1, p.outputs - 1).max(place(0, 0, p.outputs - 1)) + 1;
+    let buffers = [
+        (Slot::Query, &upload(gpu, bytemuck::cast_slice(&x))),
+        (Slot::Matrix(0), &upload(gpu, &w.bytes)),
+        (Slot::Shifts, &upload(gpu, bytemuck::cast_slice(&bias))),
+        (Slot::Result, &upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; end]))),
+    ];
+    let operation = gpu.library().project(p, options).unwrap_or_else(|error| panic!("{error}: {p:?}"));
+    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&run(gpu, &operation, &buffers));
+    let wide = w.widened();
+    let (want, bounds) = reference::project::<f64>(p, &x, Elements::F32(&wide), &bias);
+    let mut at = 0;
+    let mut written = vec![false; end];
+    for b in 0..p.batch {
+        for row in 0..p.rows {
+            for c in 0..p.outputs {
+                let place = place(b, row, c);
+                let error = (f64::from(got[place]) - want[at]).abs();
+                assert!(
+                    error <= bounds[at],
+                    "batch {b} row {row} column {c}: got {}, want {}, {error:e} off where {:e} is allowed, on {}\n{p:?} {options:?}",
+                    got[place],
+                    want[at],
+                    bounds[at],
+                    gpu.info().name
+                );
+                written[place] = true;
+                at += 1;
+            }
+        }
+    }
+    for (place, _) in written.iter().enumerate().filter(|(_, written)| !**written) {
+        assert!(got[place].is_nan(), "place {place} belongs to no element and was written: {p:?}");
+    }
+}
+
+fn projections(rows: u32, inputs: u32, outputs: u32) -> impl Iterator<Item = Projection> {
+    [Order::InOut, Order::OutIn].into_iter().flat_map(move |order| {
+        [Element::F32, Element::F16, Element::Bf16]
+            .map(move |element| Projection::new(rows, inputs, outputs, order, element))
+    })
+}
+
+#[test]
+fn projections_match_on_odd_sizes() {
+    let sizes = [(1, 64, 96), (7, 37, 29), (33, 128, 100), (65, 31, 65), (1, 5, 1), (130, 260, 132)];
+    let sizes = if small("larger projections") { &sizes[..3] } else { &sizes[..] };
+    for gpu in gpus() {
+        for (seed, &(rows, inputs, outputs)) in sizes.iter().enumerate() {
+            for form in FORMS {
+                // bf16 differs from f16 in one line, which the test of layouts runs.
+                let wanted = |p: &Projection| p.element != Element::Bf16;
+                for mut projection in projections(rows, inputs, outputs).filter(wanted) {
+                    projection.bias = (rows % 2 == 1).then_some(0);
+                    check_projection(gpu, &projection, &forced(form), seed as u64);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn projections_read_and_write_any_layout() {
+    for gpu in gpus() {
+        for form in FORMS {
+            for mut p in projections(9, 24, 36) {
+                // Three batches of a time-major tensor in, heads of 12 columns in a cache of 16 rows from row 5 on out.
+                (p.batch, p.bias, p.head_columns) = (3, Some(8), 12);
+                (p.x.offset, p.x.batch, p.x.row) = (8, 24, 3 * 24);
+                (p.y.offset, p.y.batch, p.y.head, p.y.row) = (5 * 12, 3 * 16 * 12, 16 * 12, 12);
+                p.weight_row += 4;
+                p.weight_offset = 4;
+                check_projection(gpu, &p, &forced(form), 7);
+                // The same, not aligned to vectors.
+                (p.x.offset, p.weight_offset, p.bias) = (3, 1, Some(7));
+                check_projection(gpu, &p, &forced(form), 8);
+            }
+        }
+    }
+}
+
+#[test]
+fn projections_split_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 8 << 10, 3);
+        for form in FORMS {
+            for mut p in projections(70, 100, 90) {
+                (p.batch, p.bias) = (2, Some(0));
+                (p.x.batch, p.y.batch) = (100 * 70, 90 * 70);
+                check_projection(gpu, &p, &forced(form), 9);
+                p.head_columns = 30;
+                (p.y.head, p.y.row, p.y.batch) = (30 * 75, 30, 3 * 30 * 75);
+                check_projection(gpu, &p, &forced(form), 10);
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_projections_are_errors() {
+    let gpu = &gpus()[0];
+    let plan = |change: &dyn Fn(&mut Projection)| {
+        let mut p = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+        change(&mut p);
+        gpu.library().project(&p, &Options::default()).map(|_| ())
+    };
+    assert_eq!(plan(&|_| ()), Ok(()));
+    assert_eq!(plan(&|p| p.rows = 0), Err(Error::Zero { field: "rows" }));
+    assert!(matches!(
+        plan(&|p| p.head_columns = 5),
+        Err(Error::Divide { field: "head_columns", value: 5, whole: 12, .. })
+    ));
+    assert!(matches!(plan(&|p| p.weight_row = 7), Err(Error::Entry { field: "weight_row", value: 7, limit: 8, .. })));
+    assert!(matches!(plan(&|p| p.x.row = 1 << 40), Err(Error::TooLarge { field: "x", .. })));
+    let operation = gpu.library().project(&Projection::new(4, 8, 12, Order::OutIn, Element::F32), &Options::default());
+    let operation = operation.expect("valid");
+    let (big, small) = (upload(gpu, &[0; 1024]), upload(gpu, &[0; 16]));
+    let y = upload(gpu, &[0; 1024]);
+    let encode = |buffers: &[(Slot, wgpu::BufferSlice<'_>)]| {
+        operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), buffers)
+    };
+    let all = [
+        (Slot::Query, big.slice(..)),
+        (Slot::Matrix(0), big.slice(..)),
+        (Slot::Shifts, small.slice(..)),
+        (Slot::Result, y.slice(..)),
+    ];
+    assert_eq!(encode(&all), Ok(()));
+    assert_eq!(encode(&all[..3]), Err(Error::Missing { field: "result" }));
+    let with = |i: usize, slice| {
+        let mut changed = all;
+        changed[i].1 = slice;
+        encode(&changed)
+    };
+    assert_eq!(with(1, small.slice(..)), Err(Error::BufferSize { field: "weight matrix", got: 16, want: 384 }));
+    assert_eq!(with(3, big.slice(..)), Err(Error::Aliased { output: "result", other: "query" }));
+}
+
+/// One rotation against its reference, in place and not.
+fn check_rotation(gpu: &Gpu, rotation: &Rotation, seed: u64) {
+    let mut r = Random(seed);
+    let [batch, heads, rows, dim] = [rotation.batch, rotation.heads, rotation.rows, rotation.head_dim];
+    let at = |s: &Strides, b: u32, h: u32, row: u32| {
+        (s.offset + u64::from(b) * s.batch + u64::from(h) * s.head + u64::from(row) * s.row) as usize
+    };
+    let end = |s: &Strides| at(s, batch - 1, heads - 1, rows - 1) + dim as usize;
+    let x = Values::new(&r.signed_vec(end(&rotation.x), 2.0), rotation.element);
+    let table = Rotation::table(rotation.table_rows, rotation.rotary_dim, 100.0);
+    // Some beyond the table.
+    let positions: Vec<u32> = (0..rotation.position_count()).map(|_| r.below(rotation.table_rows + 3)).collect();
+    let y = rotation.y.unwrap_or(rotation.x);
+    let nan = Values::new(&vec![f32::NAN; end(&y)], rotation.element);
+    let (from, to) = (upload(gpu, &x.bytes), upload(gpu, if rotation.y.is_some() { &nan.bytes } else { &x.bytes }));
+    let buffers = [
+        (Slot::Angles, &upload(gpu, bytemuck::cast_slice(&table))),
+        (Slot::Positions, &upload(gpu, bytemuck::cast_slice(&positions))),
+        (Slot::Query, &from),
+        (Slot::Result, &to),
+    ];
+    let operation = gpu.library().rotate(rotation, &Options::default()).unwrap_or_else(|e| panic!("{e}: {rotation:?}"));
+    let mut got = run(gpu, &operation, &buffers);
+    got.truncate(nan.bytes.len());
+    let got = Values { bytes: got, element: rotation.element }.widened();
+    let wide = x.widened();
+    let (want, bounds) = reference::rotary::<f64>(rotation, Elements::F32(&wide), &table, &positions);
+    let mut n = 0;
+    for b in 0..batch {
+        for h in 0..heads {
+            for row in 0..rows {
+                for d in 0..dim as usize {
+                    let got = got[at(&y, b, h, row) + d];
+                    let error = (f64::from(got) - want[n]).abs();
+                    assert!(
+                        error <= bounds[n],
+                        "{b} {h} {row} {d}: got {got}, want {}, {error:e} > {:e}: {rotation:?}",
+                        want[n],
+                        bounds[n]
+                    );
+                    n += 1;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rotations_match() {
+    for gpu in gpus() {
+        for (seed, element) in [Element::F32, Element::F16, Element::Bf16].into_iter().enumerate() {
+            for interleaved in [false, true] {
+                for (dim, turning) in [(8, 8), (72, 72), (64, 20), (2, 2), (38, 12)] {
+                    if element != Element::F32 && !interleaved && turning % 4 != 0 {
+                        continue;
+                    }
+                    let mut r = Rotation::new(2, 3, 19, dim, 30);
+                    (r.rotary_dim, r.interleaved, r.element) = (turning, interleaved, element);
+                    check_rotation(gpu, &r, seed as u64);
+                    // Out of place, from merged heads into a cache with room, positions counted from a start.
+                    let d = u64::from(dim);
+                    r.x = Strides { offset: 2, batch: 19 * 3 * d, head: d, row: 3 * d };
+                    r.y = Some(Strides { offset: 4 * d, batch: 3 * 40 * d, head: 40 * d, row: d });
+                    r.positions = Positions::Starts;
+                    check_rotation(gpu, &r, seed as u64 + 10);
+                }
+            }
+        }
+        let small = &floor(gpu, 8 << 10, 3);
+        let mut r = Rotation::new(5, 3, 190, 24, 30);
+        check_rotation(small, &r, 20);
+        r.y = Some(r.x);
+        check_rotation(small, &r, 21);
+    }
+}
+
+#[test]
+fn wrong_rotations_are_errors() {
+    let gpu = &gpus()[0];
+    let plan = |change: &dyn Fn(&mut Rotation)| {
+        let mut r = Rotation::new(1, 2, 3, 12, 9);
+        change(&mut r);
+        gpu.library().rotate(&r, &Options::default()).map(|_| ())
+    };
+    assert_eq!(plan(&|_| ()), Ok(()));
+    assert_eq!(plan(&|r| r.rotary_dim = 14), Err(Error::TooLarge { field: "rotary_dim", value: 14, limit: 12 }));
+    assert_eq!(plan(&|r| r.rotary_dim = 3), Err(Error::Multiple { field: "rotary_dim", value: 3, of: 2 }));
+    assert_eq!(plan(&|r| r.table_rows = 0), Err(Error::Zero { field: "table_rows" }));
+    let odd = |r: &mut Rotation| (r.element, r.rotary_dim) = (Element::F16, 6);
+    assert!(matches!(plan(&odd), Err(Error::Multiple { value: 6, of: 4, .. })));
+    assert!(matches!(
+        plan(&|r| (r.element, r.x.row) = (Element::F16, 13)),
+        Err(Error::Multiple { value: 13, of: 2, .. })
+    ));
+}
+
+fn linear(r: &mut Random, inputs: u32, outputs: u32, order: Order, bias: bool) -> Linear {
+    let size = 1.5 / (inputs as f32).sqrt();
+    let weight = r.signed_vec((inputs * outputs) as usize, size);
+    // Rounded, so that f16 on the GPU and f32 in the reference are the same weights.
+    let weight = weight.into_iter().map(|x| half::f16::from_f32(x).to_f32()).collect();
+    Linear { inputs, outputs, weight, order, bias: bias.then(|| r.signed_vec(outputs as usize, 0.5)) }
+}
+
+/// Heads, key/value heads, columns of a key and a value, width of query, key, value and output.
+fn layer(r: &mut Random, [heads, kv_heads, dk, dv]: [u32; 4], widths: [u32; 4], order: Order, bias: bool) -> Layer {
+    let parts = [
+        linear(r, widths[0], heads * dk, order, bias),
+        linear(r, widths[1], kv_heads * dk, order, bias),
+        linear(r, widths[2], kv_heads * dv, order, bias),
+        linear(r, heads * dv, widths[3], order, bias),
+    ];
+    Layer::new(heads, kv_heads, parts).expect("valid")
+}
+
+/// Within what the published cases of this layer allow a plain f32 evaluation.
+fn assert_close(got: &[f32], want: &[f64], atol: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let size = want.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
+    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= atol * size, "{what}: element {i} is {got}, want {want}");
+    }
+}
+
+/// Runs a layer and its reference on random inputs and operands.
+fn check_layer(gpu: &Gpu, layer: &Layer, problem: &Problem, call: &Call, element: Element, options: &Options) {
+    let mut r = Random(77);
+    let mut input = |seq: u32, width: u32| r.signed_vec((problem.batch * seq * width) as usize, 1.0);
+    let query = input(problem.seq_q, layer.query.inputs);
+    let (key, value) = (input(problem.seq_kv, layer.key.inputs), input(problem.seq_kv, layer.value.inputs));
+    let data = Data::random(problem, 5, 1.0);
+    let operands = Inputs { q: Elements::default(), k: Elements::default(), v: Elements::default(), ..data.inputs() };
+    let inputs = LayerInputs {
+        query: &query,
+        key: (call.sources != Sources::Query).then_some(&key),
+        value: (call.sources == Sources::Each).then_some(&value),
+        operands,
+    };
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
+    let got =
+        resident.forward_with(gpu, problem, call, &inputs, options).unwrap_or_else(|e| panic!("{e}\n{problem:?}"));
+    let want = reference::layer::<f64>(layer, problem, call, &inputs).expect("valid");
+    let what = format!("{} {call:?} {problem:?} {options:?}", gpu.info().name);
+    assert_close(&got.out, &want.out, 2e-5, &what);
+    assert_eq!(got.weights.is_some(), want.weights.is_some());
+    if let (Some(got), Some(want)) = (&got.weights, &want.weights) {
+        assert_close(got, want, 5e-6, &format!("weights, {what}"));
+    }
+}
+
+#[test]
+fn layers_match() {
+    for gpu in gpus() {
+        let mut r = Random(40);
+        for round in 0..if small("24 of the 36 random layers") { 12 } else { 36 } {
+            let sources = [Sources::Query, Sources::Key, Sources::Each][round % 3];
+            let (heads, kv_heads) = [(4, 4), (6, 2), (3, 1), (1, 1)][r.below(4) as usize];
+            let (dk, dv) = [(8, 8), (16, 12), (10, 7), (6, 6)][r.below(4) as usize];
+            let wide = 20 + r.below(30);
+            let widths = match sources {
+                Sources::Query => [wide, wide, wide, 24],
+                Sources::Key => [wide, 28, 28, 36],
+                Sources::Each => [wide, 20, 27, 25],
+            };
+            let order = [Order::InOut, Order::OutIn][r.below(2) as usize];
+            let mut layer = layer(&mut r, [heads, kv_heads, dk, dv], widths, order, r_bool(round / 2));
+            let (seq_q, other) = (1 + r.below(20), 1 + r.below(30));
+            let seq_kv = if sources == Sources::Query { seq_q } else { other };
+            let mut problem = layer.problem(1 + r.below(3), seq_q, seq_kv);
+            layer.rotary = r_bool(r.below(2) as usize).then_some(RotaryEmbedding {
+                dim: dk - dk % 4,
+                interleaved: r_bool(round),
+                base: 100.0,
+                positions: 64,
+            });
+            layer.zero_attn = r.below(3) == 0;
+            if r.below(3) == 0 {
+                layer.bias_kv =
+                    Some((r.signed_vec((kv_heads * dk) as usize, 1.0), r.signed_vec((kv_heads * dv) as usize, 1.0)));
+            }
+            problem.mask = (r.below(2) == 0).then_some(Broadcast([problem.batch, 1, seq_q, seq_kv]));
+            problem.bias =
+                (r.below(2) == 0).then_some(Bias { shape: Broadcast([1, heads, 1, seq_kv]), element: Element::F32 });
+            problem.causal = [Causal::None, Causal::TopLeft, Causal::BottomRight][r.below(3) as usize];
+            problem.key_lengths = r.below(3) == 0;
+            let mut call = Call::default();
+            call.sources = sources;
+            call.seq_first = r.below(2) == 0;
+            call.weights = [None, Some(Weights::Heads), Some(Weights::Mean)][r.below(3) as usize];
+            let element = [Element::F32, Element::F16][r.below(2) as usize];
+            check_layer(gpu, &layer, &problem, &call, element, &forced(FORMS[round % 2]));
+        }
+    }
+}
+
+fn r_bool(n: usize) -> bool {
+    n.is_multiple_of(2)
+}
+
+#[test]
+fn layers_run_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 16 << 10, 3);
+        for order in [Order::InOut, Order::OutIn] {
+            let mut layer = layer(&mut Random(41), [4, 2, 16, 16], [80; 4], order, true);
+            layer.zero_attn = true;
+            let mut call = Call::default();
+            call.weights = Some(Weights::Mean);
+            let problem = layer.problem(2, 30, 30);
+            check_layer(gpu, &layer, &problem, &call, Element::F32, &Options::default());
+        }
+    }
+}
+
+/// Prompts of different lengths into the cache, then token by token; each output as if everything had been given at once.
+#[test]
+fn decoding_with_a_cache_matches_whole_sequences() {
+    for gpu in gpus() {
+        let (lengths, room, width, new) = ([5u32, 2, 7], 12u32, 20u32, 3u32);
+        let mut layer = layer(&mut Random(42), [4, 2, 8, 6], [width; 4], Order::OutIn, true);
+        layer.rotary = Some(RotaryEmbedding { dim: 4, interleaved: false, base: 100.0, positions: 32 });
+        let mut r = Random(43);
+        let sequences: Vec<Vec<f32>> =
+            lengths.iter().map(|n| r.signed_vec(((n + new) * width) as usize, 1.0)).collect();
+        let mut causal = Call::default();
+        let whole: Vec<Vec<f64>> = (sequences.iter().zip(lengths))
+            .map(|(x, n)| {
+                let mut problem = layer.problem(1, n + new, n + new);
+                problem.causal = Causal::TopLeft;
+                let inputs = LayerInputs { query: x, ..Default::default() };
+                reference::layer::<f64>(&layer, &problem, &causal, &inputs).expect("valid").out
+            })
+            .collect();
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+        causal.cache = true;
+        let nan = |n: u32| upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; n as usize]));
+        let (k, v, starts) = (nan(3 * 2 * room * 8), nan(3 * 2 * room * 6), upload(gpu, &[0; 12]));
+        let mut have = [0u32; 3];
+        // The prompt padded to 7 rows, of which only the first count; then one row a step.
+        for step in 0..=new {
+            let rows = if step == 0 { 7 } else { 1 };
+            let prepared = resident
+                .prepare(gpu.library(), &layer.problem(3, rows, room), &causal, &Options::default())
+                .expect("valid");
+            let mut x = vec![0.5f32; (3 * rows * width) as usize];
+            for (b, sequence) in sequences.iter().enumerate() {
+                let n = (if step == 0 { lengths[b] } else { 1 } * width) as usize;
+                let at = (have[b] * width) as usize;
+                x[b * (rows * width) as usize..][..n].copy_from_slice(&sequence[at..at + n]);
+            }
+            let (x, y) = (upload(gpu, bytemuck::cast_slice(&x)), nan(3 * rows * width));
+            gpu.queue().write_buffer(&starts, 0, bytemuck::cast_slice(&have));
+            let mut buffers = LayerBuffers::new(x.slice(..), y.slice(..));
+            buffers.cache = Some(CacheBuffers { k: k.slice(..), v: v.slice(..), starts: starts.slice(..) });
+            let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            prepared.encode(&mut encoder, &buffers).expect("valid");
+            gpu.queue().submit([encoder.finish()]);
+            let got: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(y.slice(..)).expect("read"));
+            for b in 0..3 {
+                let n = if step == 0 { lengths[b] } else { 1 };
+                let (at, count) = ((have[b] * width) as usize, (n * width) as usize);
+                let got = &got[b * (rows * width) as usize..][..count];
+                assert_close(got, &whole[b][at..at + count], 2e-5, &format!("batch {b} step {step}"));
+                have[b] += n;
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_layers_and_calls_are_errors() {
+    let gpu = &gpus()[0];
+    let good = layer(&mut Random(44), [4, 2, 8, 6], [20; 4], Order::OutIn, true);
+    let make = |change: &dyn Fn(&mut Layer)| {
+        let mut layer = good.clone();
+        change(&mut layer);
+        MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F16).map(|_| ())
+    };
+    assert_eq!(make(&|_| ()), Ok(()));
+    assert_eq!(make(&|l| l.kv_heads = 3), Err(Error::KvHeads { heads: 4, kv_heads: 3 }));
+    assert_eq!(
+        make(&|l| l.value.weight.truncate(239)),
+        Err(Error::Length { field: "value weight", got: 239, want: 240 })
+    );
+    assert_eq!(make(&|l| l.out.bias = Some(vec![0.0; 3])), Err(Error::Length { field: "out bias", got: 3, want: 20 }));
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
+    let x = vec![0.0; 2 * 3 * 20];
+    let inputs = LayerInputs { query: &x, ..Default::default() };
+    let run = |change: &dyn Fn(&mut Problem, &mut Call)| {
+        let (mut problem, mut call) = (good.problem(2, 3, 3), Call::default());
+        change(&mut problem, &mut call);
+        resident.forward(gpu, &problem, &call, &inputs).map(|_| ())
+    };
+    assert_eq!(run(&|_, _| ()), Ok(()));
+    assert_eq!(run(&|p, _| p.head_dim = 4), Err(Error::LayerSize { field: "head_dim", got: 4, want: 8 }));
+    assert_eq!(run(&|p, _| p.seq_kv = 4), Err(Error::LayerSize { field: "seq_kv", got: 4, want: 3 }));
+    assert_eq!(run(&|p, _| (p.seq_q, p.seq_kv) = (4, 4)), Err(Error::Length { field: "query", got: 120, want: 160 }));
+    assert_eq!(run(&|_, c| c.sources = Sources::Key), Err(Error::Missing { field: "key" }));
+    assert_eq!(run(&|p, _| p.key_lengths = true), Err(Error::Missing { field: "key_lengths" }));
+    assert!(matches!(run(&|_, c| c.cache = true), Err(Error::Conflict { left: "cache", .. })));
+    assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
+}
