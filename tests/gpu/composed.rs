@@ -6,7 +6,8 @@ use crate::support::{Case, Random, gpus, small};
 use crate::ways;
 
 const SEQS: [u32; 10] = [1, 2, 7, 16, 33, 63, 64, 65, 100, 129];
-const DIMS: [u32; 9] = [1, 4, 7, 16, 32, 37, 64, 72, 128];
+// One bucket of dims and mostly one element type: each more takes seconds to compile, and `types` has them all.
+const DIMS: [u32; 6] = [1, 4, 7, 16, 28, 32];
 
 fn broadcast(r: &mut Random, full: [u32; 4]) -> Broadcast {
     let mut shape = full.map(|n| if r.once_in(2) { 1 } else { n });
@@ -37,7 +38,7 @@ fn random_problem(r: &mut Random) -> (Problem, Options) {
     if r.once_in(2) {
         p.value_dim = r.pick(&DIMS);
     }
-    p.element = r.pick(&[Element::F32, Element::F32, Element::F16, Element::Bf16]);
+    p.element = if r.once_in(12) { Element::Bf16 } else { Element::F32 };
     p.scale = r.once_in(4).then(|| 2.0 * r.signed());
     p.softcap = r.once_in(3).then(|| 1.0 + r.normal().abs());
     p.causal = r.pick(&[Causal::None, Causal::TopLeft, Causal::BottomRight, Causal::Offset]);
@@ -87,15 +88,17 @@ fn random_problem(r: &mut Random) -> (Problem, Options) {
 
 #[test]
 fn features_hold_in_random_company() {
-    let problems = if small("features_hold_in_random_company, 60 of its 80 problems") { 20 } else { 80 };
-    for seed in 0..problems {
-        let (p, options) = random_problem(&mut Random(seed));
-        eprintln!("composed problem {seed}");
-        let case = Case::random(p, seed);
-        for gpu in gpus() {
+    let problems = if small("features_hold_in_random_company, 40 of its 60 problems") { 20 } else { 60 };
+    let cases: Vec<(Case, Options)> = (0..problems)
+        .map(|seed| {
+            let (p, options) = random_problem(&mut Random(seed));
+            (Case::random(p, seed), options)
+        })
+        .collect();
+    for gpu in gpus() {
+        for (case, Options { scratch_budget, work_budget, .. }) in &cases {
             for way in ways(gpu, &case.problem) {
-                let (scratch_budget, work_budget) = (options.scratch_budget, options.work_budget);
-                case.check(gpu, &Options { scratch_budget, work_budget, ..way });
+                case.check(gpu, &Options { scratch_budget: *scratch_budget, work_budget: *work_budget, ..way });
             }
         }
     }

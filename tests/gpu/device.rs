@@ -64,11 +64,12 @@ fn the_asynchronous_path_gives_the_same_bits() {
     for gpu in gpus() {
         for case in cases() {
             let (want, _) = case.check(gpu, &form(None));
+            let device = gpu.device();
             let done = std::sync::atomic::AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                        gpu.device().poll(wgpu::PollType::Poll).unwrap();
+                        device.poll(wgpu::PollType::Poll).unwrap();
                         std::thread::yield_now();
                     }
                 });

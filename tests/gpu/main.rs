@@ -111,12 +111,20 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
 /// Compares on every adapter, in every way, and again without the outputs that keep fused kernels away.
 #[track_caller]
 fn everywhere(case: Case) {
-    let cases = [case.lean(), case];
-    // A case that was lean from the start runs once.
-    for case in &cases[usize::from(cases[0].problem == cases[1].problem)..] {
-        for gpu in gpus() {
-            for way in ways(gpu, &case.problem) {
-                case.check(gpu, &way);
+    all_everywhere(&[case]);
+}
+
+/// The same with many cases, adapter by adapter, so that other tests need not wait for OpenGL meanwhile.
+#[track_caller]
+fn all_everywhere(cases: &[Case]) {
+    for gpu in gpus() {
+        for case in cases {
+            let lean = case.lean();
+            // A case that was lean from the start runs once.
+            for case in [Some(case), Some(&lean).filter(|lean| lean.problem != case.problem)].into_iter().flatten() {
+                for way in ways(gpu, &case.problem) {
+                    case.check(gpu, &way);
+                }
             }
         }
     }

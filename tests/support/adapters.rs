@@ -26,6 +26,7 @@ pub struct Adapter {
 impl Deref for Adapter {
     type Target = Gpu;
     fn deref(&self) -> &Gpu {
+        self.take_turn();
         &self.gpu
     }
 }
@@ -44,10 +45,24 @@ impl Adapter {
 
     /// The same with other features, too.
     pub fn limited_to(&self, features: Option<wgpu::Features>, lower: impl FnOnce(&mut wgpu::Limits)) -> Gpu {
+        self.take_turn();
         let mut limits = self.adapter.limits();
         lower(&mut limits);
         let options = DeviceOptions { limits: Some(limits), features, checked: checked() };
         Gpu::open(&self.adapter, &options).unwrap_or_else(|error| panic!("{}: {error}", self.name))
+    }
+
+    /// Lets the tests of a binary use OpenGL one after the other, each from its first use until its thread ends: wgpu panics
+    /// where a thread waits a second for another that compiles.
+    fn take_turn(&self) {
+        static TURN: Mutex<()> = Mutex::new(());
+        thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
+        if self.adapter.get_info().backend == wgpu::Backend::Gl {
+            // A test that failed leaves nothing behind that another one would meet.
+            MINE.with_borrow_mut(|mine| {
+                mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
+            });
+        }
     }
 }
 
@@ -80,12 +95,11 @@ pub fn small(left_out: &str) -> bool {
     small
 }
 
-/// All adapters to test on.
+/// All adapters to test on, OpenGL last: tests wait for it.
 pub fn gpus() -> &'static [Adapter] {
-    take_turn();
     static ADAPTERS: OnceLock<Vec<Adapter>> = OnceLock::new();
     ADAPTERS.get_or_init(|| {
-        let found: Vec<wgpu::Adapter> = match env::var("WGPU_ATTENTION_ADAPTERS") {
+        let mut found: Vec<wgpu::Adapter> = match env::var("WGPU_ATTENTION_ADAPTERS") {
             Ok(names) => {
                 let find = |name: &str| Gpu::find(name.trim()).unwrap_or_else(|error| panic!("{error}; {INSTALL}"));
                 names.split(',').map(find).collect()
@@ -93,17 +107,7 @@ pub fn gpus() -> &'static [Adapter] {
             Err(_) => Gpu::adapters(),
         };
         assert!(!found.is_empty(), "no GPU adapter; {INSTALL}");
+        found.sort_by_key(|adapter| adapter.get_info().backend == wgpu::Backend::Gl);
         found.into_iter().map(Adapter::open).collect()
     })
-}
-
-/// Lets the tests of a binary that use adapters run one after the other, each until its thread ends: wgpu's OpenGL panics where
-/// a thread waits a second for another that compiles. The drivers use all processors anyway.
-fn take_turn() {
-    static TURN: Mutex<()> = Mutex::new(());
-    thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
-    // A test that failed leaves nothing behind that another one would meet.
-    MINE.with_borrow_mut(|mine| {
-        mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
-    });
 }
