@@ -1,17 +1,182 @@
-//! Every renderable variant of every shader, checked without a GPU.
+//! Every renderable variant of every shader, checked without a GPU: valid with what it claims, written for every language, and
+//! as its module describes it.
 
-use naga::valid::{Capabilities, ValidationFlags, Validator};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::LazyLock;
+
+use naga::back::{glsl, hlsl, msl, spv};
+use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
+use naga::{AddressSpace, Module, ShaderStage, StorageAccess, TypeInner};
 use wgpu_attention::kernel::Variant;
+use wgpu_attention::kernel::params::Params;
 use wgpu_attention::shader;
 
-#[test]
-fn every_variant_is_valid() {
-    for variant in Variant::all() {
+struct Checked {
+    variant: Variant,
+    module: Module,
+    info: ModuleInfo,
+}
+
+/// Every variant, parsed and validated with just the capabilities that it claims.
+static EVERY: LazyLock<Vec<Checked>> = LazyLock::new(|| {
+    let check = |variant: Variant| {
         let source = shader::render(&variant);
         let module = naga::front::wgsl::parse_str(&source)
-            .unwrap_or_else(|e| panic!("{variant}\n{}", e.emit_to_string(&source)));
-        Validator::new(ValidationFlags::all(), Capabilities::all())
-            .validate(&module)
-            .unwrap_or_else(|e| panic!("{variant}\n{}", e.emit_to_string(&source)));
+            .unwrap_or_else(|error| panic!("{variant}\n{}", error.emit_to_string(&source)));
+        // unpack2x16float is WebGPU's own; naga counts it as a capability for the sake of WebGL.
+        let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        capabilities.set(Capabilities::SHADER_FLOAT16, variant.uses_f16());
+        capabilities.set(Capabilities::SUBGROUP, variant.uses_subgroups());
+        let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+        if variant.uses_subgroups() {
+            validator
+                .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+                .subgroup_operations(SubgroupOperationSet::all());
+        }
+        let info =
+            validator.validate(&module).unwrap_or_else(|error| panic!("{variant}\n{}", error.emit_to_string(&source)));
+        Checked { variant, module, info }
+    };
+    Variant::all().into_iter().map(check).collect()
+});
+
+fn each(check: impl FnMut(&Checked)) {
+    EVERY.iter().for_each(check);
+}
+
+#[test]
+fn every_variant_is_valid_with_just_what_it_claims() {
+    each(|checked| assert_eq!(checked.module.entry_points.len(), 1, "{}", checked.variant));
+}
+
+#[test]
+fn every_variant_is_written_for_every_language_that_has_what_it_uses() {
+    each(|Checked { variant, module, info }| {
+        let spirv = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
+        spv::write_vec(module, info, &spirv, None).unwrap_or_else(|error| panic!("{variant} for SPIR-V: {error}"));
+
+        let metal = msl::Options { lang_version: (2, 4), ..msl::Options::default() };
+        msl::write_string(module, info, &metal, &msl::PipelineOptions::default())
+            .unwrap_or_else(|error| panic!("{variant} for MSL: {error}"));
+
+        let direct = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..hlsl::Options::default() };
+        let pipeline = hlsl::PipelineOptions::default();
+        hlsl::Writer::new(&mut String::new(), &direct, &pipeline)
+            .write(module, info, None)
+            .unwrap_or_else(|error| panic!("{variant} for HLSL: {error}"));
+
+        // GLSL ES 3.1 has no f16, and subgroups only by an extension: plans for devices without have none of those
+        // variants (tests/plan).
+        if !variant.uses_f16() && !variant.uses_subgroups() {
+            let pipeline = glsl::PipelineOptions {
+                shader_stage: ShaderStage::Compute,
+                entry_point: "main".into(),
+                multiview: None,
+            };
+            let (options, mut text) = (glsl::Options::default(), String::new());
+            assert_eq!(options.version, glsl::Version::new_gles(310));
+            glsl::Writer::new(&mut text, module, info, &options, &pipeline, Default::default())
+                .and_then(|mut writer| writer.write())
+                .unwrap_or_else(|error| panic!("{variant} for GLSL: {error}"));
+        }
+    });
+}
+
+#[test]
+fn variants_have_names_of_their_own_and_are_few() {
+    let all = Variant::all();
+    let mut kernels: BTreeMap<&str, usize> = BTreeMap::new();
+    all.iter().for_each(|variant| *kernels.entry(variant.kernel()).or_default() += 1);
+    assert!(kernels.values().all(|&n| n <= 200), "{kernels:?}");
+    let names: BTreeSet<String> = all.iter().map(Variant::to_string).collect();
+    assert_eq!(names.len(), all.len(), "two variants share a name");
+}
+
+#[test]
+fn bindings_are_those_that_the_module_describes() {
+    each(|Checked { variant, module, .. }| {
+        let mut found = BTreeMap::new();
+        for (_, global) in module.global_variables.iter() {
+            let Some(binding) = global.binding else { continue };
+            assert_eq!(binding.group, 0, "{variant}");
+            let written = match global.space {
+                AddressSpace::Uniform => None,
+                AddressSpace::Storage { access } => Some(access.contains(StorageAccess::STORE)),
+                other => panic!("{variant} binds {other:?}"),
+            };
+            assert!(found.insert(binding.binding, written).is_none(), "{variant} binds {} twice", binding.binding);
+        }
+        let described = variant.bindings().into_iter().map(|(_, written)| Some(written));
+        let want: BTreeMap<u32, Option<bool>> = (0..).zip(std::iter::once(None).chain(described)).collect();
+        assert_eq!(found, want, "{variant}");
+    });
+}
+
+#[test]
+fn workgroups_are_as_large_as_the_module_describes() {
+    each(|Checked { variant, module, .. }| {
+        assert_eq!(module.entry_points[0].workgroup_size, [variant.threads(), 1, 1], "{variant}");
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let shared = module.global_variables.iter().filter(|(_, global)| global.space == AddressSpace::WorkGroup);
+        let bytes: u32 = shared.map(|(_, global)| layouter[global.ty].size).sum();
+        assert_eq!(bytes, variant.workgroup_bytes(), "{variant}");
+    });
+}
+
+#[test]
+fn the_uniform_has_the_same_fields_at_the_same_offsets_on_both_sides() {
+    // Debug prints the Rust fields in order; all are words, so that the order is the offset.
+    let text = format!("{:?}", Params::default());
+    let inner = text.trim_start_matches("Params { ").trim_end_matches(" }");
+    let fields: Vec<(&str, bool)> = inner
+        .split(", ")
+        .map(|field| field.split_once(": ").unwrap())
+        .map(|(name, zero)| (name, zero == "0.0"))
+        .collect();
+    assert_eq!(size_of::<Params>(), 4 * fields.len());
+    each(|Checked { variant, module, .. }| {
+        let (_, uniform) = module.global_variables.iter().find(|(_, g)| g.space == AddressSpace::Uniform).unwrap();
+        let TypeInner::Struct { members, span } = &module.types[uniform.ty].inner else { panic!("{variant}") };
+        assert_eq!(*span as usize, size_of::<Params>(), "{variant}");
+        assert_eq!(members.len(), fields.len(), "{variant}");
+        for (n, (member, (name, float))) in members.iter().zip(&fields).enumerate() {
+            assert_eq!((member.name.as_deref(), member.offset as usize), (Some(*name), 4 * n), "{variant}");
+            let TypeInner::Scalar(scalar) = module.types[member.ty].inner else { panic!("{variant} {name}") };
+            assert_eq!(scalar, if *float { naga::Scalar::F32 } else { naga::Scalar::U32 }, "{variant} {name}");
+        }
+    });
+}
+
+/// File stems with an extension in a folder of the repository.
+fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let stem = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_owned();
+    paths.filter(|path| path.extension().is_some_and(|e| e == extension)).map(|path| stem(&path)).collect()
+}
+
+#[test]
+fn every_shader_has_its_module_its_variants_and_its_reference() {
+    let shaders = stems("shaders", "wgsl");
+    let mut modules = stems("src/kernel", "rs");
+    assert!(modules.remove("params"), "the uniform is shared by all");
+    assert_eq!(shaders, modules);
+    assert_eq!(shaders, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
+    // The error budget has no kernel, a list of rows is where results are put, `layer` composes
+    // the others, and `merge` waits for its kernel.
+    let mut idle = stems("src/reference", "rs");
+    ["budget", "rows", "layer", "merge"].iter().for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for name in shaders {
+        let text = std::fs::read_to_string(root.join(format!("shaders/{name}.wgsl"))).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("// Reference: "));
+        let line = line.unwrap_or_else(|| panic!("shaders/{name}.wgsl names no reference"));
+        for file in line.split(", ").map(|file| file.split(" (").next().unwrap().trim()) {
+            assert!(root.join(file).is_file(), "shaders/{name}.wgsl: {file} does not exist");
+            idle.remove(Path::new(file).file_stem().unwrap().to_str().unwrap());
+        }
     }
+    assert!(idle.is_empty(), "no shader names as its reference {idle:?}");
 }

@@ -1,0 +1,421 @@
+//! Every error that there is, provoked, and its message.
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use support::staged::Staged;
+use support::{Data, gpus};
+use wgpu_attention::problem::Strides;
+use wgpu_attention::{
+    Bias, Broadcast, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer, LayerInputs, Layout,
+    Linear, MultiHeadAttention, Options, Order, Packed, Plan, Problem, Projection, Rotation, wgpu,
+};
+
+type Change<T> = fn(&mut T);
+
+fn small() -> Problem {
+    Problem::new(2, 4, 5, 7, 8)
+}
+
+fn with(set: impl FnOnce(&mut Problem)) -> Problem {
+    let mut p = small();
+    set(&mut p);
+    p
+}
+
+/// The error of a problem, which must be what it says and name all of `parts`.
+#[track_caller]
+fn refused(set: impl FnOnce(&mut Problem), want: Error, parts: &[&str]) {
+    says(with(set).check().unwrap_err(), want, parts);
+}
+
+#[track_caller]
+fn says(got: Error, want: Error, parts: &[&str]) {
+    assert_eq!(got, want);
+    names(&got, parts);
+}
+
+#[track_caller]
+fn names(error: &Error, parts: &[&str]) {
+    let text = error.to_string();
+    assert!(parts.iter().all(|part| text.contains(part)), "{parts:?} in {text:?}");
+}
+
+#[test]
+fn sizes_of_zero_and_beyond_the_limit_are_refused() {
+    let zero: [(&str, Change<Problem>); 9] = [
+        ("batch", |p| p.batch = 0),
+        ("heads", |p| p.heads = 0),
+        ("kv_heads", |p| p.kv_heads = 0),
+        ("seq_q", |p| p.seq_q = 0),
+        ("seq_kv", |p| p.seq_kv = 0),
+        ("head_dim", |p| p.head_dim = 0),
+        ("value_dim", |p| p.value_dim = 0),
+        ("packed.total_q", |p| p.packed = Some(Packed { total_q: 0, total_kv: 9 })),
+        ("packed.total_kv", |p| p.packed = Some(Packed { total_q: 9, total_kv: 0 })),
+    ];
+    for (field, set) in zero {
+        refused(set, Error::Zero { field }, &[field, "0", "1"]);
+    }
+    let (big, max) = ((1u32 << 28) + 1, 1u64 << 28);
+    let large: [(&str, u64, u64, Change<Problem>); 9] = [
+        ("batch", big.into(), max, |p| p.batch = (1 << 28) + 1),
+        ("seq_kv", big.into(), max, |p| p.seq_kv = (1 << 28) + 1),
+        ("head_dim", 513, 512, |p| p.head_dim = 513),
+        ("value_dim", 513, 512, |p| p.value_dim = 513),
+        ("batch·heads", 1 << 30, max, |p| (p.batch, p.heads, p.kv_heads) = (1 << 15, 1 << 15, 1)),
+        ("window.left", big.into(), max, |p| p.window.left = Some((1 << 28) + 1)),
+        ("window.right", big.into(), max, |p| p.window.right = Some((1 << 28) + 1)),
+        ("seq_q", 5, 4, |p| p.packed = Some(Packed { total_q: 4, total_kv: 9 })),
+        ("seq_kv", 7, 6, |p| p.packed = Some(Packed { total_q: 9, total_kv: 6 })),
+    ];
+    for (field, value, limit, set) in large {
+        refused(set, Error::TooLarge { field, value, limit }, &[field, &value.to_string(), &limit.to_string()]);
+    }
+    let far = Layout::Strided(Strides { offset: u64::MAX, batch: 0, head: 8, row: 32 });
+    let error = with(|p| p.k = far).check().unwrap_err();
+    assert!(matches!(error, Error::TooLarge { field: "k", .. }), "{error}");
+}
+
+#[test]
+fn contradictory_problems_are_refused() {
+    refused(|p| p.kv_heads = 3, Error::KvHeads { heads: 4, kv_heads: 3 }, &["heads is 4", "kv_heads is 3"]);
+    for value in [f32::INFINITY, f32::NEG_INFINITY] {
+        let want = Error::Number { field: "scale", value, want: "finite" };
+        refused(|p| p.scale = Some(value), want, &["scale", "inf", "finite"]);
+    }
+    assert!(matches!(with(|p| p.scale = Some(f32::NAN)).check(), Err(Error::Number { field: "scale", .. })));
+    for value in [0.0, -1.0, f32::INFINITY] {
+        let want = Error::Number { field: "softcap", value, want: "finite and positive" };
+        refused(|p| p.softcap = Some(value), want, &["softcap", &value.to_string(), "positive"]);
+    }
+    let target = [2, 4, 5, 7];
+    for shape in [[2, 3, 5, 7], [2, 4, 5, 8], [3, 1, 1, 7], [1, 1, 0, 7], [1, 1, 1, 0]] {
+        let broadcast = Error::Broadcast { field: "mask", shape, target };
+        refused(|p| p.mask = Some(Broadcast(shape)), broadcast, &["mask", &format!("{shape:?}"), "[2, 4, 5, 7]"]);
+        let bias = Bias { shape: Broadcast(shape), element: Element::F16 };
+        refused(|p| p.bias = Some(bias), Error::Broadcast { field: "bias", shape, target }, &["bias"]);
+    }
+    says(
+        Broadcast::new("mask", &[]).unwrap_err(),
+        Error::Rank { field: "mask", rank: 0 },
+        &["mask", "rank 0", "1 to 4"],
+    );
+    says(Broadcast::new("bias", &[1; 5]).unwrap_err(), Error::Rank { field: "bias", rank: 5 }, &["bias", "rank 5"]);
+    let strides = |batch, head, row| Layout::Strided(Strides { offset: 0, batch, head, row });
+    for (layout, got) in [
+        (strides(160, 40, 7), [160, 40, 7]),
+        (strides(160, 39, 8), [160, 39, 8]),
+        (strides(0, 40, 8), [0, 40, 8]),
+        (strides(159, 8, 32), [159, 8, 32]),
+    ] {
+        let want = Error::Overlap { field: "out", strides: got, sizes: [2, 4, 5, 8] };
+        refused(|p| p.out = layout, want, &["out", &format!("{got:?}"), "overlap"]);
+    }
+    let error =
+        with(|p| (p.key_lengths, p.packed) = (true, Some(Packed { total_q: 9, total_kv: 9 }))).check().unwrap_err();
+    assert!(matches!(error, Error::Conflict { left: "packed", right: "key_lengths", .. }), "{error}");
+    names(&error, &["packed", "key_lengths", "cu_seqlens"]);
+}
+
+/// A problem with every operand, and them.
+fn full() -> (Problem, Data) {
+    let p = with(|p| {
+        (p.key_lengths, p.alibi, p.sinks, p.causal) = (true, true, true, Causal::Offset);
+        p.mask = Some(Broadcast([1, 1, 5, 7]));
+        p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 7]), element: Element::F32 });
+    });
+    let operands = Data::random(&p, 1, 1.0);
+    (p, operands)
+}
+
+#[test]
+fn host_operands_that_do_not_fit_are_refused() {
+    let (p, operands) = full();
+    let shape = p.check().unwrap();
+    let refused = |change: &dyn Fn(&mut Inputs<'static>), want: Error, parts: &[&str]| {
+        let leaked: &'static Data = Box::leak(Box::new(operands.clone()));
+        let mut inputs = leaked.inputs();
+        change(&mut inputs);
+        says(shape.check_inputs(&inputs).unwrap_err(), want, parts);
+    };
+    let length = |field, got, want| Error::Length { field, got, want };
+    refused(&|i| i.q = (&[0.0f32; 3][..]).into(), length("q", 3, 320), &["q", "3", "320"]);
+    refused(&|i| i.k = (&[0.0f32; 449][..]).into(), length("k", 449, 448), &["k", "449", "448"]);
+    refused(&|i| i.v = (&[][..]).into(), length("v", 0, 448), &["v"]);
+    refused(&|i| i.mask = Some(&[1; 34]), length("mask", 34, 35), &["mask"]);
+    refused(&|i| i.bias = Some((&[0.0f32; 8][..]).into()), length("bias", 8, 7), &["bias"]);
+    refused(&|i| i.key_lengths = Some(&[1]), length("key_lengths", 1, 2), &["key_lengths"]);
+    refused(&|i| i.offsets = Some(&[1; 3]), length("offsets", 3, 2), &["offsets"]);
+    refused(&|i| i.alibi_slopes = Some(&[1.0]), length("alibi_slopes", 1, 4), &["alibi_slopes"]);
+    refused(&|i| i.sinks = Some(&[1.0; 5]), length("sinks", 5, 4), &["sinks"]);
+
+    let missing: [(&str, Change<Inputs<'static>>); 6] = [
+        ("mask", |i| i.mask = None),
+        ("bias", |i| i.bias = None),
+        ("key_lengths", |i| i.key_lengths = None),
+        ("offsets", |i| i.offsets = None),
+        ("alibi_slopes", |i| i.alibi_slopes = None),
+        ("sinks", |i| i.sinks = None),
+    ];
+    for (field, change) in missing {
+        refused(&change, Error::Missing { field }, &[field, "not given"]);
+    }
+    refused(&|i| i.cu_seqlens_q = Some(&[0, 1, 2]), Error::Unexpected { field: "cu_seqlens_q" }, &["cu_seqlens_q"]);
+
+    let f16 = [half::f16::ONE; 448];
+    let f16: &'static [half::f16] = Box::leak(Box::new(f16));
+    let want = Error::Element { field: "v", got: Element::F16, want: Element::F32 };
+    refused(&|i| i.v = wgpu_attention::Elements::F16(f16), want, &["v", "f16", "f32"]);
+    let want = Error::Element { field: "bias", got: Element::F16, want: Element::F32 };
+    refused(&|i| i.bias = Some(wgpu_attention::Elements::F16(&f16[..7])), want, &["bias"]);
+
+    let entry = |field, index, value, want, limit| Error::Entry { field, index, value, want, limit };
+    refused(
+        &|i| i.key_lengths = Some(&[7, 8]),
+        entry("key_lengths", 1, 8, "at most", 7),
+        &["key_lengths[1]", "8", "7"],
+    );
+    let number = Error::Number { field: "sinks", value: f32::INFINITY, want: "finite" };
+    refused(&|i| i.sinks = Some(&[0.0, 1.0, f32::INFINITY, 0.0]), number, &["sinks", "inf"]);
+
+    let packed = with(|p| p.packed = Some(Packed { total_q: 9, total_kv: 12 }));
+    let (shape, operands) = (packed.check().unwrap(), Data::random(&packed, 1, 1.0));
+    let check = |q: &[u32], kv: &[u32]| {
+        let inputs = Inputs { cu_seqlens_q: Some(q), cu_seqlens_kv: Some(kv), ..operands.inputs() };
+        shape.check_inputs(&inputs)
+    };
+    check(&[0, 5, 9], &[0, 7, 12]).unwrap();
+    let falls = entry("cu_seqlens_q", 2, 4, "at least", 5);
+    says(check(&[0, 5, 4], &[0, 7, 12]).unwrap_err(), falls, &["cu_seqlens_q[2]", "4", "5"]);
+    says(check(&[0, 5, 9], &[0, 7, 13]).unwrap_err(), entry("cu_seqlens_kv", 2, 13, "at most", 12), &["13", "12"]);
+    says(check(&[0, 6, 9], &[0, 7, 12]).unwrap_err(), entry("cu_seqlens_q", 1, 6, "at most", 5), &["6", "5"]);
+}
+
+#[test]
+fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
+    for gpu in gpus() {
+        let (p, operands) = full();
+        let plan = gpu.library().plan(&p).unwrap();
+        let prepared = gpu.library().prepare(&plan).unwrap();
+        let staged = Staged::new(gpu.device(), &plan, &operands);
+        let other = |size, usage| {
+            gpu.device().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+        };
+        let storage = other(8192, wgpu::BufferUsages::STORAGE);
+        let uniform = other(8192, wgpu::BufferUsages::UNIFORM);
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let mut refused = |buffers: wgpu_attention::Buffers<'_>, want: Error, parts: &[&str]| {
+            says(prepared.encode(&mut encoder, &buffers).unwrap_err(), want, parts);
+        };
+        let whole = || staged.buffers();
+        let mut buffers = whole();
+        buffers.v = storage.slice(..1788);
+        refused(buffers, Error::BufferSize { field: "v", got: 1788, want: 1792 }, &["v", "1788", "1792"]);
+        let mut buffers = whole();
+        buffers.k = storage.slice(4..);
+        let alignment = u64::from(gpu.device().limits().min_storage_buffer_offset_alignment).max(32);
+        refused(buffers, Error::BufferOffset { field: "k", offset: 4, alignment }, &["k", "byte 4"]);
+        let mut buffers = whole();
+        buffers.q = uniform.slice(..);
+        refused(buffers, Error::BufferUsage { field: "q", usage: "STORAGE" }, &["q", "STORAGE"]);
+        let mut buffers = whole();
+        buffers.sinks = Some(storage.slice(..));
+        refused(buffers, Error::BufferUsage { field: "sinks", usage: "COPY_SRC" }, &["sinks", "COPY_SRC"]);
+        let mut buffers = whole();
+        (buffers.q, buffers.out) = (storage.slice(..2048), storage.slice(4096..));
+        refused(buffers, Error::Aliased { output: "out", other: "q" }, &["out", "q"]);
+        let mut buffers = whole();
+        buffers.bias = None;
+        refused(buffers, Error::Missing { field: "bias" }, &["bias"]);
+        let mut buffers = whole();
+        buffers.lse = Some(storage.slice(..));
+        refused(buffers, Error::Unexpected { field: "lse" }, &["lse"]);
+        let slices = prepared.slices() as u64;
+        let slice = prepared.encode_slice(slices as usize, &mut encoder, &whole()).unwrap_err();
+        says(slice, Error::TooLarge { field: "slice", value: slices, limit: slices - 1 }, &["slice"]);
+        // The encoder is as good as new.
+        prepared.encode(&mut encoder, &whole()).unwrap();
+        gpu.queue().submit([encoder.finish()]);
+        gpu.wait().unwrap();
+    }
+}
+
+#[test]
+fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
+    let error = Gpu::named("no such adapter").unwrap_err();
+    assert!(matches!(&error, Error::NoAdapter { .. }));
+    names(&error, &["no such adapter", "found"]);
+    let error = Gpu::named("9999").unwrap_err();
+    assert!(matches!(&error, Error::NoAdapter { .. }));
+    names(&error, &["9999", "found"]);
+    // Every name contains nothing: with two adapters that is ambiguous, and the message lists them.
+    let found = Gpu::adapters();
+    match (Gpu::find(""), &found[..]) {
+        (Ok(one), [only]) => assert_eq!(one.get_info(), only.get_info()),
+        (Err(error @ Error::AmbiguousAdapter { .. }), [_, _, ..]) => {
+            found.iter().for_each(|adapter| names(&error, &[&adapter.get_info().name]));
+        }
+        (other, found) => panic!("{other:?} of {found:?}"),
+    }
+    for gpu in gpus() {
+        let limits = wgpu::Limits { max_compute_workgroup_size_x: u32::MAX, ..gpu.adapter.limits() };
+        let options = DeviceOptions { limits: Some(limits), ..DeviceOptions::default() };
+        let error = Gpu::open(&gpu.adapter, &options).unwrap_err();
+        assert!(matches!(error, Error::RequestDevice(_)), "{error}");
+        names(&error, &["max_compute_workgroup_size_x"]);
+    }
+}
+
+#[test]
+fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
+    let shape = with(|p| p.element = Element::F16).check().unwrap();
+    for gpu in gpus() {
+        let caps = gpu.library().caps().clone();
+        let lanes = Options { form: Some(wgpu_attention::Form::Lanes), native_f16: Some(true), ..Options::default() };
+        let error = Plan::new(&shape, &caps, &lanes).unwrap_err();
+        assert!(matches!(error, Error::Kernel { kernel: "native f16", .. }));
+        names(&error, &["native f16", "cannot run"]);
+        let mut few = caps.clone();
+        few.limits.max_storage_buffers_per_shader_stage = 3;
+        let error = Plan::new(&shape, &few, &Options::default()).unwrap_err();
+        let limit = "max_storage_buffers_per_shader_stage";
+        says(error, Error::Device { limit, got: 3, want: 4 }, &[limit, "3", "4"]);
+
+        // A plan for another device: its pipeline does not compile here, and that is an error, not a panic.
+        let poor = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
+        let rich = wgpu_attention::Caps { f16: true, cpu: false, ..caps };
+        let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+        let plan = Plan::new(&shape, &rich, &unfused).unwrap();
+        let error = poor.library().prepare(&plan).unwrap_err();
+        assert!(matches!(error, Error::Pipeline { .. }), "{error}");
+        names(&error, &["scores", "did not compile"]);
+        poor.wait().expect("the device goes on");
+    }
+}
+
+#[test]
+fn a_sixteen_bit_output_with_gaps_and_odd_rows_is_refused() {
+    let gaps = Layout::Strided(Strides { offset: 0, batch: 400, head: 100, row: 9 });
+    let p = with(|p| (p.element, p.value_dim, p.out) = (Element::F16, 7, gaps));
+    for gpu in gpus() {
+        let error = gpu.library().plan(&p).unwrap_err();
+        assert!(matches!(error, Error::Conflict { left: "element", right: "out", .. }), "{error}");
+        names(&error, &["element", "out", "dense"]);
+    }
+}
+
+#[test]
+fn what_wgpu_reports_arrives_as_an_error_once() {
+    for gpu in gpus() {
+        let device = gpu.limited(|_| ());
+        let usage = wgpu::BufferUsages::STORAGE;
+        let buffer = device.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("not to be read"),
+            size: 16,
+            usage,
+            mapped_at_creation: false,
+        });
+        let error = device.read(buffer.slice(..)).unwrap_err();
+        assert!(matches!(error, Error::Validation(_)), "{error}");
+        names(&error, &["wgpu reported"]);
+        device.wait().expect("told once");
+
+        device.device().destroy();
+        let error = device.wait().unwrap_err();
+        assert!(matches!(error, Error::DeviceLost(_)), "{error}");
+        names(&error, &["lost"]);
+        assert_eq!(device.wait().unwrap_err(), error, "a lost device stays lost");
+    }
+}
+
+#[test]
+fn out_of_memory_and_internal_errors_keep_their_kind_and_text() {
+    let error = Error::from(wgpu::Error::OutOfMemory { source: "heap 3".into() });
+    says(error, Error::OutOfMemory("heap 3".into()), &["out of memory", "heap 3"]);
+    let source = || "cause".into();
+    let error = Error::from(wgpu::Error::Validation { source: source(), description: "bad call".into() });
+    says(error, Error::Validation("bad call".into()), &["bad call"]);
+    let error = Error::from(wgpu::Error::Internal { source: source(), description: "broke".into() });
+    says(error, Error::DeviceLost("broke".into()), &["broke"]);
+}
+
+#[test]
+fn projections_rotations_and_layers_that_do_not_fit_are_refused() {
+    let gpu = &gpus()[0];
+    let mut projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+    projection.head_columns = 5;
+    let want = Error::Divide { field: "head_columns", value: 5, of: "outputs", whole: 12 };
+    let plan = gpu.library().project(&projection, &Options::default());
+    says(plan.map(drop).unwrap_err(), want, &["head_columns is 5", "outputs", "12"]);
+    let mut rotation = Rotation::new(1, 2, 3, 12, 9);
+    rotation.rotary_dim = 3;
+    let want = Error::Multiple { field: "rotary_dim", value: 3, of: 2 };
+    let plan = gpu.library().rotate(&rotation, &Options::default());
+    says(plan.map(drop).unwrap_err(), want, &["rotary_dim is 3", "multiple of 2"]);
+    let zeros = |inputs, outputs| Linear {
+        inputs,
+        outputs,
+        weight: vec![0.0; (inputs * outputs) as usize],
+        order: Order::OutIn,
+        bias: None,
+    };
+    let layer = Layer::new(2, 2, [(); 4].map(|()| zeros(8, 8))).unwrap();
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).unwrap();
+    let mut problem = layer.problem(1, 3, 3);
+    problem.head_dim = 5;
+    let query = [0.0; 24];
+    let inputs = LayerInputs { query: &query, ..LayerInputs::default() };
+    let run = resident.forward(gpu, &problem, &Call::default(), &inputs);
+    let want = Error::LayerSize { field: "head_dim", got: 5, want: 4 };
+    says(run.map(drop).unwrap_err(), want, &["head_dim is 5", "4"]);
+}
+
+#[cfg(feature = "safetensors")]
+#[test]
+fn files_of_weights_that_do_not_fit_are_refused() {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+    let data = [0u8; 1024];
+    let load = |tensors: &[(&str, Dtype, &[usize])]| {
+        let views = tensors.iter().map(|&(name, dtype, shape)| {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            (name, TensorView::new(dtype, shape.to_vec(), &data[..bytes]).unwrap())
+        });
+        wgpu_attention::load::pytorch(&safetensors::serialize(views, None).unwrap(), "", 2).unwrap_err()
+    };
+    let packed = ("in_proj_weight", Dtype::F32, &[12usize, 4][..]);
+    let out = ("out_proj.weight", Dtype::F32, &[4usize, 4][..]);
+    let want = Error::MissingTensor { tensor: "out_proj.weight".into() };
+    says(load(&[packed]), want, &["out_proj.weight", "missing"]);
+    let want = Error::ExtraTensor { tensor: "stranger".into() };
+    says(load(&[packed, out, ("stranger", Dtype::F32, &[1])]), want, &["stranger", "not part"]);
+    let want = Error::TensorShape { tensor: "in_proj_bias".into(), got: vec![11], want: "[12]".into() };
+    says(load(&[packed, out, ("in_proj_bias", Dtype::F32, &[11])]), want, &["in_proj_bias", "[11]", "[12]"]);
+    let want = Error::TensorType { tensor: "out_proj.weight".into(), got: "I64".into() };
+    says(load(&[packed, (out.0, Dtype::I64, out.2)]), want, &["out_proj.weight", "I64", "F32"]);
+    let error = wgpu_attention::load::pytorch(b"no header", "", 2).unwrap_err();
+    assert!(matches!(error, Error::File(_)), "{error}");
+    names(&error, &["safetensors"]);
+}
+
+#[test]
+fn every_error_is_provoked_here() {
+    // The enum is non-exhaustive, so that the compiler cannot ask; its source is read instead.
+    let names: BTreeSet<&str> = include_str!("../src/error.rs")
+        .split("pub enum Error {")
+        .nth(1)
+        .unwrap()
+        .split("\n}\n")
+        .next()
+        .unwrap()
+        .lines()
+        .filter_map(|line| line.strip_prefix("    "))
+        .filter(|line| line.starts_with(|c: char| c.is_ascii_uppercase()))
+        .map(|line| line.split([' ', '(', ',']).next().unwrap())
+        .collect();
+    let tests = include_str!("errors.rs");
+    let untested: Vec<_> = names.iter().filter(|name| !tests.contains(&format!("Error::{name}"))).collect();
+    assert!(names.len() > 20 && untested.is_empty(), "no test provokes {untested:?}");
+}

@@ -1,0 +1,150 @@
+//! The GPU against the reference, on every adapter: each stage and the whole, within the error budget of the very data.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod composed;
+mod device;
+mod hidden;
+mod layouts;
+mod limits;
+mod operands;
+mod stages;
+mod types;
+mod visible;
+
+use support::{Case, gpus, is_small};
+use wgpu_attention::shape::Tensor;
+use wgpu_attention::{Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Options, Problem, wgpu};
+
+fn form(form: Option<Form>) -> Options {
+    Options { form, ..Options::default() }
+}
+
+/// A problem with every output.
+fn problem(sizes: [u32; 5], set: impl FnOnce(&mut Problem)) -> Problem {
+    let [batch, heads, seq_q, seq_kv, head_dim] = sizes;
+    let mut p = Problem::new(batch, heads, seq_q, seq_kv, head_dim);
+    (p.lse, p.weights, p.logits) = (true, true, Some(Logits::Masked));
+    set(&mut p);
+    p
+}
+
+/// The same problem without the outputs that need the score matrix: kernels without one can run, keys out of range are skipped.
+fn lean(p: &Problem) -> Problem {
+    let mut p = p.clone();
+    (p.weights, p.logits) = (false, None);
+    p
+}
+
+/// Every kernel that can be forced, with the bodies of those that have two.
+const KERNELS: [(Kernel, Option<Form>); 4] = [
+    (Kernel::Unfused, Some(Form::Tiled)),
+    (Kernel::Unfused, Some(Form::Lanes)),
+    (Kernel::Rows, None),
+    (Kernel::Flash, None),
+];
+
+/// The ways in which a test computes a problem: on Vulkan and its peers every way, on OpenGL and in the small suite the planner's
+/// choice alone, because compiling takes most of the time; there `every_kernel_holds_on_every_adapter` runs the rest.
+fn ways(gpu: &Gpu, p: &Problem) -> Vec<Options> {
+    let every = every_way(gpu, p);
+    let few = is_small() || gpu.info().backend == wgpu::Backend::Gl;
+    every.into_iter().take(if few { 1 } else { usize::MAX }).collect()
+}
+
+/// Every way to compute a problem on a device, none twice: first the planner's choice, then each kernel wherever it can run.
+/// Where one cannot, the refusal must give the very reason that is expected.
+fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
+    let plan = |way: &Options| gpu.library().plan_with(p, way);
+    let mut plans = vec![plan(&form(None)).unwrap_or_else(|error| panic!("{error}\n{p:?}"))];
+    let mut ways = vec![form(None)];
+    for (kernel, form) in KERNELS {
+        let way = Options { kernel: Some(kernel), form, ..Options::default() };
+        match (plan(&way), obstacle(gpu, p, kernel)) {
+            (Ok(plan), None) => {
+                if plans.iter().all(|other| other.steps() != plan.steps()) {
+                    plans.push(plan);
+                    ways.push(way);
+                }
+            }
+            (Err(Error::Kernel { kernel: name, why }), Some(reason)) => {
+                assert!(name == kernel.name() && why.contains(reason), "{name}: {why}, not {reason}\n{p:?}");
+            }
+            (result, reason) => panic!("{}: {:?}, but expected {reason:?}\n{p:?}", kernel.name(), result.err()),
+        }
+    }
+    ways
+}
+
+/// Why a kernel cannot run a problem on a device, as its documentation has it.
+fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
+    let caps = gpu.library().caps();
+    let limits = &caps.limits;
+    let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
+    let lists = p.lse || p.sinks || p.key_lengths || p.packed.is_some() || p.causal == Causal::Offset;
+    let buffers = match kernel {
+        Kernel::Unfused => return None,
+        _ if full => 8,
+        Kernel::Flash if !lists => 4,
+        _ => 6,
+    };
+    let bound = |tensor: &Tensor| (u64::from(tensor.sizes[2]) - 1) * tensor.strides.row + u64::from(tensor.dim);
+    let shape = p.check().unwrap();
+    let longest = bound(shape.k()).max(bound(shape.v())) * shape.element.bytes();
+    let alignment = u64::from(limits.min_storage_buffer_offset_alignment).max(32);
+    if p.weights || p.logits.is_some() {
+        Some("score matrix")
+    } else if limits.max_storage_buffers_per_shader_stage < buffers {
+        Some("storage buffers")
+    } else if p.packed.is_none() && longest > limits.max_storage_buffer_binding_size - alignment {
+        Some("exceed a binding")
+    } else if kernel == Kernel::Rows && p.head_dim.max(p.value_dim) > 256 {
+        Some("do not fit a lane's registers")
+    } else if kernel == Kernel::Flash && limits.max_compute_invocations_per_workgroup < 128 {
+        Some("no tile fits")
+    } else {
+        None
+    }
+}
+
+/// Compares on every adapter, in every way, and again without the outputs that keep fused kernels away.
+#[track_caller]
+fn everywhere(case: Case) {
+    all_everywhere(&[case]);
+}
+
+/// The same with many cases, adapter by adapter, so that other tests need not wait for OpenGL meanwhile.
+#[track_caller]
+fn all_everywhere(cases: &[Case]) {
+    for gpu in gpus() {
+        for case in cases {
+            let lean = case.lean();
+            // A case that was lean from the start runs once.
+            for case in [Some(case), Some(&lean).filter(|lean| lean.problem != case.problem)].into_iter().flatten() {
+                for way in ways(gpu, &case.problem) {
+                    case.check(gpu, &way);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kernel_holds_on_every_adapter() {
+    for element in [Element::F32, Element::F16] {
+        let p = problem([2, 4, 35, 67, 20], |p| {
+            (p.element, p.kv_heads, p.causal) = (element, 2, Causal::BottomRight);
+            (p.key_lengths, p.sinks, p.weights, p.logits) = (true, true, false, None);
+            p.mask = (element == Element::F16).then_some(Broadcast([1, 1, 35, 66]));
+        });
+        let case = Case::random(p, 1);
+        for gpu in gpus() {
+            let ways = every_way(gpu, &case.problem);
+            assert!(
+                ways.len() >= 4 - usize::from(gpu.library().caps().limits.max_storage_buffers_per_shader_stage < 8)
+            );
+            ways.iter().for_each(|way| drop(case.check(gpu, way)));
+        }
+    }
+}
