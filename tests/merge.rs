@@ -225,13 +225,13 @@ fn parts_of_the_keys_merge_into_the_whole() {
             let rows = |x: &[f32]| -> Vec<f32> {
                 x.chunks_exact(50 * 16).flat_map(|head| &head[part[0] * 16..part[1] * 16]).copied().collect()
             };
-            let (k, v) = (rows(&data.k), rows(&data.v));
+            let (k, v) = (rows(data.k.f32()), rows(data.v.f32()));
             let mut problem = Problem::new(2, 4, 19, keys as u32, 16);
             (problem.kv_heads, problem.causal, problem.lse) = (2, Causal::Offset, true);
             problem.mask = Some(Broadcast([1, 1, 1, keys as u32]));
             let mask = data.mask.as_ref().expect("asked for");
             let inputs = Inputs {
-                q: Elements::F32(&data.q),
+                q: data.q.elements(),
                 k: Elements::F32(&k),
                 v: Elements::F32(&v),
                 mask: Some(&mask[part[0]..part[1]]),
