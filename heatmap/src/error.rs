@@ -1,0 +1,62 @@
+//! What can be wrong with a picture.
+
+use std::path::PathBuf;
+
+/// Shorthand for a result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why no picture was drawn.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An axis is empty.
+    #[error("there are no {what} to draw")]
+    Nothing {
+        /// Sequences, heads, queries or keys.
+        what: &'static str,
+    },
+    /// The weights do not fill heads × queries × keys.
+    #[error("there are {got} weights; heads × queries × keys is {want}")]
+    Length {
+        /// Weights given.
+        got: usize,
+        /// Weights needed.
+        want: usize,
+    },
+    /// A weight is no share of 1.
+    #[error("weight {index} is {value}; it must be from 0 to 1")]
+    Weight {
+        /// Its place.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// The picture would not fit a screen or a viewer's memory.
+    #[error(
+        "the picture would be {width} × {height} pixels; each side may have {limit}: draw fewer tokens or sequences"
+    )]
+    TooLarge {
+        /// Its width.
+        width: usize,
+        /// Its height.
+        height: usize,
+        /// The longest side.
+        limit: usize,
+    },
+    /// The file's ending names no format.
+    #[error("{}: a picture's name must end in .svg or .png", path.display())]
+    Ending {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file could not be written.
+    #[error("{}: {why}", path.display())]
+    Draw {
+        /// The file.
+        path: PathBuf,
+        /// What the writer said.
+        why: String,
+    },
+    /// The font of this crate could not be read.
+    #[error("the built-in font could not be read")]
+    Font,
+}
