@@ -123,7 +123,7 @@ fn bar<B: DrawingBackend>(area: &DrawingArea<B, Shift>, page: &Page<'_>) -> Draw
     let (bar_width, bar_height) = (BAR.0 as i32, BAR.1 as i32);
     let (right, lower) = (left + bar_width, upper + bar_height);
     let plain = label_font();
-    text(area, "weight".into(), (left, upper - LINE as i32 + 2), &plain, (HPos::Left, VPos::Top))?;
+    text(area, "weight".into(), (left, upper - LINE as i32 - 4), &plain, (HPos::Left, VPos::Top))?;
     for step in 0..bar_height {
         let fill = colour(1.0 - step as f32 / bar_height as f32);
         area.draw(&Rectangle::new([(left, upper + step), (right, upper + step + 1)], fill.filled()))?;

@@ -181,18 +181,18 @@ impl<'a> GpuAttention<'a> {
         gpu.queue().write_buffer(&self.start, 0, bytemuck::bytes_of(&(start as u32)));
         gpu.queue().write_buffer(&self.length, 0, bytemuck::bytes_of(&((start + rows) as u32)));
 
+        let mut buffers = Buffers::new(step.q.slice(..), keys.slice(..), cached_values.slice(..), step.out.slice(..));
+        buffers.key_lengths = Some(self.length.slice(..));
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         for (turn, x) in [(&step.turn_q, &step.q), (&step.turn_k, keys)] {
             let angles = [(Slot::Angles, self.table.slice(..)), (Slot::Positions, self.start.slice(..))];
             turn.encode(&mut encoder, &[&[(Slot::Result, x.slice(..))], &angles[..]].concat())?;
         }
-        gpu.queue().submit([encoder.finish()]);
-        let mut buffers = Buffers::new(step.q.slice(..), keys.slice(..), cached_values.slice(..), step.out.slice(..));
-        buffers.key_lengths = Some(self.length.slice(..));
+        // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.
         for slice in 0..step.attention.slices() {
-            let mut encoder = gpu.device().create_command_encoder(&Default::default());
             step.attention.encode_slice(slice, &mut encoder, &buffers)?;
-            gpu.queue().submit([encoder.finish()]);
+            let next = gpu.device().create_command_encoder(&Default::default());
+            gpu.queue().submit([std::mem::replace(&mut encoder, next).finish()]);
         }
         let bytes = gpu.read(step.out.slice(..))?;
         let width = self.heads.heads * self.heads.head_dim;
