@@ -20,6 +20,28 @@ pub struct DeviceArgs {
     pub checked: bool,
 }
 
+/// What computes.
+#[derive(Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// Adapter: index, part of its name, or backend:part (default: the best one)
+    #[arg(long, conflicts_with = "cpu")]
+    adapter: Option<String>,
+    /// Run the CPU reference in f32 instead
+    #[arg(long)]
+    cpu: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl EngineArgs {
+    pub fn open(&self) -> wgpu_attention::Result<Engine> {
+        if self.cpu {
+            return Ok(Engine::Cpu);
+        }
+        Ok(Engine::Gpu(Box::new(one(self.adapter.as_deref(), &self.device)?)))
+    }
+}
+
 /// How kernels are chosen; what is absent is left to the planner.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
 pub struct KernelArgs {

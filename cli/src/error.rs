@@ -26,10 +26,16 @@ pub enum Error {
     MissingMetadata { path: PathBuf, key: String },
     #[error("{}: metadata {key:?} is {value:?}; it must be {want}", path.display())]
     Metadata { path: PathBuf, key: String, value: String, want: String },
+    #[error("{}: {got} tokens; there must be 1 to {limit}, one a line", path.display())]
+    Tokens { path: PathBuf, got: usize, limit: usize },
+    #[error("{}: batch is {batch}; the file has {batches}, counted from 0", path.display())]
+    Batch { path: PathBuf, batch: usize, batches: usize },
     #[error("{}: {source}", path.display())]
     Problem { path: PathBuf, source: wgpu_attention::Error },
     #[error("{0}")]
     Attention(#[from] wgpu_attention::Error),
+    #[error("{0}")]
+    Picture(#[from] wgpu_attention_heatmap::Error),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
 }

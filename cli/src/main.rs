@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{adapters, bench, cases as case_files, check, plan, run};
+use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run};
 use error::Error;
 use report::Report;
 
@@ -47,6 +47,8 @@ enum Command {
     Adapters,
     /// Run attention on the tensors of a safetensors file
     Run(run::Arguments),
+    /// Draw attention weights, heads side by side, tokens on the axes
+    Heatmap(heatmap::Arguments),
     /// Run case files: what other implementations computed
     Cases(case_files::Arguments),
     /// Time problems beside the adapter's own ceilings
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
         Some(Command::Check(arguments)) => check::run(arguments, report),
         Some(Command::Adapters) => adapters::run(report),
         Some(Command::Run(arguments)) => run::run(arguments, report),
+        Some(Command::Heatmap(arguments)) => heatmap::run(arguments, report),
         Some(Command::Cases(arguments)) => case_files::run(arguments, report),
         Some(Command::Bench(arguments)) => bench::run(arguments, report),
         Some(Command::Plan(arguments)) => plan::run(arguments, report),

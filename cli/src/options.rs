@@ -2,7 +2,8 @@
 
 use std::str::FromStr;
 
-use wgpu_attention::{Causal, Element, Layout, Problem};
+use clap::Args;
+use wgpu_attention::{Causal, Element, Layout, Problem, Window};
 
 /// `B,H,HKV,SQ,SKV,D`: batch, query heads, key/value heads, queries, keys and head dimension.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,6 +83,37 @@ impl From<LayoutArg> for Layout {
             LayoutArg::Bhsd => Layout::Bhsd,
             LayoutArg::Bshd => Layout::Bshd,
         }
+    }
+}
+
+/// What the tensors of a file do not say of a problem.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct TermArgs {
+    #[arg(long, value_enum, default_value_t)]
+    pub causal: CausalArg,
+    /// Factor of q·k (default 1/√D)
+    #[arg(long, allow_negative_numbers = true)]
+    pub scale: Option<f32>,
+    /// Soft cap of the scores
+    #[arg(long, allow_negative_numbers = true)]
+    pub softcap: Option<f32>,
+    /// Keys visible before the position of a query
+    #[arg(long)]
+    pub window_left: Option<u32>,
+    /// Keys visible after the position of a query
+    #[arg(long)]
+    pub window_right: Option<u32>,
+    /// Layout of q, k, v and out; with cu_seqlens_q they are [tokens, heads, dim]
+    #[arg(long, value_enum, default_value_t)]
+    pub layout: LayoutArg,
+}
+
+impl TermArgs {
+    /// Sets all but the layout, which the tensors are read by.
+    pub fn apply(&self, problem: &mut Problem) {
+        problem.causal = self.causal.into();
+        (problem.scale, problem.softcap) = (self.scale, self.softcap);
+        problem.window = Window { left: self.window_left, right: self.window_right };
     }
 }
 

@@ -19,12 +19,21 @@ pub struct Request {
 impl Request {
     /// Reads the tensors, which lie in `layout`; with `cu_seqlens_q` they are [tokens, heads, dim] instead.
     pub fn read(archive: &Archive, layout: Layout) -> Result<Self> {
+        Self::with_values(archive, layout, "v")
+    }
+
+    /// The same where only the weights matter: without a tensor v, the keys stand in for it.
+    pub fn read_for_weights(archive: &Archive, layout: Layout) -> Result<Self> {
+        Self::with_values(archive, layout, if archive.has("v") { "v" } else { "k" })
+    }
+
+    fn with_values(archive: &Archive, layout: Layout, v: &str) -> Result<Self> {
         let mut operands =
-            Operands::new(archive.floats("q")?.clone(), archive.floats("k")?.clone(), archive.floats("v")?.clone());
+            Operands::new(archive.floats("q")?.clone(), archive.floats("k")?.clone(), archive.floats(v)?.clone());
         let (mut problem, out_shape, lse_shape) = if archive.has("cu_seqlens_q") || archive.has("cu_seqlens_k") {
-            packed(archive, &mut operands)?
+            packed(archive, &mut operands, v)?
         } else {
-            dense(archive, layout)?
+            dense(archive, layout, v)?
         };
         problem.element = operands.q.element();
         if archive.has("mask") {
@@ -49,19 +58,19 @@ impl Request {
 }
 
 /// A dense problem with the shapes of `out` and `lse`.
-fn dense(archive: &Archive, layout: Layout) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
+fn dense(archive: &Archive, layout: Layout, v: &str) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
     let sizes = |name| -> Result<[u32; 4]> {
         let [batch, b, c, dim] = archive.sizes_of_rank(name)?;
         Ok(if layout == Layout::Bshd { [batch, c, b, dim] } else { [batch, b, c, dim] })
     };
     let [batch, heads, seq_q, head_dim] = sizes("q")?;
     let [k_batch, kv_heads, seq_kv, k_dim] = sizes("k")?;
-    let [v_batch, v_heads, v_rows, value_dim] = sizes("v")?;
+    let [v_batch, v_heads, v_rows, value_dim] = sizes(v)?;
     if [k_batch, k_dim] != [batch, head_dim] {
         return Err(archive.wrong_shape("k", "of the same batch and head dimension as q"));
     }
     if [v_batch, v_heads, v_rows] != [batch, kv_heads, seq_kv] {
-        return Err(archive.wrong_shape("v", "like k but for the last axis"));
+        return Err(archive.wrong_shape(v, "like k but for the last axis"));
     }
     let mut problem = Problem::new(batch, heads, seq_q, seq_kv, head_dim).with_layout(layout);
     (problem.kv_heads, problem.value_dim) = (kv_heads, value_dim);
@@ -71,15 +80,15 @@ fn dense(archive: &Archive, layout: Layout) -> Result<(Problem, Vec<usize>, Vec<
 }
 
 /// A packed problem, tokens first, with the shapes of `out` and `lse`.
-fn packed(archive: &Archive, operands: &mut Operands) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
+fn packed(archive: &Archive, operands: &mut Operands, v: &str) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
     let [total_q, heads, head_dim] = archive.sizes_of_rank("q")?;
     let [total_kv, kv_heads, k_dim] = archive.sizes_of_rank("k")?;
-    let [v_rows, v_heads, value_dim] = archive.sizes_of_rank("v")?;
+    let [v_rows, v_heads, value_dim] = archive.sizes_of_rank(v)?;
     if k_dim != head_dim {
         return Err(archive.wrong_shape("k", "of the same head dimension as q"));
     }
     if [v_rows, v_heads] != [total_kv, kv_heads] {
-        return Err(archive.wrong_shape("v", "like k but for the last axis"));
+        return Err(archive.wrong_shape(v, "like k but for the last axis"));
     }
     let bounds_q = archive.lengths("cu_seqlens_q")?;
     let bounds_kv = archive.lengths("cu_seqlens_k")?;

@@ -4,5 +4,6 @@ pub mod adapters;
 pub mod bench;
 pub mod cases;
 pub mod check;
+pub mod heatmap;
 pub mod plan;
 pub mod run;

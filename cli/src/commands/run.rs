@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use clap::Args;
 use safetensors::{Dtype, View};
 use serde_json::json;
-use wgpu_attention::{Element, Window};
+use wgpu_attention::Element;
 
 use crate::Outcome;
 use crate::archive::Archive;
-use crate::engine::{self, DeviceArgs, Engine, KernelArgs};
+use crate::engine::{EngineArgs, KernelArgs};
 use crate::error::{Error, Result};
 use crate::floats::Floats;
-use crate::options::{CausalArg, LayoutArg};
+use crate::options::TermArgs;
 use crate::report::Report;
 use crate::request::Request;
 
@@ -26,29 +26,8 @@ pub struct Arguments {
     /// Where out, and what else is asked for, is written
     #[arg(long)]
     output: PathBuf,
-    /// Adapter: index, part of its name, or backend:part (default: the best one)
-    #[arg(long, conflicts_with = "cpu")]
-    adapter: Option<String>,
-    /// Run the CPU reference in f32 instead
-    #[arg(long)]
-    cpu: bool,
-    #[arg(long, value_enum, default_value_t)]
-    causal: CausalArg,
-    /// Factor of q·k (default 1/√D)
-    #[arg(long, allow_negative_numbers = true)]
-    scale: Option<f32>,
-    /// Soft cap of the scores
-    #[arg(long, allow_negative_numbers = true)]
-    softcap: Option<f32>,
-    /// Keys visible before the position of a query
-    #[arg(long)]
-    window_left: Option<u32>,
-    /// Keys visible after the position of a query
-    #[arg(long)]
-    window_right: Option<u32>,
-    /// Layout of q, k, v and out; with cu_seqlens_q they are [tokens, heads, dim]
-    #[arg(long, value_enum, default_value_t)]
-    layout: LayoutArg,
+    #[command(flatten)]
+    terms: TermArgs,
     /// Also write the softmax weights, f32
     #[arg(long)]
     weights: bool,
@@ -56,7 +35,7 @@ pub struct Arguments {
     #[arg(long)]
     lse: bool,
     #[command(flatten)]
-    device: DeviceArgs,
+    engine: EngineArgs,
     #[command(flatten)]
     kernels: KernelArgs,
 }
@@ -89,26 +68,16 @@ impl View for &Written {
     }
 }
 
-fn engine(arguments: &Arguments) -> Result<Engine> {
-    if arguments.cpu {
-        return Ok(Engine::Cpu);
-    }
-    let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
-    Ok(Engine::Gpu(Box::new(gpu)))
-}
-
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let archive = Archive::read(&arguments.input)?;
-    let Request { mut problem, operands, out_shape, lse_shape } = Request::read(&archive, arguments.layout.into())?;
-    problem.causal = arguments.causal.into();
-    problem.scale = arguments.scale;
-    problem.softcap = arguments.softcap;
-    problem.window = Window { left: arguments.window_left, right: arguments.window_right };
+    let Request { mut problem, operands, out_shape, lse_shape } =
+        Request::read(&archive, arguments.terms.layout.into())?;
+    arguments.terms.apply(&mut problem);
     (problem.weights, problem.lse) = (arguments.weights, arguments.lse);
     let refused = |source| archive.problem(source);
     problem.check().map_err(refused)?.check_inputs(&operands.inputs()).map_err(refused)?;
 
-    let engine = engine(arguments)?;
+    let engine = arguments.engine.open()?;
     let outputs = engine.attention(&problem, &operands.inputs(), &arguments.kernels)?;
     let mut tensors = vec![("out", Written { shape: out_shape, data: Floats::rounded(&outputs.out, problem.element) })];
     if let Some(weights) = outputs.weights {
