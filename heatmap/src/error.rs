@@ -48,7 +48,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// The file could not be written.
+    /// The file could not be made.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The picture could not be written.
     #[error("{}: {why}", path.display())]
     Draw {
         /// The file.

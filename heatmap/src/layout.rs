@@ -17,6 +17,8 @@ pub const LINE: usize = 20;
 pub const TICK: usize = 5;
 /// Width that the heads of a sequence should not exceed.
 const WIDTH: usize = 1_360;
+/// Height of a label on the axes.
+const LABEL: usize = 13;
 /// Width and height of the colour bar.
 pub const BAR: (usize, usize) = (18, 160);
 /// Width of the colour bar's numbers.
@@ -53,6 +55,14 @@ pub struct Head {
     pub top: usize,
     pub names_queries: bool,
     pub names_keys: bool,
+}
+
+/// The side of a cell: as large as lets the heads stand in a block that is wider than it is high, and large enough to name
+/// every token where there are not too many.
+fn cell(heads: usize, tokens: usize) -> usize {
+    let per_line = (1.4 * heads as f64).sqrt().round().max(1.0) as usize;
+    let least = if tokens <= 64 { LABEL } else { 3 };
+    (WIDTH / per_line).saturating_sub(GAP).div_euclid(tokens).clamp(least, 20)
 }
 
 /// A token as it is written: control characters would break the picture, long tokens the layout.
@@ -98,7 +108,7 @@ impl<'a> Block<'a> {
     /// The block, its right end and its bottom.
     fn new(sequence: &'a Sequence, title_top: usize) -> Result<(Self, usize, usize)> {
         let (rows, columns) = (sequence.queries.len(), sequence.keys.len());
-        let cell = (480 / rows.max(columns)).clamp(3, 20);
+        let cell = cell(sequence.heads, rows.max(columns));
         let (width, height) = (columns * cell, rows * cell);
         let left = MARGIN + LINE + widest(&sequence.queries)? + TICK;
         let below = widest(&sequence.keys)? + TICK;
@@ -125,7 +135,7 @@ impl<'a> Block<'a> {
             sequence,
             title_top,
             cell,
-            every: 13usize.div_ceil(cell),
+            every: [1, 2, 5, 10, 20].into_iter().find(|every| every * cell >= LABEL).expect("no cell is that small"),
             query_names: heads
                 .iter()
                 .filter(|head| head.names_queries)

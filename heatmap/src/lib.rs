@@ -75,10 +75,15 @@ pub fn draw(path: &Path, sequences: &[Sequence]) -> Result<()> {
     sequences.iter().try_for_each(Sequence::check)?;
     paint::register_font()?;
     let page = layout::Page::new(sequences)?;
-    match ending.as_str() {
-        "svg" => paint_on(path, SVGBackend::new(path, page.size), &page),
-        "png" => paint_on(path, BitMapBackend::new(path, page.size), &page),
-        _ => Err(Error::Ending { path: path.into() }),
+    if !["svg", "png"].contains(&ending.as_str()) {
+        return Err(Error::Ending { path: path.into() });
+    }
+    // The drawing back ends wrap what the system says in names of their own.
+    std::fs::File::create(path).map_err(|source| Error::File { path: path.into(), source })?;
+    if ending == "svg" {
+        paint_on(path, SVGBackend::new(path, page.size), &page)
+    } else {
+        paint_on(path, BitMapBackend::new(path, page.size), &page)
     }
 }
 
@@ -136,8 +141,7 @@ mod tests {
         let path = Path::new("x.svg");
         assert!(matches!(draw(path, &[]), Err(Error::Nothing { what: "sequences" })));
         assert!(matches!(draw(Path::new("x.gif"), &[sequence()]), Err(Error::Ending { .. })));
-        assert!(matches!(draw(Path::new("/no/such/folder/x.png"), &[sequence()]), Err(Error::Draw { .. })));
-        assert!(matches!(draw(Path::new("/no/such/folder/x.svg"), &[sequence()]), Err(Error::Draw { .. })));
+        assert!(matches!(draw(Path::new("/no/such/folder/x.png"), &[sequence()]), Err(Error::File { .. })));
         let mut nan = sequence();
         nan.weights[3] = f32::NAN;
         assert!(matches!(draw(path, &[nan]), Err(Error::Weight { index: 3, .. })));
