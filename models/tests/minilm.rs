@@ -42,7 +42,7 @@ fn largest_difference(got: &[f32], want: &[f32]) -> f32 {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn embeddings_and_weights_are_those_of_transformers() {
     let file = read("tests/minilm/embeddings.safetensors");
     let (_, header) = SafeTensors::read_metadata(&file).unwrap();
@@ -66,7 +66,7 @@ fn embeddings_and_weights_are_those_of_transformers() {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn similarities_are_the_published_ones() {
     let file: Value = serde_json::from_slice(&read("tests/minilm/published_scores.json")).unwrap();
     let tolerance = file["tol_abs"].as_f64().unwrap();
@@ -90,7 +90,7 @@ fn similarities_are_the_published_ones() {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn wrong_input_is_refused() {
     let model = model();
     assert!(matches!(model.tokenize(&[]), Err(Error::NoText)));

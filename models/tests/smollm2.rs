@@ -47,7 +47,7 @@ fn answer(model: &Llama, tokens: &[u32], attend: &mut Attend<'_>) -> Vec<Choice>
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn greedy_tokens_are_those_of_attention_by_candle() {
     let (model, gpu) = (model(), gpu());
     for question in QUESTIONS {
@@ -92,7 +92,7 @@ fn candles_own() -> ModelWeights {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn logits_are_those_of_candles_own_model() {
     let model = model();
     let mut whole = candles_own();
@@ -123,7 +123,7 @@ fn logits_are_those_of_candles_own_model() {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn text_is_cut_as_the_models_makers_do() {
     let model = model();
     let ids = |text: &str| model.tokenizer.encode(text, false).unwrap().get_ids().to_vec();
@@ -135,7 +135,7 @@ fn text_is_cut_as_the_models_makers_do() {
 }
 
 #[test]
-#[ignore = "models not fetched: run scripts/models"]
+#[ignore = "needs what scripts/models fetches"]
 fn what_does_not_fit_is_refused() {
     let model = model();
     let mut never = |_: usize, _: usize, _: [&Tensor; 3]| -> wgpu_attention_models::Result<Tensor> { unreachable!() };
