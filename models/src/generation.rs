@@ -56,6 +56,18 @@ fn choose(logits: &[f32]) -> Choice {
     Choice { token, margin: first - second }
 }
 
+/// Positions that a prompt of some tokens and an answer of at most `most` need; an error where the model has not as many.
+pub fn positions(model: &Llama, prompt: &[u32], most: usize) -> Result<usize> {
+    if prompt.is_empty() {
+        return Err(Error::NoText);
+    }
+    let tokens = prompt.len().saturating_add(most);
+    if tokens > model.context {
+        return Err(Error::TooLong { index: 1, tokens, limit: model.context });
+    }
+    Ok(tokens)
+}
+
 /// Answers a prompt with at most `most` tokens and stops before the token that ends an answer. `each` gets each token as it comes.
 pub fn greedy(
     model: &Llama,
@@ -64,13 +76,7 @@ pub fn greedy(
     attend: &mut Attend<'_>,
     each: &mut dyn FnMut(Choice) -> Result<()>,
 ) -> Result<Timing> {
-    if prompt.is_empty() {
-        return Err(Error::NoText);
-    }
-    let tokens = prompt.len() + most;
-    if tokens > model.context {
-        return Err(Error::TooLong { index: 1, tokens, limit: model.context });
-    }
+    positions(model, prompt, most)?;
     let mut timing = Timing { prompt_tokens: prompt.len(), ..Timing::default() };
     let began = Instant::now();
     let mut logits = model.forward(prompt, 0, attend)?;

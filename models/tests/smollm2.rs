@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use indicatif::ProgressBar;
 use wgpu_attention::Gpu;
-use wgpu_attention_models::generation::{Choice, greedy, prompt};
+use wgpu_attention_models::generation::{Choice, greedy, positions, prompt};
 use wgpu_attention_models::llama::Llama;
 use wgpu_attention_models::{Attend, CpuAttention, Error, GpuAttention, folder};
 
@@ -141,6 +141,7 @@ fn what_does_not_fit_is_refused() {
     let mut never = |_: usize, _: usize, _: [&Tensor; 3]| -> wgpu_attention_models::Result<Tensor> { unreachable!() };
     let refused = |error| matches!(error, Err(Error::TooLong { tokens: 8193, limit: 8192, .. }));
     assert!(refused(greedy(&model, &[1], 8192, &mut never, &mut |_| Ok(()))));
+    assert!(matches!(positions(&model, &[1], usize::MAX), Err(Error::TooLong { limit: 8192, .. })));
     assert!(matches!(greedy(&model, &[], 1, &mut never, &mut |_| Ok(())), Err(Error::NoText)));
 }
 

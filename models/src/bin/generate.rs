@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use wgpu_attention::gpu;
-use wgpu_attention_models::generation::{greedy, prompt, rate};
+use wgpu_attention_models::generation::{greedy, positions, prompt, rate};
 use wgpu_attention_models::llama::Llama;
 use wgpu_attention_models::{Attend, CpuAttention, Error, GpuAttention, Result, count_bar, folder, open};
 
@@ -61,7 +61,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let model = Llama::load(&path, &bar)?;
     bar.finish_and_clear();
     let tokens = prompt(&model, &arguments.question)?;
-    let capacity = tokens.len() + arguments.tokens;
+    let capacity = positions(&model, &tokens, arguments.tokens)?;
     match arguments.attention {
         AttentionArg::Gpu => {
             let gpu = open(arguments.adapter.as_deref())?;
