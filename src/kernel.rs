@@ -13,6 +13,7 @@ pub mod rotary;
 pub mod rows;
 pub mod scores;
 pub mod softmax;
+pub mod split;
 pub mod values;
 
 use std::fmt;
@@ -214,6 +215,8 @@ pub enum Variant {
     Rows(rows::Rows),
     /// Fused, tiled.
     Flash(flash::Flash),
+    /// Fused, for few queries: keys shared out to workgroups.
+    Split(split::Split),
     /// Rows times a weight matrix.
     Project(project::Project),
     /// Rotary position embedding.
@@ -237,6 +240,7 @@ macro_rules! each {
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
             Variant::Flash($x) => $body,
+            Variant::Split($x) => $body,
             Variant::Project($x) => $body,
             Variant::Rotary($x) => $body,
             Variant::Extra($x) => $body,
@@ -258,6 +262,7 @@ impl Variant {
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
         all.extend(flash::Flash::all().map(Variant::Flash));
+        all.extend(split::Split::all().map(Variant::Split));
         all.extend(project::Project::all().map(Variant::Project));
         all.extend(rotary::Rotary::all().map(Variant::Rotary));
         all.extend(extra::Extra::all().map(Variant::Extra));
@@ -277,6 +282,7 @@ impl Variant {
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
             Variant::Flash(_) => "flash",
+            Variant::Split(_) => "split",
             Variant::Project(_) => "project",
             Variant::Rotary(_) => "rotary",
             Variant::Extra(_) => "extra",
@@ -317,6 +323,7 @@ impl Variant {
             Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Rows(x) => x.tile.subgroup,
             Variant::Flash(x) => x.tile.shuffle,
+            Variant::Split(x) => x.tile.shuffle,
             Variant::Project(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             _ => false,
         }

@@ -1,6 +1,6 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows};
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows, split};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
@@ -107,6 +107,31 @@ pub const FLASH: [flash::Tile; 8] = [
     flash::Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     flash::Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];
+
+/// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
+const SPLIT: [(u32, u32, u32); 5] = [(64, 1, 4), (64, 4, 4), (128, 1, 4), (128, 4, 2), (256, 1, 2)];
+
+/// Streams of a workgroup of `split`: alone on CPU adapters, which run a workgroup's subgroups one after the other; on GPUs 128
+/// invocations, so that enough loads are under way.
+pub const SPLIT_STREAMS: [u32; 2] = [1, 16];
+
+/// The tiles of `split`, fewest dims first and then fewest rows.
+pub(crate) fn split_tiles() -> impl Iterator<Item = split::Tile> {
+    let forms = [(SPLIT_STREAMS[0], true), (SPLIT_STREAMS[1], true), (SPLIT_STREAMS[1], false)];
+    SPLIT.into_iter().flat_map(move |(dims, rows, keys)| {
+        forms.map(|(streams, shuffle)| split::Tile { dims, rows, keys, streams, shuffle })
+    })
+}
+
+/// Workgroups that keep every unit of a CPU adapter, and of a GPU, busy: `split` shares out keys until there are as many.
+pub const SPLIT_WORKGROUPS: [u32; 2] = [16, 512];
+
+/// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
+pub const SPLIT_KEYS: [u32; 2] = [512, 256];
+
+/// Most rows for which `split` is preferred on a GPU, all query heads of a key/value head together: a tile of `flash` would be
+/// mostly empty.
+pub const SPLIT_ROWS: u32 = 16;
 
 /// Whether a tile is rendered for a format: lane forms read f16 packed (conversion is not their cost), and unaligned rows
 /// only with the larger bucket of dims.
