@@ -109,16 +109,14 @@ pub const FLASH: [flash::Tile; 8] = [
 ];
 
 /// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
-const SPLIT: [(u32, u32, u32); 5] = [(64, 1, 4), (64, 4, 4), (128, 1, 4), (128, 4, 2), (256, 1, 2)];
+/// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.
+const SPLIT: [(u32, u32, u32, u32); 5] = [(64, 1, 4, 16), (64, 4, 4, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
 
-/// Streams of a workgroup of `split`: alone on CPU adapters, which run a workgroup's subgroups one after the other; on GPUs 128
-/// invocations, so that enough loads are under way.
-pub const SPLIT_STREAMS: [u32; 2] = [1, 16];
-
-/// The tiles of `split`, fewest dims first and then fewest rows.
+/// The tiles of `split`, fewest dims first and then fewest rows. CPU adapters run the subgroups of a workgroup one after the
+/// other: a single stream spares them the merge.
 pub(crate) fn split_tiles() -> impl Iterator<Item = split::Tile> {
-    let forms = [(SPLIT_STREAMS[0], true), (SPLIT_STREAMS[1], true), (SPLIT_STREAMS[1], false)];
-    SPLIT.into_iter().flat_map(move |(dims, rows, keys)| {
+    SPLIT.into_iter().flat_map(move |(dims, rows, keys, many)| {
+        let forms = [(1, true), (many, true), (many, false)];
         forms.map(|(streams, shuffle)| split::Tile { dims, rows, keys, streams, shuffle })
     })
 }
