@@ -1009,8 +1009,8 @@ fn problem_flags(s: &Shape) -> u32 {
 
 fn lane_body(caps: &Caps) -> Body {
     match caps.lanes() {
-        Some(lanes) => Body::Lanes { lanes, subgroup: true },
-        None => Body::Lanes { lanes: 8, subgroup: false },
+        Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == tuning::WIDE_LANES },
+        None => Body::Lanes { lanes: 8, subgroup: false, wide: false },
     }
 }
 
@@ -1118,7 +1118,7 @@ fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     }
     let dim = shape.head_dim.max(shape.value_dim);
     let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
-    let one_stream = caps.cpu && shuffle;
+    let one_stream = caps.cpu && caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
     let many_rows = lines(shape) > 2;
     let tiles = tuning::split_tiles().filter(|tile| {
         dim <= tile.dims && tile.shuffle == shuffle && (tile.streams == 1) == one_stream

@@ -23,9 +23,13 @@ pub const SCORES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 4), tiled(32, 32, 16, 
 /// Tiled rows of `values`, largest first: 8 rows × 4 dims per invocation.
 pub const VALUES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 1), tiled(32, 32, 16, 4, 1)];
 
+/// Subgroup size of the CPU adapters that load component by component.
+pub const WIDE_LANES: u32 = 8;
+
 pub(crate) fn lane_bodies() -> impl Iterator<Item = Body> {
-    let spread = SUBGROUP_SIZES.map(|lanes| Body::Lanes { lanes, subgroup: true });
-    spread.into_iter().chain([Body::Lanes { lanes: 8, subgroup: false }])
+    let lanes = |lanes, subgroup, wide| Body::Lanes { lanes, subgroup, wide };
+    let spread = SUBGROUP_SIZES.map(|size| lanes(size, true, false));
+    spread.into_iter().chain([lanes(WIDE_LANES, true, true), lanes(8, false, false)])
 }
 
 /// The lane-per-row tile of `scores`: rows per lane and dims in registers.
@@ -61,7 +65,7 @@ pub const PROJECT_TILED: [Tile; 2] = SCORES_TILED;
 
 /// Lane-per-row tiles of `project`, many rows first.
 pub(crate) fn project_lanes(body: Body) -> [Tile; 2] {
-    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    let Body::Lanes { lanes, subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
     let cols = if subgroup { 32 } else { 16 };
     PROJECT_ROWS.map(|rows| Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: cols, depth: 4 })
 }
@@ -87,10 +91,10 @@ const ROWS: [(u32, [u32; 2], [u32; 2]); 4] =
 
 /// The tiles of `rows`, fewest dims first.
 pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {
-    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    let Body::Lanes { subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
     ROWS.into_iter().map(move |(dims, spread, alone)| {
         let [rows, keys] = if subgroup { spread } else { alone };
-        rows::Tile { lanes, subgroup, rows, keys, dims }
+        rows::Tile { body, rows, keys, dims }
     })
 }
 
@@ -113,7 +117,7 @@ pub const FLASH: [flash::Tile; 8] = [
 const SPLIT: [(u32, u32, u32, u32); 5] = [(64, 1, 4, 16), (64, 4, 4, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
 
 /// The tiles of `split`, fewest dims first and then fewest rows. CPU adapters run the subgroups of a workgroup one after the
-/// other: a single stream spares them the merge.
+/// other: a single stream spares them the merge; it loads by 64 bits.
 pub(crate) fn split_tiles() -> impl Iterator<Item = split::Tile> {
     SPLIT.into_iter().flat_map(move |(dims, rows, keys, many)| {
         let forms = [(1, true), (many, true), (many, false)];

@@ -33,6 +33,13 @@ pub struct Tile {
     pub shuffle: bool,
 }
 
+impl Tile {
+    /// Whether whole vectors are loaded by 64 bits, see [`super::Body`].
+    pub fn wide(&self) -> bool {
+        self.streams == 1
+    }
+}
+
 /// Lanes of a stream.
 pub const ACROSS: u32 = 8;
 
@@ -76,7 +83,7 @@ impl Split {
         context! {
             lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, full => self.full,
-            across => ACROSS, dims, rows, keys, streams, shuffle, bytes => self.workgroup_bytes(),
+            wide => self.tile.wide(), across => ACROSS, dims, rows, keys, streams, shuffle, bytes => self.workgroup_bytes(),
         }
     }
 }
