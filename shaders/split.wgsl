@@ -7,7 +7,7 @@
 // At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where several
 // workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al., Flash-Decoding, 2023.)
 // Lanes of a stream sum their parts of a dot product by {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}.
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes its dims of the row NaN.
+// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
 //
 // Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the group), then key/value
 //            heads (counted by head0 and heads) and batches (shared/params.wgsl).
@@ -39,7 +39,6 @@ const ACROSS: u32 = {{ across }}u;
 const STREAMS: u32 = {{ streams }}u;
 const ROWS: u32 = {{ rows }}u;
 const KEYS: u32 = {{ keys }}u;
-const NAN: u32 = 0x7fc00000u;
 {% set pairs = rows * keys %}
 {% set threads = across * streams %}
 {% if not shuffle %}
@@ -48,9 +47,11 @@ var<workgroup> parts: array<f32, {{ threads * pairs }}>;
 var<workgroup> sums: array<f32, {{ streams * pairs }}>;
 {% endif %}
 {% if streams > 1 %}
-// Of each row and stream: maximum and sum. Of one row and each stream: the output's bits, relative to the common maximum.
+// Of each row and stream: maximum and sum. Of one row and each stream: the output, relative to the common maximum.
 var<workgroup> totals: array<vec2<f32>, {{ rows * streams }}>;
-var<workgroup> outputs: array<vec4<u32>, {{ streams * dims // 4 }}>;
+var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
+// Of each row: not 0 where a visible value is not finite.
+var<workgroup> spoilt: array<atomic<u32>, {{ rows }}>;
 {% endif %}
 
 // exp(x − m), as low as f32 can tell from 0.
@@ -58,10 +59,10 @@ fn weigh(x: f32, m: f32) -> f32 {
     return exp(max(x - m, -150.0));
 }
 
-// Writes four elements of a row of out, from its first on.
-fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, bits: vec4<u32>) {
+// Writes four elements of a row of out.
+fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, poisoned: bool) {
     let at = params.out_base + part * params.partial_out + batch * params.out_batch + head * params.out_head + row * params.out_row;
-    store_out(at + dim, params.value_dim - dim, bits);
+    store_out(at + dim, params.value_dim - dim, select(bitcast<vec4<u32>>(y), vec4<u32>(0x7fc00000u), poisoned));
 }
 
 {% set chunks = dims // (4 * across) %}
@@ -204,11 +205,20 @@ fn main(
     }
 {% if streams > 1 %}
 
+    if (thread < ROWS) {
+        atomicStore(&spoilt[thread], 0u);
+    }
     if (lane == 0u) {
 {% for r in range(rows) %}
         totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, l_{{ r }});
 {% endfor %}
     }
+    workgroupBarrier();
+{% for r in range(rows) %}
+    if (poisoned_{{ r }}) {
+        atomicOr(&spoilt[{{ r }}], 1u);
+    }
+{% endfor %}
     workgroupBarrier();
 {% endif %}
     // One row after the other, so that each store stands once in the text.
@@ -218,7 +228,7 @@ fn main(
         let head = here.head * params.group + params.group0 + line % each;
 {% macro pick(name) %}{% for r in range(1, rows) %}select({% endfor %}{{ name | replace("#", "0") }}{% for r in range(1, rows) %}, {{ name | replace("#", r) }}, r == {{ r }}u){% endfor %}{% endmacro %}
         let own = {{ pick("m_#") }};
-        let poisoned = {{ pick("poisoned_#") }};
+        let poisoned = {% if streams > 1 %}atomicLoad(&spoilt[r]) != 0u{% else %}subgroupAny({{ pick("poisoned_#") }}){% endif %};
         var m = own;
         var l = {{ pick("l_#") }};
 {% if streams > 1 %}
@@ -244,12 +254,12 @@ fn main(
             lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
         }
 {% for c in range(chunks) %}
-        let y_{{ c }} = select(bitcast<vec4<u32>>(({{ pick("o_#_" ~ c) }}) * factor), vec4<u32>(NAN), poisoned);
+        let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
 {% else %}
         if (r < turns && dim_{{ c }} < params.value_dim) {
-            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }});
+            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, poisoned);
         }
 {% endif %}
 {% endfor %}
@@ -257,13 +267,10 @@ fn main(
         workgroupBarrier();
         if (r < turns && thread * 4u < params.value_dim) {
             var sum = vec4<f32>();
-            var bad = false;
             for (var n = 0u; n < STREAMS; n++) {
-                let bits = outputs[n * {{ dims // 4 }}u + thread];
-                bad = bad || bits.x == NAN;
-                sum += bitcast<vec4<f32>>(bits);
+                sum += outputs[n * {{ dims // 4 }}u + thread];
             }
-            write(batch, head, row, here.col_tile, thread * 4u, select(bitcast<vec4<u32>>(sum), vec4<u32>(NAN), bad));
+            write(batch, head, row, here.col_tile, thread * 4u, sum, poisoned);
         }
         workgroupBarrier();
 {% endif %}

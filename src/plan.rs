@@ -1120,15 +1120,15 @@ fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
     let one_stream = caps.cpu && caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
     let many_rows = lines(shape) > 2;
-    let tiles = tuning::split_tiles().filter(|tile| {
-        dim <= tile.dims && tile.shuffle == shuffle && (tile.streams == 1) == one_stream
-    });
+    let tiles = tuning::split_tiles()
+        .filter(|tile| dim <= tile.dims && tile.shuffle == shuffle && (tile.streams == 1) == one_stream);
     let format = whole_format(shape, false);
     let variants = tiles.map(|tile| split::Split { tile, format, full });
     let fitting: Vec<_> = variants.filter(|x| fits(caps, x.threads(), x.workgroup_bytes())).collect();
     let dims = fitting.first().map(|x| x.tile.dims);
     let best = fitting.iter().filter(|x| Some(x.tile.dims) == dims).min_by_key(|x| (x.tile.rows > 1) != many_rows);
-    let variant = *best.ok_or_else(|| format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"))?;
+    let variant =
+        *best.ok_or_else(|| format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"))?;
     let [out, _] = partial_bytes(shape, 1);
     if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
         return Err("its results in f32 exceed a binding or the scratch budget".into());

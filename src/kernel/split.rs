@@ -74,7 +74,7 @@ impl Split {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let pairs = rows * keys;
         let dots = if shuffle { 0 } else { 4 * streams * pairs * (ACROSS + 1) };
-        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims } else { 0 };
+        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims + 4 * rows } else { 0 };
         dots + merge
     }
 
@@ -93,10 +93,6 @@ impl fmt::Display for Split {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let shuffle = if shuffle { ", shuffles" } else { "" };
         let full = if self.full { " full" } else { "" };
-        write!(
-            f,
-            "split[{rows} rows, {streams} × {keys} keys, {dims} dims{shuffle}; {}{full}]",
-            self.format
-        )
+        write!(f, "split[{rows} rows, {streams} × {keys} keys, {dims} dims{shuffle}; {}{full}]", self.format)
     }
 }
