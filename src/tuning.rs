@@ -115,7 +115,7 @@ pub const FLASH: [flash::Tile; 8] = [
 /// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
 /// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.
 const SPLIT: [(u32, u32, u32, u32); 5] =
-    [(64, 1, 4, 16), (64, 4, 4, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
+    [(64, 1, 4, 16), (64, 4, 2, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
 
 /// The tiles of `split`, fewest dims first and then fewest rows. CPU adapters run the subgroups of a workgroup one after the
 /// other: a single stream spares them the merge; it loads by 64 bits.
