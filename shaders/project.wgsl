@@ -8,13 +8,13 @@
 // Reference: src/reference/project.rs
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> x: {{ storage("f32", false, vector) }};
-@group(0) @binding(2) var<storage, read> w: {{ storage(element, false, vector) }};
+@group(0) @binding(1) var<storage, read> x: {{ storage("f32", false, vector, wide) }};
+@group(0) @binding(2) var<storage, read> w: {{ storage(element, false, vector, wide) }};
 @group(0) @binding(3) var<storage, read> b: array<u32>;
 @group(0) @binding(4) var<storage, read_write> y: {{ storage("f32", false, vector and lanes) }};
 
-{{ load("x", "f32", false, vector) }}
-{{ load("w", element, false, vector) }}
+{{ load("x", "f32", false, vector, wide) }}
+{{ load("w", element, false, vector, wide) }}
 
 fn x_place(batch: u32, row: u32) -> u32 {
     return params.x_base + batch * params.x_batch + row * params.x_row;

@@ -16,9 +16,9 @@
 // Reference: src/reference.rs (attention)
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector) }};
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
+@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector, wide) }};
 @group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 @group(0) @binding(6) var<storage, read> lists: array<u32>;
@@ -30,9 +30,9 @@
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/value.wgsl" %}
-{{ load("q", element, false, vector) }}
-{{ load("k", element, false, vector) }}
-{{ load("v", element, false, vector) }}
+{{ load("q", element, false, vector, wide) }}
+{{ load("k", element, false, vector, wide) }}
+{{ load("v", element, false, vector, wide) }}
 {{ store("out", out, vector) }}
 
 const LANES: u32 = {{ lanes }}u;

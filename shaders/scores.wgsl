@@ -10,8 +10,8 @@ enable f16;
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector, wide) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector, wide) }};
 @group(0) @binding(3) var<storage, read_write> s: array<{{ "vec4<f32>" if lanes else "f32" }}>;
 @group(0) @binding(4) var<storage, read> lists: array<u32>;
 {% if full %}
@@ -21,8 +21,8 @@ enable f16;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
-{{ load("q", element, native, vector) }}
-{{ load("k", element, native, vector) }}
+{{ load("q", element, native, vector, wide) }}
+{{ load("k", element, native, vector, wide) }}
 
 fn q_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
     return params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (sequence.token_q + row) * params.q_row;

@@ -11,14 +11,15 @@ enable f16;
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> s: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> v: {{ storage(element, native, vector) }};
+@group(0) @binding(1) var<storage, read> s: {{ storage("f32", false, true, wide) }};
+@group(0) @binding(2) var<storage, read> v: {{ storage(element, native, vector, wide) }};
 @group(0) @binding(3) var<storage, read_write> out: {{ output(out, vector) }};
 @group(0) @binding(4) var<storage, read> lists: array<u32>;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/value.wgsl" %}
-{{ load("v", element, native, vector) }}
+{{ load("s", "f32", false, true, wide) }}
+{{ load("v", element, native, vector, wide) }}
 {{ store("out", out, vector) }}
 
 fn v_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
@@ -102,7 +103,7 @@ fn main(
 {% endif %}
     for (var key = key_begin; key < key_end; key += 4u) {
 {% for r in range(rows) %}
-        let w_{{ r }} = s[s_{{ r }} + (key >> 2u)];
+        let w_{{ r }} = load_s((s_{{ r }} + (key >> 2u)) << 2u, 4u);
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
@@ -220,7 +221,7 @@ fn main(
             let j = key + (part % (KEYS / 4u)) * 4u;
             var w = vec4<f32>();
             if (j < key_end) {
-                w = s[s_place(batch, head, min(row_first + row, row_last)) + (j >> 2u)];
+                w = load_s((s_place(batch, head, min(row_first + row, row_last)) + (j >> 2u)) << 2u, 4u);
             }
             sh_w[row * PITCH + part % (KEYS / 4u)] = w;
         }

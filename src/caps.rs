@@ -10,6 +10,8 @@ pub struct Caps {
     pub cpu: bool,
     /// Shaders may use f16.
     pub f16: bool,
+    /// Shaders may use 64-bit integers.
+    pub int64: bool,
     /// Shaders may use subgroup operations, and every subgroup has this many lanes.
     pub subgroup_size: Option<u32>,
     /// Shaders may use subgroup operations, and no subgroup has fewer lanes than this.
@@ -28,6 +30,7 @@ impl Caps {
         Caps {
             cpu: info.device_type == wgpu::DeviceType::Cpu,
             f16: features.contains(wgpu::Features::SHADER_F16),
+            int64: features.contains(wgpu::Features::SHADER_INT64),
             subgroup_size: (subgroups && fixed).then_some(info.subgroup_min_size),
             subgroup_min_size: subgroups.then_some(info.subgroup_min_size),
             limits: device.limits(),

@@ -143,17 +143,12 @@ impl Attention {
             let label = Some(label);
             self.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
         };
-        let (lists, scores, unpacked, spare) = allocate(&self.device, || {
+        let (lists, scratch) = allocate(&self.device, || {
             let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
-            let [scores, unpacked, spare] = [
-                ("attention scores", plan.scores_bytes()),
-                ("attention unpacked", plan.unpacked_bytes()),
-                ("attention spare", plan.spare_bytes()),
-            ]
-            .map(|(label, size)| (size > 0).then(|| buffer(label, size, scratch)));
-            (lists, scores, unpacked, spare)
+            let own = plan.scratch().iter().map(|&(slot, size)| (slot, buffer(slot.name(), size, scratch)));
+            (lists, own.collect())
         })?;
-        Ok(Prepared { plan: plan.clone(), program, lists, scores, unpacked, spare })
+        Ok(Prepared { plan: plan.clone(), program, lists, scratch })
     }
 }
 
@@ -354,9 +349,7 @@ pub struct Prepared {
     plan: Plan,
     program: Program,
     lists: wgpu::Buffer,
-    scores: Option<wgpu::Buffer>,
-    unpacked: Option<wgpu::Buffer>,
-    spare: Option<wgpu::Buffer>,
+    scratch: Vec<(Slot, wgpu::Buffer)>,
 }
 
 impl Prepared {
@@ -401,13 +394,15 @@ impl Prepared {
         }
         self.program.record(steps, encoder, |slot| match slot {
             Slot::Lists => (&self.lists, 0),
-            Slot::Scores => (self.scores.as_ref().expect("the plan states its size"), 0),
-            Slot::Unpacked => (self.unpacked.as_ref().expect("the plan states its size"), 0),
-            Slot::Spare => (self.spare.as_ref().expect("the plan states its size"), 0),
-            slot => {
-                let slice = buffers.get(slot).expect("Buffers::check found it");
-                (slice.buffer(), slice.offset())
-            }
+            // `merge` takes the sinks from a buffer of their own.
+            Slot::Sinks => (&self.lists, 4 * u64::from(self.plan.lists().sinks)),
+            slot => match self.scratch.iter().find(|(own, _)| *own == slot) {
+                Some((_, buffer)) => (buffer, 0),
+                None => {
+                    let slice = buffers.get(slot).expect("Buffers::check found it");
+                    (slice.buffer(), slice.offset())
+                }
+            },
         });
         Ok(())
     }

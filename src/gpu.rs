@@ -156,6 +156,7 @@ impl Gpu {
     /// Opens a device on an adapter.
     pub fn open(adapter: &wgpu::Adapter, options: &DeviceOptions) -> Result<Gpu> {
         let useful = wgpu::Features::SHADER_F16
+            | wgpu::Features::SHADER_INT64
             | wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;

@@ -13,6 +13,7 @@ pub mod rotary;
 pub mod rows;
 pub mod scores;
 pub mod softmax;
+pub mod split;
 pub mod values;
 
 use std::fmt;
@@ -161,6 +162,8 @@ pub enum Body {
         lanes: u32,
         /// Whether operands are spread by subgroup broadcast. Otherwise every lane loads them.
         subgroup: bool,
+        /// Whether whole vectors are loaded by 64 bits: for drivers that load component by component.
+        wide: bool,
     },
 }
 
@@ -168,7 +171,9 @@ impl fmt::Display for Body {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Body::Tiled => f.pad("tiled"),
-            Body::Lanes { lanes, subgroup: true } => write!(f, "lanes, subgroup {lanes}"),
+            Body::Lanes { lanes, subgroup: true, wide } => {
+                write!(f, "lanes, subgroup {lanes}{}", if *wide { ", 64-bit loads" } else { "" })
+            }
             Body::Lanes { .. } => f.pad("lanes, no subgroup"),
         }
     }
@@ -184,12 +189,12 @@ impl Tile {
     }
 
     fn context(&self, threads: u32) -> Value {
-        let (lanes, subgroup) = match self.body {
-            Body::Tiled => (0, false),
-            Body::Lanes { lanes, subgroup } => (lanes, subgroup),
+        let (lanes, subgroup, wide) = match self.body {
+            Body::Tiled => (0, false, false),
+            Body::Lanes { lanes, subgroup, wide } => (lanes, subgroup, wide),
         };
         minijinja::context! {
-            lanes, subgroup, threads,
+            lanes, subgroup, wide, threads,
             rows => self.rows, cols => self.cols, tile_rows => self.tile_rows, tile_cols => self.tile_cols, dims => self.depth,
         }
     }
@@ -214,6 +219,8 @@ pub enum Variant {
     Rows(rows::Rows),
     /// Fused, tiled.
     Flash(flash::Flash),
+    /// Fused, for few queries: keys shared out to workgroups.
+    Split(split::Split),
     /// Rows times a weight matrix.
     Project(project::Project),
     /// Rotary position embedding.
@@ -237,6 +244,7 @@ macro_rules! each {
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
             Variant::Flash($x) => $body,
+            Variant::Split($x) => $body,
             Variant::Project($x) => $body,
             Variant::Rotary($x) => $body,
             Variant::Extra($x) => $body,
@@ -258,6 +266,7 @@ impl Variant {
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
         all.extend(flash::Flash::all().map(Variant::Flash));
+        all.extend(split::Split::all().map(Variant::Split));
         all.extend(project::Project::all().map(Variant::Project));
         all.extend(rotary::Rotary::all().map(Variant::Rotary));
         all.extend(extra::Extra::all().map(Variant::Extra));
@@ -277,6 +286,7 @@ impl Variant {
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
             Variant::Flash(_) => "flash",
+            Variant::Split(_) => "split",
             Variant::Project(_) => "project",
             Variant::Rotary(_) => "rotary",
             Variant::Extra(_) => "extra",
@@ -310,13 +320,27 @@ impl Variant {
         }
     }
 
+    /// Whether the shader needs 64-bit integers.
+    pub fn uses_int64(&self) -> bool {
+        let wide = |body: &Body| matches!(body, Body::Lanes { wide: true, .. });
+        match self {
+            Variant::Scores(x) => wide(&x.tile.body) && x.format.vector,
+            Variant::Values(x) => wide(&x.tile.body),
+            Variant::Rows(x) => wide(&x.tile.body) && x.format.vector,
+            Variant::Split(x) => x.tile.wide() && x.format.vector,
+            Variant::Project(x) => wide(&x.tile.body) && x.vector,
+            _ => false,
+        }
+    }
+
     /// Whether the shader needs subgroup operations.
     pub fn uses_subgroups(&self) -> bool {
         match self {
             Variant::Scores(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
-            Variant::Rows(x) => x.tile.subgroup,
+            Variant::Rows(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Flash(x) => x.tile.shuffle,
+            Variant::Split(x) => x.tile.shuffle,
             Variant::Project(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             _ => false,
         }

@@ -123,9 +123,15 @@ impl Merge {
     /// The dispatches and the bytes of the two scratch buffers: totals, and `out` in f32.
     fn build<'a>(&self, caps: &'a Caps, options: &Options) -> Result<(Steps<'a>, [u64; 2])> {
         caps.check()?;
-        let out = self.checked()?;
         let mut steps = Steps::new(caps, options);
-        let mut planner = Planner { merge: self, caps, out, unpacked: false, steps: &mut steps };
+        let scratch = self.append(caps, &mut steps)?;
+        Ok((steps, scratch))
+    }
+
+    /// Adds the dispatches; gives the bytes of the two scratch buffers.
+    pub(crate) fn append<'a>(&self, caps: &'a Caps, steps: &mut Steps<'a>) -> Result<[u64; 2]> {
+        let out = self.checked()?;
+        let mut planner = Planner { merge: self, caps, out, unpacked: false, steps };
         let mut parts = Vec::new();
         planner.divide(Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.seq_q }, &mut parts)?;
         // Whether several dispatches add to one output decides its scratch, whose size may divide parts further.
@@ -154,9 +160,9 @@ impl Merge {
             }
         }
         if unpacked > 0 {
-            plan::pack(caps, self.element, out.extent(), &mut steps)?;
+            plan::pack(caps, self.element, out.extent(), steps)?;
         }
-        Ok((steps, scratch))
+        Ok(scratch)
     }
 
     /// Rows of one partial.

@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Format, Slot, Tile, Variant, export, flash, logits, pack, rows, scores, softmax, values};
-use crate::problem::{Broadcast, Causal, Element, Logits};
+use crate::kernel::{
+    Body, Format, Slot, Tile, Variant, export, flash, logits, pack, rows, scores, softmax, split, values,
+};
+use crate::merge::Merge;
+use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::{Error, Result, tuning};
 
@@ -20,11 +23,13 @@ pub enum Kernel {
     Rows,
     /// `flash`: fused, tiled in workgroup memory.
     Flash,
+    /// `split`, and `merge` where several workgroups share the keys of a row: fused, for few queries.
+    Split,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 3] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash];
+    pub const ALL: [Kernel; 4] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Split];
 
     /// Its name, as `--kernel` takes it.
     pub const fn name(self) -> &'static str {
@@ -32,6 +37,7 @@ impl Kernel {
             Kernel::Unfused => "unfused",
             Kernel::Rows => "rows",
             Kernel::Flash => "flash",
+            Kernel::Split => "split",
         }
     }
 }
@@ -54,6 +60,9 @@ pub struct Options {
     pub form: Option<Form>,
     /// Forces f16 to be read with the adapter's own type (`true`) or unpacked from u32 (`false`).
     pub native_f16: Option<bool>,
+    /// How many parts `split` makes of the keys does not depend on the batch size, so that a sequence gives the same bits in any
+    /// company.
+    pub batch_invariant: bool,
     /// Most bytes of the score scratch; the rows are chunked under it. Default 256 MiB.
     pub scratch_budget: u64,
     /// Most estimated work of one dispatch and of one slice, so that no driver's watchdog trips. Default 50 ms.
@@ -66,6 +75,7 @@ impl Default for Options {
             kernel: None,
             form: None,
             native_f16: None,
+            batch_invariant: false,
             scratch_budget: 256 << 20,
             work_budget: Duration::from_millis(50),
         }
@@ -106,9 +116,7 @@ pub struct Plan {
     shape: Shape,
     steps: Vec<Step>,
     slices: Vec<Range<usize>>,
-    scratch: u64,
-    unpacked: u64,
-    spare: u64,
+    scratch: Vec<(Slot, u64)>,
     lists: Lists,
     alignment: u64,
     flops_per_second: f64,
@@ -141,12 +149,14 @@ impl Lists {
             lengths: place(shape.key_lengths, shape.batch),
             offsets: place(shape.causal == Causal::Offset, shape.batch),
             slopes: place(shape.alibi, shape.heads),
-            sinks: place(shape.sinks, shape.heads),
+            sinks: 0,
             cu_q: place(packed, shape.batch + 1),
             cu_kv: place(packed, shape.batch + 1),
             words: 0,
         };
-        lists.words = words;
+        // Where a binding may begin.
+        lists.sinks = words.next_multiple_of(64);
+        lists.words = if shape.sinks { lists.sinks + shape.heads } else { words };
         lists
     }
 
@@ -214,19 +224,12 @@ impl Plan {
 
     /// Bytes of device memory that `prepare` allocates for intermediate results.
     pub fn scratch_bytes(&self) -> u64 {
-        self.scratch + self.unpacked + self.spare
+        self.scratch.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    pub(crate) fn scores_bytes(&self) -> u64 {
-        self.scratch
-    }
-
-    pub(crate) fn unpacked_bytes(&self) -> u64 {
-        self.unpacked
-    }
-
-    pub(crate) fn spare_bytes(&self) -> u64 {
-        self.spare
+    /// The buffers of these bytes.
+    pub(crate) fn scratch(&self) -> &[(Slot, u64)] {
+        &self.scratch
     }
 
     pub(crate) fn lists(&self) -> &Lists {
@@ -371,6 +374,8 @@ struct Planner<'a> {
     lists: Lists,
     /// The fused kernel; otherwise `scores`, `softmax` and `values`.
     fused: Option<Variant>,
+    /// Parts that `split` makes of the keys, 0 where it writes the output itself and leaves nothing to merge.
+    partials: u32,
     scores: scores::Scores,
     softmax: softmax::Softmax,
     values: values::Values,
@@ -433,7 +438,15 @@ impl<'a> Planner<'a> {
             Some(Variant::Flash(x)) => x.format.vector,
             _ => vo.vector,
         };
-        let unpacked = shape.element != Element::F32 && (!direct || key_step < shape.seq_kv);
+        let partials = match &fused {
+            Some(Variant::Split(x)) => partials(shape, caps, options, x),
+            _ => 0,
+        };
+        if partials > 0 {
+            reasons.push(format!("the keys of a row go to {partials} workgroups, whose results are merged"));
+        }
+        // `merge` sees to its output itself.
+        let unpacked = shape.element != Element::F32 && partials == 0 && (!direct || key_step < shape.seq_kv);
         if unpacked {
             if !shape.out.is_dense() {
                 return Err(Error::Conflict {
@@ -465,6 +478,7 @@ impl<'a> Planner<'a> {
             flops_per_second: flops_per_second(caps),
             lists: Lists::new(shape),
             fused,
+            partials,
             scores,
             softmax: softmax::Softmax { threads, lse: shape.lse },
             values,
@@ -496,24 +510,42 @@ impl<'a> Planner<'a> {
         for part in &parts {
             self.part(part)?;
         }
-        let mut unpacked = 0;
+        let mut scratch = vec![(Slot::Scores, self.scratch)];
+        if self.partials > 0 {
+            let merge = Merge {
+                partials: self.partials,
+                batch: s.batch,
+                heads: s.heads,
+                seq_q: s.seq_q,
+                value_dim: s.value_dim,
+                element: s.element,
+                out: Layout::Strided(s.out.strides),
+                lse: s.lse,
+                sinks: s.sinks,
+            };
+            let [totals, unpacked] = merge.append(self.caps, &mut self.steps)?;
+            let [out, lse] = partial_bytes(s, self.partials);
+            scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
+            scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
+        }
         if self.unpacked {
-            unpacked = 4 * s.out.extent();
+            let unpacked = 4 * s.out.extent();
             if unpacked > self.caps.limits.max_buffer_size {
                 let limit = self.caps.limits.max_buffer_size;
                 return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
             }
             pack(self.caps, s.element, s.out.extent(), &mut self.steps)?;
+            scratch.push((Slot::Unpacked, unpacked));
         }
         let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
+        scratch.push((Slot::Spare, if spare { SPARE } else { 0 }));
+        scratch.retain(|(_, bytes)| *bytes > 0);
         let (steps, slices) = self.steps.finish();
         Ok(Plan {
             shape: s.clone(),
             steps,
             slices,
-            scratch: self.scratch,
-            unpacked,
-            spare: if spare { SPARE } else { 0 },
+            scratch,
             lists: self.lists,
             alignment: self.caps.alignment(),
             flops_per_second: self.flops_per_second,
@@ -531,12 +563,14 @@ impl<'a> Planner<'a> {
             let middle = range.start + ((range.end - range.start) / 2).next_multiple_of(step);
             if middle < range.end { middle } else { range.start + (range.end - range.start) / 2 }
         };
+        let s_group = self.shape.group;
         let (mut low, mut high) = (part.clone(), part.clone());
         if count(&part.batch) > 1 {
             let at = half(&part.batch, 1);
             (low.batch.end, high.batch.start) = (at, at);
         } else if count(&part.heads) > 1 {
-            let at = half(&part.heads, 1);
+            // `split` takes the query heads of a key/value head together.
+            let at = half(&part.heads, if matches!(self.fused, Some(Variant::Split(_))) { s_group } else { 1 });
             (low.heads.end, high.heads.start) = (at, at);
         } else if count(&part.rows) > 1 {
             let at = half(&part.rows, self.scores.tile.tile_rows.max(self.values.tile.tile_rows));
@@ -558,8 +592,10 @@ impl<'a> Planner<'a> {
         }
         let bytes = s.element.bytes();
         let out_bytes = if self.unpacked { 4 } else { bytes };
-        let mut operands =
-            vec![("q", self.query_span(&s.q, part), bytes), ("out", self.query_span(&s.out, part), out_bytes)];
+        let mut operands = vec![("q", self.query_span(&s.q, part), bytes)];
+        if self.partials == 0 {
+            operands.push(("out", self.query_span(&s.out, part), out_bytes));
+        }
         let split = self.key_step < s.seq_kv;
         if !(split && part.planes() == 1) {
             operands.push(("k", self.key_span(&s.k, part, &(0..s.seq_kv)), bytes));
@@ -571,7 +607,7 @@ impl<'a> Planner<'a> {
         if let Some(bias) = s.bias {
             operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
-        if s.lse {
+        if s.lse && self.partials == 0 {
             operands.push(("lse", self.lse_span(part), 4));
         }
         if s.weights || s.logits.is_some() {
@@ -635,7 +671,7 @@ impl<'a> Planner<'a> {
     fn part(&mut self, part: &Part) -> Result<()> {
         let s = self.shape;
         if let Some(fused) = self.fused {
-            let lse = if s.lse { flags::LSE } else { 0 };
+            let lse = if s.lse || self.partials > 0 { flags::LSE } else { 0 };
             return self.step(fused, part, &(0..s.seq_kv), lse);
         }
         self.scratch = self.scratch.max(self.score_bytes(part));
@@ -709,9 +745,25 @@ impl<'a> Planner<'a> {
             Variant::Rows(x) => {
                 (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
             }
+            Variant::Split(x) => (
+                (count(&part.rows) * count(&self.group(part))).div_ceil(x.tile.rows.into()),
+                self.partials.max(1).into(),
+                2.0 * f64::from(s.head_dim + s.value_dim),
+            ),
             _ => (count(&part.rows), count(keys).div_ceil(variant.threads().into()), 32.0),
         };
         let mut params = self.params(part, keys, extra_flags);
+        let mut planes = part.planes();
+        if matches!(variant, Variant::Split(_)) {
+            let group = self.group(part);
+            params.head0 = part.heads.start / s.group;
+            params.heads = (part.heads.end - 1) / s.group + 1 - params.head0;
+            planes = count(&part.batch) * u64::from(params.heads);
+            (params.group0, params.group_end) = (group.start, group.end);
+            if self.partials > 0 {
+                params.flags &= !flags::SINKS;
+            }
+        }
         params.row_tiles = small("row tiles", row_tiles)?;
         params.col_tiles = small("column tiles", col_tiles)?;
         let bindings = variant
@@ -720,8 +772,15 @@ impl<'a> Planner<'a> {
             .map(|(slot, written)| self.bound(slot, written, &variant, part, keys, &mut params))
             .collect::<Vec<_>>();
         let flops = flops_per_score * part.planes() as f64 * count(&part.rows) as f64 * count(keys) as f64;
-        let workgroups = small("workgroups", row_tiles * col_tiles * part.planes())?;
+        let workgroups = small("workgroups", row_tiles * col_tiles * planes)?;
         self.steps.push(variant, params, bindings, workgroups, flops)
+    }
+
+    /// The query heads of a key/value head that a part has: all, unless it lies within one group.
+    fn group(&self, part: &Part) -> Range<u32> {
+        let group = self.shape.group;
+        let first = part.heads.start % group;
+        first..group.min(first + part.heads.end - part.heads.start)
     }
 
     fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
@@ -786,14 +845,17 @@ impl<'a> Planner<'a> {
             [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
                 .map(|x| x as u32);
         let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
+        let partial = self.partials > 0;
         let (slot, (offset, size, base)) = match slot {
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
             Slot::V => (slot, self.bind(self.key_span(&s.v, part, keys), bytes, s.v.strides.offset)),
+            Slot::Out if partial => (Slot::PartialOut, (0, partial_bytes(s, self.partials)[0], 0)),
             Slot::Out if unpacked => {
                 (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
             }
             Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
+            Slot::Lse if partial => (Slot::PartialLse, (0, partial_bytes(s, self.partials)[1], 0)),
             Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
@@ -817,6 +879,16 @@ impl<'a> Planner<'a> {
                 (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, strides(&s.out));
             }
             Slot::Weights | Slot::Logits => (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, dense),
+            Slot::PartialOut => {
+                let plane = s.seq_q.wrapping_mul(s.value_dim);
+                (p.out_base, [p.out_batch, p.out_head, p.out_row]) =
+                    (base, [s.heads.wrapping_mul(plane), plane, s.value_dim]);
+                p.partial_out = s.batch.wrapping_mul(p.out_batch);
+            }
+            Slot::PartialLse => {
+                (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(s.seq_q), s.seq_q);
+                p.partial_lse = s.batch.wrapping_mul(p.lse_batch);
+            }
             Slot::Lse => {
                 let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
                 (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(row), row);
@@ -937,8 +1009,8 @@ fn problem_flags(s: &Shape) -> u32 {
 
 fn lane_body(caps: &Caps) -> Body {
     match caps.lanes() {
-        Some(lanes) => Body::Lanes { lanes, subgroup: true },
-        None => Body::Lanes { lanes: 8, subgroup: false },
+        Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == tuning::WIDE_LANES },
+        None => Body::Lanes { lanes: 8, subgroup: false, wide: false },
     }
 }
 
@@ -963,12 +1035,13 @@ fn choose_fused(
         Some(Kernel::Unfused) => return Ok(None),
         Some(kernel) => vec![kernel],
         None if options.form.is_some() => return Ok(None),
-        None => vec![Kernel::Rows, Kernel::Flash],
+        None => vec![Kernel::Rows, Kernel::Split, Kernel::Flash],
     };
     for kernel in candidates {
         let forced = options.kernel.is_some();
         let found = match kernel {
             Kernel::Rows => rows(shape, caps, options, key_step),
+            Kernel::Split => split(shape, caps, options, key_step),
             _ => flash(shape, caps, options, key_step),
         };
         let slower = match kernel {
@@ -979,6 +1052,12 @@ fn choose_fused(
             }
             Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
                 Some("so few queries leave its lanes idle")
+            }
+            Kernel::Split if caps.cpu && caps.lanes().is_some_and(|lanes| shape.seq_q > lanes) => {
+                Some("so many queries would read the keys again and again")
+            }
+            Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
+                Some("so many rows fill the tiles of flash")
             }
             Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
             _ => None,
@@ -1024,6 +1103,65 @@ fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::re
     let tile = tuning::rows_tiles(lane_body(caps)).find(|tile| dim <= tile.dims);
     let tile = tile.ok_or_else(|| format!("{dim} dims do not fit a lane's registers"))?;
     Ok(Variant::Rows(rows::Rows { tile, format: whole_format(shape, false), full }))
+}
+
+fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+    let full = transforms(shape);
+    if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
+        return Err(why);
+    }
+    if shape.packed.is_some() {
+        return Err("it takes no packed sequences".into());
+    }
+    if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        return Err("it reads f16 packed".into());
+    }
+    let dim = shape.head_dim.max(shape.value_dim);
+    let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
+    let one_stream = caps.cpu && caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
+    let many_rows = lines(shape) > 2;
+    let tiles = tuning::split_tiles()
+        .filter(|tile| dim <= tile.dims && tile.shuffle == shuffle && (tile.streams == 1) == one_stream);
+    let format = whole_format(shape, false);
+    let variants = tiles.map(|tile| split::Split { tile, format, full });
+    let fitting: Vec<_> = variants.filter(|x| fits(caps, x.threads(), x.workgroup_bytes())).collect();
+    let dims = fitting.first().map(|x| x.tile.dims);
+    let best = fitting.iter().filter(|x| Some(x.tile.dims) == dims).min_by_key(|x| (x.tile.rows > 1) != many_rows);
+    let variant =
+        *best.ok_or_else(|| format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"))?;
+    let [out, _] = partial_bytes(shape, 1);
+    if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
+        return Err("its results in f32 exceed a binding or the scratch budget".into());
+    }
+    Ok(Variant::Split(variant))
+}
+
+/// Rows that share a key/value head.
+fn lines(shape: &Shape) -> u64 {
+    u64::from(shape.seq_q) * u64::from(shape.group)
+}
+
+/// Into how many parts `split` shares out the keys: enough workgroups to fill the device, few enough that merging costs little;
+/// 0 where one part is enough and can be written as it is.
+fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &split::Split) -> u32 {
+    let class = usize::from(!caps.cpu);
+    let tiles = lines(shape).div_ceil(split.tile.rows.into());
+    let batch = if options.batch_invariant { 1 } else { shape.batch };
+    let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
+    let wanted = u64::from(tuning::SPLIT_WORKGROUPS[class]).div_ceil(workgroups);
+    let most = u64::from(shape.seq_kv.div_ceil(tuning::SPLIT_KEYS[class]));
+    let [one, _] = partial_bytes(shape, 1);
+    let room = caps.binding().min(options.scratch_budget) / one;
+    match wanted.min(most).min(room) {
+        0 | 1 => u32::from(shape.element != Element::F32),
+        parts => parts as u32,
+    }
+}
+
+/// Bytes of the partial outputs and log-sum-exps of `split`.
+fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
+    let rows = u64::from(partials) * shape.lse_len();
+    [4 * rows * u64::from(shape.value_dim), 4 * rows]
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {

@@ -36,6 +36,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "pack.wgsl",
         "rows.wgsl",
         "flash.wgsl",
+        "split.wgsl",
         "merge.wgsl",
     ];
     for (name, source) in sources {

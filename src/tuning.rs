@@ -1,6 +1,6 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows};
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows, split};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
@@ -23,9 +23,13 @@ pub const SCORES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 4), tiled(32, 32, 16, 
 /// Tiled rows of `values`, largest first: 8 rows × 4 dims per invocation.
 pub const VALUES_TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 1), tiled(32, 32, 16, 4, 1)];
 
+/// Subgroup size of the CPU adapters that load component by component.
+pub const WIDE_LANES: u32 = 8;
+
 pub(crate) fn lane_bodies() -> impl Iterator<Item = Body> {
-    let spread = SUBGROUP_SIZES.map(|lanes| Body::Lanes { lanes, subgroup: true });
-    spread.into_iter().chain([Body::Lanes { lanes: 8, subgroup: false }])
+    let lanes = |lanes, subgroup, wide| Body::Lanes { lanes, subgroup, wide };
+    let spread = SUBGROUP_SIZES.map(|size| lanes(size, true, false));
+    spread.into_iter().chain([lanes(WIDE_LANES, true, true), lanes(8, false, false)])
 }
 
 /// The lane-per-row tile of `scores`: rows per lane and dims in registers.
@@ -61,7 +65,7 @@ pub const PROJECT_TILED: [Tile; 2] = SCORES_TILED;
 
 /// Lane-per-row tiles of `project`, many rows first.
 pub(crate) fn project_lanes(body: Body) -> [Tile; 2] {
-    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    let Body::Lanes { lanes, subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
     let cols = if subgroup { 32 } else { 16 };
     PROJECT_ROWS.map(|rows| Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: cols, depth: 4 })
 }
@@ -87,10 +91,10 @@ const ROWS: [(u32, [u32; 2], [u32; 2]); 4] =
 
 /// The tiles of `rows`, fewest dims first.
 pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {
-    let Body::Lanes { lanes, subgroup } = body else { panic!("not a lane body: {body:?}") };
+    let Body::Lanes { subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
     ROWS.into_iter().map(move |(dims, spread, alone)| {
         let [rows, keys] = if subgroup { spread } else { alone };
-        rows::Tile { lanes, subgroup, rows, keys, dims }
+        rows::Tile { body, rows, keys, dims }
     })
 }
 
@@ -107,6 +111,30 @@ pub const FLASH: [flash::Tile; 8] = [
     flash::Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     flash::Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];
+
+/// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
+/// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.
+const SPLIT: [(u32, u32, u32, u32); 5] =
+    [(64, 1, 4, 16), (64, 4, 2, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
+
+/// The tiles of `split`, fewest dims first and then fewest rows. CPU adapters run the subgroups of a workgroup one after the
+/// other: a single stream spares them the merge; it loads by 64 bits.
+pub(crate) fn split_tiles() -> impl Iterator<Item = split::Tile> {
+    SPLIT.into_iter().flat_map(move |(dims, rows, keys, many)| {
+        let forms = [(1, true), (many, true), (many, false)];
+        forms.map(|(streams, shuffle)| split::Tile { dims, rows, keys, streams, shuffle })
+    })
+}
+
+/// Workgroups that keep every unit of a CPU adapter, and of a GPU, busy: `split` shares out keys until there are as many.
+pub const SPLIT_WORKGROUPS: [u32; 2] = [16, 512];
+
+/// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
+pub const SPLIT_KEYS: [u32; 2] = [512, 256];
+
+/// Most rows for which `split` is preferred on a GPU, all query heads of a key/value head together: a tile of `flash` would be
+/// mostly empty.
+pub const SPLIT_ROWS: u32 = 16;
 
 /// Whether a tile is rendered for a format: lane forms read f16 packed (conversion is not their cost), and unaligned rows
 /// only with the larger bucket of dims.

@@ -27,6 +27,7 @@ static EVERY: LazyLock<Vec<Checked>> = LazyLock::new(|| {
         // unpack2x16float is WebGPU's own; naga counts it as a capability for the sake of WebGL.
         let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
         capabilities.set(Capabilities::SHADER_FLOAT16, variant.uses_f16());
+        capabilities.set(Capabilities::SHADER_INT64, variant.uses_int64());
         capabilities.set(Capabilities::SUBGROUP, variant.uses_subgroups());
         let mut validator = Validator::new(ValidationFlags::all(), capabilities);
         if variant.uses_subgroups() {
@@ -68,7 +69,7 @@ fn every_variant_is_written_for_every_language_that_has_what_it_uses() {
 
         // GLSL ES 3.1 has no f16, and subgroups only by an extension: plans for devices without have none of those
         // variants (tests/plan).
-        if !variant.uses_f16() && !variant.uses_subgroups() {
+        if !variant.uses_f16() && !variant.uses_subgroups() && !variant.uses_int64() {
             let pipeline = glsl::PipelineOptions {
                 shader_stage: ShaderStage::Compute,
                 entry_point: "main".into(),
@@ -164,10 +165,9 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     assert!(modules.remove("params"), "the uniform is shared by all");
     assert_eq!(shaders, modules);
     assert_eq!(shaders, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
-    // The error budget has no kernel, a list of rows is where results are put, `layer` composes
-    // the others, and `merge` waits for its kernel.
+    // The error budget has no kernel, a list of rows is where results are put, and `layer` composes the others.
     let mut idle = stems("src/reference", "rs");
-    ["budget", "rows", "layer", "merge"].iter().for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));
+    ["budget", "rows", "layer"].iter().for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for name in shaders {
         let text = std::fs::read_to_string(root.join(format!("shaders/{name}.wgsl"))).unwrap();

@@ -64,6 +64,8 @@ pub enum KernelArg {
     Rows,
     /// Fused, tiles shared by a workgroup: for GPUs
     Flash,
+    /// Fused, keys of a row shared out to workgroups: for few queries, as in decoding
+    Split,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -95,6 +97,7 @@ impl KernelArgs {
             KernelArg::Unfused => Kernel::Unfused,
             KernelArg::Rows => Kernel::Rows,
             KernelArg::Flash => Kernel::Flash,
+            KernelArg::Split => Kernel::Split,
         });
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
         Options { kernel, form, native_f16, ..Options::default() }

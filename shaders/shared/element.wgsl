@@ -1,13 +1,19 @@
 {# Loads and stores of four consecutive elements per element type. `vector`: every address is a multiple of four elements.
-   f16 and bf16 are packed in u32 (`native` f16 uses the adapter's own type for loads). Arithmetic is f32. #}
+   f16 and bf16 are packed in u32 (`native` f16 uses the adapter's own type for loads). `wide`: whole vectors are loaded by 64 bits, for
+   drivers that load component by component. Arithmetic is f32. #}
 
-{% macro storage(element, native, vector) -%}
-{% if element == "f32" %}array<{{ "vec4<f32>" if vector else "f32" }}>
+{% macro storage(element, native, vector, wide=false) -%}
+{% if wide and vector %}array<{{ "vec2<u64>" if element == "f32" else "u64" }}>
+{%- elif element == "f32" %}array<{{ "vec4<f32>" if vector else "f32" }}>
 {%- elif native %}array<{{ "vec4<f16>" if vector else "f16" }}>
 {%- else %}array<{{ "vec2<u32>" if vector else "u32" }}>{% endif %}
 {%- endmacro %}
 
-{% macro load(name, element, native, vector) %}
+{% macro words(name, wide) -%}
+{% if wide %}vec2<u32>(u32({{ name }}[index >> 2u]), u32({{ name }}[index >> 2u] >> 32u)){% else %}{{ name }}[index >> 2u]{% endif %}
+{%- endmacro %}
+
+{% macro load(name, element, native, vector, wide=false) %}
 {% if not vector %}
 fn {{ name }}_at(index: u32) -> f32 {
 {% if element == "f32" or native %}
@@ -30,15 +36,18 @@ fn load_{{ name }}(index: u32, valid: u32) -> vec4<f32> {
         select(0.0, {{ name }}_at(index + min(2u, last)), last >= 2u),
         select(0.0, {{ name }}_at(index + min(3u, last)), last >= 3u),
     );
+{% elif wide and element == "f32" %}
+    let words = {{ name }}[index >> 2u];
+    return bitcast<vec4<f32>>(vec4<u32>(u32(words.x), u32(words.x >> 32u), u32(words.y), u32(words.y >> 32u)));
 {% elif element == "f32" %}
     return {{ name }}[index >> 2u];
 {% elif native %}
     return vec4<f32>({{ name }}[index >> 2u]);
 {% elif element == "f16" %}
-    let words = {{ name }}[index >> 2u];
+    let words = {{ words(name, wide) }};
     return vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y));
 {% else %}
-    let words = {{ name }}[index >> 2u];
+    let words = {{ words(name, wide) }};
     return bitcast<vec4<f32>>(vec4<u32>(words.x << 16u, words.x & 0xffff0000u, words.y << 16u, words.y & 0xffff0000u));
 {% endif %}
 }

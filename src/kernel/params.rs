@@ -46,6 +46,10 @@ params! {
     total_kv: u32,
     /// Query heads per key/value head.
     group: u32,
+    /// Of a key/value head's query heads the first in this part, where a kernel takes them together.
+    group0: u32,
+    /// Their end.
+    group_end: u32,
     /// Last axis of q and k.
     head_dim: u32,
     /// Last axis of v and out.
@@ -172,7 +176,7 @@ params! {
     col_head: u32,
     /// Partial log-sum-exps of `merge`: base; other strides are those of `lse`.
     partial_base: u32,
-    /// From one partial to the next.
+    /// From one partial log-sum-exp to the next.
     partial_lse: u32,
     /// From one partial output to the next.
     partial_out: u32,

@@ -22,10 +22,8 @@ pub struct Rows {
 /// Tile parameters of `rows`. The table lives in [`crate::tuning`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
-    /// Invocations of a workgroup; with `subgroup` also the adapter's subgroup size.
-    pub lanes: u32,
-    /// Whether keys and values are spread by subgroup broadcast.
-    pub subgroup: bool,
+    /// Lanes, and how keys and values are spread over them.
+    pub body: Body,
     /// Rows per lane.
     pub rows: u32,
     /// Keys per step.
@@ -35,9 +33,15 @@ pub struct Tile {
 }
 
 impl Tile {
+    /// Invocations of a workgroup.
+    pub fn lanes(&self) -> u32 {
+        let Body::Lanes { lanes, .. } = self.body else { panic!("not a lane body: {:?}", self.body) };
+        lanes
+    }
+
     /// Rows of a workgroup.
     pub fn tile_rows(&self) -> u32 {
-        self.lanes * self.rows
+        self.lanes() * self.rows
     }
 }
 
@@ -70,7 +74,7 @@ impl Rows {
     }
 
     pub(crate) fn threads(&self) -> u32 {
-        self.tile.lanes
+        self.tile.lanes()
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {
@@ -78,19 +82,19 @@ impl Rows {
     }
 
     pub(crate) fn context(&self) -> Value {
-        let Tile { lanes, subgroup, rows, keys, dims } = self.tile;
+        let Tile { body, rows, keys, dims } = self.tile;
+        let Body::Lanes { lanes, subgroup, wide } = body else { panic!("not a lane body: {body:?}") };
         context! {
             lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
-            full => self.full, lanes, subgroup, rows, keys, dims,
+            full => self.full, lanes, subgroup, wide, rows, keys, dims,
         }
     }
 }
 
 impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tile { lanes, subgroup, rows, keys, dims } = self.tile;
-        let body = Body::Lanes { lanes, subgroup };
+        let Tile { body, rows, keys, dims } = self.tile;
         let full = if self.full { " full" } else { "" };
         write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims; {}{full}]", self.format)
     }

@@ -4,6 +4,7 @@
 mod support;
 
 mod composed;
+mod decode;
 mod device;
 mod hidden;
 mod layouts;
@@ -38,11 +39,12 @@ fn lean(p: &Problem) -> Problem {
 }
 
 /// Every kernel that can be forced, with the bodies of those that have two.
-const KERNELS: [(Kernel, Option<Form>); 4] = [
+const KERNELS: [(Kernel, Option<Form>); 5] = [
     (Kernel::Unfused, Some(Form::Tiled)),
     (Kernel::Unfused, Some(Form::Lanes)),
     (Kernel::Rows, None),
     (Kernel::Flash, None),
+    (Kernel::Split, None),
 ];
 
 /// The ways in which a test computes a problem: on Vulkan and its peers every way, on OpenGL and in the small suite the planner's
@@ -99,6 +101,12 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
         Some("storage buffers")
     } else if p.packed.is_none() && longest > limits.max_storage_buffer_binding_size - alignment {
         Some("exceed a binding")
+    } else if kernel == Kernel::Split && p.packed.is_some() {
+        Some("packed sequences")
+    } else if kernel == Kernel::Split && p.head_dim.max(p.value_dim) > 256 {
+        Some("lanes' registers")
+    } else if kernel == Kernel::Split && limits.max_compute_invocations_per_workgroup < 128 && !caps.int64 {
+        Some("its tiles not the device")
     } else if kernel == Kernel::Rows && p.head_dim.max(p.value_dim) > 256 {
         Some("do not fit a lane's registers")
     } else if kernel == Kernel::Flash && limits.max_compute_invocations_per_workgroup < 128 {
@@ -142,7 +150,7 @@ fn every_kernel_holds_on_every_adapter() {
         for gpu in gpus() {
             let ways = every_way(gpu, &case.problem);
             assert!(
-                ways.len() >= 4 - usize::from(gpu.library().caps().limits.max_storage_buffers_per_shader_stage < 8)
+                ways.len() >= if gpu.library().caps().limits.max_storage_buffers_per_shader_stage < 8 { 2 } else { 5 }
             );
             for way in ways {
                 if way.kernel == Some(Kernel::Rows) && gpu.library().caps().subgroup_size.is_some_and(|size| size < 8) {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use wgpu_attention::kernel::merge::Merge;
 use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{Element, Plan};
@@ -26,9 +27,10 @@ pub fn every_workgroup_once(plan: &Plan) {
         expected = 0;
         let tiles = p.row_tiles * p.col_tiles;
         assert!(p.end.is_multiple_of(tiles), "{variant} ends inside a head");
-        if !matches!(variant, Variant::Pack(_)) {
+        if !matches!(variant, Variant::Pack(_) | Variant::Merge(_)) {
             let keys = if matches!(variant, Variant::Softmax(_)) { s.seq_kv } else { p.key_end - p.key0 };
-            let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * u64::from(keys);
+            let each = if matches!(variant, Variant::Split(_)) { p.group_end - p.group0 } else { 1 };
+            let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * u64::from(each) * u64::from(keys);
             *pairs.entry(*variant).or_default() += count;
         }
     }
@@ -48,11 +50,29 @@ pub struct Place {
     pub rows: Range<u32>,
     /// Keys, or value dims.
     pub cols: Range<u32>,
+    /// Which part of the keys, where several workgroups share them.
+    pub part: u32,
 }
 
 /// The workgroups of a step as shaders/shared/params.wgsl numbers them.
-pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> impl Iterator<Item = Place> + 'a {
+pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Place> + 'a> {
     let p = &step.params;
+    if let Variant::Split(x) = &step.variant {
+        let each = p.group_end - p.group0;
+        let lines = (p.row_end - p.row0) * each;
+        return Box::new((p.first..p.end).flat_map(move |index| {
+            let (line, part) = (index / p.col_tiles, index % p.col_tiles);
+            let (plane, tile) = (line / p.row_tiles, line % p.row_tiles);
+            let first = tile * x.tile.rows;
+            (first..lines.min(first + x.tile.rows)).map(move |n| Place {
+                batch: p.batch0 + plane / p.heads,
+                head: (p.head0 + plane % p.heads) * p.group + p.group0 + n % each,
+                rows: p.row0 + n / each..p.row0 + n / each + 1,
+                cols: 0..p.value_dim,
+                part,
+            })
+        }));
+    }
     let threads = step.variant.threads();
     let (tile_rows, tile_cols, cols) = match &step.variant {
         Variant::Scores(x) => (x.tile.tile_rows, x.tile.tile_cols, p.key0..p.key_end),
@@ -63,7 +83,7 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> impl Iterator<Item = Place>
         _ => (1, threads, p.key0..p.key_end),
     };
     assert_eq!(p.value_dim, plan.shape().value_dim);
-    (p.first..p.end).map(move |index| {
+    Box::new((p.first..p.end).map(move |index| {
         let (line, col) = (index / p.col_tiles, index % p.col_tiles);
         let (plane, row) = (line / p.row_tiles, line % p.row_tiles);
         let first_row = p.row0 + row * tile_rows;
@@ -73,8 +93,9 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> impl Iterator<Item = Place>
             head: p.head0 + plane % p.heads,
             rows: first_row..first_row.saturating_add(tile_rows).min(p.row_end),
             cols: first_col..first_col.saturating_add(tile_cols).min(cols.end),
+            part: 0,
         }
-    })
+    }))
 }
 
 /// How far a row is.
@@ -88,12 +109,21 @@ struct Row {
     lse: u8,
     /// Times that a kernel did all of this at once.
     fused: u8,
+    /// Parts of the keys that wait for a merge, and those that each dim was merged from.
+    parts: u32,
+    merged: Vec<u32>,
 }
 
 pub fn every_place_once(plan: &Plan) {
     let s = plan.shape();
     let [keys, dims] = [s.seq_kv as usize, s.value_dim as usize];
-    let fresh = Row { scored: vec![0; keys], transforms: vec![0; keys], summed: vec![0; dims], ..Row::default() };
+    let fresh = Row {
+        scored: vec![0; keys],
+        transforms: vec![0; keys],
+        summed: vec![0; dims],
+        merged: vec![0; dims],
+        ..Row::default()
+    };
     let mut rows = vec![fresh; (s.batch * s.heads * s.seq_q) as usize];
     let mut packed = vec![0u8; s.out().extent() as usize];
     for step in plan.steps() {
@@ -104,6 +134,27 @@ pub fn every_place_once(plan: &Plan) {
             let words = u64::from(p.first) * threads..u64::from(p.end) * threads;
             let elements = (2 * words.start).min(p.pack_count.into())..(2 * words.end).min(p.pack_count.into());
             elements.for_each(|n| packed[(out.offset / 2 + n) as usize] += 1);
+            continue;
+        }
+        if let Variant::Merge(pass) = &step.variant {
+            let (threads, groups) = (step.variant.threads(), s.value_dim.div_ceil(4));
+            for item in p.first * threads..(p.end * threads).min(p.item_count) {
+                let (line, dim) = match pass {
+                    Merge::Totals { .. } => (item, 0),
+                    Merge::Out { .. } => (item / groups, item % groups * 4),
+                };
+                let (plane, row) = (line / (p.row_end - p.row0), p.row0 + line % (p.row_end - p.row0));
+                let (batch, head) = (p.batch0 + plane / p.heads, p.head0 + plane % p.heads);
+                let row = &mut rows[((batch * s.heads + head) * s.seq_q + row) as usize];
+                assert!(row.parts >= p.key_end, "{} reads what no workgroup wrote", step.variant);
+                match pass {
+                    Merge::Totals { lse, .. } => row.lse += u8::from(*lse),
+                    Merge::Out { .. } => {
+                        let end = s.value_dim.min(dim + 4);
+                        row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                    }
+                }
+            }
             continue;
         }
         for place in places(plan, step) {
@@ -133,6 +184,21 @@ pub fn every_place_once(plan: &Plan) {
                         assert!(row.softmax == 1);
                         row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
                     }
+                    Variant::Split(_) => {
+                        assert!((p.key0, p.key_end) == (0, s.seq_kv));
+                        let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
+                        if bound(Slot::PartialOut) {
+                            assert!(bound(Slot::PartialLse) && row.parts == place.part, "parts one after the other");
+                            row.parts += 1;
+                        } else {
+                            assert!(place.part == 0 && p.col_tiles == 1);
+                            row.lse += u8::from(bound(Slot::Lse));
+                        }
+                        if place.part == 0 {
+                            row.fused += 1;
+                            row.summed[cols].iter_mut().for_each(|n| *n += s.seq_kv);
+                        }
+                    }
                     Variant::Rows(_) | Variant::Flash(_) => {
                         assert!((p.key0, p.key_end) == (0, s.seq_kv));
                         // The first block of value dims also writes lse.
@@ -153,6 +219,7 @@ pub fn every_place_once(plan: &Plan) {
             assert!(row.fused == 1 && row.softmax == 0 && row.exported.is_empty() && !s.weights && s.logits.is_none());
             assert!(row.scored.iter().chain(&row.transforms).all(|&n| n == 0));
             assert!(row.summed.iter().all(|&n| n == s.seq_kv));
+            assert!(row.merged.iter().all(|&n| n == row.parts), "each dim is merged from each part once");
             continue;
         }
         assert!(row.scored.iter().all(|&n| n == 1) && row.softmax == 1);

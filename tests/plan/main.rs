@@ -28,11 +28,12 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options) -> Option<Plan> {
     }
 }
 
-/// The body of the kernels that have two.
+/// The body of the kernels that have several.
 fn body(variant: &Variant) -> Option<Body> {
     match variant {
         Variant::Scores(x) => Some(x.tile.body),
         Variant::Values(x) => Some(x.tile.body),
+        Variant::Rows(x) => Some(x.tile.body),
         _ => None,
     }
 }
@@ -40,8 +41,8 @@ fn body(variant: &Variant) -> Option<Body> {
 /// Lanes of a subgroup that a shader counts on.
 fn subgroup(variant: &Variant) -> Option<u32> {
     match (variant, body(variant)) {
-        (Variant::Rows(x), _) => x.tile.subgroup.then_some(x.tile.lanes),
-        (_, Some(Body::Lanes { lanes, subgroup })) => subgroup.then_some(lanes),
+        (Variant::Split(x), _) => x.tile.wide().then_some(8),
+        (_, Some(Body::Lanes { lanes, subgroup, .. })) => subgroup.then_some(lanes),
         _ => None,
     }
 }
@@ -61,7 +62,9 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         assert_eq!(bound.written, written, "{variant} {bound:?}");
         let stands_in = matches!(
             (slot, bound.slot),
-            (Slot::Mask | Slot::Bias, Slot::Lists) | (Slot::Out, Slot::Unpacked) | (Slot::Lse, Slot::Spare)
+            (Slot::Mask | Slot::Bias, Slot::Lists)
+                | (Slot::Out, Slot::Unpacked | Slot::PartialOut)
+                | (Slot::Lse, Slot::Spare | Slot::PartialLse)
         );
         assert!(slot == bound.slot || stands_in, "{variant} {bound:?}");
         let same = |other: &&wgpu_attention::plan::Bound| other.slot == bound.slot && (other.written || bound.written);
@@ -81,9 +84,12 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         "{variant}"
     );
     assert!(!variant.uses_f16() || caps.f16, "{variant}");
+    assert!(!variant.uses_int64() || caps.int64, "{variant}");
     match (variant, subgroup(variant)) {
         // Shuffles among eight neighbours: any size from eight on will do.
-        (Variant::Flash(_), _) if variant.uses_subgroups() => assert!(caps.subgroup_min_size >= Some(8), "{variant}"),
+        (Variant::Flash(_) | Variant::Split(_), None) if variant.uses_subgroups() => {
+            assert!(caps.subgroup_min_size >= Some(8), "{variant}")
+        }
         (_, Some(lanes)) => {
             assert!(variant.uses_subgroups(), "{variant}");
             assert_eq!(Some(lanes), caps.subgroup_size, "{variant}");
@@ -107,7 +113,10 @@ fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
         Slot::Weights | Slot::Logits => 4 * s.scores_len(),
         Slot::Mask => s.mask.unwrap().len() as u64,
         Slot::Bias => s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes()).unwrap(),
-        Slot::Scores | Slot::Unpacked | Slot::Spare => plan.scratch_bytes(),
+        Slot::Sinks => 4 * u64::from(s.heads),
+        Slot::Scores | Slot::Unpacked | Slot::Spare | Slot::PartialOut | Slot::PartialLse | Slot::Totals => {
+            plan.scratch_bytes()
+        }
         Slot::Lists => u64::MAX - 3,
         _ => unreachable!("attention binds no operand of the layer"),
     };
@@ -123,11 +132,12 @@ fn check(problem: &Problem, caps: &Caps, options: &Options) -> bool {
         bound.map(|bound| bound.offset + bound.size).max().unwrap_or(0)
     };
     assert!(largest(Slot::Scores) <= options.scratch_budget, "{plan}");
-    let scratch = [Slot::Scores, Slot::Unpacked, Slot::Spare].map(largest).into_iter().sum::<u64>();
+    let own = [Slot::Scores, Slot::Unpacked, Slot::Spare, Slot::PartialOut, Slot::PartialLse, Slot::Totals];
+    let scratch = own.map(largest).into_iter().sum::<u64>();
     // `pack` rounds its last word up.
     assert!((scratch..scratch + 4).contains(&plan.scratch_bytes()), "{} of {scratch}: {plan}", plan.scratch_bytes());
     coverage::every_workgroup_once(&plan);
-    if plan.shape().scores_len() <= 1 << 14 {
+    if plan.shape().scores_len() <= 1 << 15 {
         coverage::every_place_once(&plan);
         address::inside(&plan);
     }
@@ -165,7 +175,14 @@ proptest! {
 
 /// A device with what every WebGPU device has.
 fn gpu() -> Caps {
-    Caps { cpu: false, f16: false, subgroup_size: None, subgroup_min_size: None, limits: wgpu::Limits::default() }
+    Caps {
+        cpu: false,
+        f16: false,
+        int64: false,
+        subgroup_size: None,
+        subgroup_min_size: None,
+        limits: wgpu::Limits::default(),
+    }
 }
 
 #[test]

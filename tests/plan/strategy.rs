@@ -10,7 +10,7 @@ use wgpu_attention::{
 prop_compose! {
     fn sizes()(
         batch in 1u32..4, kv_heads in 1u32..4, group in 1u32..4,
-        seq_q in prop_oneof![1u32..20, 30u32..70, 100u32..140], seq_kv in prop_oneof![1u32..20, 30u32..70, 250u32..300],
+        seq_q in prop_oneof![1u32..20, 30u32..70, 100u32..140], seq_kv in prop_oneof![1u32..20, 30u32..70, 250u32..300, 1000u32..1100],
         head_dim in prop_oneof![1u32..10, 16u32..80, Just(256)], value_dim in prop_oneof![1u32..10, 16u32..80, Just(256)],
     ) -> Problem {
         let mut p = Problem::new(batch, kv_heads * group, seq_q, seq_kv, head_dim);
@@ -91,7 +91,7 @@ prop_compose! {
 prop_compose! {
     /// Devices from the floor to large ones.
     pub fn caps()(
-        (cpu, f16) in any::<(bool, bool)>(),
+        (cpu, f16, int64) in any::<(bool, bool, bool)>(),
         subgroup_size in prop_oneof![Just(None), Just(Some(4)), Just(Some(8)), Just(Some(16)), Just(Some(32)), Just(Some(64))],
         binding in prop_oneof![Just(4096u64), Just(8192), Just(20_000), Just(1 << 20), Just(128 << 20), Just(u64::from(u32::MAX))],
         buffers in prop_oneof![Just(4u32), Just(5), Just(6), Just(8)],
@@ -111,18 +111,19 @@ prop_compose! {
             min_storage_buffer_offset_alignment: alignment,
             ..wgpu::Limits::default()
         };
-        Caps { cpu, f16, subgroup_size, subgroup_min_size: subgroup_size, limits }
+        Caps { cpu, f16, int64, subgroup_size, subgroup_min_size: subgroup_size, limits }
     }
 }
 
 prop_compose! {
     pub fn options()(
-        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Flash)), 1 => Just(Some(Kernel::Unfused))],
+        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Flash)), 1 => Just(Some(Kernel::Split)), 1 => Just(Some(Kernel::Unfused))],
         form in prop_oneof![Just(None), Just(Some(Form::Tiled)), Just(Some(Form::Lanes))],
         native_f16 in prop_oneof![4 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))],
         scratch_budget in prop_oneof![Just(1500u64), Just(16_384), Just(256 << 20)],
+        batch_invariant in any::<bool>(),
         micros in prop_oneof![Just(2u64), Just(100), Just(50_000)],
     ) -> Options {
-        Options { kernel, form, native_f16, scratch_budget, work_budget: Duration::from_micros(micros) }
+        Options { kernel, form, native_f16, batch_invariant, scratch_budget, work_budget: Duration::from_micros(micros) }
     }
 }

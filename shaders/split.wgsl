@@ -1,0 +1,278 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Split:  out = softmax(logits) v  for few queries and many keys: the keys of a tile of rows are shared out to several workgroups, and
+// all query heads of a key/value head are rows of one tile, so that each key is loaded once for {{ rows }} of them.
+// {{ across }} lanes form a stream: each holds every {{ across }}th vector of four dims of q, k, v and o. A workgroup has {{ streams }} stream{{ "s" if streams > 1 }}; stream n takes
+// every {{ streams }}th block of {{ keys }} keys, with a running maximum m, sum l and unnormalised output o of its own:
+//   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
+// At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where several
+// workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al., Flash-Decoding, 2023.)
+// Lanes of a stream sum their parts of a dot product by {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}.
+// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+//
+// Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the group), then key/value
+//            heads (counted by head0 and heads) and batches (shared/params.wgsl).
+// Memory:    {{ bytes }} bytes of workgroup memory.
+// Given:     1 ≤ head_dim, value_dim ≤ {{ dims }}; no packed sequences. No key outside the range of the tile is read.
+// Reference: src/reference.rs (attention)
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
+@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector, wide) }};
+@group(0) @binding(4) var<storage, read_write> out: {{ output("f32", vector) }};
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+@group(0) @binding(6) var<storage, read> lists: array<u32>;
+{% if full %}
+@group(0) @binding(7) var<storage, read> mask: array<u32>;
+@group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+{% include "shared/value.wgsl" %}
+{{ load("q", element, false, vector, wide) }}
+{{ load("k", element, false, vector, wide) }}
+{{ load("v", element, false, vector, wide) }}
+{{ store("out", "f32", vector) }}
+
+const ACROSS: u32 = {{ across }}u;
+const STREAMS: u32 = {{ streams }}u;
+const ROWS: u32 = {{ rows }}u;
+const KEYS: u32 = {{ keys }}u;
+{% set pairs = rows * keys %}
+{% set threads = across * streams %}
+{% if not shuffle %}
+// Of each row and key of a stream the lanes' parts, then their sum.
+var<workgroup> parts: array<f32, {{ threads * pairs }}>;
+var<workgroup> sums: array<f32, {{ streams * pairs }}>;
+{% endif %}
+{% if streams > 1 %}
+// Of each row and stream: maximum and sum. Of one row and each stream: the output, relative to the common maximum.
+var<workgroup> totals: array<vec2<f32>, {{ rows * streams }}>;
+var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
+// Of each row: not 0 where a visible value is not finite.
+var<workgroup> spoilt: array<atomic<u32>, {{ rows }}>;
+{% endif %}
+
+// exp(x − m), as low as f32 can tell from 0.
+fn weigh(x: f32, m: f32) -> f32 {
+    return exp(max(x - m, -150.0));
+}
+
+// Writes four elements of a row of out.
+fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, poisoned: bool) {
+    let at = params.out_base + part * params.partial_out + batch * params.out_batch + head * params.out_head + row * params.out_row;
+    store_out(at + dim, params.value_dim - dim, select(bitcast<vec4<u32>>(y), vec4<u32>(0x7fc00000u), poisoned));
+}
+
+{% set chunks = dims // (4 * across) %}
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let batch = here.batch;
+    let seq = sequence(batch);
+    let lane = thread % ACROSS;
+    let stream = thread / ACROSS;
+
+    // Line n of this part's rows is head `group0 + n % each` of the group in row `row0 + n / each`.
+    let each = params.group_end - params.group0;
+    let row_end = max(params.row0, select(params.row0, min(params.row_end, seq.rows), here.inside));
+    let line_first = here.row_tile * ROWS;
+    let line_end = (row_end - params.row0) * each;
+    let turns = min(ROWS, max(line_end, line_first) - line_first);
+    let line_last = max(line_end, 1u) - 1u;
+{% for r in range(rows) %}
+    let row_{{ r }} = params.row0 + min(line_first + {{ r }}u, line_last) / each;
+    let head_{{ r }} = here.head * params.group + params.group0 + min(line_first + {{ r }}u, line_last) % each;
+{% endfor %}
+    let range = tile_range(seq, row_0, row_{{ rows - 1 }});
+    let visible = select(0u, range.y - range.x, turns > 0u);
+    let share = (visible + params.col_tiles - 1u) / params.col_tiles;
+    let key_first = range.x + min(visible, here.col_tile * share);
+    let key_end = range.x + min(visible, (here.col_tile + 1u) * share);
+    let key_last = max(seq.stored, 1u) - 1u;
+
+    let q_last = (params.head_dim - 1u) & ~3u;
+    let v_last = (params.value_dim - 1u) & ~3u;
+{% for c in range(chunks) %}
+    let dim_{{ c }} = (lane + {{ c * across }}u) * 4u;
+    let q_dim_{{ c }} = min(dim_{{ c }}, q_last);
+    let v_dim_{{ c }} = min(dim_{{ c }}, v_last);
+{% endfor %}
+{% for r in range(rows) %}
+{% if not full %}
+    let range_{{ r }} = key_range(seq, row_{{ r }});
+{% endif %}
+    let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
+    var m_{{ r }} = HIDDEN;
+    var l_{{ r }} = 0.0;
+    var poisoned_{{ r }} = false;
+{% for c in range(chunks) %}
+    let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_at_{{ r }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
+    var o_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+
+    let k_at = params.k_base + batch * params.k_batch + here.head * params.k_head;
+    let v_at = params.v_base + batch * params.v_batch + here.head * params.v_head;
+    // All streams take the same number of turns, because they shuffle or wait together.
+    for (var first = key_first; first < key_end; first += KEYS * STREAMS) {
+        let key = first + stream * KEYS;
+{% for j in range(keys) %}
+        let k_place_{{ j }} = k_at + min(key + {{ j }}u, key_last) * params.k_row;
+{% for c in range(chunks) %}
+        let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
+{% endfor %}
+{% endfor %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+        var s_{{ r }}_{{ j }} = {% for c in range(chunks) %}{{ " + " if not loop.first }}dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}){% endfor %};
+{% if shuffle %}
+        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 1u);
+        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 2u);
+        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 4u);
+{% else %}
+        parts[(stream * {{ pairs }}u + {{ r * keys + j }}u) * ACROSS + lane] = s_{{ r }}_{{ j }};
+{% endif %}
+{% endfor %}
+{% endfor %}
+{% if not shuffle %}
+        workgroupBarrier();
+        for (var pair = lane; pair < {{ pairs }}u; pair += ACROSS) {
+            let at = (stream * {{ pairs }}u + pair) * ACROSS;
+            sums[stream * {{ pairs }}u + pair] = ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u])) + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
+        }
+        workgroupBarrier();
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+        s_{{ r }}_{{ j }} = sums[stream * {{ pairs }}u + {{ r * keys + j }}u];
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% if full %}
+        for (var r = 0u; r < turns; r++) {
+            let line = line_first + r;
+            let row = params.row0 + line / each;
+            let head = here.head * params.group + params.group0 + line % each;
+{% for j in range(keys) %}
+            var x_{{ j }} = s_0_{{ j }};
+{% for r in range(1, rows) %}
+            x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+{% endfor %}
+            x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < key_end);
+{% for r in range(rows) %}
+            s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+        }
+{% else %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+        s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, key_end));
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+        let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+        let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
+        m_{{ r }} = higher_{{ r }};
+{% for j in range(keys) %}
+        let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+        l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+{% endfor %}
+{% for j in range(keys) %}
+        let v_place_{{ j }} = v_at + min(key + {{ j }}u, key_last) * params.v_row;
+{% for c in range(chunks) %}
+        let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + v_dim_{{ c }}, params.value_dim - v_dim_{{ c }});
+        let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+        let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, good_{{ j }}_{{ c }});
+{% endfor %}
+        let good_{{ j }} = {% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %};
+{% endfor %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+{% for c in range(chunks) %}
+        o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+{% endfor %}
+{% endfor %}
+    }
+{% if streams > 1 %}
+
+    if (thread < ROWS) {
+        atomicStore(&spoilt[thread], 0u);
+    }
+    if (lane == 0u) {
+{% for r in range(rows) %}
+        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, l_{{ r }});
+{% endfor %}
+    }
+    workgroupBarrier();
+{% for r in range(rows) %}
+    if (poisoned_{{ r }}) {
+        atomicOr(&spoilt[{{ r }}], 1u);
+    }
+{% endfor %}
+    workgroupBarrier();
+{% endif %}
+    // One row after the other, so that each store stands once in the text.
+    for (var r = 0u; r < ROWS; r++) {
+        let line = min(line_first + r, line_last);
+        let row = params.row0 + line / each;
+        let head = here.head * params.group + params.group0 + line % each;
+{% macro pick(name) %}{% for r in range(1, rows) %}select({% endfor %}{{ name | replace("#", "0") }}{% for r in range(1, rows) %}, {{ name | replace("#", r) }}, r == {{ r }}u){% endfor %}{% endmacro %}
+        let own = {{ pick("m_#") }};
+        let poisoned = {% if streams > 1 %}atomicLoad(&spoilt[r]) != 0u{% else %}subgroupAny({{ pick("poisoned_#") }}){% endif %};
+        var m = own;
+        var l = {{ pick("l_#") }};
+{% if streams > 1 %}
+{% for n in range(streams) %}
+        m = max(m, totals[r * STREAMS + {{ n }}u].x);
+{% endfor %}
+        l = 0.0;
+        for (var n = 0u; n < STREAMS; n++) {
+            l += totals[r * STREAMS + n].y * weigh(totals[r * STREAMS + n].x, m);
+        }
+{% endif %}
+        var shrink = 1.0;
+        if ((params.flags & SINKS) != 0u) {
+            let sink = bitcast<f32>(lists[params.list_sinks + head]);
+            let higher = max(m, sink);
+            shrink = weigh(m, higher);
+            l = l * shrink + weigh(sink, higher);
+            m = higher;
+        }
+        let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
+        if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
+            let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
+            lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+        }
+{% for c in range(chunks) %}
+        let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
+{% if streams > 1 %}
+        outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
+{% else %}
+        if (r < turns && dim_{{ c }} < params.value_dim) {
+            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, poisoned);
+        }
+{% endif %}
+{% endfor %}
+{% if streams > 1 %}
+        workgroupBarrier();
+        if (r < turns && thread * 4u < params.value_dim) {
+            var sum = vec4<f32>();
+            for (var n = 0u; n < STREAMS; n++) {
+                sum += outputs[n * {{ dims // 4 }}u + thread];
+            }
+            write(batch, head, row, here.col_tile, thread * 4u, sum, poisoned);
+        }
+        workgroupBarrier();
+{% endif %}
+    }
+}

@@ -1,0 +1,78 @@
+//! Few queries over many keys: `split`, and `merge` where several workgroups share the keys of a row.
+
+use wgpu_attention::{Causal, Element, Kernel, Options, Window};
+
+use crate::problem;
+use crate::support::{Case, Data, gpus, is_small};
+
+fn split() -> Options {
+    Options { kernel: Some(Kernel::Split), ..Options::default() }
+}
+
+#[test]
+fn keys_shared_by_workgroups_are_merged_exactly() {
+    // batch, heads, key/value heads, seq_q, head_dim, value_dim
+    let shapes = [
+        [1, 1, 1, 1, 64, 64],
+        [2, 4, 1, 1, 80, 48],
+        [1, 6, 2, 3, 128, 128],
+        [1, 2, 2, 1, 200, 256],
+        [3, 5, 1, 2, 7, 9],
+        [1, 2, 1, 9, 33, 66],
+    ];
+    for element in [Element::F32, Element::F16, Element::Bf16] {
+        for [batch, heads, kv_heads, seq_q, head_dim, value_dim] in shapes {
+            let p = problem([batch, heads, seq_q, 1601, head_dim], |p| {
+                (p.element, p.kv_heads, p.value_dim) = (element, kv_heads, value_dim);
+                (p.lse, p.sinks, p.weights, p.logits) = (true, true, false, None);
+                p.causal = Causal::BottomRight;
+            });
+            let case = Case::random(p, 3);
+            for gpu in gpus() {
+                let (_, plan) = case.check(gpu, &split());
+                assert!(plan.kernel().starts_with("split+merge"), "{plan}");
+                assert!(plan.steps()[0].params.col_tiles > 1, "{plan}");
+            }
+            if is_small() && seq_q == 3 {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_without_a_visible_key_count_nothing() {
+    // One sequence sees keys of the last part only, one of the first, one none at all.
+    let p = problem([3, 2, 2, 1601, 24], |p| {
+        (p.lse, p.weights, p.logits) = (true, false, None);
+        (p.key_lengths, p.causal, p.window) = (true, Causal::Offset, Window { left: Some(4), right: None });
+    });
+    let mut operands = Data::random(&p, 5, 1.0);
+    operands.key_lengths = Some(vec![1601, 1601, 0]);
+    operands.offsets = Some(vec![1598, 2, 40]);
+    let case = Case::new(p, operands);
+    for gpu in gpus() {
+        case.check(gpu, &split());
+    }
+}
+
+#[test]
+fn a_batch_invariant_plan_gives_a_sequence_the_same_bits_in_any_company() {
+    let of = |batch| problem([batch, 4, 1, 1601, 64], |p| (p.kv_heads, p.weights, p.logits) = (2, false, None));
+    let options = Options { batch_invariant: true, ..split() };
+    let three = Data::random(&of(3), 8, 1.0);
+    let mut one = Data::random(&of(1), 8, 1.0);
+    // The sequence on its own is the last of the three.
+    for (alone, all) in [(&mut one.q, &three.q), (&mut one.k, &three.k), (&mut one.v, &three.v)] {
+        let n = alone.len();
+        let last = all.f32()[2 * n..].to_vec();
+        last.into_iter().enumerate().for_each(|(i, x)| alone.set(i, x));
+    }
+    for gpu in gpus() {
+        let [alone, all] = [(of(1), &one), (of(3), &three)]
+            .map(|(p, operands)| gpu.attention_with(&p, &operands.inputs(), &options).unwrap());
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let n = alone.out.len();
+        assert_eq!(bits(&alone.out), bits(&all.out[2 * n..]));
+    }
+}
