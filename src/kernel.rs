@@ -1,5 +1,6 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
+pub mod append;
 pub mod average;
 pub mod export;
 pub mod extra;
@@ -66,8 +67,16 @@ pub enum Slot {
     Averaged,
     /// Cosines and sines of `rotary`.
     Angles,
-    /// Positions of rows, for `rotary`.
+    /// Positions of rows, for `rotary`, or the first of them in a cache.
     Positions,
+    /// New rows for a cache.
+    Rows,
+    /// The cache that they go to.
+    Cache,
+    /// The layer's cache of keys.
+    KeyCache,
+    /// The layer's cache of values.
+    ValueCache,
     /// Outputs to merge.
     PartialOut,
     /// Log-sum-exps to merge.
@@ -104,6 +113,10 @@ impl Slot {
             Slot::Averaged => "layer weights",
             Slot::Angles => "rotary table",
             Slot::Positions => "positions",
+            Slot::Rows => "x",
+            Slot::Cache => "cache",
+            Slot::KeyCache => "key cache",
+            Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",
             Slot::PartialLse => "partial_lse",
             Slot::Sinks => "sinks",
@@ -224,6 +237,8 @@ pub enum Variant {
     Average(average::Average),
     /// One result from several.
     Merge(merge::Merge),
+    /// New rows of a cache.
+    Append(append::Append),
 }
 
 macro_rules! each {
@@ -242,6 +257,7 @@ macro_rules! each {
             Variant::Extra($x) => $body,
             Variant::Average($x) => $body,
             Variant::Merge($x) => $body,
+            Variant::Append($x) => $body,
         }
     };
 }
@@ -263,6 +279,7 @@ impl Variant {
         all.extend(extra::Extra::all().map(Variant::Extra));
         all.extend(average::Average::all().map(Variant::Average));
         all.extend(merge::Merge::all().map(Variant::Merge));
+        all.extend(append::Append::all().map(Variant::Append));
         all
     }
 
@@ -282,6 +299,7 @@ impl Variant {
             Variant::Extra(_) => "extra",
             Variant::Average(_) => "average",
             Variant::Merge(_) => "merge",
+            Variant::Append(_) => "append",
         }
     }
 

@@ -139,12 +139,12 @@ impl Attention {
 }
 
 impl Gpu {
-    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` and `rotation.cache_rows` must be `None`.
+    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
     pub fn rotate(&self, rotation: &Rotation, x: Elements<'_>, table: &[f32], positions: &[u32]) -> Result<Vec<f32>> {
         rotation.check()?;
-        if rotation.y.is_some() || rotation.cache_rows.is_some() {
+        if rotation.y.is_some() {
             let why = "host slices turn in place";
-            return Err(Error::Conflict { left: "y or cache_rows", right: "host slices", why });
+            return Err(Error::Conflict { left: "y", right: "host slices", why });
         }
         if x.element() != rotation.element {
             return Err(Error::Element { field: "x", got: x.element(), want: rotation.element });
