@@ -13,7 +13,7 @@ use crate::{Attention, Error, Gpu, Operation, Result};
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
 ///
 /// Row `r` of batch `b` goes to row `starts[b] + r` of the cache, in all heads: bits are copied as they are. The rest of the
-/// cache keeps what it holds. `starts` is u32 `[batch]` and stays on the GPU ([`Slot::Positions`]). A start from which the rows
+/// cache keeps what it holds. `starts` is u32 `[batch]` and stays on the GPU ([`Slot::Starts`]). A start from which the rows
 /// would reach beyond the cache counts as the last one that fits, so that nothing is written outside; on host slices it is an
 /// error. In a circular cache, rows go on at row 0 after the last one.
 ///
@@ -268,7 +268,7 @@ impl Planner<'_> {
         let slots = self.append.slots;
         let bindings = vec![
             Bound { slot: slots.x, offset: x_offset, size: x_size, written: false },
-            Bound { slot: Slot::Positions, offset: s_offset, size: s_size, written: false },
+            Bound { slot: Slot::Starts, offset: s_offset, size: s_size, written: false },
             Bound { slot: slots.cache, offset, size, written: true },
         ];
         let planes = part.batch.len() as u64 * part.heads.len() as u64;
@@ -279,7 +279,7 @@ impl Planner<'_> {
 }
 
 impl Attention {
-    /// Prepares an append. It reads the new rows in [`Slot::Rows`] and u32 starts in [`Slot::Positions`], and changes
+    /// Prepares an append. It reads the new rows in [`Slot::Rows`] and u32 starts in [`Slot::Starts`], and changes
     /// [`Slot::Cache`]. Keys and values of the same sizes are two recordings of one operation.
     pub fn append(&self, append: &Append, options: &Options) -> Result<Operation> {
         let mut steps = Steps::new(self.caps(), options);
@@ -306,7 +306,7 @@ impl Gpu {
         }
         let operation = self.library().append(append, &Options::default())?;
         let buffers =
-            [(Slot::Rows, x.bytes()), (Slot::Positions, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
+            [(Slot::Rows, x.bytes()), (Slot::Starts, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
         let bytes = self.compute(&operation, &buffers, &[Slot::Cache])?.into_iter().next().unwrap_or_default();
         let mut widened = crate::gpu::widened(append.element, &bytes);
         widened.truncate(cache.len());

@@ -67,12 +67,14 @@ pub enum Slot {
     Averaged,
     /// Cosines and sines of `rotary`.
     Angles,
-    /// Positions of rows, for `rotary`, or the first of them in a cache.
+    /// Positions of rows, for `rotary`.
     Positions,
     /// New rows for a cache.
     Rows,
     /// The cache that they go to.
     Cache,
+    /// The row of the cache that each batch's first new row goes to.
+    Starts,
     /// The layer's cache of keys.
     KeyCache,
     /// The layer's cache of values.
@@ -115,6 +117,7 @@ impl Slot {
             Slot::Positions => "positions",
             Slot::Rows => "x",
             Slot::Cache => "cache",
+            Slot::Starts => "starts",
             Slot::KeyCache => "key cache",
             Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",

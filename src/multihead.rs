@@ -597,6 +597,12 @@ impl PreparedLayer {
         buffers: &LayerBuffers<'_>,
     ) -> Result<()> {
         let slots = self.slots(buffers)?;
+        if slice == 0 {
+            // What is wrong with a later part must not leave the first ones in the encoder.
+            self.before.check(&slots)?;
+            self.attention.check(&self.inner(buffers))?;
+            self.after.check(&slots)?;
+        }
         let (first, second) = (self.before.slices(), self.before.slices() + self.attention.slices());
         if slice < first {
             self.before.encode_slice(slice, encoder, &slots)
@@ -624,6 +630,9 @@ impl PreparedLayer {
         }
         let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
         let cache = buffers.cache.as_ref();
+        if cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
+            return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
+        }
         let listed = [
             (Slot::Query, Some(buffers.query)),
             (Slot::Key, buffers.key),
@@ -636,6 +645,7 @@ impl PreparedLayer {
             (Slot::V, whole(&self.v)),
             (Slot::KeyCache, cache.map(|cache| cache.k)),
             (Slot::ValueCache, cache.map(|cache| cache.v)),
+            (Slot::Starts, cache.map(|cache| cache.starts)),
             (Slot::Out, Some(self.context.slice(..))),
             (Slot::Lse, whole(&self.lse)),
             (Slot::Weights, whole(&self.weights)),

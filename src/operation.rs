@@ -83,6 +83,20 @@ impl Operation {
         encoder: &mut wgpu::CommandEncoder,
         buffers: &[(Slot, wgpu::BufferSlice<'_>)],
     ) -> Result<()> {
+        self.check(buffers)?;
+        let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
+        self.program.record(steps, encoder, |slot| {
+            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
+                return (buffer, 0);
+            }
+            let slice = find(slot).expect("Operation::check found it");
+            (slice.buffer(), slice.offset())
+        });
+        Ok(())
+    }
+
+    /// Checks the buffers and records nothing.
+    pub(crate) fn check(&self, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
         let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
         for need in &self.needs {
             let field = need.slot.name();
@@ -97,13 +111,6 @@ impl Operation {
                 }
             }
         }
-        self.program.record(steps, encoder, |slot| {
-            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
-                return (buffer, 0);
-            }
-            let slice = find(slot).expect("found above");
-            (slice.buffer(), slice.offset())
-        });
         Ok(())
     }
 }

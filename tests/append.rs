@@ -40,7 +40,7 @@ fn check(gpu: &Gpu, append: &Append, starts: &[u32], options: &Options) {
     let guarded = |bytes: &[u8]| Guarded::new(gpu.device(), bytes);
     let (x, cache, starts) = (guarded(&x), guarded(&cache), guarded(bytemuck::cast_slice(starts)));
     let operation = gpu.library().append(append, options).unwrap_or_else(|error| panic!("{error}: {append:?}"));
-    let slots = [(Slot::Rows, x.slice()), (Slot::Positions, starts.slice()), (Slot::Cache, cache.slice())];
+    let slots = [(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
     for slice in 0..operation.slices() {
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         operation.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
@@ -191,7 +191,7 @@ fn wrong_operands_and_buffers_are_errors() {
     };
     let storage = wgpu::BufferUsages::STORAGE;
     let buffers = [make(1024, storage), make(1024, storage), make(96, storage)];
-    let slots = [Slot::Rows, Slot::Positions, Slot::Cache];
+    let slots = [Slot::Rows, Slot::Starts, Slot::Cache];
     let good = || -> Vec<_> { slots.into_iter().zip(&buffers).map(|(slot, b)| (slot, b.slice(..))).collect() };
     let encode = |given: &[(Slot, wgpu::BufferSlice<'_>)]| {
         operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), given)
@@ -207,5 +207,5 @@ fn wrong_operands_and_buffers_are_errors() {
     assert_eq!(with(2, short.slice(..)), Err(Error::BufferSize { field: "cache", got: 92, want: 96 }));
     assert_eq!(with(2, plain.slice(..)), Err(Error::BufferUsage { field: "cache", usage: "STORAGE" }));
     assert_eq!(with(2, buffers[0].slice(..)), Err(Error::Aliased { output: "cache", other: "x" }));
-    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "positions", offset: 4, .. })));
+    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "starts", offset: 4, .. })));
 }
