@@ -10,7 +10,7 @@
 
 @group(0) @binding(1) var<storage, read> x: {{ storage("f32", false, vector, wide) }};
 @group(0) @binding(2) var<storage, read> w: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(3) var<storage, read> b: array<u32>;
+@group(0) @binding(3) var<storage, read> b: array<f32>;
 @group(0) @binding(4) var<storage, read_write> y: {{ storage("f32", false, vector and lanes) }};
 
 {{ load("x", "f32", false, vector, wide) }}
@@ -20,20 +20,12 @@ fn x_place(batch: u32, row: u32) -> u32 {
     return params.x_base + batch * params.x_batch + row * params.x_row;
 }
 
-// Where a batch's rows begin in y: a cache already holds some.
-fn y_first(batch: u32) -> u32 {
-    if ((params.flags & OFFSETS) == 0u) {
-        return 0u;
-    }
-    return min(b[params.list_offsets + batch], params.total_kv);
-}
-
 fn y_place(batch: u32, row: u32, col: u32) -> u32 {
     return params.out_base + batch * params.out_batch + (col / params.col_head) * params.out_head + row * params.out_row + col % params.col_head;
 }
 
 fn bias(col: u32) -> f32 {
-    return bitcast<f32>(b[params.b_base + min(col, params.col_end - 1u)]);
+    return b[params.b_base + min(col, params.col_end - 1u)];
 }
 
 {% if lanes %}
@@ -124,7 +116,6 @@ fn main(
 {% endfor %}
     }
     // One row after the other, so that each store stands once in the text: drivers that compile on the CPU pay for each place.
-    let first = y_first(batch);
     for (var r = 0u; r < ROWS; r++) {
         let row = row_first + r * LANES + lane;
         if (row < row_end) {
@@ -139,11 +130,11 @@ fn main(
                     sum += vec4<f32>(bias(col_at_{{ c }}), bias(col_at_{{ c }} + 1u), bias(col_at_{{ c }} + 2u), bias(col_at_{{ c }} + 3u));
                 }
 {% if vector %}
-                let at = y_place(batch, first + row, col_at_{{ c }}) >> 2u;
+                let at = y_place(batch, row, col_at_{{ c }}) >> 2u;
                 y[at] = sum + select(vec4<f32>(), y[at], (params.flags & ADD) != 0u);
 {% else %}
 {% for j in range(4) %}
-                give(batch, first + row, col_at_{{ c }} + {{ j }}u, sum.{{ "xyzw"[j] }});
+                give(batch, row, col_at_{{ c }} + {{ j }}u, sum.{{ "xyzw"[j] }});
 {% endfor %}
 {% endif %}
             }
@@ -242,7 +233,6 @@ fn main(
 {% endfor %}
         workgroupBarrier();
     }
-    let first_row = y_first(batch);
 {% for c in range(cols) %}
     let col_{{ c }} = col_first + across + {{ c * (tile_cols // cols) }}u;
     if (col_{{ c }} < params.col_end) {
@@ -253,7 +243,7 @@ fn main(
 {% for r in range(rows) %}
         let row_{{ c }}_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
         if (row_{{ c }}_{{ r }} <= row_last) {
-            let at = y_place(batch, first_row + row_{{ c }}_{{ r }}, col_{{ c }});
+            let at = y_place(batch, row_{{ c }}_{{ r }}, col_{{ c }});
             y[at] = sum_{{ r }}_{{ c }} + shift + select(0.0, y[at], (params.flags & ADD) != 0u);
         }
 {% endfor %}

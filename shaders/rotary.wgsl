@@ -63,10 +63,8 @@ fn main(
         return;
     }
     let listed = positions[params.k_base + here.batch * params.k_batch + row * params.k_row];
-    // In a cache, rows stand at their position.
-    let place_row = row + select(0u, min(listed, params.seq_kv), (params.flags & OFFSETS) != 0u);
-    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + place_row * params.x_row;
-    let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + place_row * params.out_row;
+    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row;
+    let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
     if (item >= turning) {
 {% if not in_place %}
 {% if packed %}

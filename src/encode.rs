@@ -370,6 +370,11 @@ impl Prepared {
         self.record(0..self.plan.dispatches(), encoder, buffers)
     }
 
+    /// Checks the buffers and records nothing.
+    pub(crate) fn check(&self, buffers: &Buffers<'_>) -> Result<()> {
+        buffers.check(&self.plan)
+    }
+
     /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
     pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
         let slices = self.slices() as u64;
@@ -385,7 +390,7 @@ impl Prepared {
         encoder: &mut wgpu::CommandEncoder,
         buffers: &Buffers<'_>,
     ) -> Result<()> {
-        buffers.check(&self.plan)?;
+        self.check(buffers)?;
         for list in buffers.lists(&self.plan) {
             if let Some(slice) = list.slice {
                 let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));

@@ -1,5 +1,6 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
+pub mod append;
 pub mod average;
 pub mod export;
 pub mod extra;
@@ -69,6 +70,16 @@ pub enum Slot {
     Angles,
     /// Positions of rows, for `rotary`.
     Positions,
+    /// New rows for a cache.
+    Rows,
+    /// The cache that they go to.
+    Cache,
+    /// The row of the cache that each batch's first new row goes to.
+    Starts,
+    /// The layer's cache of keys.
+    KeyCache,
+    /// The layer's cache of values.
+    ValueCache,
     /// Outputs to merge.
     PartialOut,
     /// Log-sum-exps to merge.
@@ -105,6 +116,11 @@ impl Slot {
             Slot::Averaged => "layer weights",
             Slot::Angles => "rotary table",
             Slot::Positions => "positions",
+            Slot::Rows => "x",
+            Slot::Cache => "cache",
+            Slot::Starts => "starts",
+            Slot::KeyCache => "key cache",
+            Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",
             Slot::PartialLse => "partial_lse",
             Slot::Sinks => "sinks",
@@ -231,6 +247,8 @@ pub enum Variant {
     Average(average::Average),
     /// One result from several.
     Merge(merge::Merge),
+    /// New rows of a cache.
+    Append(append::Append),
 }
 
 macro_rules! each {
@@ -250,6 +268,7 @@ macro_rules! each {
             Variant::Extra($x) => $body,
             Variant::Average($x) => $body,
             Variant::Merge($x) => $body,
+            Variant::Append($x) => $body,
         }
     };
 }
@@ -272,6 +291,7 @@ impl Variant {
         all.extend(extra::Extra::all().map(Variant::Extra));
         all.extend(average::Average::all().map(Variant::Average));
         all.extend(merge::Merge::all().map(Variant::Merge));
+        all.extend(append::Append::all().map(Variant::Append));
         all
     }
 
@@ -292,6 +312,7 @@ impl Variant {
             Variant::Extra(_) => "extra",
             Variant::Average(_) => "average",
             Variant::Merge(_) => "merge",
+            Variant::Append(_) => "append",
         }
     }
 

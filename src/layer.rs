@@ -250,13 +250,11 @@ impl Layer {
             (self.bias_kv.is_some() && problem.softcap.is_some(), "softcap", "bias_kv", "the added key is not capped"),
             (call.cache && self.bias_kv.is_some(), "cache", "bias_kv", "no framework defines it"),
             (call.cache && call.sources != Sources::Query, "cache", "sources", "new rows are keys and queries at once"),
-            (
-                call.cache && problem.seq_q > problem.seq_kv,
-                "cache",
-                "seq_q",
-                "more new rows than the cache has room for",
-            ),
         ];
+        if call.cache && problem.seq_q > problem.seq_kv {
+            let (value, limit) = (problem.seq_q.into(), problem.seq_kv.into());
+            return Err(Error::TooLarge { field: "seq_q of a call with a cache", value, limit });
+        }
         match conflicts.into_iter().find(|(set, ..)| *set) {
             Some((_, left, right, why)) => Err(Error::Conflict { left, right, why }),
             None if call.sources == Sources::Query && !call.cache && problem.seq_q != problem.seq_kv => {

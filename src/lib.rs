@@ -1,6 +1,7 @@
 //! Attention on any GPU that wgpu reaches.
 #![warn(missing_docs)]
 
+mod append;
 pub mod caps;
 mod encode;
 mod error;
@@ -23,6 +24,7 @@ pub mod shader;
 pub mod shape;
 pub mod tuning;
 
+pub use append::Append;
 pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared};
 pub use error::{Error, Result};
@@ -35,7 +37,7 @@ pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
 };
-pub use projection::{Append, Order, Projection};
+pub use projection::{Order, Projection};
 pub use rotation::{Positions, Rotation};
 pub use runner::Runner;
 pub use shape::Shape;

@@ -1,5 +1,6 @@
 //! The layer on the GPU: weights that stay there, and calls recorded into the caller's encoder.
 
+use crate::append::{self, Append};
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Prepared, allocate};
 use crate::gpu::{Gpu, upload_bytes};
@@ -9,7 +10,7 @@ use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weig
 use crate::operation::Operation;
 use crate::plan::{Bound, Options, Span, Steps, bind, small};
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
-use crate::projection::{self, Append, Order, Projection};
+use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
 use crate::{Error, Result};
 
@@ -52,8 +53,6 @@ pub struct PreparedLayer {
     call: Call,
     matrices: Vec<wgpu::Buffer>,
     shifts: wgpu::Buffer,
-    /// Where `starts` go in `shifts`, and their bytes.
-    starts: (u64, u64),
     table: Option<wgpu::Buffer>,
     q: wgpu::Buffer,
     k: Option<wgpu::Buffer>,
@@ -88,12 +87,12 @@ pub struct LayerBuffers<'a> {
 /// A key/value cache on the GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheBuffers<'a> {
-    /// [batch, kv_heads, seq_kv, key_dim].
+    /// [batch, kv_heads, seq_kv, key_dim], changed in place.
     pub k: wgpu::BufferSlice<'a>,
-    /// [batch, kv_heads, seq_kv, value_dim].
+    /// [batch, kv_heads, seq_kv, value_dim], changed in place.
     pub v: wgpu::BufferSlice<'a>,
     /// Keys that each batch has already: u32 `[batch]`, usages `STORAGE` and `COPY_SRC`. Not written: add `seq_q` for the next
-    /// call.
+    /// call. New rows go there as [`Append`] says.
     pub starts: wgpu::BufferSlice<'a>,
 }
 
@@ -272,6 +271,8 @@ struct Preparation<'a> {
     call: Call,
     /// Query, key and value are projected in one dispatch, into one buffer.
     fused: bool,
+    /// Where projected keys and values stand: the rows that are new, where there is a cache.
+    fresh: [Strides; 2],
     scale: f32,
 }
 
@@ -286,28 +287,31 @@ impl<'a> Preparation<'a> {
         let (caps, layer) = (attention.caps(), &of.layer);
         let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs].map(u64::from);
         let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
-        let fused = of.packed
-            && call.sources == Sources::Query
-            && !call.cache
-            && 4 * rows * (nq + nk + nv) <= caps.limits.max_buffer_size;
+        let fused =
+            of.packed && call.sources == Sources::Query && 4 * rows * (nq + nk + nv) <= caps.limits.max_buffer_size;
         let mut inner = problem.clone().with_layout(Layout::Bshd);
         let direct = call.weights == Some(Weights::Heads) && layer.weight_columns(0) == 0;
         inner.weights = call.weights.is_some();
         inner.lse = layer.bias_kv.is_some() || (call.weights.is_some() && !direct);
         inner.sinks |= layer.zero_attn;
-        if call.cache {
-            (inner.k, inner.v, inner.causal) = (Layout::Bhsd, Layout::Bhsd, Causal::Offset);
-        }
+        let seq_q = u64::from(problem.seq_q);
+        let keys = if call.cache { seq_q } else { u64::from(problem.seq_kv) };
+        let [key_head, value_head] = [layer.key_dim, layer.value_dim].map(u64::from);
+        let dense = |head: u64, row: u64| Strides { offset: 0, batch: keys * row, head, row };
+        let mut fresh = [dense(key_head, nk), dense(value_head, nv)];
         if fused {
             let row = nq + nk + nv;
-            let part = |offset, dim: u32| {
-                Layout::Strided(Strides { offset, batch: u64::from(problem.seq_q) * row, head: dim.into(), row })
-            };
-            (inner.q, inner.k, inner.v) =
-                (part(0, layer.key_dim), part(nq, layer.key_dim), part(nq + nk, layer.value_dim));
+            let part = |offset, head| Strides { offset, batch: seq_q * row, head, row };
+            inner.q = Layout::Strided(part(0, key_head));
+            fresh = [part(nq, key_head), part(nq + nk, value_head)];
+        }
+        if call.cache {
+            (inner.k, inner.v, inner.causal) = (Layout::Bhsd, Layout::Bhsd, Causal::Offset);
+        } else {
+            (inner.k, inner.v) = (Layout::Strided(fresh[0]), Layout::Strided(fresh[1]));
         }
         let scale = inner.check()?.scale();
-        Ok(Preparation { of, caps, options, problem: inner, call, fused, scale })
+        Ok(Preparation { of, caps, options, problem: inner, call, fused, fresh, scale })
     }
 
     /// Strides of an input or the output of the layer.
@@ -317,31 +321,22 @@ impl<'a> Preparation<'a> {
         Strides { offset: 0, batch: u64::from(batch) * width, head: 0, row: u64::from(row) * width }
     }
 
-    fn starts(&self) -> u64 {
-        self.of.shifts.len() as u64
+    /// How many keys and values of a batch are projected.
+    fn keys(&self) -> u32 {
+        if self.call.cache { self.problem.seq_q } else { self.problem.seq_kv }
     }
 
-    /// The projections and rotations before attention.
+    /// The projections and rotations before attention, and what goes into the cache.
     fn before(&self, steps: &mut Steps<'_>) -> Result<()> {
         let (layer, shape) = (&self.of.layer, self.problem.check()?);
         let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs];
-        let (seq_q, keys) =
-            (self.problem.seq_q, if self.call.cache { self.problem.seq_q } else { self.problem.seq_kv });
+        let (seq_q, keys, [k, v]) = (self.problem.seq_q, self.keys(), self.fresh);
         let key_source = if self.call.sources == Sources::Query { Slot::Query } else { Slot::Key };
         let value_source = if self.call.sources == Sources::Each { Slot::Value } else { key_source };
         let parts = [
             (&layer.query, self.of.places.query, Slot::Query, Slot::Q, shape.q().strides, seq_q, 0, layer.key_dim),
-            (&layer.key, self.of.places.key, key_source, Slot::K, shape.k().strides, keys, nq, layer.key_dim),
-            (
-                &layer.value,
-                self.of.places.value,
-                value_source,
-                Slot::V,
-                shape.v().strides,
-                keys,
-                nq + nk,
-                layer.value_dim,
-            ),
+            (&layer.key, self.of.places.key, key_source, Slot::K, k, keys, nq, layer.key_dim),
+            (&layer.value, self.of.places.value, value_source, Slot::V, v, keys, nq + nk, layer.value_dim),
         ];
         let total = nq + nk + nv;
         for (n, (linear, bias, source, to, y, rows, column, dim)) in parts.into_iter().enumerate() {
@@ -365,27 +360,25 @@ impl<'a> Preparation<'a> {
             } else {
                 p.head_columns = dim;
             }
-            if self.call.cache && n > 0 {
-                p.append = Some(Append { starts: self.starts(), rows: self.problem.seq_kv });
-            }
             p.plan(self.caps, self.options, steps)?;
         }
-        let Some(rotary) = layer.rotary else { return Ok(()) };
-        let turned = [
-            (layer.heads, seq_q, Slot::Q, shape.q().strides, None),
-            (
-                layer.kv_heads,
-                keys,
-                if self.fused { Slot::Q } else { Slot::K },
-                shape.k().strides,
-                self.call.cache.then_some(self.problem.seq_kv),
-            ),
-        ];
-        for (heads, rows, slot, x, cache_rows) in turned {
-            let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
-            (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
-            (r.x, r.cache_rows, r.slots) = (x, cache_rows, rotation::Slots { x: slot, y: slot });
-            r.plan(self.caps, steps)?;
+        let [k_slot, v_slot] = if self.fused { [Slot::Q; 2] } else { [Slot::K, Slot::V] };
+        if let Some(rotary) = layer.rotary {
+            let turned = [(layer.heads, seq_q, Slot::Q, shape.q().strides), (layer.kv_heads, keys, k_slot, k)];
+            for (heads, rows, slot, x) in turned {
+                let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
+                (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
+                (r.x, r.slots) = (x, rotation::Slots { x: slot, y: slot });
+                r.plan(self.caps, steps)?;
+            }
+        }
+        if self.call.cache {
+            let appended = [(k_slot, Slot::KeyCache, k, layer.key_dim), (v_slot, Slot::ValueCache, v, layer.value_dim)];
+            for (x, cache, strides, dim) in appended {
+                let mut a = Append::new(self.problem.batch, layer.kv_heads, keys, self.problem.seq_kv, dim);
+                (a.x, a.slots) = (Layout::Strided(strides), append::Slots { x, cache });
+                a.push(self.caps, steps)?;
+            }
         }
         Ok(())
     }
@@ -450,7 +443,7 @@ impl<'a> Preparation<'a> {
         let (q, q_base) = self.bound(Slot::Q, span(shape.q()), shape.q().strides.offset, false)?;
         let (out, out_base) = self.bound(Slot::Out, span(shape.out()), shape.out().strides.offset, true)?;
         let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, true)?;
-        let (shifts, shift) = self.bound(Slot::Shifts, (0, self.starts()), 0, false)?;
+        let (shifts, shift) = self.bound(Slot::Shifts, (0, self.of.shifts.len() as u64), 0, false)?;
         let [q_strides, out_strides] = [shape.q().strides, shape.out().strides];
         let params = Params {
             row_tiles: rows.div_ceil(threads),
@@ -525,16 +518,14 @@ impl<'a> Preparation<'a> {
         let (p, layer) = (&self.problem, &self.of.layer);
         let shape = inner.plan().shape();
         let batch = u64::from(p.batch);
-        let q_elements = match self.fused {
-            true => shape.v().extent().max(shape.q().extent()),
-            false => shape.q().extent(),
-        };
-        let own = !self.fused && !self.call.cache;
+        let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs].map(u64::from);
+        let (rows, keys) = (batch * u64::from(p.seq_q), batch * u64::from(self.keys()));
+        let own = !self.fused;
         let scores = self.averages().then(|| 4 * shape.scores_len());
         let sizes = [
-            ("projected queries", Some(4 * q_elements)),
-            ("projected keys", own.then(|| 4 * shape.k().extent())),
-            ("projected values", own.then(|| 4 * shape.v().extent())),
+            ("projected queries", Some(4 * rows * if self.fused { nq + nk + nv } else { nq })),
+            ("projected keys", own.then_some(4 * keys * nk)),
+            ("projected values", own.then_some(4 * keys * nv)),
             ("merged heads", Some(4 * shape.out().extent())),
             ("log-sum-exp", p.lse.then(|| self.lse_bytes())),
             ("weights of heads", scores),
@@ -548,18 +539,18 @@ impl<'a> Preparation<'a> {
         }
         let device = attention.device();
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let starts = (4 * self.starts(), 4 * batch);
+        let shift_bytes: &[u8] = bytemuck::cast_slice(&self.of.shifts);
         let ([q, k, v, context, lse, weights, zeros], shifts) = allocate(device, || {
             let buffer = |label, size: u64, mapped_at_creation| {
                 device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation })
             };
-            let shifts = buffer("biases", starts.0 + starts.1, true);
+            let shifts = buffer("biases", shift_bytes.len() as u64, true);
             (sizes.map(|(label, size)| size.map(|size| buffer(label, size.max(16), false))), shifts)
         })?;
         shifts
-            .get_mapped_range_mut(..starts.0)
+            .get_mapped_range_mut(..)
             .map_err(|error| Error::DeviceLost(error.to_string()))?
-            .copy_from_slice(bytemuck::cast_slice(&self.of.shifts));
+            .copy_from_slice(shift_bytes);
         shifts.unmap();
         let made = "every size is stated";
         Ok(PreparedLayer {
@@ -569,7 +560,6 @@ impl<'a> Preparation<'a> {
             call: self.call,
             matrices: self.of.matrices.clone(),
             shifts,
-            starts,
             table: self.of.table.clone(),
             q: q.expect(made),
             k,
@@ -607,16 +597,14 @@ impl PreparedLayer {
         buffers: &LayerBuffers<'_>,
     ) -> Result<()> {
         let slots = self.slots(buffers)?;
+        if slice == 0 {
+            // What is wrong with a later part must not leave the first ones in the encoder.
+            self.before.check(&slots)?;
+            self.attention.check(&self.inner(buffers))?;
+            self.after.check(&slots)?;
+        }
         let (first, second) = (self.before.slices(), self.before.slices() + self.attention.slices());
         if slice < first {
-            if let (0, Some(cache)) = (slice, buffers.cache) {
-                let (place, size) = self.starts;
-                if !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC) {
-                    return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
-                }
-                crate::encode::check_slice("starts", &cache.starts, size, 4)?;
-                encoder.copy_buffer_to_buffer(cache.starts.buffer(), cache.starts.offset(), &self.shifts, place, size);
-            }
             self.before.encode_slice(slice, encoder, &slots)
         } else if slice < second {
             self.attention.encode_slice(slice - first, encoder, &self.inner(buffers))
@@ -642,6 +630,9 @@ impl PreparedLayer {
         }
         let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
         let cache = buffers.cache.as_ref();
+        if cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
+            return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
+        }
         let listed = [
             (Slot::Query, Some(buffers.query)),
             (Slot::Key, buffers.key),
@@ -650,8 +641,11 @@ impl PreparedLayer {
             (Slot::Averaged, buffers.weights),
             (Slot::Shifts, Some(self.shifts.slice(..))),
             (Slot::Q, Some(self.q.slice(..))),
-            (Slot::K, cache.map(|cache| cache.k).or(whole(&self.k))),
-            (Slot::V, cache.map(|cache| cache.v).or(whole(&self.v))),
+            (Slot::K, whole(&self.k)),
+            (Slot::V, whole(&self.v)),
+            (Slot::KeyCache, cache.map(|cache| cache.k)),
+            (Slot::ValueCache, cache.map(|cache| cache.v)),
+            (Slot::Starts, cache.map(|cache| cache.starts)),
             (Slot::Out, Some(self.context.slice(..))),
             (Slot::Lse, whole(&self.lse)),
             (Slot::Weights, whole(&self.weights)),

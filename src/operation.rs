@@ -83,6 +83,20 @@ impl Operation {
         encoder: &mut wgpu::CommandEncoder,
         buffers: &[(Slot, wgpu::BufferSlice<'_>)],
     ) -> Result<()> {
+        self.check(buffers)?;
+        let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
+        self.program.record(steps, encoder, |slot| {
+            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
+                return (buffer, 0);
+            }
+            let slice = find(slot).expect("Operation::check found it");
+            (slice.buffer(), slice.offset())
+        });
+        Ok(())
+    }
+
+    /// Checks the buffers and records nothing.
+    pub(crate) fn check(&self, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
         let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
         for need in &self.needs {
             let field = need.slot.name();
@@ -97,13 +111,6 @@ impl Operation {
                 }
             }
         }
-        self.program.record(steps, encoder, |slot| {
-            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
-                return (buffer, 0);
-            }
-            let slice = find(slot).expect("found above");
-            (slice.buffer(), slice.offset())
-        });
         Ok(())
     }
 }
@@ -139,12 +146,12 @@ impl Attention {
 }
 
 impl Gpu {
-    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` and `rotation.cache_rows` must be `None`.
+    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
     pub fn rotate(&self, rotation: &Rotation, x: Elements<'_>, table: &[f32], positions: &[u32]) -> Result<Vec<f32>> {
         rotation.check()?;
-        if rotation.y.is_some() || rotation.cache_rows.is_some() {
+        if rotation.y.is_some() {
             let why = "host slices turn in place";
-            return Err(Error::Conflict { left: "y or cache_rows", right: "host slices", why });
+            return Err(Error::Conflict { left: "y", right: "host slices", why });
         }
         if x.element() != rotation.element {
             return Err(Error::Element { field: "x", got: x.element(), want: rotation.element });

@@ -151,6 +151,8 @@ pub enum Logits {
 
 /// One attention problem. Start from [`Problem::new`] and set fields.
 ///
+/// # The contract
+///
 /// For query row `i` of head `h` in batch `b`, in this order:
 ///
 /// 1. `s[j] = scale · Σ_d q[b,h,i,d] · k[b, h / (heads / kv_heads), j, d]`.
@@ -160,15 +162,90 @@ pub enum Logits {
 ///    **and** `p − left <= j <= p + right` (if windowed) **and** its bias is not −inf. A last axis of mask or bias
 ///    that is shorter than `seq_kv` hides the rest.
 /// 5. `weights = softmax(s)` over the visible keys; a sink `z[h]` adds `exp(z[h])` to the denominator.
-///    A row with no visible key has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink).
 /// 6. `out[b,h,i,:] = Σ_j weights[j] · v[b, h / (heads / kv_heads), j, :]`, and
 ///    `lse[b,h,i] = ln(Σ_j exp(s[j]) + exp(z[h]))`.
 ///
-/// Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result. A non-finite value at a
-/// *visible* key makes its output row NaN. A logit that overflows f32 is clamped to the largest finite f32 and stays visible,
-/// so a row whose logits are all `f32::MIN` by bias is an ordinary row: its output is the mean of the values.
+/// - **Broadcasting.** Shapes of mask and bias are aligned at the right with [batch, heads, seq_q, seq_kv]; each axis is 1 or
+///   full ([`Broadcast`]). A last axis of 1 broadcasts, any other one shorter than `seq_kv` hides the keys beyond it.
+/// - **Alignment.** [`Causal`] says which key the first query stands at. It is 0 unless you say otherwise, also for a window
+///   or ALiBi without a causal rule. A negative offset leaves the first rows without a key; it is not clamped.
+/// - **A row that sees no key** has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink), and masked logits of −inf.
+/// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result. A
+///   non-finite value at a *visible* key makes its output row NaN and no other. A logit that overflows f32 is clamped to the
+///   largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by bias is an ordinary row: its output is
+///   the mean of the values.
+/// - **Element types.** q, k, v and out are all f32, all f16 or all bf16; the bias has a type of its own; mask: one byte an
+///   element; small arrays: u32, i32 and f32; lse, weights and logits: f32. Arithmetic is f32 throughout, softmax included;
+///   the result is rounded once to the element type, to nearest, ties to even. Nothing is computed in f16, bf16 or f64.
 ///
 /// (Vaswani et al. 2017, eq. 1; ONNX `Attention` opset 25 and FlashAttention for the terms around it.)
+///
+/// # From other libraries
+///
+/// `true` means *may attend* here, as in PyTorch's `scaled_dot_product_attention`, ONNX and Keras. In the rows marked **invert**
+/// it means the opposite there: give `!mask`, or the answer is wrong without an error. All rules may be combined; a key must
+/// pass each of them.
+///
+/// | theirs | ours |
+/// |---|---|
+/// | **PyTorch** `scaled_dot_product_attention` | [`Layout::Bhsd`] |
+/// | `attn_mask` of bool | [`Problem::mask`] |
+/// | `attn_mask` of floats | [`Problem::bias`] |
+/// | `is_causal=True`, `causal_upper_left` | [`Causal::TopLeft`], also where lengths differ |
+/// | `causal_lower_right` | [`Causal::BottomRight`] |
+/// | `scale` | [`Problem::scale`] |
+/// | `enable_gqa=True` | [`Problem::kv_heads`] less than `heads` |
+/// | `dropout_p` | none; 0 |
+/// | **PyTorch** `nn.MultiheadAttention` | [`crate::Layer`], `load::pytorch` (feature `safetensors`) |
+/// | `key_padding_mask` of bool [N, S] | **invert**; [`Problem::mask`] of shape [N, 1, 1, S] |
+/// | `attn_mask` of bool [L, S] or [N·heads, L, S] | **invert**; [`Problem::mask`] of shape [1, 1, L, S] or [N, heads, L, S] |
+/// | either of floats | [`Problem::bias`] of the same shapes; two of them: their sum |
+/// | `is_causal` (a hint beside `attn_mask`) | [`Causal::TopLeft`] |
+/// | `need_weights`, `average_attn_weights` | [`crate::Weights`] |
+/// | `add_bias_kv`, `add_zero_attn` | [`crate::Layer`]'s `bias_kv`, `zero_attn` |
+/// | `batch_first=False` | [`crate::Call`]'s `seq_first` |
+/// | **ONNX** `Attention` 23 to 25 | 4-D: [`Layout::Bhsd`]; 3-D with `q_num_heads`: [`Layout::Bshd`] |
+/// | `attn_mask` | [`Problem::mask`] (bool) or [`Problem::bias`] |
+/// | `is_causal=1` | [`Causal::TopLeft`]; see the next two rows |
+/// | … with `past_key`, `past_value` | the whole cache as k and v ([`crate::Append`]), [`Causal::Offset`] = past length |
+/// | … with `nonpad_kv_seqlen` | [`Problem::key_lengths`], [`Causal::BottomRight`] |
+/// | `scale`, `softcap` (0 is none) | [`Problem::scale`], [`Problem::softcap`] |
+/// | `left_window_size`, `right_window_size` (−1 is none) | [`Problem::window`] |
+/// | `qk_matmul_output_mode` 0, 1, 2; 3 | [`Problem::logits`]; [`Problem::weights`] |
+/// | `TensorScatter`, `RotaryEmbedding` | [`crate::Append`], [`crate::Rotation`] |
+/// | **Keras** `MultiHeadAttention`, `GroupQueryAttention` | [`Layout::Bshd`]; [`crate::Layer`] |
+/// | `attention_mask` [B, T, S] | [`Problem::mask`] of shape [B, 1, T, S] |
+/// | `key_mask`, `value_mask` [B, S] | [`Problem::mask`] of shape [B, 1, 1, S]; of several masks their *and* |
+/// | `use_causal_mask=True` | [`Causal::TopLeft`] |
+/// | `return_attention_scores=True` | [`Problem::weights`], [`crate::Weights::Heads`] |
+/// | `mask` of TensorFlow's tutorial (1 = hidden) | **invert** |
+/// | **FlashAttention** from 2.1 on | [`Layout::Bshd`] |
+/// | `causal=True` | [`Causal::BottomRight`] |
+/// | `softmax_scale`, `softcap` (0 is none), `alibi_slopes` of each head | [`Problem::scale`], [`Problem::softcap`], [`Problem::alibi`] |
+/// | `window_size=(left, right)` (−1 is none) | [`Problem::window`] |
+/// | `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_*` | [`Problem::packed`], `seq_q` and `seq_kv` |
+/// | `cache_seqlens`, `seqused_k` | [`Problem::key_lengths`], the new keys included |
+/// | `softmax_lse` | [`Problem::lse`] |
+/// | **Burn** `attention` | [`Layout::Bhsd`] |
+/// | `mask` | **invert**; [`Problem::mask`] |
+/// | `attn_bias` | [`Problem::bias`] |
+/// | `is_causal` | [`Causal::BottomRight`] |
+/// | `scale`, `softcap` | [`Problem::scale`], [`Problem::softcap`] |
+///
+/// A window without a causal rule stands at offset 0 here; FlashAttention and ONNX put it where the causal rule would stand. Where
+/// that offset `o` is not 0, say the same as a causal rule whose position is moved by `right`: [`Causal::Offset`] with
+/// `o + right`, [`Window::left`] = `left + right` and no [`Window::right`].
+///
+/// # Where ONNX leaves a choice
+///
+/// - `softmax_precision` is not followed: softmax is f32 for every value of it, f64 included.
+/// - A mask whose last axis is 1 broadcasts, as the operator's text says; ONNX's reference evaluator pads it with −inf, so that
+///   the first key alone is visible. Other short masks hide the rest, in every opset; the text of opset 23 has none of them.
+/// - `qk_matmul_output_mode` 0 is the product before the soft cap, as the text says; the reference evaluator caps it.
+/// - A row without a visible key gives zeros, weights included, in every opset; releases before 1.23 gave NaN.
+/// - Modes 1 and 2 are those of release 1.23: after the soft cap, and after mask and bias. Older releases swapped them.
+/// - With a window and a past, a position may lie beyond the last key; the causal rule then limits nothing.
+/// - 4-D inputs that also say `q_num_heads` are an error from opset 25 on; the case files run them all the same.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {

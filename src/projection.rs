@@ -48,18 +48,7 @@ pub struct Projection {
     pub head_columns: u32,
     /// Where element (b, head, r, c) of y stands.
     pub y: Strides,
-    /// Rows of batch `b` go to row `starts[b]` of y on, which has room for `rows`: a key/value cache.
-    pub append: Option<Append>,
     pub(crate) slots: Slots,
-}
-
-/// Where new rows go in a tensor that holds some already.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Append {
-    /// Place of `starts`, u32 `[batch]`, in 4-byte words of the buffer of biases. Larger starts count as the last that fits.
-    pub starts: u64,
-    /// Rows that y has room for.
-    pub rows: u32,
 }
 
 /// Which buffers a projection reads and writes.
@@ -99,7 +88,6 @@ impl Projection {
             bias: None,
             head_columns: outputs,
             y: Strides { row: outputs.into(), ..Strides::default() },
-            append: None,
             slots: Slots { x: Slot::Query, matrix: Slot::Matrix(0), y: Slot::Result },
         }
     }
@@ -135,11 +123,6 @@ impl Projection {
                 limit: dense.into(),
             });
         }
-        if let Some(append) = self.append
-            && append.rows < self.rows
-        {
-            return Err(Error::TooLarge { field: "rows", value: self.rows.into(), limit: append.rows.into() });
-        }
         // Byte counts stay far from u64's end, so that planning adds without checks.
         let limit = 1 << 48;
         let places = [
@@ -160,7 +143,7 @@ impl Projection {
         let mut flat = self.clone();
         let rows = u64::from(self.rows);
         let in_line = self.x.batch == rows * self.x.row && self.y.batch == rows * self.y.row;
-        if self.append.is_none() && self.batch > 1 && in_line && rows * u64::from(self.batch) <= u64::from(MAX_SIZE) {
+        if self.batch > 1 && in_line && rows * u64::from(self.batch) <= u64::from(MAX_SIZE) {
             (flat.batch, flat.rows) = (1, self.rows * self.batch);
         }
         flat
@@ -263,13 +246,7 @@ impl Projection {
         };
         let heads = part.columns.start / self.head_columns..(part.columns.end - 1) / self.head_columns;
         let first = at(part.batch.start, heads.start, part.rows.start);
-        let last = part.rows.end - 1 + self.free();
-        (first, at(part.batch.end - 1, heads.end, last) + u64::from(self.head_columns))
-    }
-
-    /// The largest start.
-    fn free(&self) -> u32 {
-        self.append.map_or(0, |append| append.rows - self.rows)
+        (first, at(part.batch.end - 1, heads.end, part.rows.end - 1) + u64::from(self.head_columns))
     }
 
     fn part(&self, caps: &Caps, variant: &project::Project, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
@@ -281,13 +258,9 @@ impl Projection {
         let (w_offset, w_size, w_base) = bind(caps, self.w_span(part), self.element.bytes(), self.weight_offset);
         let (y_offset, y_size, out_base) = bind(caps, self.y_span(part), 4, self.y.offset);
         let first = part.inputs.start == 0;
-        let starts = self.append.map(|append| append.starts);
         // A shader that can take a bias binds something even where there is none.
-        let b_first = self.bias.into_iter().chain(starts).min().unwrap_or(0);
-        let b_end = [self.bias.map(|at| at + u64::from(self.outputs)), starts.map(|at| at + u64::from(self.batch))];
-        let b_end = b_end.into_iter().flatten().max().unwrap_or(4);
-        let (b_offset, b_size, shift) = bind(caps, (b_first, b_end), 4, 0);
-        let inside = |place: Option<u64>| place.map_or(0, |place| (place as u32).wrapping_add(shift));
+        let biases = self.bias.map_or((0, 4), |at| (at, at + u64::from(self.outputs)));
+        let (b_offset, b_size, b_base) = bind(caps, biases, 4, self.bias.unwrap_or(0));
         let params = Params {
             row_tiles,
             col_tiles,
@@ -300,16 +273,13 @@ impl Projection {
             col0: part.columns.start,
             col_end: part.columns.end,
             col_head: self.head_columns,
-            flags: if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD }
-                | self.append.map_or(0, |_| flags::OFFSETS),
-            list_offsets: inside(starts),
-            total_kv: self.free(),
+            flags: if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
             x_base,
             x_batch: self.x.batch as u32,
             x_row: self.x.row as u32,
             w_base,
             w_row: self.weight_row as u32,
-            b_base: inside(self.bias),
+            b_base,
             out_base,
             out_batch: self.y.batch as u32,
             out_head: self.y.head as u32,

@@ -8,6 +8,7 @@
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
 //! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
 
+mod append;
 mod average;
 mod budget;
 mod extra;
@@ -26,6 +27,7 @@ use std::iter::Sum;
 
 use num_traits::Float;
 
+pub use append::append;
 pub use average::average;
 pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
 pub use extra::extra;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::Params;
 use crate::kernel::{Slot, Variant, rotary};
 use crate::plan::{Bound, Span, Steps, bind, small};
 use crate::problem::{Element, Strides};
@@ -49,9 +49,6 @@ pub struct Rotation {
     pub x: Strides,
     /// Where the result goes; `None` turns them in place.
     pub y: Option<Strides>,
-    /// With [`Positions::Starts`], rows in place stand in a tensor of this many rows, at their positions: a key/value cache.
-    /// Larger starts count as the last that fits.
-    pub cache_rows: Option<u32>,
     pub(crate) slots: Slots,
 }
 
@@ -85,7 +82,6 @@ impl Rotation {
             positions: Positions::Rows,
             x: Strides { offset: 0, batch: h * r * d, head: r * d, row: d },
             y: None,
-            cache_rows: None,
             slots: Slots { x: Slot::Query, y: Slot::Result },
         }
     }
@@ -140,15 +136,6 @@ impl Rotation {
         for s in &places {
             if let Some(&value) = [s.batch >> 20, s.head >> 8, s.row, s.offset >> 20].iter().find(|&&n| n > limit) {
                 return Err(Error::TooLarge { field: "rotary stride", value, limit });
-            }
-        }
-        if let Some(room) = self.cache_rows {
-            if self.y.is_some() || self.positions != Positions::Starts {
-                let why = "rows of a cache turn in place, from a start for each batch";
-                return Err(Error::Conflict { left: "cache_rows", right: "y or positions", why });
-            }
-            if room < self.rows {
-                return Err(Error::TooLarge { field: "rows", value: self.rows.into(), limit: room.into() });
             }
         }
         if !self.rotary_dim.is_multiple_of(2) {
@@ -210,13 +197,8 @@ impl Rotation {
     fn span(&self, s: &Strides, part: &Part) -> Span {
         let at =
             |b: u32, h: u32, r: u32| s.offset + u64::from(b) * s.batch + u64::from(h) * s.head + u64::from(r) * s.row;
-        let last = at(part.batch.end - 1, part.heads.end - 1, part.rows.end - 1 + self.free());
+        let last = at(part.batch.end - 1, part.heads.end - 1, part.rows.end - 1);
         (at(part.batch.start, part.heads.start, part.rows.start), last + u64::from(self.head_dim))
-    }
-
-    /// The largest start in a cache.
-    fn free(&self) -> u32 {
-        self.cache_rows.map_or(0, |room| room - self.rows)
     }
 
     /// Words of the positions that a part reads at most.
@@ -258,8 +240,6 @@ impl Rotation {
             col_end: items,
             head_dim: self.rotary_dim,
             total_kv: self.table_rows,
-            seq_kv: self.free(),
-            flags: self.cache_rows.map_or(0, |_| flags::OFFSETS),
             x_base: if self.y.is_none() { out_base } else { x_base },
             x_batch: self.x.batch as u32,
             x_head: self.x.head as u32,

@@ -31,6 +31,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "project.wgsl",
         "rotary.wgsl",
         "extra.wgsl",
+        "append.wgsl",
         "average.wgsl",
         "export.wgsl",
         "pack.wgsl",

@@ -8,8 +8,9 @@ use support::staged::Staged;
 use support::{Data, gpus};
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
-    Bias, Broadcast, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer, LayerInputs, Layout,
-    Linear, MultiHeadAttention, Options, Order, Packed, Plan, Problem, Projection, Rotation, wgpu,
+    Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer,
+    LayerBuffers, LayerInputs, Layout, Linear, MultiHeadAttention, Options, Order, Packed, Plan, Problem, Projection,
+    Rotation, wgpu,
 };
 
 type Change<T> = fn(&mut T);
@@ -227,6 +228,19 @@ fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
         (buffers.q, buffers.out) = (storage.slice(..2048), storage.slice(4096..));
         refused(buffers, Error::Aliased { output: "out", other: "q" }, &["out", "q"]);
         let mut buffers = whole();
+        (buffers.mask, buffers.out) = (Some(storage.slice(..64)), storage.slice(4096..));
+        refused(buffers, Error::Aliased { output: "out", other: "mask" }, &["out", "mask"]);
+        let both = other(8192, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
+        let mut buffers = whole();
+        (buffers.key_lengths, buffers.out) = (Some(both.slice(..8)), both.slice(4096..));
+        refused(buffers, Error::Aliased { output: "out", other: "key_lengths" }, &["out", "key_lengths"]);
+        let mut buffers = whole();
+        buffers.offsets = Some(both.slice(..4));
+        refused(buffers, Error::BufferSize { field: "offsets", got: 4, want: 8 }, &["offsets", "4", "8"]);
+        let mut buffers = whole();
+        buffers.alibi_slopes = Some(both.slice(2..));
+        refused(buffers, Error::BufferOffset { field: "alibi_slopes", offset: 2, alignment: 4 }, &["byte 2", "4"]);
+        let mut buffers = whole();
         buffers.bias = None;
         refused(buffers, Error::Missing { field: "bias" }, &["bias"]);
         let mut buffers = whole();
@@ -239,6 +253,85 @@ fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
         prepared.encode(&mut encoder, &whole()).unwrap();
         gpu.queue().submit([encoder.finish()]);
         gpu.wait().unwrap();
+    }
+}
+
+#[test]
+fn two_outputs_in_one_buffer_are_refused() {
+    let p = with(|p| (p.lse, p.weights) = (true, true));
+    let operands = Data::random(&p, 1, 1.0);
+    for gpu in gpus() {
+        let plan = gpu.library().plan(&p).unwrap();
+        let prepared = gpu.library().prepare(&plan).unwrap();
+        let staged = Staged::new(gpu.device(), &plan, &operands);
+        let usage = wgpu::BufferUsages::STORAGE;
+        let descriptor = wgpu::BufferDescriptor { label: None, size: 8192, usage, mapped_at_creation: false };
+        let shared = gpu.device().create_buffer(&descriptor);
+        let mut buffers = staged.buffers();
+        (buffers.lse, buffers.weights) = (Some(shared.slice(..1024)), Some(shared.slice(4096..)));
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
+        says(error, Error::Aliased { output: "lse", other: "weights" }, &["lse", "weights"]);
+    }
+}
+
+/// A layer's call with a cache: an error anywhere leaves nothing in the encoder, so that the cache stays as it was.
+#[test]
+fn caches_of_a_layer_that_do_not_fit_are_refused_and_stay_as_they_were() {
+    let weights = |inputs: u32, outputs: u32| Linear {
+        inputs,
+        outputs,
+        weight: vec![1.0; (inputs * outputs) as usize],
+        order: Order::OutIn,
+        bias: None,
+    };
+    let layer = Layer::new(2, 2, [(); 4].map(|()| weights(8, 8))).unwrap();
+    for gpu in gpus() {
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).unwrap();
+        let mut call = Call::default();
+        call.cache = true;
+        let mut problem = layer.problem(1, 3, 6);
+        problem.mask = Some(Broadcast([1, 1, 3, 6]));
+        let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).unwrap();
+        let make = |size, usage| {
+            gpu.device().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+        };
+        let (storage, read) = (wgpu::BufferUsages::STORAGE, wgpu::BufferUsages::COPY_SRC);
+        let [x, y, k, v] = [96, 96, 192, 192].map(|size| make(size, storage | read));
+        let (starts, mask) = (make(512, storage | read), make(20, storage));
+        let plain = make(512, storage);
+        let cache = |starts| CacheBuffers { k: k.slice(..), v: v.slice(..), starts };
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let mut encode = |cache: Option<CacheBuffers<'_>>, mask| {
+            let mut buffers = LayerBuffers::new(x.slice(..), y.slice(..));
+            (buffers.cache, buffers.operands.mask) = (cache, Some(mask));
+            prepared.encode(&mut encoder, &buffers).unwrap_err()
+        };
+        let (good, whole) = (cache(starts.slice(..)), mask.slice(..));
+        says(encode(None, whole), Error::Missing { field: "cache" }, &["cache"]);
+        let short = CacheBuffers { k: k.slice(..188), ..good };
+        let want = Error::BufferSize { field: "key cache", got: 188, want: 192 };
+        says(encode(Some(short), whole), want, &["key cache", "188", "192"]);
+        let want = Error::Aliased { output: "key cache", other: "value cache" };
+        says(encode(Some(CacheBuffers { v: k.slice(..), ..good }), whole), want, &["key cache", "value cache"]);
+        let want = Error::BufferUsage { field: "starts", usage: "COPY_SRC" };
+        says(encode(Some(cache(plain.slice(..))), whole), want, &["starts", "COPY_SRC"]);
+        let error = encode(Some(cache(starts.slice(4..))), whole);
+        assert!(matches!(error, Error::BufferOffset { field: "starts", offset: 4, .. }), "{error}");
+        // The mask is read long after the cache is written.
+        let want = Error::BufferSize { field: "mask", got: 16, want: 20 };
+        says(encode(Some(good), mask.slice(..16)), want, &["mask", "16", "20"]);
+        gpu.queue().submit([encoder.finish()]);
+        gpu.wait().unwrap();
+        assert!(gpu.read(k.slice(..)).unwrap().iter().all(|&byte| byte == 0), "the cache was written");
+
+        let long = layer.problem(1, 7, 6);
+        let error = resident.prepare(gpu.library(), &long, &call, &Options::default()).map(drop).unwrap_err();
+        says(
+            error,
+            Error::TooLarge { field: "seq_q of a call with a cache", value: 7, limit: 6 },
+            &["seq_q", "7", "6"],
+        );
     }
 }
 

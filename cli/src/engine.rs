@@ -7,7 +7,7 @@ use wgpu_attention::{
     reference,
 };
 
-use crate::cases::{LayerWork, RotationWork};
+use crate::cases::{AppendWork, LayerWork, RotationWork};
 
 /// Which device is opened and how.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
@@ -187,6 +187,22 @@ impl Engine {
                     let turned = rows.next().expect("one for each place");
                     out[at as usize..][..turned.len()].copy_from_slice(turned);
                 }
+                out
+            }
+        };
+        Ok(Outputs { out, ..Outputs::default() })
+    }
+}
+
+impl Engine {
+    /// Puts new rows into a cache.
+    pub fn append(&self, work: &AppendWork) -> wgpu_attention::Result<Outputs> {
+        let AppendWork { append, x, cache, starts } = work;
+        let out = match self {
+            Engine::Gpu(gpu) => gpu.append(append, x.elements(), cache.elements(), starts)?,
+            Engine::Cpu => {
+                let mut out = cache.widened();
+                reference::append(append, &x.widened(), &mut out, starts)?;
                 out
             }
         };

@@ -216,4 +216,5 @@ flags! {
     EXPORT_LOGITS = 15,
     ADD = 16,
     LSE = 17,
+    CIRCULAR = 18,
 }

@@ -1,6 +1,8 @@
 //! One case: calls to make and what must come out.
 
-use wgpu_attention::{Call as LayerCall, Element, Elements, Inputs, Layer, LayerInputs, Outputs, Problem, Rotation};
+use wgpu_attention::{
+    Append, Call as LayerCall, Element, Elements, Inputs, Layer, LayerInputs, Outputs, Problem, Rotation,
+};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};
@@ -28,9 +30,18 @@ pub struct Call {
 /// What a call runs.
 #[derive(Debug)]
 pub enum Work {
-    Attention { problem: Box<Problem>, operands: Box<Operands> },
+    Attention {
+        problem: Box<Problem>,
+        operands: Box<Operands>,
+    },
     Layer(Box<LayerWork>),
     Rotation(Box<RotationWork>),
+    Append(Box<AppendWork>),
+    /// A score matrix given as the bias: the three kernels, since they alone have it.
+    Scores {
+        problem: Box<Problem>,
+        operands: Box<Operands>,
+    },
 }
 
 /// A whole layer on its inputs; q, k and v of the operands are empty.
@@ -64,6 +75,15 @@ pub struct RotationWork {
     pub x: Floats,
     pub table: Vec<f32>,
     pub positions: Vec<u32>,
+}
+
+/// New rows for a cache.
+#[derive(Debug)]
+pub struct AppendWork {
+    pub append: Append,
+    pub x: Floats,
+    pub cache: Floats,
+    pub starts: Vec<u32>,
 }
 
 /// Where the value to compare comes from.
@@ -140,9 +160,12 @@ impl Call {
     /// Checks the problem and its operands as the library will.
     pub fn check(&self) -> wgpu_attention::Result<()> {
         match &self.work {
-            Work::Attention { problem, operands } => problem.check()?.check_inputs(&operands.inputs()),
+            Work::Attention { problem, operands } | Work::Scores { problem, operands } => {
+                problem.check()?.check_inputs(&operands.inputs())
+            }
             Work::Layer(work) => work.problem.check().map(|_| ()),
             Work::Rotation(_) => Ok(()),
+            Work::Append(work) => work.append.check(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::{Case, layers, minilm, onnx, rotary, sdpa};
+use super::{Case, append, layers, minilm, onnx, rotary, sdpa, softmax};
 use crate::archive::Archive;
 use crate::error::{Error, Result};
 
@@ -83,6 +83,8 @@ fn load_file(path: &Path) -> Result<Loaded> {
         (Some(sdpa::FORMAT), _) => sdpa::load(&archive),
         (Some(onnx::FORMAT) | None, Some("Attention")) => onnx::load(&archive),
         (Some(onnx::FORMAT) | None, Some("RotaryEmbedding")) => rotary::load(&archive),
+        (Some(onnx::FORMAT) | None, Some("Softmax")) => softmax::load(&archive),
+        (Some(onnx::FORMAT) | None, Some("TensorScatter")) => append::load(&archive),
         (Some(layers::TORCH), _) => layers::torch(&archive),
         (Some(layers::KERAS), _) => layers::keras(&archive),
         (Some(layers::TUTORIAL), _) => layers::tutorial(&archive),
@@ -106,15 +108,15 @@ mod tests {
     #[test]
     fn folders_and_files_are_listed_once_and_unknown_ones_are_named() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("test_softmax.safetensors");
-        let metadata = HashMap::from([("op".to_string(), "Softmax".to_string())]);
+        let path = folder.path().join("test_flexattention.safetensors");
+        let metadata = HashMap::from([("op".to_string(), "FlexAttention".to_string())]);
         let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
         std::fs::write(&path, safetensors::serialize([("in.x", view)], Some(metadata)).unwrap()).unwrap();
         std::fs::write(folder.path().join("index.json"), "{}").unwrap();
         let list = sources(&[folder.path().to_path_buf()]).unwrap();
         assert_eq!(list, [Source::File(path)]);
-        let Loaded::Unsupported { name, why } = load(&list[0]).unwrap() else { panic!("softmax is not supported") };
-        assert_eq!((name.as_str(), why.as_str()), ("test_softmax", "operator Softmax"));
+        let Loaded::Unsupported { name, why } = load(&list[0]).unwrap() else { panic!("subgraphs are not supported") };
+        assert_eq!((name.as_str(), why.as_str()), ("test_flexattention", "operator FlexAttention"));
     }
 
     #[test]

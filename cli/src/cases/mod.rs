@@ -1,5 +1,6 @@
 //! Case files: what other implementations computed, as problems, operands and expectations.
 
+mod append;
 mod case;
 mod files;
 mod layers;
@@ -7,6 +8,7 @@ mod minilm;
 mod onnx;
 mod rotary;
 mod sdpa;
+mod softmax;
 
-pub use case::{Case, LayerWork, RotationWork, Verdict, Work};
+pub use case::{AppendWork, Case, LayerWork, RotationWork, Verdict, Work};
 pub use files::{Loaded, load, sources};

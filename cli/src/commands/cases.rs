@@ -60,6 +60,8 @@ fn verdicts(case: &Case, engine: &Engine, kernels: &KernelArgs) -> wgpu_attentio
             Work::Attention { problem, operands } => engine.attention(problem, &operands.inputs(), kernels)?,
             Work::Layer(work) => engine.layer(work, kernels)?,
             Work::Rotation(work) => engine.rotation(work)?,
+            Work::Append(work) => engine.append(work)?,
+            Work::Scores { problem, operands } => engine.attention(problem, &operands.inputs(), &kernels.staged())?,
         };
         verdicts.extend(call.verdicts(&outputs));
     }

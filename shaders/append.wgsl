@@ -1,0 +1,51 @@
+// Append:  new rows go into a cache that holds some already, bit for bit:  cache[b, h, place(b, r), :] = x[b, h, r, :].
+//   In line:   place(b, r) = min(starts[b], capacity − rows) + r, so that no start puts a row outside.
+//   Circular:  place(b, r) = (starts[b] + r) mod capacity.
+// (ONNX `TensorScatter`.)
+//
+// Grid:      rows = {{ threads }} items of (row, unit), then heads and batches. An item copies one unit of {{ bytes }} bytes.
+// Memory:    no workgroup memory.
+// Given:     sizes and strides count units; no more rows than capacity (params.seq_kv, rows in params.seq_q). The cache rows
+//            params.key0 .. params.key_end are bound; rows that go elsewhere are left to another dispatch.
+{% if half %}
+//            Two rows may share a word, so that each half of a word changes by itself.
+{% endif %}
+// Reference: src/reference/append.rs
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> x: array<{{ unit }}>;
+@group(0) @binding(2) var<storage, read> starts: array<u32>;
+@group(0) @binding(3) var<storage, read_write> cache: array<{{ "atomic<u32>" if half else unit }}>;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let number = here.row_tile * {{ threads }}u + thread;
+    let row = params.row0 + number / params.col_end;
+    let unit = number % params.col_end;
+    if (!here.inside || row >= params.row_end) {
+        return;
+    }
+    let start = starts[params.k_base + here.batch];
+    var target_row = min(start, params.seq_kv - params.seq_q) + row;
+    if ((params.flags & CIRCULAR) != 0u) {
+        target_row = (start % params.seq_kv + row) % params.seq_kv;
+    }
+    if (target_row < params.key0 || target_row >= params.key_end) {
+        return;
+    }
+    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row + unit;
+    let to = params.out_base + here.batch * params.out_batch + here.head * params.out_head + target_row * params.out_row + unit;
+{% if half %}
+    let bits = (x[source >> 1u] >> ((source & 1u) * 16u)) & 0xffffu;
+    let shift = (to & 1u) * 16u;
+    atomicAnd(&cache[to >> 1u], ~(0xffffu << shift));
+    atomicOr(&cache[to >> 1u], bits << shift);
+{% else %}
+    cache[to] = x[source];
+{% endif %}
+}

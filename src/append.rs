@@ -1,0 +1,315 @@
+//! Appending new keys or values to a cache on the GPU.
+
+use std::ops::Range;
+
+use crate::caps::Caps;
+use crate::kernel::params::{Params, flags};
+use crate::kernel::{Slot, Variant, append};
+use crate::plan::{Bound, Options, Span, Step, Steps, bind, small};
+use crate::problem::{Element, Elements, Layout, Strides};
+use crate::shape::{MAX_SIZE, Tensor};
+use crate::{Attention, Error, Gpu, Operation, Result};
+
+/// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
+///
+/// Row `r` of batch `b` goes to row `starts[b] + r` of the cache, in all heads: bits are copied as they are. The rest of the
+/// cache keeps what it holds. `starts` is u32 `[batch]` and stays on the GPU ([`Slot::Starts`]). A start from which the rows
+/// would reach beyond the cache counts as the last one that fits, so that nothing is written outside; on host slices it is an
+/// error. In a circular cache, rows go on at row 0 after the last one.
+///
+/// This is ONNX `TensorScatter`: `past_cache` and `present_cache` are the cache, which changes in place, `update` the new rows,
+/// `write_indices` the starts, and `mode` is `circular`. `axis` is a matter of layout: the axes before it are batch and heads,
+/// those behind it one row.
+///
+/// ```
+/// use wgpu_attention::{Append, reference};
+///
+/// // One new key of two elements for each of two batches; the caches have room for three.
+/// let append = Append::new(2, 1, 1, 3, 2);
+/// let mut cache = [0.0; 12];
+/// reference::append(&append, &[1.0, 2.0, 3.0, 4.0], &mut cache, &[0, 2])?;
+/// assert_eq!(cache, [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, /* second batch */ 0.0, 0.0, 0.0, 0.0, 3.0, 4.0]);
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Append {
+    /// Batches.
+    pub batch: u32,
+    /// Key/value heads.
+    pub heads: u32,
+    /// New rows per batch and head; at most `capacity`.
+    pub rows: u32,
+    /// Rows per batch and head that the cache has room for.
+    pub capacity: u32,
+    /// Elements of a row.
+    pub dim: u32,
+    /// Type of the new rows and of the cache.
+    pub element: Element,
+    /// Layout of the new rows: [batch, heads, rows, dim].
+    pub x: Layout,
+    /// Layout of the cache: [batch, heads, capacity, dim].
+    pub cache: Layout,
+    /// After its last row the cache goes on at its first.
+    pub circular: bool,
+    pub(crate) slots: Slots,
+}
+
+/// Which buffers an append reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slots {
+    pub(crate) x: Slot,
+    pub(crate) cache: Slot,
+}
+
+/// Rows that one dispatch copies, as far as they go into a window of the cache's rows.
+#[derive(Clone, Debug)]
+struct Part {
+    batch: Range<u32>,
+    heads: Range<u32>,
+    rows: Range<u32>,
+    window: Range<u32>,
+}
+
+/// The axes along which a part is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Axis {
+    Batch,
+    Heads,
+    Rows,
+    Window,
+}
+
+impl Part {
+    fn axis(&mut self, axis: Axis) -> &mut Range<u32> {
+        match axis {
+            Axis::Batch => &mut self.batch,
+            Axis::Heads => &mut self.heads,
+            Axis::Rows => &mut self.rows,
+            Axis::Window => &mut self.window,
+        }
+    }
+
+    /// Two halves, cut along the axis that takes up most of a tensor with these strides.
+    fn halves(&self, strides: &Strides, rows: Axis) -> Option<[Part; 2]> {
+        let (mut low, mut high) = (self.clone(), self.clone());
+        let axes = [(strides.batch, Axis::Batch), (strides.head, Axis::Heads), (strides.row, rows)];
+        let cut = axes.into_iter().filter(|&(_, axis)| low.axis(axis).len() > 1).max_by_key(|&(stride, _)| stride);
+        let (_, axis) = cut?;
+        let range = low.axis(axis).clone();
+        let half = range.start + (range.end - range.start) / 2;
+        (low.axis(axis).end, high.axis(axis).start) = (half, half);
+        Some([low, high])
+    }
+}
+
+/// Elements from the first to the last that a part touches in a tensor.
+fn span(tensor: &Tensor, part: &Part, rows: &Range<u32>) -> Span {
+    let first = tensor.at(part.batch.start, part.heads.start, rows.start);
+    let last = tensor.at(part.batch.end - 1, part.heads.end - 1, rows.end - 1);
+    (first, last + u64::from(tensor.dim))
+}
+
+/// The same tensor, counted in units of several elements.
+fn in_units(tensor: &Tensor, elements: u64) -> Tensor {
+    let s = &tensor.strides;
+    let [offset, batch, head, row] = [s.offset, s.batch, s.head, s.row].map(|n| n / elements);
+    Tensor { strides: Strides { offset, batch, head, row }, dim: (u64::from(tensor.dim) / elements) as u32, ..*tensor }
+}
+
+/// Whether rows begin and end at multiples of some elements.
+fn whole(tensor: &Tensor, elements: u64) -> bool {
+    let s = &tensor.strides;
+    let axes = [s.batch, s.head, s.row].into_iter().zip(tensor.sizes);
+    let mut places = axes.filter(|&(_, size)| size > 1).map(|(stride, _)| stride);
+    [s.offset, tensor.dim.into()].iter().all(|n| n.is_multiple_of(elements))
+        && places.all(|stride| stride.is_multiple_of(elements))
+}
+
+impl Append {
+    /// Of dense f32 rows to a dense cache that does not go round.
+    pub fn new(batch: u32, heads: u32, rows: u32, capacity: u32, dim: u32) -> Self {
+        Append {
+            batch,
+            heads,
+            rows,
+            capacity,
+            dim,
+            element: Element::F32,
+            x: Layout::Bhsd,
+            cache: Layout::Bhsd,
+            circular: false,
+            slots: Slots { x: Slot::Rows, cache: Slot::Cache },
+        }
+    }
+
+    /// Checks every field.
+    pub fn check(&self) -> Result<()> {
+        self.tensors().map(|_| ())
+    }
+
+    /// The new rows and the cache.
+    pub(crate) fn tensors(&self) -> Result<[Tensor; 2]> {
+        let sizes = [
+            ("batch", self.batch, MAX_SIZE),
+            ("heads", self.heads, MAX_SIZE),
+            ("capacity", self.capacity, MAX_SIZE),
+            ("rows", self.rows, self.capacity),
+            ("dim", self.dim, MAX_SIZE),
+        ];
+        for (field, value, limit) in sizes {
+            if value == 0 {
+                return Err(Error::Zero { field });
+            }
+            if value > limit {
+                return Err(Error::TooLarge { field, value: value.into(), limit: limit.into() });
+            }
+        }
+        let x = Tensor::input("x", [self.batch, self.heads, self.rows], self.dim, self.x)?;
+        Ok([x, Tensor::output("cache", [self.batch, self.heads, self.capacity], self.dim, self.cache)?])
+    }
+
+    pub(crate) fn check_lengths(&self, x: usize, cache: usize, starts: usize) -> Result<()> {
+        let [from, to] = self.tensors()?;
+        let lengths = [("x", x, from.extent()), ("cache", cache, to.extent()), ("starts", starts, self.batch.into())];
+        match lengths.into_iter().find(|&(_, got, want)| got as u64 != want) {
+            Some((field, got, want)) => Err(Error::Length { field, got, want: want as usize }),
+            None => Ok(()),
+        }
+    }
+
+    /// The dispatches on a device, in order: pure data.
+    pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
+        caps.check()?;
+        let mut steps = Steps::new(caps, options);
+        self.push(caps, &mut steps)?;
+        Ok(steps.finish().0)
+    }
+
+    /// Appends the dispatches.
+    pub(crate) fn push(&self, caps: &Caps, steps: &mut Steps<'_>) -> Result<()> {
+        let tensors = self.tensors()?;
+        let bytes = self.element.bytes();
+        let fits = |variant: &append::Append| {
+            let elements = variant.bytes() / bytes;
+            elements >= 1 && tensors.iter().all(|tensor| whole(tensor, elements))
+        };
+        let variant = append::Append::all().find(fits).expect("a unit of one element always fits");
+        let [x, cache] = tensors.map(|tensor| in_units(&tensor, variant.bytes() / bytes));
+        let part = Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.rows, window: 0..self.capacity };
+        Planner { append: self, caps, variant, x, cache }.divide(part, steps)
+    }
+}
+
+struct Planner<'a> {
+    append: &'a Append,
+    caps: &'a Caps,
+    variant: append::Append,
+    /// In units of the variant.
+    x: Tensor,
+    cache: Tensor,
+}
+
+impl Planner<'_> {
+    /// Halves a part until each of its operands fits one binding.
+    fn divide(&self, part: Part, steps: &mut Steps<'_>) -> Result<()> {
+        let (limit, unit) = (self.caps.binding(), self.variant.bytes());
+        let per_batch = Strides { batch: 1, ..Strides::default() };
+        let operands = [
+            ("cache", span(&self.cache, &part, &part.window), unit, self.cache.strides, Axis::Window),
+            ("x", span(&self.x, &part, &part.rows), unit, self.x.strides, Axis::Rows),
+            ("starts", (part.batch.start.into(), part.batch.end.into()), 4, per_batch, Axis::Rows),
+        ];
+        let sizes = operands
+            .map(|(field, span, bytes, strides, rows)| (field, bind(self.caps, span, bytes, 0).1, strides, rows));
+        let Some((field, value, strides, rows)) = sizes.into_iter().find(|&(_, size, ..)| size > limit) else {
+            return self.part(&part, steps);
+        };
+        let halves = part.halves(&strides, rows).ok_or(Error::TooLarge { field, value, limit })?;
+        halves.into_iter().try_for_each(|half| self.divide(half, steps))
+    }
+
+    fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
+        let (caps, unit) = (self.caps, self.variant.bytes());
+        let units = self.x.dim;
+        let items = small("items", part.rows.len() as u64 * u64::from(units))?;
+        let row_tiles = items.div_ceil(self.variant.threads());
+        let (x_offset, x_size, x_base) = bind(caps, span(&self.x, part, &part.rows), unit, self.x.strides.offset);
+        let (offset, size, out_base) =
+            bind(caps, span(&self.cache, part, &part.window), unit, self.cache.strides.offset);
+        let batches = (part.batch.start.into(), part.batch.end.into());
+        let (s_offset, s_size, k_base) = bind(caps, batches, 4, 0);
+        let (x, cache) = (&self.x.strides, &self.cache.strides);
+        let params = Params {
+            row_tiles,
+            col_tiles: 1,
+            batch0: part.batch.start,
+            head0: part.heads.start,
+            heads: part.heads.len() as u32,
+            row0: part.rows.start,
+            row_end: part.rows.end,
+            key0: part.window.start,
+            key_end: part.window.end,
+            seq_q: self.append.rows,
+            seq_kv: self.append.capacity,
+            col_end: units,
+            flags: if self.append.circular { flags::CIRCULAR } else { 0 },
+            x_base,
+            x_batch: x.batch as u32,
+            x_head: x.head as u32,
+            x_row: x.row as u32,
+            k_base,
+            out_base,
+            out_batch: cache.batch as u32,
+            out_head: cache.head as u32,
+            out_row: cache.row as u32,
+            ..Params::default()
+        };
+        let slots = self.append.slots;
+        let bindings = vec![
+            Bound { slot: slots.x, offset: x_offset, size: x_size, written: false },
+            Bound { slot: Slot::Starts, offset: s_offset, size: s_size, written: false },
+            Bound { slot: slots.cache, offset, size, written: true },
+        ];
+        let planes = part.batch.len() as u64 * part.heads.len() as u64;
+        let workgroups = small("workgroups", u64::from(row_tiles) * planes)?;
+        let flops = 16.0 * f64::from(items) * planes as f64;
+        steps.push(Variant::Append(self.variant), params, bindings, workgroups, flops)
+    }
+}
+
+impl Attention {
+    /// Prepares an append. It reads the new rows in [`Slot::Rows`] and u32 starts in [`Slot::Starts`], and changes
+    /// [`Slot::Cache`]. Keys and values of the same sizes are two recordings of one operation.
+    pub fn append(&self, append: &Append, options: &Options) -> Result<Operation> {
+        let mut steps = Steps::new(self.caps(), options);
+        append.push(self.caps(), &mut steps)?;
+        Operation::new(self, steps)
+    }
+}
+
+impl Gpu {
+    /// Appends on host slices, and gives the whole cache widened to f32.
+    pub fn append(&self, append: &Append, x: Elements<'_>, cache: Elements<'_>, starts: &[u32]) -> Result<Vec<f32>> {
+        append.check_lengths(x.len(), cache.len(), starts.len())?;
+        for (field, elements) in [("x", x), ("cache", cache)] {
+            let (got, want) = (elements.element(), append.element);
+            if got != want {
+                return Err(Error::Element { field, got, want });
+            }
+        }
+        let last = append.capacity - append.rows;
+        let beyond = starts.iter().position(|&start| start > last && !append.circular);
+        if let Some(index) = beyond {
+            let (value, limit) = (starts[index].into(), last.into());
+            return Err(Error::Entry { field: "starts", index, value, want: "at most", limit });
+        }
+        let operation = self.library().append(append, &Options::default())?;
+        let buffers =
+            [(Slot::Rows, x.bytes()), (Slot::Starts, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
+        let bytes = self.compute(&operation, &buffers, &[Slot::Cache])?.into_iter().next().unwrap_or_default();
+        let mut widened = crate::gpu::widened(append.element, &bytes);
+        widened.truncate(cache.len());
+        Ok(widened)
+    }
+}

@@ -1,0 +1,57 @@
+//! Host side of `shaders/append.wgsl`: new rows go into a cache.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning::ELEMENTWISE;
+
+/// A variant of `append`: what one invocation copies. The bits are copied as they are, so that the element type plays no part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Append {
+    /// 16 bytes; rows begin and end at multiples of them.
+    Vector,
+    /// 4 bytes; rows begin and end at whole words.
+    Word,
+    /// One 16-bit element; two rows may share a word.
+    Half,
+}
+
+impl Append {
+    pub(crate) fn all() -> impl Iterator<Item = Append> {
+        [Append::Vector, Append::Word, Append::Half].into_iter()
+    }
+
+    /// Bytes of the unit.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Append::Vector => 16,
+            Append::Word => 4,
+            Append::Half => 2,
+        }
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![(Slot::Rows, false), (Slot::Starts, false), (Slot::Cache, true)]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        let unit = if *self == Append::Vector { "vec4<u32>" } else { "u32" };
+        context! { threads => self.threads(), bytes => self.bytes(), unit, half => *self == Append::Half }
+    }
+}
+
+impl fmt::Display for Append {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "append[{} bytes]", self.bytes())
+    }
+}

@@ -1,0 +1,211 @@
+//! Appending to a cache on real drivers: every bit as the reference puts it, and every other bit as it was.
+
+mod support;
+
+use support::staged::Guarded;
+use support::{Random, floor, gpus};
+use wgpu_attention::kernel::Slot;
+use wgpu_attention::{Append, Element, Elements, Error, Gpu, Layout, Options, Strides, reference, wgpu};
+
+/// Elements from the start of a tensor to its last one.
+fn extent(layout: Layout, [batch, heads, rows]: [u32; 3], dim: u32) -> usize {
+    match layout {
+        Layout::Strided(s) => {
+            let last = [(batch, s.batch), (heads, s.head), (rows, s.row)].map(|(n, stride)| u64::from(n - 1) * stride);
+            (s.offset + last.iter().sum::<u64>() + u64::from(dim)) as usize
+        }
+        _ => (batch * heads * rows * dim) as usize,
+    }
+}
+
+/// Random bits, NaNs of every kind among them, in the new rows and in the cache; every bit is compared.
+fn check(gpu: &Gpu, append: &Append, starts: &[u32], options: &Options) {
+    let rows = extent(append.x, [append.batch, append.heads, append.rows], append.dim);
+    let places = extent(append.cache, [append.batch, append.heads, append.capacity], append.dim);
+    let bytes = append.element.bytes() as usize;
+    let mut random = Random(u64::from(append.dim) + 100 * u64::from(append.rows));
+    let mut bits = |elements: usize| -> Vec<u8> { (0..elements * bytes).map(|_| random.below(256) as u8).collect() };
+    let (x, cache) = (bits(rows), bits(places));
+    let mut want = cache.clone();
+    fn reference<T: bytemuck::Pod>(append: &Append, x: &[u8], cache: &mut [u8], starts: &[u32]) {
+        let mut after: Vec<T> = bytemuck::pod_collect_to_vec(cache);
+        let x: Vec<T> = bytemuck::pod_collect_to_vec(x);
+        reference::append(append, &x, &mut after, starts).expect("valid");
+        cache.copy_from_slice(bytemuck::cast_slice(&after));
+    }
+    match bytes {
+        4 => reference::<u32>(append, &x, &mut want, starts),
+        _ => reference::<u16>(append, &x, &mut want, starts),
+    }
+    let guarded = |bytes: &[u8]| Guarded::new(gpu.device(), bytes);
+    let (x, cache, starts) = (guarded(&x), guarded(&cache), guarded(bytemuck::cast_slice(starts)));
+    let operation = gpu.library().append(append, options).unwrap_or_else(|error| panic!("{error}: {append:?}"));
+    let slots = [(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
+    for slice in 0..operation.slices() {
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        operation.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
+        gpu.queue().submit([encoder.finish()]);
+        gpu.wait().expect("computed");
+    }
+    // A last word that is half cache, half mark of the margin keeps its mark.
+    let got = cache.read(gpu.device(), gpu.queue());
+    assert!(got[want.len()..].iter().all(|&byte| byte == 0xa5), "written behind the cache: {append:?}");
+    let first = got.iter().zip(&want).position(|(got, want)| got != want).map(|byte| byte / bytes);
+    assert_eq!(first, None, "first element that differs, on {}: {append:?}", gpu.info().name);
+}
+
+#[test]
+fn rows_go_where_the_reference_puts_them_bit_for_bit() {
+    for gpu in gpus() {
+        for element in [Element::F32, Element::F16, Element::Bf16] {
+            for (rows, dim) in [(1, 64), (1, 5), (3, 6), (7, 1), (2, 40), (9, 7)] {
+                for circular in [false, true] {
+                    for [x, cache] in
+                        [[Layout::Bhsd, Layout::Bhsd], [Layout::Bshd, Layout::Bhsd], [Layout::Bhsd, Layout::Bshd]]
+                    {
+                        let mut append = Append::new(3, 2, rows, 9, dim);
+                        (append.element, append.x, append.cache, append.circular) = (element, x, cache, circular);
+                        // The last batch starts as far back as it can; in a circular cache it goes round.
+                        let starts = [0, (9 - rows) / 2, if circular { 8 } else { 9 - rows }];
+                        check(gpu, &append, &starts, &Options::default());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn strided_rows_go_to_strided_places() {
+    for gpu in gpus() {
+        for element in [Element::F32, Element::F16] {
+            for odd in [0, 1] {
+                // Keys of a packed projection go to a cache whose rows hold something else, too.
+                let mut append = Append::new(2, 3, 4, 6, 8);
+                append.element = element;
+                append.x = Layout::Strided(Strides { offset: 24 + odd, batch: 4 * 72, head: 8, row: 72 });
+                append.cache = Layout::Strided(Strides { offset: 4, batch: 6 * 50, head: 8 + odd, row: 50 });
+                check(gpu, &append, &[2, 0], &Options::default());
+            }
+        }
+    }
+}
+
+/// Starts that only the GPU knows may be anything: what stands around the cache, and its other rows, stay as they are.
+#[test]
+fn starts_on_the_gpu_cannot_write_outside() {
+    for gpu in gpus() {
+        for element in [Element::F32, Element::Bf16] {
+            for circular in [false, true] {
+                let mut append = Append::new(4, 2, 3, 5, 7);
+                (append.element, append.circular) = (element, circular);
+                for starts in [[3, 4, 5, 6], [u32::MAX, u32::MAX - 2, 1 << 31, 1 << 16]] {
+                    check(gpu, &append, &starts, &Options::default());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_split_happens_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 4096, 3);
+        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        for (element, dim) in [(Element::F32, 20), (Element::F32, 7), (Element::F16, 20), (Element::Bf16, 9)] {
+            for layout in [Layout::Bhsd, Layout::Bshd] {
+                for circular in [false, true] {
+                    let mut append = Append::new(2, 3, 240, 300, dim);
+                    (append.element, append.x, append.cache, append.circular) = (element, layout, layout, circular);
+                    let steps = append.plan(gpu.library().caps(), &options).expect("splits");
+                    assert!(steps.iter().all(|step| step.grid.iter().all(|&side| side <= 3)));
+                    assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
+                    assert!(steps.iter().any(|step| step.params.row0 > 0), "new rows are split");
+                    assert!(steps.iter().any(|step| step.params.key0 > 0), "the cache is split");
+                    check(gpu, &append, &[50, if circular { 299 } else { 60 }], &options);
+                }
+            }
+        }
+        // More batches than starts fit a binding, and the starts alone are what is split.
+        let mut many = Append::new(1500, 1, 1, 1, 1);
+        many.x = Layout::Strided(Strides::default());
+        many.element = Element::F16;
+        check(gpu, &many, &vec![0; 1500], &options);
+    }
+}
+
+#[test]
+fn host_slices_append_and_come_back_widened() {
+    for gpu in gpus() {
+        let mut append = Append::new(2, 1, 1, 3, 1);
+        append.element = Element::F16;
+        let half = |values: &[f32]| values.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
+        let (x, cache) = (half(&[7.0, -8.0]), half(&[0.5; 6]));
+        let got = gpu.append(&append, Elements::F16(&x), Elements::F16(&cache), &[2, 0]).expect("valid");
+        assert_eq!(got, [0.5, 0.5, 7.0, -8.0, 0.5, 0.5]);
+    }
+}
+
+#[test]
+fn descriptions_that_cannot_be_are_errors() {
+    let check = |set: fn(&mut Append)| {
+        let mut append = Append::new(2, 2, 2, 4, 4);
+        set(&mut append);
+        append.check()
+    };
+    assert_eq!(check(|_| ()), Ok(()));
+    assert_eq!(check(|a| a.batch = 0), Err(Error::Zero { field: "batch" }));
+    assert_eq!(check(|a| a.capacity = 0), Err(Error::Zero { field: "capacity" }));
+    assert_eq!(check(|a| a.rows = 5), Err(Error::TooLarge { field: "rows", value: 5, limit: 4 }));
+    let error = check(|a| a.dim = (1 << 28) + 1);
+    assert_eq!(error, Err(Error::TooLarge { field: "dim", value: (1 << 28) + 1, limit: 1 << 28 }));
+    let error = check(|a| (a.batch, a.heads, a.capacity, a.dim) = (1 << 28, 1 << 28, 1 << 28, 1 << 28));
+    assert!(matches!(error, Err(Error::TooLarge { field: "x", .. })), "{error:?}");
+    let error = check(|a| a.cache = Layout::Strided(Strides { offset: 0, batch: 32, head: 12, row: 4 }));
+    assert_eq!(error, Err(Error::Overlap { field: "cache", strides: [32, 12, 4], sizes: [2, 2, 4, 4] }));
+    // New rows may share their place: one row for every batch.
+    assert_eq!(check(|a| a.x = Layout::Strided(Strides::default())), Ok(()));
+}
+
+#[test]
+fn wrong_operands_and_buffers_are_errors() {
+    let gpu = &gpus()[0];
+    let append = Append::new(2, 1, 1, 3, 4);
+    let run = |x: usize, cache: usize, starts: &[u32]| {
+        let (x, cache) = (vec![0.0; x], vec![0.0; cache]);
+        gpu.append(&append, (&x).into(), (&cache).into(), starts).map(|_| ())
+    };
+    assert_eq!(run(8, 24, &[0, 2]), Ok(()));
+    assert_eq!(run(7, 24, &[0, 2]), Err(Error::Length { field: "x", got: 7, want: 8 }));
+    assert_eq!(run(8, 25, &[0, 2]), Err(Error::Length { field: "cache", got: 25, want: 24 }));
+    assert_eq!(run(8, 24, &[0]), Err(Error::Length { field: "starts", got: 1, want: 2 }));
+    let beyond = Error::Entry { field: "starts", index: 1, value: 3, want: "at most", limit: 2 };
+    assert_eq!(run(8, 24, &[0, 3]), Err(beyond));
+    let halves = [half::f16::ZERO; 8];
+    let error = gpu.append(&append, Elements::F16(&halves), Elements::F32(&[0.0; 24]), &[0, 0]).map(|_| ());
+    assert_eq!(error, Err(Error::Element { field: "x", got: Element::F16, want: Element::F32 }));
+
+    let operation = gpu.library().append(&append, &Options::default()).expect("compiles");
+    let make = |size, usage| {
+        gpu.device().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+    };
+    let storage = wgpu::BufferUsages::STORAGE;
+    let buffers = [make(1024, storage), make(1024, storage), make(96, storage)];
+    let slots = [Slot::Rows, Slot::Starts, Slot::Cache];
+    let good = || -> Vec<_> { slots.into_iter().zip(&buffers).map(|(slot, b)| (slot, b.slice(..))).collect() };
+    let encode = |given: &[(Slot, wgpu::BufferSlice<'_>)]| {
+        operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), given)
+    };
+    let with = |slot: usize, slice| {
+        let mut wrong = good();
+        wrong[slot].1 = slice;
+        encode(&wrong)
+    };
+    assert_eq!(encode(&good()), Ok(()));
+    assert_eq!(encode(&good()[..2]), Err(Error::Missing { field: "cache" }));
+    let (short, plain) = (make(92, storage), make(96, wgpu::BufferUsages::COPY_SRC));
+    assert_eq!(with(2, short.slice(..)), Err(Error::BufferSize { field: "cache", got: 92, want: 96 }));
+    assert_eq!(with(2, plain.slice(..)), Err(Error::BufferUsage { field: "cache", usage: "STORAGE" }));
+    assert_eq!(with(2, buffers[0].slice(..)), Err(Error::Aliased { output: "cache", other: "x" }));
+    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "starts", offset: 4, .. })));
+}
