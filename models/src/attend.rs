@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use candle_core::{D, DType, Device, Tensor};
 use wgpu_attention::kernel::Slot;
 use wgpu_attention::{
-    Buffers, Causal, Gpu, Layout, Operation, Options, Positions, Prepared, Problem, Rotation, Strides, wgpu,
+    Append, Buffers, Causal, Gpu, Layout, Operation, Options, Positions, Prepared, Problem, Rotation, Strides, wgpu,
 };
 
 use crate::error::Result;
@@ -106,9 +106,12 @@ pub struct GpuAttention<'a> {
 struct Step {
     turn_q: Operation,
     turn_k: Operation,
+    append: Operation,
     attention: Prepared,
     /// [rows, heads, head_dim].
     q: wgpu::Buffer,
+    /// New keys and values, [rows, kv_heads, head_dim].
+    kv: [wgpu::Buffer; 2],
     out: wgpu::Buffer,
 }
 
@@ -128,18 +131,22 @@ impl Step {
         let mut problem = Problem::new(1, h, rows as u32, capacity as u32, dim).with_layout(Layout::Bshd);
         (problem.kv_heads, problem.key_lengths, problem.causal) = (kv_heads, true, Causal::BottomRight);
         let attention = gpu.library().prepare(&gpu.library().plan(&problem)?)?;
-        let turn = |heads: u32, cache_rows: Option<u32>| {
+        let turn = |heads: u32| {
             let mut rotation = Rotation::new(1, heads, rows as u32, dim, capacity as u32);
             rotation.x = Strides { offset: 0, batch: 0, head: dim.into(), row: (heads * dim).into() };
-            (rotation.interleaved, rotation.positions, rotation.cache_rows) = (true, Positions::Starts, cache_rows);
+            (rotation.interleaved, rotation.positions) = (true, Positions::Starts);
             gpu.library().rotate(&rotation, &Options::default())
         };
-        let len = rows * heads.heads * heads.head_dim;
+        let mut append = Append::new(1, kv_heads, rows as u32, capacity as u32, dim);
+        (append.x, append.cache) = (Layout::Bshd, Layout::Bshd);
+        let [len, kv_len] = [heads.heads, heads.kv_heads].map(|n| rows * n * heads.head_dim);
         Ok(Step {
-            turn_q: turn(h, None)?,
-            turn_k: turn(kv_heads, Some(capacity as u32))?,
+            turn_q: turn(h)?,
+            turn_k: turn(kv_heads)?,
+            append: gpu.library().append(&append, &Options::default())?,
             attention,
             q: buffer(gpu, "q", len),
+            kv: ["k", "v"].map(|label| buffer(gpu, label, kv_len)),
             out: buffer(gpu, "out", len),
         })
     }
@@ -172,21 +179,23 @@ impl<'a> GpuAttention<'a> {
             Entry::Occupied(step) => step.into_mut(),
             Entry::Vacant(place) => place.insert(Step::new(gpu, &self.heads, rows, self.capacity)?),
         };
-        let write =
-            |buffer, at: usize, x: &[f32]| gpu.queue().write_buffer(buffer, 4 * at as u64, bytemuck::cast_slice(x));
-        let first = start * self.heads.kv_heads * self.heads.head_dim;
-        write(&step.q, 0, &values(q)?);
-        write(keys, first, &values(k)?);
-        write(cached_values, first, &values(v)?);
+        let [new_k, new_v] = &step.kv;
+        for (buffer, x) in [(&step.q, q), (new_k, k), (new_v, v)] {
+            gpu.queue().write_buffer(buffer, 0, bytemuck::cast_slice(&values(x)?));
+        }
         gpu.queue().write_buffer(&self.start, 0, bytemuck::bytes_of(&(start as u32)));
         gpu.queue().write_buffer(&self.length, 0, bytemuck::bytes_of(&((start + rows) as u32)));
 
         let mut buffers = Buffers::new(step.q.slice(..), keys.slice(..), cached_values.slice(..), step.out.slice(..));
         buffers.key_lengths = Some(self.length.slice(..));
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        for (turn, x) in [(&step.turn_q, &step.q), (&step.turn_k, keys)] {
+        for (turn, x) in [(&step.turn_q, &step.q), (&step.turn_k, new_k)] {
             let angles = [(Slot::Angles, self.table.slice(..)), (Slot::Positions, self.start.slice(..))];
             turn.encode(&mut encoder, &[&[(Slot::Result, x.slice(..))], &angles[..]].concat())?;
+        }
+        for (rows, cache) in [(new_k, keys), (new_v, cached_values)] {
+            let slots = [(Slot::Rows, rows), (Slot::Cache, cache), (Slot::Starts, &self.start)];
+            step.append.encode(&mut encoder, &slots.map(|(slot, buffer)| (slot, buffer.slice(..))))?;
         }
         // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.
         for slice in 0..step.attention.slices() {
