@@ -1,9 +1,9 @@
 //! f32, f16 and bf16, with the adapter's own f16 and without, even and odd rows, and every head dim.
 
-use wgpu_attention::{Causal, Element, Error, Form, Options};
+use wgpu_attention::{Causal, Element, Error, Form, Kernel, Options};
 
 use crate::support::{Case, gpus, small};
-use crate::{all_everywhere, everywhere, form, problem};
+use crate::{all_everywhere, everywhere, form, lean, problem};
 
 #[test]
 fn head_dims_from_1_to_512_hold() {
@@ -33,16 +33,19 @@ fn sixteen_bit_types_hold_with_even_and_odd_rows() {
 
 #[test]
 fn native_f16_and_packed_f16_both_hold() {
-    let case = Case::random(problem([1, 2, 33, 35, 20], |p| p.element = Element::F16), 1);
-    for gpu in gpus() {
-        let tiled = |native_f16| Options { native_f16, ..form(Some(Form::Tiled)) };
-        case.check(gpu, &tiled(Some(false)));
-        if gpu.library().caps().f16 {
-            let (_, plan) = case.check(gpu, &tiled(Some(true)));
-            assert!(plan.steps().iter().any(|step| step.variant.uses_f16()));
-        } else {
-            let error = gpu.library().plan_with(&case.problem, &tiled(Some(true))).unwrap_err();
-            assert!(matches!(error, Error::Kernel { kernel: "native f16", .. }), "{error}");
+    let p = problem([1, 2, 33, 35, 20], |p| p.element = Element::F16);
+    for (kernel, p) in [(Kernel::Unfused, p.clone()), (Kernel::Flash, lean(&p))] {
+        let case = Case::random(p, 1);
+        let way = |native_f16| Options { native_f16, kernel: Some(kernel), ..form(Some(Form::Tiled)) };
+        for gpu in gpus() {
+            case.check(gpu, &way(Some(false)));
+            if gpu.library().caps().f16 {
+                let (_, plan) = case.check(gpu, &way(Some(true)));
+                assert!(plan.steps().iter().any(|step| step.variant.uses_f16()));
+            } else {
+                let error = gpu.library().plan_with(&case.problem, &way(Some(true))).unwrap_err();
+                assert!(matches!(error, Error::Kernel { .. }) && error.to_string().contains("f16"), "{error}");
+            }
         }
     }
 }
