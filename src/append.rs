@@ -5,9 +5,10 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, append};
-use crate::plan::{Bound, Options, Span, Step, Steps, bind, small};
+use crate::plan::{Bound, Options, Step};
 use crate::problem::{Element, Elements, Layout, Strides};
 use crate::shape::{MAX_SIZE, Tensor};
+use crate::steps::{Span, Steps, bind, small};
 use crate::{Attention, Error, Gpu, Operation, Result};
 
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.

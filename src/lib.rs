@@ -3,6 +3,7 @@
 
 mod append;
 pub mod caps;
+mod choose;
 mod encode;
 mod error;
 pub mod gpu;
@@ -15,6 +16,7 @@ mod multihead;
 mod operation;
 mod pipelines;
 pub mod plan;
+mod planner;
 pub mod problem;
 mod projection;
 pub mod reference;
@@ -22,6 +24,7 @@ mod rotation;
 mod runner;
 pub mod shader;
 pub mod shape;
+mod steps;
 pub mod tuning;
 
 pub use append::Append;

@@ -5,10 +5,11 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, merge};
-use crate::plan::{self, Bound, Options, Span, Step, Steps, bind, small};
+use crate::plan::{Bound, Options, Step};
 use crate::problem::{Element, Elements, Layout, Outputs};
 use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
-use crate::{Attention, Error, Gpu, Operation, Result};
+use crate::steps::{Span, Steps, bind, small};
+use crate::{Attention, Error, Gpu, Operation, Result, choose, planner};
 
 /// Exact merge of the results of the same query rows over `partials` disjoint parts of the keys.
 ///
@@ -136,7 +137,7 @@ impl Merge {
         planner.divide(Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.seq_q }, &mut parts)?;
         // Whether several dispatches add to one output decides its scratch, whose size may divide parts further.
         let several = parts.iter().any(|part| planner.step(part, 4 * u64::from(self.value_dim)) < self.partials);
-        if self.element != Element::F32 && (several || !plan::whole_vectors(&out)) {
+        if self.element != Element::F32 && (several || !choose::whole_vectors(&out)) {
             if !out.is_dense() {
                 return Err(Error::Conflict {
                     left: "element",
@@ -160,7 +161,7 @@ impl Merge {
             }
         }
         if unpacked > 0 {
-            plan::pack(caps, self.element, out.extent(), steps)?;
+            planner::pack(caps, self.element, out.extent(), steps)?;
         }
         Ok(scratch)
     }
@@ -258,7 +259,7 @@ impl Planner<'_, '_> {
             self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, part.lines())?;
         }
         let element = if self.unpacked { Element::F32 } else { m.element };
-        let vector = m.value_dim.is_multiple_of(4) && plan::whole_vectors(&self.out);
+        let vector = m.value_dim.is_multiple_of(4) && choose::whole_vectors(&self.out);
         let items = part.lines() * u64::from(m.value_dim.div_ceil(4));
         for partials in self.chunks(part, 4 * u64::from(m.value_dim)) {
             self.dispatch(merge::Merge::Out { element, vector }, part, &partials, items)?;

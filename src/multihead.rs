@@ -8,10 +8,11 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operation::Operation;
-use crate::plan::{Bound, Options, Span, Steps, bind, small};
+use crate::plan::{Bound, Options};
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
 use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
+use crate::steps::{Span, Steps, bind, small};
 use crate::{Error, Result};
 
 /// A [`Layer`] whose weights are on a device.

@@ -5,10 +5,11 @@ use std::ops::Range;
 use crate::encode::{Attention, Program, allocate, check_slice};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::Slot;
-use crate::plan::{Options, Step, Steps};
+use crate::plan::{Options, Step};
 use crate::problem::{Element, Elements};
 use crate::projection::Projection;
 use crate::rotation::Rotation;
+use crate::steps::Steps;
 use crate::{Error, Result};
 
 /// Compiled dispatches with the buffers that they need, ready to be recorded any number of times.

@@ -48,7 +48,7 @@ impl Pipelines {
             self.device.create_shader_module(descriptor)
         } else {
             // SAFETY: every index that the shaders form is inside its binding: the plan binds the whole span of each operand
-            // (tests/plan.rs), rows, keys and dims are clamped to it in the shader, lengths from the GPU too
+            // (tests/plan), rows, keys and dims are clamped to it in the shader, lengths from the GPU too
             // (shared/visible.wgsl), and loops end. The whole suite also runs with checks on.
             unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
         };

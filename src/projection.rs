@@ -5,10 +5,11 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Body, Slot, Tile, Variant, project};
-use crate::plan::{self, Bound, Options, Span, Steps, bind, small};
+use crate::plan::{Bound, Options};
 use crate::problem::{Element, Strides};
 use crate::shape::MAX_SIZE;
-use crate::{Error, Result, tuning};
+use crate::steps::{Span, Steps, bind, small};
+use crate::{Error, Result, choose, tuning};
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -161,16 +162,16 @@ impl Projection {
     }
 
     fn tile(&self, caps: &Caps, options: &Options) -> Result<Tile> {
-        let (body, _) = plan::choose_body(caps, options);
+        let (body, _) = choose::choose_body(caps, options);
         if let Body::Lanes { lanes, .. } = body {
             let [many, one] = tuning::project_lanes(body);
             return Ok(if self.rows <= lanes { one } else { many });
         }
         let fits = |tile: &Tile| {
             let variant = Variant::Project(self.variant(*tile));
-            plan::fits(caps, variant.threads(), variant.workgroup_bytes())
+            choose::fits(caps, variant.threads(), variant.workgroup_bytes())
         };
-        plan::largest(&tuning::PROJECT_TILED, self.rows, fits, "project")
+        choose::largest(&tuning::PROJECT_TILED, self.rows, fits, "project")
     }
 
     fn variant(&self, tile: Tile) -> project::Project {

@@ -5,9 +5,10 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::kernel::params::Params;
 use crate::kernel::{Slot, Variant, rotary};
-use crate::plan::{Bound, Span, Steps, bind, small};
+use crate::plan::Bound;
 use crate::problem::{Element, Strides};
 use crate::shape::{MAX_DIM, MAX_SIZE};
+use crate::steps::{Span, Steps, bind, small};
 use crate::{Error, Result};
 
 /// Which position a row has.

@@ -1,0 +1,708 @@
+//! Makes plans: divides a problem into parts that fit the device and lists the dispatches of each.
+
+use std::ops::Range;
+
+use crate::caps::Caps;
+use crate::choose::{
+    choose_body, choose_fused, choose_native, key_step, partial_bytes, partials, scores_tile, transforms, values_tile,
+    whole_vectors,
+};
+use crate::kernel::params::{Params, flags};
+use crate::kernel::{Body, Format, Slot, Variant, export, logits, pack, scores, softmax, values};
+use crate::merge::Merge;
+use crate::plan::{Bound, Options, Plan};
+use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
+use crate::shape::{Shape, Tensor};
+use crate::steps::{self, Span, Steps, few, flops_per_second, small};
+use crate::{Error, Result, tuning};
+
+/// Places of the small arrays, in u32 words of one buffer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lists {
+    pub(crate) lengths: u32,
+    pub(crate) offsets: u32,
+    pub(crate) slopes: u32,
+    pub(crate) sinks: u32,
+    pub(crate) cu_q: u32,
+    pub(crate) cu_kv: u32,
+    pub(crate) words: u32,
+}
+
+impl Lists {
+    fn new(shape: &Shape) -> Self {
+        // A word of padding stands for no list at all: a binding may not be empty.
+        let mut words = 4;
+        let mut place = |present: bool, n: u32| {
+            let at = words;
+            words += if present { n } else { 0 };
+            at
+        };
+        let packed = shape.packed.is_some();
+        let mut lists = Lists {
+            lengths: place(shape.key_lengths, shape.batch),
+            offsets: place(shape.causal == Causal::Offset, shape.batch),
+            slopes: place(shape.alibi, shape.heads),
+            sinks: 0,
+            cu_q: place(packed, shape.batch + 1),
+            cu_kv: place(packed, shape.batch + 1),
+            words: 0,
+        };
+        // Where a binding may begin.
+        lists.sinks = words.next_multiple_of(64);
+        lists.words = if shape.sinks { lists.sinks + shape.heads } else { words };
+        lists
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        4 * u64::from(self.words)
+    }
+}
+
+/// A box of the score matrix that is worked on at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    batch: Range<u32>,
+    heads: Range<u32>,
+    rows: Range<u32>,
+}
+
+impl Part {
+    fn planes(&self) -> u64 {
+        count(&self.batch) * count(&self.heads)
+    }
+}
+
+fn count(range: &Range<u32>) -> u64 {
+    u64::from(range.end - range.start)
+}
+
+pub(crate) struct Planner<'a> {
+    shape: &'a Shape,
+    caps: &'a Caps,
+    budget: u64,
+    flops_per_second: f64,
+    lists: Lists,
+    /// The fused kernel; otherwise `scores`, `softmax` and `values`.
+    fused: Option<Variant>,
+    /// Parts that `split` makes of the keys, 0 where it writes the output itself and leaves nothing to merge.
+    partials: u32,
+    scores: scores::Scores,
+    softmax: softmax::Softmax,
+    values: values::Values,
+    /// The transform runs as a pass of its own.
+    separate: bool,
+    /// Keys of one dispatch where a head's keys or values exceed a binding.
+    key_step: u32,
+    /// `out` is written in f32 and packed afterwards.
+    unpacked: bool,
+    steps: Steps<'a>,
+    scratch: u64,
+    reasons: Vec<String>,
+}
+
+impl<'a> Planner<'a> {
+    pub(crate) fn new(shape: &'a Shape, caps: &'a Caps, options: &Options) -> Result<Self> {
+        let mut reasons = Vec::new();
+        let key_step = key_step(shape, caps)?;
+        let fused = choose_fused(shape, caps, options, key_step, &mut reasons)?;
+        let (body, why) = choose_body(caps, options);
+        if fused.is_none() {
+            reasons.push(format!("scores and values in the form: {body} ({why})"));
+        }
+        let native = choose_native(shape, caps, body, options)?;
+        let format = |tensors: &[&Tensor]| Format {
+            element: shape.element,
+            native,
+            vector: tensors.iter().all(|t| whole_vectors(t)),
+        };
+        let operands = transforms(shape) || shape.wants(Logits::Masked);
+        let room =
+            caps.limits.max_storage_buffers_per_shader_stage >= 6 && caps.limits.max_bindings_per_bind_group >= 7;
+        let early = shape.wants(Logits::Raw) || shape.wants(Logits::Capped);
+        let separate = operands && (early || !room || body != Body::Tiled);
+        if separate && fused.is_none() {
+            reasons.push(if early {
+                "the score transform is a pass of its own, because scores before it are asked for".into()
+            } else if room {
+                "the score transform is a pass of its own: unrolled in the lane form it would compile for seconds".into()
+            } else {
+                format!(
+                    "the score transform is a pass of its own: scores cannot bind q, k, scores, lists, mask and bias under {} storage buffers",
+                    caps.limits.max_storage_buffers_per_shader_stage
+                )
+            });
+        }
+        let qk = format(&[&shape.q, &shape.k]);
+        let vo = format(&[&shape.v, &shape.out]);
+        for (what, format) in [("q or k", qk), ("v or out", vo)] {
+            if !format.vector {
+                reasons
+                    .push(format!("{what} has rows that are not whole vectors of four: elements are read one by one"));
+            }
+        }
+        if key_step < shape.seq_kv {
+            reasons.push(format!("keys or values of one head exceed a binding: {key_step} keys a dispatch"));
+        }
+        let direct = match &fused {
+            Some(Variant::Rows(x)) => x.format.vector,
+            Some(Variant::Flash(x)) => x.format.vector,
+            _ => vo.vector,
+        };
+        let partials = match &fused {
+            Some(Variant::Split(x)) => partials(shape, caps, options, x),
+            _ => 0,
+        };
+        if partials > 0 {
+            reasons.push(format!("the keys of a row go to {partials} workgroups, whose results are merged"));
+        }
+        // `merge` sees to its output itself.
+        let unpacked = shape.element != Element::F32 && partials == 0 && (!direct || key_step < shape.seq_kv);
+        if unpacked {
+            if !shape.out.is_dense() {
+                return Err(Error::Conflict {
+                    left: "element",
+                    right: "out",
+                    why: "16-bit rows that are not whole vectors of four, or whose keys are split over dispatches, need a dense out",
+                });
+            }
+            reasons.push("out is summed in an f32 scratch and packed to 16 bits afterwards".into());
+        }
+        let scores =
+            scores::Scores { tile: scores_tile(shape, caps, body, qk)?, format: qk, full: operands && !separate };
+        let out = if unpacked { Element::F32 } else { shape.element };
+        let values = values::Values { tile: values_tile(shape, caps, body, vo)?, format: vo, out };
+        let threads = match (caps.cpu, shape.seq_kv) {
+            (true, _) => tuning::SOFTMAX_THREADS[0],
+            (false, ..=512) => tuning::SOFTMAX_THREADS[1],
+            (false, _) => tuning::SOFTMAX_THREADS[2],
+        };
+        let threads = threads
+            .min(caps.limits.max_compute_invocations_per_workgroup)
+            .min(caps.limits.max_compute_workgroup_size_x);
+        let threads =
+            tuning::SOFTMAX_THREADS.into_iter().rev().find(|&t| t <= threads).expect("8 is below every floor");
+        Ok(Planner {
+            shape,
+            caps,
+            budget: caps.binding().min(options.scratch_budget),
+            flops_per_second: flops_per_second(caps),
+            lists: Lists::new(shape),
+            fused,
+            partials,
+            scores,
+            softmax: softmax::Softmax { threads, lse: shape.lse },
+            values,
+            separate,
+            key_step,
+            unpacked,
+            steps: Steps::new(caps, options),
+            scratch: 0,
+            reasons,
+        })
+    }
+
+    pub(crate) fn plan(mut self) -> Result<Plan> {
+        if self.lists.bytes() > self.caps.binding() {
+            let limit = self.caps.binding();
+            return Err(Error::TooLarge { field: "per-batch and per-head arrays", value: self.lists.bytes(), limit });
+        }
+        let s = self.shape;
+        let mut parts = Vec::new();
+        self.divide(Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q }, &mut parts)?;
+        if parts.len() > 1 {
+            self.reasons.push(format!(
+                "the score matrix of {} bytes runs in {} parts under the scratch budget and binding limit of {} bytes",
+                4 * s.scores_len(),
+                parts.len(),
+                self.budget
+            ));
+        }
+        for part in &parts {
+            self.part(part)?;
+        }
+        let mut scratch = vec![(Slot::Scores, self.scratch)];
+        if self.partials > 0 {
+            let merge = Merge {
+                partials: self.partials,
+                batch: s.batch,
+                heads: s.heads,
+                seq_q: s.seq_q,
+                value_dim: s.value_dim,
+                element: s.element,
+                out: Layout::Strided(s.out.strides),
+                lse: s.lse,
+                sinks: s.sinks,
+            };
+            let [totals, unpacked] = merge.append(self.caps, &mut self.steps)?;
+            let [out, lse] = partial_bytes(s, self.partials);
+            scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
+            scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
+        }
+        if self.unpacked {
+            let unpacked = 4 * s.out.extent();
+            if unpacked > self.caps.limits.max_buffer_size {
+                let limit = self.caps.limits.max_buffer_size;
+                return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
+            }
+            pack(self.caps, s.element, s.out.extent(), &mut self.steps)?;
+            scratch.push((Slot::Unpacked, unpacked));
+        }
+        let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
+        scratch.push((Slot::Spare, if spare { SPARE } else { 0 }));
+        scratch.retain(|(_, bytes)| *bytes > 0);
+        let (steps, slices) = self.steps.finish();
+        Ok(Plan {
+            shape: s.clone(),
+            steps,
+            slices,
+            scratch,
+            lists: self.lists,
+            alignment: self.caps.alignment(),
+            flops_per_second: self.flops_per_second,
+            reasons: self.reasons,
+        })
+    }
+
+    /// Halves a part until each of its operands fits one binding and its scores fit the scratch.
+    fn divide(&self, part: Part, parts: &mut Vec<Part>) -> Result<()> {
+        let Some((field, value, limit)) = self.excess(&part) else {
+            parts.push(part);
+            return few(parts.len() as u64);
+        };
+        let half = |range: &Range<u32>, step: u32| {
+            let middle = range.start + ((range.end - range.start) / 2).next_multiple_of(step);
+            if middle < range.end { middle } else { range.start + (range.end - range.start) / 2 }
+        };
+        let s_group = self.shape.group;
+        let (mut low, mut high) = (part.clone(), part.clone());
+        if count(&part.batch) > 1 {
+            let at = half(&part.batch, 1);
+            (low.batch.end, high.batch.start) = (at, at);
+        } else if count(&part.heads) > 1 {
+            // `split` takes the query heads of a key/value head together.
+            let at = half(&part.heads, if matches!(self.fused, Some(Variant::Split(_))) { s_group } else { 1 });
+            (low.heads.end, high.heads.start) = (at, at);
+        } else if count(&part.rows) > 1 {
+            let at = half(&part.rows, self.scores.tile.tile_rows.max(self.values.tile.tile_rows));
+            (low.rows.end, high.rows.start) = (at, at);
+        } else {
+            return Err(Error::TooLarge { field, value, limit });
+        }
+        self.divide(low, parts)?;
+        self.divide(high, parts)
+    }
+
+    /// The first operand of a part that is too large, with its bytes and the limit.
+    fn excess(&self, part: &Part) -> Option<(&'static str, u64, u64)> {
+        let s = self.shape;
+        let limit = self.caps.binding();
+        let scores = self.score_bytes(part);
+        if self.fused.is_none() && scores > self.budget {
+            return Some(("one row of scores", scores, self.budget));
+        }
+        let bytes = s.element.bytes();
+        let out_bytes = if self.unpacked { 4 } else { bytes };
+        let mut operands = vec![("q", self.query_span(&s.q, part), bytes)];
+        if self.partials == 0 {
+            operands.push(("out", self.query_span(&s.out, part), out_bytes));
+        }
+        let split = self.key_step < s.seq_kv;
+        if !(split && part.planes() == 1) {
+            operands.push(("k", self.key_span(&s.k, part, &(0..s.seq_kv)), bytes));
+            operands.push(("v", self.key_span(&s.v, part, &(0..s.seq_kv)), bytes));
+        }
+        if let Some(mask) = s.mask {
+            operands.push(("mask", broadcast_span(&mask, part), 1));
+        }
+        if let Some(bias) = s.bias {
+            operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
+        }
+        if s.lse && self.partials == 0 {
+            operands.push(("lse", self.lse_span(part), 4));
+        }
+        if s.weights || s.logits.is_some() {
+            operands.push(("weights or logits", self.dense_span(part), 4));
+        }
+        operands.into_iter().find_map(|(field, span, bytes)| {
+            let (_, size, _) = self.bind(span, bytes, 0);
+            (size > limit).then_some((field, size, limit))
+        })
+    }
+
+    fn score_bytes(&self, part: &Part) -> u64 {
+        4 * part.planes() * count(&part.rows) * u64::from(self.shape.score_row())
+    }
+
+    fn query_span(&self, tensor: &Tensor, part: &Part) -> Span {
+        let (batch, rows) = match self.shape.packed {
+            None => (part.batch.clone(), part.rows.clone()),
+            Some(packed) => (0..1, 0..packed.total_q),
+        };
+        span(tensor, &batch, &part.heads, &rows)
+    }
+
+    fn key_span(&self, tensor: &Tensor, part: &Part, keys: &Range<u32>) -> Span {
+        let (batch, rows) = match self.shape.packed {
+            None => (part.batch.clone(), keys.clone()),
+            Some(packed) => (0..1, 0..packed.total_kv),
+        };
+        let group = self.shape.group;
+        let heads = part.heads.start / group..(part.heads.end - 1) / group + 1;
+        span(tensor, &batch, &heads, &rows)
+    }
+
+    fn lse_span(&self, part: &Part) -> Span {
+        let s = self.shape;
+        let (heads, last) = (u64::from(s.heads), |r: &Range<u32>| u64::from(r.end - 1));
+        match s.packed {
+            None => {
+                let row = |b: u64, h: u64, i: u64| (b * heads + h) * u64::from(s.seq_q) + i;
+                let first = row(part.batch.start.into(), part.heads.start.into(), part.rows.start.into());
+                (first, row(last(&part.batch), last(&part.heads), last(&part.rows)) + 1)
+            }
+            Some(packed) => {
+                let total = u64::from(packed.total_q);
+                (u64::from(part.heads.start) * total, u64::from(part.heads.end) * total)
+            }
+        }
+    }
+
+    /// Of a dense [batch, heads, seq_q, seq_kv] output.
+    fn dense_span(&self, part: &Part) -> Span {
+        let s = self.shape;
+        broadcast_span(&Broadcast([s.batch, s.heads, s.seq_q, s.seq_kv]), part)
+    }
+
+    fn bind(&self, span: Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
+        steps::bind(self.caps, span, bytes, origin)
+    }
+
+    /// The dispatches of one part.
+    fn part(&mut self, part: &Part) -> Result<()> {
+        let s = self.shape;
+        if let Some(fused) = self.fused {
+            let lse = if s.lse || self.partials > 0 { flags::LSE } else { 0 };
+            return self.step(fused, part, &(0..s.seq_kv), lse);
+        }
+        self.scratch = self.scratch.max(self.score_bytes(part));
+        let ranges: Vec<Range<u32>> = (0..s.seq_kv)
+            .step_by(self.key_step as usize)
+            .map(|first| first..s.seq_kv.min(first.saturating_add(self.key_step)))
+            .collect();
+        let every = if s.weights || s.logits.is_some() { flags::EVERY_KEY } else { 0 };
+        let capped_first = self.separate && s.wants(Logits::Capped) && s.softcap.is_some();
+        for keys in &ranges {
+            self.step(Variant::Scores(self.scores), part, keys, every)?;
+        }
+        let all = 0..s.seq_kv;
+        if capped_first {
+            // Only the cap: no operand hides a key yet.
+            self.transform(part, flags::PACKED | flags::SOFTCAP | flags::EVERY_KEY)?;
+        }
+        if s.logits.is_some() {
+            if self.separate && s.wants(Logits::Masked) {
+                self.transform(part, u32::MAX)?;
+            }
+            self.step(Variant::Export(export::Export { to: Slot::Logits }), part, &all, flags::EXPORT_LOGITS)?;
+        }
+        if self.separate && !s.wants(Logits::Masked) {
+            self.transform(part, if capped_first { !flags::SOFTCAP } else { u32::MAX })?;
+        }
+        let whole_rows = if s.weights { flags::EVERY_KEY } else { 0 };
+        self.step(Variant::Softmax(self.softmax), part, &all, whole_rows)?;
+        if s.weights {
+            self.step(Variant::Export(export::Export { to: Slot::Weights }), part, &all, 0)?;
+        }
+        for (i, keys) in ranges.iter().enumerate() {
+            self.step(Variant::Values(self.values), part, keys, if i > 0 { flags::ADD } else { 0 })?;
+        }
+        Ok(())
+    }
+
+    /// The score transform as a pass of its own, with only the flags in `keep`.
+    fn transform(&mut self, part: &Part, keep: u32) -> Result<()> {
+        let from = self.steps.list.len();
+        self.step(Variant::Logits(logits::Logits), part, &(0..self.shape.seq_kv), 0)?;
+        for step in &mut self.steps.list[from..] {
+            step.params.flags &= keep;
+        }
+        Ok(())
+    }
+
+    /// One kernel over a part and a range of keys, in as many dispatches as the limits need.
+    fn step(&mut self, variant: Variant, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Result<()> {
+        let s = self.shape;
+        let (row_tiles, col_tiles, flops_per_score) = match &variant {
+            Variant::Scores(x) => (
+                count(&part.rows).div_ceil(x.tile.tile_rows.into()),
+                count(keys).div_ceil(x.tile.tile_cols.into()),
+                2.0 * f64::from(s.head_dim),
+            ),
+            Variant::Values(x) => (
+                count(&part.rows).div_ceil(x.tile.tile_rows.into()),
+                u64::from(s.value_dim.div_ceil(x.tile.tile_cols)),
+                2.0 * f64::from(s.value_dim),
+            ),
+            Variant::Softmax(_) => (count(&part.rows), 1, 32.0),
+            Variant::Flash(x) => {
+                let blocks = s.value_dim.div_ceil(x.tile.dims);
+                (
+                    count(&part.rows).div_ceil(x.tile.tile_rows().into()),
+                    blocks.into(),
+                    2.0 * f64::from(blocks * s.head_dim + s.value_dim),
+                )
+            }
+            Variant::Rows(x) => {
+                (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
+            }
+            Variant::Split(x) => (
+                (count(&part.rows) * count(&self.group(part))).div_ceil(x.tile.rows.into()),
+                self.partials.max(1).into(),
+                2.0 * f64::from(s.head_dim + s.value_dim),
+            ),
+            _ => (count(&part.rows), count(keys).div_ceil(variant.threads().into()), 32.0),
+        };
+        let mut params = self.params(part, keys, extra_flags);
+        let mut planes = part.planes();
+        if matches!(variant, Variant::Split(_)) {
+            let group = self.group(part);
+            params.head0 = part.heads.start / s.group;
+            params.heads = (part.heads.end - 1) / s.group + 1 - params.head0;
+            planes = count(&part.batch) * u64::from(params.heads);
+            (params.group0, params.group_end) = (group.start, group.end);
+            if self.partials > 0 {
+                params.flags &= !flags::SINKS;
+            }
+        }
+        params.row_tiles = small("row tiles", row_tiles)?;
+        params.col_tiles = small("column tiles", col_tiles)?;
+        let bindings = variant
+            .bindings()
+            .into_iter()
+            .map(|(slot, written)| self.bound(slot, written, &variant, part, keys, &mut params))
+            .collect::<Vec<_>>();
+        let flops = flops_per_score * part.planes() as f64 * count(&part.rows) as f64 * count(keys) as f64;
+        let workgroups = small("workgroups", row_tiles * col_tiles * planes)?;
+        self.steps.push(variant, params, bindings, workgroups, flops)
+    }
+
+    /// The query heads of a key/value head that a part has: all, unless it lies within one group.
+    fn group(&self, part: &Part) -> Range<u32> {
+        let group = self.shape.group;
+        let first = part.heads.start % group;
+        first..group.min(first + part.heads.end - part.heads.start)
+    }
+
+    fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
+        let s = self.shape;
+        let l = self.lists;
+        let rows = u64::from(part.rows.end - part.rows.start);
+        let row = u64::from(s.score_row());
+        let s_head = rows * row;
+        let s_batch = count(&part.heads) * s_head;
+        let origin = u64::from(part.batch.start) * s_batch
+            + u64::from(part.heads.start) * s_head
+            + u64::from(part.rows.start) * row;
+        Params {
+            batch0: part.batch.start,
+            head0: part.heads.start,
+            heads: part.heads.end - part.heads.start,
+            row0: part.rows.start,
+            row_end: part.rows.end,
+            key0: keys.start,
+            key_end: keys.end,
+            seq_q: s.seq_q,
+            seq_kv: s.seq_kv,
+            total_q: s.packed.map_or(0, |p| p.total_q),
+            total_kv: s.packed.map_or(0, |p| p.total_kv),
+            group: s.group,
+            head_dim: s.head_dim,
+            value_dim: s.value_dim,
+            flags: problem_flags(s) | extra_flags,
+            scale: s.scale,
+            softcap: s.softcap.unwrap_or(0.0),
+            window_left: s.window.left.unwrap_or(0),
+            window_right: s.window.right.unwrap_or(0),
+            values_rows: self.values.tile.tile_rows,
+            s_base: 0u64.wrapping_sub(origin) as u32,
+            s_batch: s_batch as u32,
+            s_head: s_head as u32,
+            s_row: s.score_row(),
+            list_lengths: l.lengths,
+            list_offsets: l.offsets,
+            list_slopes: l.slopes,
+            list_sinks: l.sinks,
+            list_cu_q: l.cu_q,
+            list_cu_kv: l.cu_kv,
+            ..Params::default()
+        }
+    }
+
+    /// The binding of a slot, and its base and strides in the uniform. Strides wrap like addresses.
+    fn bound(
+        &self,
+        slot: Slot,
+        written: bool,
+        variant: &Variant,
+        part: &Part,
+        keys: &Range<u32>,
+        p: &mut Params,
+    ) -> Bound {
+        let s = self.shape;
+        let bytes = s.element.bytes();
+        let strides = |t: &Tensor| [t.strides.batch as u32, t.strides.head as u32, t.strides.row as u32];
+        let dense =
+            [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
+                .map(|x| x as u32);
+        let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
+        let partial = self.partials > 0;
+        let (slot, (offset, size, base)) = match slot {
+            Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
+            Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
+            Slot::V => (slot, self.bind(self.key_span(&s.v, part, keys), bytes, s.v.strides.offset)),
+            Slot::Out if partial => (Slot::PartialOut, (0, partial_bytes(s, self.partials)[0], 0)),
+            Slot::Out if unpacked => {
+                (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
+            }
+            Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
+            Slot::Lse if partial => (Slot::PartialLse, (0, partial_bytes(s, self.partials)[1], 0)),
+            Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
+            Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
+            Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
+            // A shader that can take the operand binds something even where the problem has none.
+            Slot::Mask if s.mask.is_none() => (Slot::Lists, (0, self.lists.bytes(), 0)),
+            Slot::Bias if s.bias.is_none() => (Slot::Lists, (0, self.lists.bytes(), 0)),
+            Slot::Mask => (slot, self.bind(broadcast_span(&s.mask.expect("matched above"), part), 1, 0)),
+            Slot::Bias => {
+                let bias = s.bias.expect("matched above");
+                (slot, self.bind(broadcast_span(&bias.shape, part), bias.element.bytes(), 0))
+            }
+            Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
+            Slot::Scores => (slot, (0, self.score_bytes(part), p.s_base)),
+            _ => unreachable!("attention's kernels bind no such operand"),
+        };
+        match slot {
+            Slot::Q => (p.q_base, [p.q_batch, p.q_head, p.q_row]) = (base, strides(&s.q)),
+            Slot::K => (p.k_base, [p.k_batch, p.k_head, p.k_row]) = (base, strides(&s.k)),
+            Slot::V => (p.v_base, [p.v_batch, p.v_head, p.v_row]) = (base, strides(&s.v)),
+            Slot::Out | Slot::Unpacked => {
+                (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, strides(&s.out));
+            }
+            Slot::Weights | Slot::Logits => (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, dense),
+            Slot::PartialOut => {
+                let plane = s.seq_q.wrapping_mul(s.value_dim);
+                (p.out_base, [p.out_batch, p.out_head, p.out_row]) =
+                    (base, [s.heads.wrapping_mul(plane), plane, s.value_dim]);
+                p.partial_out = s.batch.wrapping_mul(p.out_batch);
+            }
+            Slot::PartialLse => {
+                (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(s.seq_q), s.seq_q);
+                p.partial_lse = s.batch.wrapping_mul(p.lse_batch);
+            }
+            Slot::Lse => {
+                let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
+                (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(row), row);
+            }
+            Slot::Mask => {
+                let shape = s.mask.expect("matched above");
+                p.mask_base = base;
+                [p.mask_batch, p.mask_head, p.mask_row, p.mask_key] = broadcast_strides(&shape);
+                p.mask_keys = covered(&shape, s.seq_kv);
+            }
+            Slot::Bias => {
+                let shape = s.bias.expect("matched above").shape;
+                p.bias_base = base;
+                [p.bias_batch, p.bias_head, p.bias_row, p.bias_key] = broadcast_strides(&shape);
+                p.bias_keys = covered(&shape, s.seq_kv);
+            }
+            _ => {}
+        }
+        Bound { slot, offset, size, written }
+    }
+}
+
+/// Rounds the f32 scratch of an output of `total` elements to its 16-bit type, in dispatches that each fit a binding.
+pub(crate) fn pack(caps: &Caps, element: Element, total: u64, steps: &mut Steps<'_>) -> Result<()> {
+    let variant = Variant::Pack(pack::Pack { element });
+    // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
+    let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
+    let mut first = 0;
+    while first < total {
+        let elements = step.min(total - first);
+        let words = elements.div_ceil(2);
+        let params = Params {
+            row_tiles: 1,
+            col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
+            heads: 1,
+            pack_count: small("elements", elements)?,
+            ..Params::default()
+        };
+        let bindings = vec![
+            Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
+            Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
+        ];
+        steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
+        first += elements;
+    }
+    Ok(())
+}
+
+/// Bytes of the scratch that stands for an output which is not asked for.
+const SPARE: u64 = 256;
+
+fn problem_flags(s: &Shape) -> u32 {
+    let bias = s.bias.map_or(0, |bias| {
+        flags::BIAS
+            | match bias.element {
+                Element::F32 => flags::BIAS_F32,
+                Element::F16 => 0,
+                Element::Bf16 => flags::BIAS_BF16,
+            }
+    });
+    let causal = match s.causal {
+        Causal::None => 0,
+        Causal::TopLeft => flags::CAUSAL,
+        Causal::BottomRight => flags::CAUSAL | flags::BOTTOM_RIGHT,
+        Causal::Offset => flags::CAUSAL | flags::OFFSETS,
+    };
+    let set = [
+        (s.window.left.is_some(), flags::WINDOW_LEFT),
+        (s.window.right.is_some(), flags::WINDOW_RIGHT),
+        (s.key_lengths, flags::LENGTHS),
+        (s.packed.is_some(), flags::PACKED),
+        (s.softcap.is_some(), flags::SOFTCAP),
+        (s.alibi, flags::ALIBI),
+        (s.sinks, flags::SINKS),
+        (s.mask.is_some(), flags::MASK),
+    ];
+    set.into_iter().filter(|&(on, _)| on).fold(bias | causal, |all, (_, flag)| all | flag)
+}
+
+fn span(tensor: &Tensor, batch: &Range<u32>, heads: &Range<u32>, rows: &Range<u32>) -> Span {
+    let first = tensor.at(batch.start, heads.start, rows.start);
+    (first, tensor.at(batch.end - 1, heads.end - 1, rows.end - 1) + u64::from(tensor.dim))
+}
+
+fn broadcast_strides(Broadcast(shape): &Broadcast) -> [u32; 4] {
+    let mut strides = [0; 4];
+    let mut step = 1u64;
+    for axis in (0..4).rev() {
+        strides[axis] = if shape[axis] == 1 { 0 } else { step as u32 };
+        step *= u64::from(shape[axis]);
+    }
+    strides
+}
+
+fn broadcast_span(Broadcast(shape): &Broadcast, part: &Part) -> Span {
+    let [b, h, r] = [&part.batch, &part.heads, &part.rows];
+    let pick = |axis: usize, full: u32| if shape[axis] == 1 { 0 } else { u64::from(full) };
+    let row = |b: u32, h: u32, r: u32| {
+        ((pick(0, b) * u64::from(shape[1]) + pick(1, h)) * u64::from(shape[2]) + pick(2, r)) * u64::from(shape[3])
+    };
+    (row(b.start, h.start, r.start), row(b.end - 1, h.end - 1, r.end - 1) + u64::from(shape[3]))
+}
+
+/// Keys that a broadcast operand covers: all if its last axis is 1.
+fn covered(Broadcast(shape): &Broadcast, seq_kv: u32) -> u32 {
+    if shape[3] == 1 { seq_kv } else { shape[3] }
+}
