@@ -53,7 +53,9 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         let rule = tol.probs.unwrap_or(Rule { atol: PROBS_ATOL, rtol: tol.out.rtol });
         expectations.push(Expectation::new("probs", Quantity::Weights, want, rule));
     }
-    let notes = if archive.has("dout") { vec!["gradients are not computed"] } else { Vec::new() };
+    // Files whose gradients were left out still say that they had some.
+    let gradients = archive.has("dout") || archive.json_or("has_grad", "true or false", false)?;
+    let notes = if gradients { vec!["gradients are not computed"] } else { Vec::new() };
     let work = Work::Attention { problem: problem.into(), operands: operands.into() };
     let call = Call { label: "", work, expectations };
     Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes }]))
@@ -129,6 +131,14 @@ mod tests {
         let second = mean().tensor("mask", Dtype::BOOL, &[2], &[0, 1]).without("probs");
         let second = second.f32s("out", &[1, 1, 1, 1], &[5.0]).f32s("lse", &[1, 1, 1], &[0.0]);
         assert!(passes(&second));
+    }
+
+    #[test]
+    fn gradients_are_reported_whether_they_are_there_or_were_left_out() {
+        let notes = |file: Builder| case(&file).unwrap().notes;
+        assert!(notes(mean()).is_empty() && notes(mean().text("has_grad", "false")).is_empty());
+        assert_eq!(notes(mean().text("has_grad", "true")), ["gradients are not computed"]);
+        assert_eq!(notes(mean().f32s("dout", &[1, 1, 1, 1], &[1.0])), ["gradients are not computed"]);
     }
 
     #[test]
