@@ -77,8 +77,8 @@ fn options(archive: &Archive, problem: &mut Problem) -> Result<()> {
     };
     for (key, side) in [("window_left", &mut problem.window.left), ("window_right", &mut problem.window.right)] {
         let size = archive.json_or(key, "an integer", -1i64)?;
-        if size >= 0 {
-            *side = Some(u32::try_from(size).map_err(|_| archive.bad_metadata(key, "below 2³²"))?);
+        if size != -1 {
+            *side = Some(u32::try_from(size).map_err(|_| archive.bad_metadata(key, "-1 or from 0 to below 2³²"))?);
         }
     }
     Ok(())
@@ -169,6 +169,7 @@ mod tests {
         assert!(error(mean().text("causal", "sideways")).contains("metadata \"causal\" is \"sideways\""));
         assert!(error(mean().text("tol", "{}")).contains("metadata \"tol\""));
         assert!(error(mean().text("window_left", "x")).contains("metadata \"window_left\""));
+        assert!(error(mean().text("window_right", "-2")).contains("metadata \"window_right\" is \"-2\""));
         assert!(error(mean().text("layout", "dshb")).contains("bhsd, bshd or thd"));
     }
 }
