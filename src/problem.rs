@@ -79,9 +79,9 @@ impl Broadcast {
         Ok(Broadcast(full))
     }
 
-    /// Elements in the operand.
+    /// Elements in the operand, at most `usize::MAX`.
     pub fn len(&self) -> usize {
-        self.0.iter().map(|&n| n as usize).product()
+        self.0.iter().fold(1, |len: usize, &n| len.saturating_mul(n as usize))
     }
 
     /// Whether an axis is 0. [`Problem::check`] refuses such an operand.
