@@ -29,7 +29,7 @@ pub struct RotaryEmbedding {
     pub interleaved: bool,
     /// Base of the angles, 10000 unless a model says otherwise.
     pub base: f64,
-    /// Positions that the table has.
+    /// Positions that the table has: as many as a call may have queries or keys, or its cache room.
     pub positions: u32,
 }
 
@@ -204,6 +204,10 @@ impl Layer {
             if !rotary.dim.is_multiple_of(2) {
                 return Err(Error::Multiple { field: "rotary.dim", value: rotary.dim.into(), of: 2 });
             }
+            if !(rotary.base.is_finite() && rotary.base > 0.0) {
+                let value = rotary.base as f32;
+                return Err(Error::Number { field: "rotary.base", value, want: "finite and above 0" });
+            }
         }
         Ok(())
     }
@@ -254,6 +258,11 @@ impl Layer {
         if call.cache && problem.seq_q > problem.seq_kv {
             let (value, limit) = (problem.seq_q.into(), problem.seq_kv.into());
             return Err(Error::TooLarge { field: "seq_q of a call with a cache", value, limit });
+        }
+        let last = problem.seq_q.max(problem.seq_kv);
+        if let Some(rotary) = self.rotary.filter(|rotary| last > rotary.positions) {
+            let (value, limit) = (last.into(), rotary.positions.into());
+            return Err(Error::TooLarge { field: "seq_q or seq_kv, bound by rotary.positions,", value, limit });
         }
         match conflicts.into_iter().find(|(set, ..)| *set) {
             Some((_, left, right, why)) => Err(Error::Conflict { left, right, why }),

@@ -200,6 +200,8 @@ fn product(a: u32, b: u32) -> Result<u32> {
 mod tests {
     use std::collections::BTreeMap;
 
+    use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
     use safetensors::tensor::TensorView;
 
     use super::*;
@@ -314,6 +316,154 @@ mod tests {
         assert!(text(load(integers)).contains("\"a.in_proj_weight\" has type I32"));
         assert!(text(pytorch(&bytes(&torch()), "a.", 3)).contains("heads is 3; it must divide embed_dim"));
         assert!(text(pytorch(&bytes(&torch()), "a.", 0)).contains("heads is 0"));
+    }
+
+    /// What a stranger does to a valid file, or to its tensors before they are written.
+    #[derive(Clone, Debug)]
+    enum Damage {
+        Flip {
+            byte: prop::sample::Index,
+            mask: u8,
+        },
+        /// Only in the part that says names, types, shapes and places.
+        FlipHeader {
+            byte: prop::sample::Index,
+            mask: u8,
+        },
+        HeaderSize(u64),
+        Cut(prop::sample::Index),
+        Append(Vec<u8>),
+        Reshape(prop::sample::Index, Vec<usize>),
+        Retype(prop::sample::Index, Dtype),
+        Remove(prop::sample::Index),
+        Add(&'static str, Vec<usize>),
+    }
+
+    fn damage() -> impl Strategy<Value = Damage> {
+        use prop::collection::vec;
+        let at = any::<prop::sample::Index>;
+        // Sizes that fit each other now and then, none, and such that no product fits 64 bits.
+        let axis = || prop::sample::select(vec![0, 1, 2, 3, 4, 6, 8, 8, 8, 12, 16, 24, 1 << 20, 1 << 33, usize::MAX]);
+        let dtypes =
+            [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16, Dtype::I32, Dtype::BOOL, Dtype::F8_E4M3, Dtype::F4];
+        let names = ["q_norm", "in_proj_weight", "q_proj_weight", "bias_k", "q_proj.bias", "key/bias", "", "wq.bias"];
+        prop_oneof![
+            (at(), 1u8..).prop_map(|(byte, mask)| Damage::Flip { byte, mask }),
+            (at(), 1u8..).prop_map(|(byte, mask)| Damage::FlipHeader { byte, mask }),
+            prop_oneof![any::<u64>(), 0u64..2000, Just(u64::MAX), Just(100_000_001)].prop_map(Damage::HeaderSize),
+            at().prop_map(Damage::Cut),
+            vec(any::<u8>(), 1..9).prop_map(Damage::Append),
+            (at(), vec(axis(), 0..5)).prop_map(|(which, shape)| Damage::Reshape(which, shape)),
+            (at(), prop::sample::select(dtypes.to_vec())).prop_map(|(which, dtype)| Damage::Retype(which, dtype)),
+            at().prop_map(Damage::Remove),
+            (prop::sample::select(names.to_vec()), vec(axis(), 0..4))
+                .prop_map(|(name, shape)| Damage::Add(name, shape)),
+        ]
+    }
+
+    /// A valid file of each family; its tensors begin with no prefix.
+    fn families() -> Vec<File> {
+        let linear = |names: [&'static str; 4]| file(&names.map(|name| (name, &[8usize, 8][..])));
+        vec![
+            file(&[("in_proj_weight", &[24, 8]), ("in_proj_bias", &[24]), ("out_proj.weight", &[8, 8])]),
+            linear(["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]),
+            file(&[
+                ("query/kernel", &[8, 4, 2]),
+                ("key/kernel", &[8, 2, 2]),
+                ("key/bias", &[2, 2]),
+                ("value/kernel", &[8, 2, 4]),
+                ("attention_output/kernel", &[4, 4, 8]),
+            ]),
+            linear(["wq.kernel", "wk.kernel", "wv.kernel", "dense.kernel"]),
+            linear(["self.query.weight", "self.key.weight", "self.value.weight", "output.dense.weight"]),
+            linear(["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]),
+        ]
+    }
+
+    /// The bytes of a damaged file, or nothing where the damage is such that no file can be written.
+    fn damaged(mut file: File, damages: &[Damage]) -> Option<Vec<u8>> {
+        let name = |file: &File, which: &prop::sample::Index| {
+            (!file.is_empty()).then(|| *file.keys().nth(which.index(file.len())).expect("in it"))
+        };
+        for damage in damages {
+            match damage {
+                Damage::Reshape(which, shape) => file.get_mut(name(&file, which)?)?.1 = shape.clone(),
+                Damage::Retype(which, dtype) => file.get_mut(name(&file, which)?)?.0 = *dtype,
+                Damage::Remove(which) => drop(file.remove(name(&file, which)?)),
+                Damage::Add(name, shape) => drop(file.insert(name, (Dtype::F32, shape.clone()))),
+                _ => {}
+            }
+        }
+        let data: Vec<u8> = (0..1u32 << 14).map(|n| n as u8).collect();
+        let views = file.iter().map(|(name, (dtype, shape))| {
+            let bits = shape.iter().try_fold(dtype.bitsize(), |n, &axis| n.checked_mul(axis))?;
+            Some((*name, TensorView::new(*dtype, shape.clone(), data.get(..bits / 8)?).ok()?))
+        });
+        let mut bytes = safetensors::serialize(views.collect::<Option<Vec<_>>>()?, None).ok()?;
+        for damage in damages {
+            let header = bytes.len().min(8 + usize::from(bytes[0]) + 256 * usize::from(bytes[1]));
+            match damage {
+                Damage::Flip { byte, mask } => {
+                    let at = byte.index(bytes.len());
+                    bytes[at] ^= mask;
+                }
+                Damage::FlipHeader { byte, mask } => bytes[byte.index(header)] ^= mask,
+                Damage::HeaderSize(size) => bytes[..8].copy_from_slice(&size.to_le_bytes()),
+                Damage::Cut(keep) => bytes.truncate(keep.index(bytes.len()).max(8)),
+                Damage::Append(more) => bytes.extend(more),
+                _ => {}
+            }
+        }
+        Some(bytes)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            // PROPTEST_CASES asks for more.
+            cases: ProptestConfig::default().cases.max(2000),
+            failure_persistence: None,
+            rng_seed: RngSeed::Fixed(7),
+            ..ProptestConfig::default()
+        })]
+
+        /// No panic, and a layer that is given out is whole and no larger than its file. What is wrong with a file that can be
+        /// read at all is told with the tensor's name.
+        #[test]
+        fn damaged_files_are_layers_or_errors(
+            family in 0usize..6,
+            damages in prop::collection::vec(damage(), 0..4),
+            heads in prop_oneof![Just(4u32), 0u32..9, any::<u32>()],
+            kv_heads in prop_oneof![Just(4u32), 0u32..9, any::<u32>()],
+        ) {
+            let Some(bytes) = damaged(families().swap_remove(family), &damages) else { return Ok(()) };
+            let loaded = [
+                pytorch(&bytes, "", heads),
+                keras(&bytes, ""),
+                tensorflow_tutorial(&bytes, "", heads),
+                bert(&bytes, "", heads),
+                llama(&bytes, "", heads, kv_heads),
+            ];
+            prop_assert!(!damages.is_empty() || heads != 4 || kv_heads != 4 || loaded.iter().any(Result::is_ok));
+            for layer in loaded {
+                match layer {
+                    Ok(layer) => {
+                        prop_assert_eq!(layer.check(), Ok(()));
+                        let weights = [&layer.query, &layer.key, &layer.value, &layer.out].map(|part| part.weight.len());
+                        prop_assert!(2 * weights.iter().sum::<usize>() <= bytes.len());
+                    }
+                    Err(
+                        error @ (Error::MissingTensor { .. }
+                        | Error::ExtraTensor { .. }
+                        | Error::TensorShape { .. }
+                        | Error::TensorType { .. }),
+                    ) => prop_assert!(error.to_string().starts_with("tensor \""), "{}", error),
+                    Err(Error::File(_)) => prop_assert!(SafeTensors::deserialize(&bytes).is_err()),
+                    // The caller's number of heads does not go with the file.
+                    Err(Error::Divide { .. } | Error::KvHeads { .. } | Error::Zero { .. } | Error::TooLarge { .. }) => {}
+                    Err(error) => prop_assert!(false, "{}", error),
+                }
+            }
+        }
     }
 
     #[test]

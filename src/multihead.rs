@@ -142,6 +142,10 @@ impl MultiHeadAttention {
         if let Some(value) = hosts.iter().map(|m| m.len() as u64 * element.bytes()).find(|&size| size > limit) {
             return Err(Error::TooLarge { field: "weight matrix", value, limit });
         }
+        let table = layer.rotary.map_or(0, |r| 4 * u64::from(r.positions) * u64::from(r.dim));
+        if table > caps.binding() {
+            return Err(Error::TooLarge { field: "rotary table", value: table, limit: caps.binding() });
+        }
         let (mut shifts, mut places) = (Vec::new(), Places::default());
         if parts.iter().any(|p| p.bias.is_some()) {
             // All three, so that they stand in a row for the packed matrix.
@@ -365,8 +369,11 @@ impl<'a> Preparation<'a> {
         }
         let [k_slot, v_slot] = if self.fused { [Slot::Q; 2] } else { [Slot::K, Slot::V] };
         if let Some(rotary) = layer.rotary {
-            let turned = [(layer.heads, seq_q, Slot::Q, shape.q().strides), (layer.kv_heads, keys, k_slot, k)];
-            for (heads, rows, slot, x) in turned {
+            let q = shape.q().strides;
+            let apart = [(layer.heads, seq_q, Slot::Q, q), (layer.kv_heads, keys, k_slot, k)];
+            // In one buffer, the heads of the keys follow those of the queries.
+            let together = [(layer.heads + layer.kv_heads, seq_q, Slot::Q, q)];
+            for (heads, rows, slot, x) in if self.fused { &together[..] } else { &apart[..] }.iter().copied() {
                 let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
                 (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
                 (r.x, r.slots) = (x, rotation::Slots { x: slot, y: slot });

@@ -8,7 +8,7 @@ use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Inputs, Layer, LayerBuffers,
     LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, Problem, Projection, Rotation,
-    Sources, Strides, Weights, reference, wgpu,
+    Sources, Strides, Weights, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -129,7 +129,16 @@ fn projections(rows: u32, inputs: u32, outputs: u32) -> impl Iterator<Item = Pro
 
 #[test]
 fn projections_match_on_odd_sizes() {
-    let sizes = [(1, 64, 96), (7, 37, 29), (33, 128, 100), (65, 31, 65), (1, 5, 1), (130, 260, 132)];
+    let sizes = [
+        (1, 64, 96),
+        (7, 37, 29),
+        (33, 128, 100),
+        (65, 31, 65),
+        (1, 5, 1),
+        (130, 260, 132),
+        (7, 2049, 63),
+        (1000, 63, 1),
+    ];
     let sizes = if small("larger projections") { &sizes[..3] } else { &sizes[..] };
     for gpu in gpus() {
         for (seed, &(rows, inputs, outputs)) in sizes.iter().enumerate() {
@@ -321,8 +330,8 @@ fn wrong_rotations_are_errors() {
 fn linear(r: &mut Random, inputs: u32, outputs: u32, order: Order, bias: bool) -> Linear {
     let size = 1.5 / (inputs as f32).sqrt();
     let weight = r.signed_vec((inputs * outputs) as usize, size);
-    // Rounded, so that f16 on the GPU and f32 in the reference are the same weights.
-    let weight = weight.into_iter().map(|x| half::f16::from_f32(x).to_f32()).collect();
+    // Rounded to eight bits, so that f16 or bf16 on the GPU and f32 in the reference are the same weights.
+    let weight = weight.into_iter().map(|x| half::bf16::from_f32(half::f16::from_f32(x).to_f32()).to_f32()).collect();
     Linear { inputs, outputs, weight, order, bias: bias.then(|| r.signed_vec(outputs as usize, 0.5)) }
 }
 
@@ -406,13 +415,21 @@ fn layers_match() {
             problem.mask = (r.below(2) == 0).then_some(Broadcast([problem.batch, 1, seq_q, seq_kv]));
             problem.bias =
                 (r.below(2) == 0).then_some(Bias { shape: Broadcast([1, heads, 1, seq_kv]), element: Element::F32 });
-            problem.causal = [Causal::None, Causal::TopLeft, Causal::BottomRight][r.below(3) as usize];
+            let rules = [Causal::None, Causal::TopLeft, Causal::BottomRight, Causal::Offset];
+            problem.causal = rules[r.below(4) as usize];
             problem.key_lengths = r.below(3) == 0;
+            if r.below(3) == 0 {
+                problem.window = Window { left: Some(r.below(9)), right: (r.below(2) == 0).then(|| r.below(5)) };
+            }
+            problem.alibi = r.below(3) == 0;
+            problem.sinks = !layer.zero_attn && r.below(2) == 0;
+            problem.softcap = (layer.bias_kv.is_none() && r.below(3) == 0).then_some(1.5);
+            problem.scale = (r.below(3) == 0).then_some(0.6);
             let mut call = Call::default();
             call.sources = sources;
             call.seq_first = r.below(2) == 0;
             call.weights = [None, Some(Weights::Heads), Some(Weights::Mean)][r.below(3) as usize];
-            let element = [Element::F32, Element::F16][r.below(2) as usize];
+            let element = [Element::F32, Element::F16, Element::Bf16][r.below(3) as usize];
             check_layer(gpu, &layer, &problem, &call, element, &forced(FORMS[round % 2]));
         }
     }
@@ -513,6 +530,21 @@ fn wrong_layers_and_calls_are_errors() {
         Err(Error::Length { field: "value weight", got: 239, want: 240 })
     );
     assert_eq!(make(&|l| l.out.bias = Some(vec![0.0; 3])), Err(Error::Length { field: "out bias", got: 3, want: 20 }));
+    let rotary = RotaryEmbedding { dim: 4, interleaved: true, base: 100.0, positions: 2 };
+    let turning = |change: &dyn Fn(&mut RotaryEmbedding)| {
+        make(&|l| {
+            let mut rotary = rotary;
+            change(&mut rotary);
+            l.rotary = Some(rotary);
+        })
+    };
+    assert_eq!(turning(&|_| ()), Ok(()));
+    for base in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+        assert!(matches!(turning(&|r| r.base = base), Err(Error::Number { field: "rotary.base", .. })), "{base}");
+    }
+    assert_eq!(turning(&|r| r.dim = 10), Err(Error::TooLarge { field: "rotary.dim", value: 10, limit: 8 }));
+    // Terabytes, which must not be asked for.
+    assert!(matches!(turning(&|r| r.positions = u32::MAX), Err(Error::TooLarge { field: "rotary table", .. })));
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
     let x = vec![0.0; 2 * 3 * 20];
     let inputs = LayerInputs { query: &x, ..Default::default() };
@@ -529,4 +561,18 @@ fn wrong_layers_and_calls_are_errors() {
     assert_eq!(run(&|p, _| p.key_lengths = true), Err(Error::Missing { field: "key_lengths" }));
     assert!(matches!(run(&|_, c| c.cache = true), Err(Error::Conflict { left: "cache", .. })));
     assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
+    // A row beyond the table would turn like its last one.
+    let mut short = good.clone();
+    short.rotary = Some(rotary);
+    let short = MultiHeadAttention::new(gpu.library(), gpu.queue(), &short, Element::F32).expect("valid");
+    let prepare = |rows, room, cache| {
+        let mut call = Call::default();
+        call.cache = cache;
+        short.prepare(gpu.library(), &good.problem(2, rows, room), &call, &Options::default()).map(|_| ())
+    };
+    assert_eq!(prepare(2, 2, false), Ok(()));
+    for refused in [prepare(3, 3, false), prepare(1, 3, true)] {
+        let error = refused.expect_err("two positions").to_string();
+        assert!(error.ends_with("bound by rotary.positions, is 3; the limit is 2"), "{error}");
+    }
 }

@@ -93,8 +93,8 @@ pub struct GpuAttention<'a> {
     gpu: &'a Gpu,
     heads: Heads,
     capacity: usize,
-    /// Keys and values of each layer, [capacity, kv_heads, head_dim]: new rows follow the old ones in memory.
-    caches: Vec<[wgpu::Buffer; 2]>,
+    /// Keys and values of each layer side by side, [capacity, 2 · kv_heads, head_dim]: new rows follow the old ones in memory.
+    caches: Vec<wgpu::Buffer>,
     table: wgpu::Buffer,
     /// How many keys there are before the new rows, and with them.
     start: wgpu::Buffer,
@@ -104,50 +104,53 @@ pub struct GpuAttention<'a> {
 
 /// What is prepared for some number of new rows.
 struct Step {
-    turn_q: Operation,
-    turn_k: Operation,
+    turn: Operation,
     append: Operation,
     attention: Prepared,
-    /// [rows, heads, head_dim].
-    q: wgpu::Buffer,
-    /// New keys and values, [rows, kv_heads, head_dim].
-    kv: [wgpu::Buffer; 2],
+    /// New rows of query, key and value side by side, [rows, heads + 2 · kv_heads, head_dim].
+    rows: wgpu::Buffer,
+    /// [rows, heads · head_dim], and where the CPU reads it.
     out: wgpu::Buffer,
+    read: wgpu::Buffer,
 }
 
-/// A storage buffer for `len` words.
-fn buffer(gpu: &Gpu, label: &str, len: usize) -> wgpu::Buffer {
-    gpu.device().create_buffer(&wgpu::BufferDescriptor {
-        label: Some(label),
-        size: 4 * len as u64,
-        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
-        mapped_at_creation: false,
-    })
+/// A buffer for `len` words.
+fn buffer(gpu: &Gpu, label: &str, len: usize, usage: wgpu::BufferUsages) -> wgpu::Buffer {
+    let (label, size) = (Some(label), 4 * len as u64);
+    gpu.device().create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
 }
+
+const STORAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_DST).union(wgpu::BufferUsages::COPY_SRC);
 
 impl Step {
     fn new(gpu: &Gpu, heads: &Heads, rows: usize, capacity: usize) -> Result<Self> {
+        let (rows32, capacity) = (rows as u32, capacity as u32);
         let [h, kv_heads, dim] = [heads.heads, heads.kv_heads, heads.head_dim].map(|n| n as u32);
-        let mut problem = Problem::new(1, h, rows as u32, capacity as u32, dim).with_layout(Layout::Bshd);
-        (problem.kv_heads, problem.key_lengths, problem.causal) = (kv_heads, true, Causal::BottomRight);
-        let attention = gpu.library().prepare(&gpu.library().plan(&problem)?)?;
-        let turn = |heads: u32| {
-            let mut rotation = Rotation::new(1, heads, rows as u32, dim, capacity as u32);
-            rotation.x = Strides { offset: 0, batch: 0, head: dim.into(), row: (heads * dim).into() };
-            (rotation.interleaved, rotation.positions) = (true, Positions::Starts);
-            gpu.library().rotate(&rotation, &Options::default())
+        // From a head on, in rows of so many heads.
+        let heads_of = |of: u32, first: u32| {
+            let [row, offset] = [of, first].map(|heads| u64::from(heads) * u64::from(dim));
+            Strides { offset, batch: 0, head: dim.into(), row }
         };
-        let mut append = Append::new(1, kv_heads, rows as u32, capacity as u32, dim);
-        (append.x, append.cache) = (Layout::Bshd, Layout::Bshd);
-        let [len, kv_len] = [heads.heads, heads.kv_heads].map(|n| rows * n * heads.head_dim);
+        let all = h + 2 * kv_heads;
+        let mut problem = Problem::new(1, h, rows32, capacity, dim).with_layout(Layout::Bshd);
+        (problem.kv_heads, problem.key_lengths, problem.causal) = (kv_heads, true, Causal::BottomRight);
+        problem.q = Layout::Strided(heads_of(all, 0));
+        problem.k = Layout::Strided(heads_of(2 * kv_heads, 0));
+        problem.v = Layout::Strided(heads_of(2 * kv_heads, kv_heads));
+        // Queries and keys turn alike, in place.
+        let mut rotation = Rotation::new(1, h + kv_heads, rows32, dim, capacity);
+        (rotation.x, rotation.interleaved, rotation.positions) = (heads_of(all, 0), true, Positions::Starts);
+        let mut append = Append::new(1, 2 * kv_heads, rows32, capacity, dim);
+        (append.x, append.cache) = (Layout::Strided(heads_of(all, h)), Layout::Bshd);
+        let len = rows * heads.heads * heads.head_dim;
         Ok(Step {
-            turn_q: turn(h)?,
-            turn_k: turn(kv_heads)?,
+            turn: gpu.library().rotate(&rotation, &Options::default())?,
             append: gpu.library().append(&append, &Options::default())?,
-            attention,
-            q: buffer(gpu, "q", len),
-            kv: ["k", "v"].map(|label| buffer(gpu, label, kv_len)),
-            out: buffer(gpu, "out", len),
+            attention: gpu.library().prepare(&gpu.library().plan(&problem)?)?,
+            rows: buffer(gpu, "new rows", rows * (heads.heads + 2 * heads.kv_heads) * heads.head_dim, STORAGE),
+            out: buffer(gpu, "out", len, STORAGE),
+            read: buffer(gpu, "read-back", len, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST),
         })
     }
 }
@@ -155,56 +158,60 @@ impl Step {
 impl<'a> GpuAttention<'a> {
     /// With room for `capacity` positions.
     pub fn new(gpu: &'a Gpu, heads: Heads, capacity: usize) -> Self {
-        let len = capacity * heads.kv_heads * heads.head_dim;
+        let len = 2 * capacity * heads.kv_heads * heads.head_dim;
         let table = heads.table(capacity);
-        let angles = buffer(gpu, "angles", table.len());
+        let angles = buffer(gpu, "angles", table.len(), STORAGE);
         gpu.queue().write_buffer(&angles, 0, bytemuck::cast_slice(&table));
         GpuAttention {
             gpu,
             heads,
             capacity,
-            caches: (0..heads.layers).map(|_| ["keys", "values"].map(|label| buffer(gpu, label, len))).collect(),
+            caches: (0..heads.layers).map(|_| buffer(gpu, "keys and values", len, STORAGE)).collect(),
             table: angles,
-            start: buffer(gpu, "start", 1),
-            length: buffer(gpu, "length", 1),
+            start: buffer(gpu, "start", 1, STORAGE),
+            length: buffer(gpu, "length", 1, STORAGE),
             steps: HashMap::new(),
         }
     }
 
     /// See [`Attend`].
-    pub fn attend(&mut self, layer: usize, start: usize, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-        let rows = q.dim(0)?;
-        let (gpu, [keys, cached_values]) = (self.gpu, &self.caches[layer]);
+    pub fn attend(&mut self, layer: usize, start: usize, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        let rows = qkv[0].dim(0)?;
+        let (gpu, cache) = (self.gpu, self.caches[layer].slice(..));
         let step = match self.steps.entry(rows) {
             Entry::Occupied(step) => step.into_mut(),
             Entry::Vacant(place) => place.insert(Step::new(gpu, &self.heads, rows, self.capacity)?),
         };
-        let [new_k, new_v] = &step.kv;
-        for (buffer, x) in [(&step.q, q), (new_k, k), (new_v, v)] {
-            gpu.queue().write_buffer(buffer, 0, bytemuck::cast_slice(&values(x)?));
-        }
+        gpu.queue().write_buffer(&step.rows, 0, bytemuck::cast_slice(&values(&Tensor::cat(&qkv, 1)?)?));
         gpu.queue().write_buffer(&self.start, 0, bytemuck::bytes_of(&(start as u32)));
         gpu.queue().write_buffer(&self.length, 0, bytemuck::bytes_of(&((start + rows) as u32)));
 
-        let mut buffers = Buffers::new(step.q.slice(..), keys.slice(..), cached_values.slice(..), step.out.slice(..));
-        buffers.key_lengths = Some(self.length.slice(..));
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        for (turn, x) in [(&step.turn_q, &step.q), (&step.turn_k, new_k)] {
-            let angles = [(Slot::Angles, self.table.slice(..)), (Slot::Positions, self.start.slice(..))];
-            turn.encode(&mut encoder, &[&[(Slot::Result, x.slice(..))], &angles[..]].concat())?;
-        }
-        for (rows, cache) in [(new_k, keys), (new_v, cached_values)] {
-            let slots = [(Slot::Rows, rows), (Slot::Cache, cache), (Slot::Starts, &self.start)];
-            step.append.encode(&mut encoder, &slots.map(|(slot, buffer)| (slot, buffer.slice(..))))?;
-        }
+        let (new, starts) = (step.rows.slice(..), self.start.slice(..));
+        let angles = (Slot::Angles, self.table.slice(..));
+        step.turn.encode(&mut encoder, &[(Slot::Result, new), angles, (Slot::Positions, starts)])?;
+        step.append.encode(&mut encoder, &[(Slot::Rows, new), (Slot::Cache, cache), (Slot::Starts, starts)])?;
+        let mut buffers = Buffers::new(new, cache, cache, step.out.slice(..));
+        buffers.key_lengths = Some(self.length.slice(..));
         // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.
         for slice in 0..step.attention.slices() {
+            if slice > 0 {
+                let next = gpu.device().create_command_encoder(&Default::default());
+                gpu.queue().submit([std::mem::replace(&mut encoder, next).finish()]);
+            }
             step.attention.encode_slice(slice, &mut encoder, &buffers)?;
-            let next = gpu.device().create_command_encoder(&Default::default());
-            gpu.queue().submit([std::mem::replace(&mut encoder, next).finish()]);
         }
-        let bytes = gpu.read(step.out.slice(..))?;
+        // The copy back goes along with the last one: each submission costs a wait for the device.
+        encoder.copy_buffer_to_buffer(&step.out, 0, &step.read, 0, step.read.size());
+        gpu.queue().submit([encoder.finish()]);
+        step.read.slice(..).map_async(wgpu::MapMode::Read, |_| ());
+        gpu.wait()?;
+        let lost = |error: wgpu::MapRangeError| wgpu_attention::Error::DeviceLost(error.to_string());
+        let bytes = step.read.slice(..).get_mapped_range().map_err(lost)?;
         let width = self.heads.heads * self.heads.head_dim;
-        Ok(Tensor::from_vec(bytemuck::pod_collect_to_vec::<u8, f32>(&bytes), (rows, width), &Device::Cpu)?)
+        let out = Tensor::from_slice(&bytemuck::pod_collect_to_vec::<u8, f32>(&bytes), (rows, width), &Device::Cpu)?;
+        drop(bytes);
+        step.read.unmap();
+        Ok(out)
     }
 }
