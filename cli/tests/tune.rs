@@ -58,7 +58,7 @@ fn tuned_rows_are_measured_stored_and_followed_until_they_do_not_fit() {
     let (own, reasons, err) = session.plan("");
     assert!(err.is_empty() && !reasons.iter().any(|reason| reason.contains("tuned")), "{reasons:?} {err}");
 
-    let [out, _] = session.good("tune --json --seconds 60 --shape 1,2,2,64,64,32");
+    let [out, _] = session.good("tune --json --seconds 600 --shape 1,2,2,64,64,32");
     let rows: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let verdicts: Vec<&str> = rows.iter().map(|row| row["verdict"].as_str().unwrap()).collect();
     assert!(rows.len() > 1, "{out}");
@@ -87,7 +87,7 @@ fn tuned_rows_are_measured_stored_and_followed_until_they_do_not_fit() {
         let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         file["rows"].as_array().unwrap().clone()
     };
-    session.good("tune --seconds 60 --shape 1,2,2,1,64,32");
+    session.good("tune --seconds 600 --shape 1,2,2,1,64,32");
     assert_eq!(rows_of(file).len(), 2);
     let other = session.folder.path().join("other.json");
     std::fs::write(&other, &text).unwrap();
@@ -136,20 +136,20 @@ fn tuned_rows_are_measured_stored_and_followed_until_they_do_not_fit() {
     warns_once(&err, Path::new("missing.json"), "no such file");
 
     // Measuring anew replaces what did not fit.
-    session.good("tune --seconds 60 --shape 1,2,2,64,64,32");
+    session.good("tune --seconds 600 --shape 1,2,2,64,64,32");
     assert_eq!(rows_of(file).len(), 1);
     assert!(session.plan("").2.is_empty());
 }
 
 #[test]
-fn a_time_limit_that_is_too_short_stores_only_what_was_measured_to_the_end() {
+fn a_time_limit_that_is_too_short_stores_only_what_was_compared() {
     let session = Session::new();
     let output = session.run("tune --seconds 1");
     let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
-    assert!(out.contains("problems were not measured within 1 s"), "{out}\n{err}");
+    assert!(out.contains("problems were not measured, or not with every candidate, within 1 s"), "{out}\n{err}");
     let stored = !session.files("tuning-").is_empty();
     assert_eq!(stored, output.status.success(), "{out}\n{err}");
-    assert_eq!(stored, out.contains("stored in"), "{out}\n{err}");
+    assert_eq!(stored, out.contains("stored: "), "{out}\n{err}");
 }
 
 #[test]
@@ -164,32 +164,31 @@ fn two_problems_of_a_class_are_refused() {
 fn what_the_driver_compiled_is_kept_and_damage_to_it_does_no_harm() {
     let session = Session::new();
     let input = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/cases/sdpa/shape_03_f32_b1h2_q7k65_d64.safetensors");
-    let output = session.folder.path().join("tuning-output");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let output = elsewhere.path().join("out.safetensors");
     let call = format!("run --input {input} --output {}", output.display());
     let result = || {
         let err = session.good(&call)[1].clone();
-        (std::fs::read(&output).unwrap(), err)
+        // The metadata before the tensor have no fixed order.
+        (std::fs::read(&output).unwrap().last_chunk::<{ 4 * 2 * 7 * 64 }>().unwrap().to_vec(), err)
     };
     let (want, err) = result();
     assert!(err.is_empty(), "{err}");
     // Only Vulkan gives it out.
     for file in session.files("wgpu_pipeline_cache") {
         let data = std::fs::read(&file).unwrap();
-        assert_eq!(result(), (want.clone(), String::new()));
+        assert!(result() == (want.clone(), String::new()));
         let mut flipped = data.clone();
         *flipped.last_mut().unwrap() ^= 1;
         for damaged in [vec![], vec![0xa5; 4096], data[..data.len() - 1].to_vec(), flipped] {
             std::fs::write(&file, &damaged).unwrap();
             let (got, err) = result();
-            assert_eq!(got, want);
+            assert!(got == want);
             warns_once(&err, &file, "damaged");
             assert_ne!(std::fs::read(&file).unwrap(), damaged, "it is written anew");
-            assert_eq!(result(), (want.clone(), String::new()));
+            assert!(result() == (want.clone(), String::new()));
         }
     }
     // No temporary file is left.
-    assert!(session.files("").iter().all(|path| {
-        let name = path.file_name().unwrap().to_str().unwrap();
-        name.starts_with("wgpu_pipeline_cache") || name.starts_with("tuning-")
-    }));
+    assert_eq!(session.files("").len(), session.files("wgpu_pipeline_cache").len());
 }

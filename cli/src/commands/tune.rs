@@ -128,10 +128,11 @@ struct Runner {
 /// What was found for one problem.
 struct Found {
     rows: Vec<Row>,
-    /// The row to store, unless time ran out first, or nothing was right.
+    /// The row to store, unless time ran out before there was something to compare, or nothing was right.
     best: Option<TunedRow>,
     /// Some candidate was wrong or failed.
     failed: bool,
+    /// Every candidate was measured.
     in_time: bool,
 }
 
@@ -160,7 +161,7 @@ impl Tuner<'_> {
         for &choice in choices {
             if Instant::now() >= self.deadline {
                 found.in_time = false;
-                return Ok(found);
+                break;
             }
             let mut row = self.row(&subject, choice);
             match self.first(&subject, choice, &mut row) {
@@ -173,6 +174,10 @@ impl Tuner<'_> {
             }
             found.rows.push(row);
             self.bar.inc(1);
+        }
+        // The planner's own choice was the first: what beats it is worth keeping even if there is something better still.
+        if runners.len() < 2 && !found.in_time {
+            return Ok(found);
         }
         let best = runners.iter().map(|runner| runner.times[0]).fold(f64::INFINITY, f64::min);
         runners.retain(|runner| runner.times[0] <= SLOWER * best);
@@ -325,10 +330,16 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     report.line(format!("{label} ({}), timed by {}", label.driver, tuner.timer.name()))?;
     report.table(&HEADER, &cells)?;
     if late > 0 {
-        report.note(format!("{late} of {} problems were not measured within {} s", work.len(), arguments.seconds))?;
+        report.note(format!(
+            "{late} of {} problems were not measured, or not with every candidate, within {} s",
+            work.len(),
+            arguments.seconds
+        ))?;
     }
     if best.is_empty() {
-        report::complain("nothing was measured to the end, no rows are stored; --seconds allows more time");
+        report::complain(
+            "no two candidates of a problem were measured, no rows are stored; --seconds allows more time",
+        );
         return Ok(Outcome::Differs);
     }
     let tuned = best.len();
@@ -337,6 +348,6 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let others = old.rows.into_iter().filter(|old| !best.iter().any(|new| new.class == old.class));
     let rows: Vec<TunedRow> = best.iter().copied().chain(others).collect();
     store::write_tuning(&path, gpu.info(), &rows)?;
-    report.line(format!("{tuned} rows measured, {} stored in {}", rows.len(), path.display()))?;
+    report.line(format!("rows measured: {tuned}; stored: {}, in {}", rows.len(), path.display()))?;
     Ok(if failed { Outcome::Differs } else { Outcome::Right })
 }
