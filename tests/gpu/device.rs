@@ -81,7 +81,8 @@ fn a_pipeline_cache_is_given_out_and_taken_and_damage_to_it_is_refused() {
             |device: &mut wgpu_attention::Gpu, data: &[u8]| unsafe { device.library_mut().load_pipeline_cache(data) };
         assert_eq!(load(&mut second, &data), offered, "{}", gpu.name);
         let mut flipped = data.clone();
-        flipped[data.len() / 2] ^= 0x10;
+        // The driver's own part, which wgpu does not look at.
+        *flipped.last_mut().unwrap() ^= 0x10;
         for damaged in [&[][..], &[7; 5], &[0xa5; 5000], &data[..data.len() - 1], &data[8..], &flipped] {
             assert!(!load(&mut second, damaged), "{}", gpu.name);
         }
