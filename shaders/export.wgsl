@@ -31,6 +31,8 @@ fn main(
     var bits = bitcast<u32>(s[from_place]);
     let nowhere = row >= seq.rows || key >= seq.stored;
     if ((params.flags & EXPORT_LOGITS) != 0u) {
+        // The lowest f32 stands for hidden keys in the scratch, and the next one for it.
+        bits = select(bits, bitcast<u32>(HIDDEN), s[from_place] == LOWEST);
         bits = select(bits, 0xff800000u, nowhere || s[from_place] == HIDDEN);
     } else if (nowhere) {
         bits = 0u;

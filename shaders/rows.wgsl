@@ -112,22 +112,27 @@ fn main(
         );
 {% endfor %}
 {% endif %}
-{% for j in range(keys) %}
 {% if not subgroup %}
+{% for j in range(keys) %}
         let k_place_{{ j }} = k_at + min(key + {{ j }}u, key_last) * params.k_row;
+{% endfor %}
 {% endif %}
+        // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
+        // of equal terms would round (f16's largest, say).
 {% for c in range(parts) %}
+{% for j in range(keys) %}
 {% set part = j * parts + c %}
 {% if subgroup %}
         let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
         let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
 {% endif %}
-{% if c % 4 == 3 %}
 {% for r in range(rows) %}
-        {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (dot(q_{{ r }}_{{ c - 3 }}, k_{{ j }}_{{ c - 3 }}) + dot(q_{{ r }}_{{ c - 2 }}, k_{{ j }}_{{ c - 2 }})) + (dot(q_{{ r }}_{{ c - 1 }}, k_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}));
-{% endfor %}
+        let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
+{% if c % 4 == 3 %}
+        {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
 {% endif %}
+{% endfor %}
 {% endfor %}
 {% endfor %}
 {% if full %}
@@ -160,14 +165,6 @@ fn main(
 {% endfor %}
         l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
 {% endfor %}
-        // Most blocks do not raise a maximum.
-        if ({{ "subgroupAny" if subgroup else "" }}({% for r in range(rows) %}{{ " || " if not loop.first }}shrink_{{ r }} != 1.0{% endfor %})) {
-{% for r in range(rows) %}
-{% for c in range(parts) %}
-            o_{{ r }}_{{ c }} *= shrink_{{ r }};
-{% endfor %}
-{% endfor %}
-        }
 {% if subgroup %}
 {% for t in range(loads) %}
         let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, key_last) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
@@ -201,7 +198,7 @@ fn main(
 {% endif %}
 {% endfor %}
 {% for r in range(rows) %}
-        o_{{ r }}_{{ c }} += {% for j in range(keys) %}{{ " + " if not loop.first }}p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+        o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% endfor %}
 {% if not subgroup %}

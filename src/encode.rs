@@ -258,21 +258,22 @@ impl<'a> Buffers<'a> {
 
     /// Every operand with its name, its size in the problem, and whether it is written.
     fn tensors(&self, plan: &Plan) -> [Tensor<'a>; 9] {
-        let s = plan.shape();
-        let bytes = s.element.bytes();
-        let input = |field, slice, want| Tensor { field, slice, want, written: false };
-        let output = |field, slice, want| Tensor { field, slice, want, written: true };
-        [
-            input("q", Some(self.q), Some(s.q().extent() * bytes)),
-            input("k", Some(self.k), Some(s.k().extent() * bytes)),
-            input("v", Some(self.v), Some(s.v().extent() * bytes)),
-            input("mask", self.mask, s.mask.map(|mask| mask.len() as u64)),
-            input("bias", self.bias, s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes())),
-            output("out", Some(self.out), Some(s.out().extent() * bytes)),
-            output("lse", self.lse, s.lse.then(|| 4 * s.lse_len())),
-            output("weights", self.weights, s.weights.then(|| 4 * s.scores_len())),
-            output("logits", self.logits, s.logits.map(|_| 4 * s.scores_len())),
-        ]
+        let slices = [
+            (Some(self.q), false),
+            (Some(self.k), false),
+            (Some(self.v), false),
+            (self.mask, false),
+            (self.bias, false),
+            (Some(self.out), true),
+            (self.lse, true),
+            (self.weights, true),
+            (self.logits, true),
+        ];
+        let mut sizes = plan.shape().tensor_bytes().into_iter();
+        slices.map(|(slice, written)| {
+            let (field, want) = sizes.next().expect("as many as slices");
+            Tensor { field, slice, want, written }
+        })
     }
 
     /// The small arrays: name, slice, place in the lists (words) and length (words).
@@ -419,6 +420,21 @@ impl Prepared {
             return Err(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 });
         }
         self.record(self.plan.slice_range(slice), encoder, buffers)
+    }
+
+    /// Records only some of the dispatches, by their numbers in [`Plan::steps`], to time a stage of its own. The results are whole
+    /// once all have run in order.
+    pub fn encode_steps(
+        &self,
+        steps: std::ops::Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &Buffers<'_>,
+    ) -> Result<()> {
+        let (value, limit) = (steps.end as u64, self.plan.dispatches() as u64);
+        if value > limit {
+            return Err(Error::TooLarge { field: "steps.end", value, limit });
+        }
+        self.record(steps.start.min(steps.end)..steps.end, encoder, buffers)
     }
 
     fn record(

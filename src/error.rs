@@ -18,7 +18,7 @@ pub enum Error {
     /// A size is larger than the crate or the device can address.
     #[error("{field} is {value}; the limit is {limit}")]
     TooLarge {
-        /// Field of [`crate::Problem`], or the tensor it sizes.
+        /// Field of [`crate::Problem`], or the tensor it sizes, in bytes.
         field: &'static str,
         /// Its value.
         value: u64,
@@ -276,8 +276,8 @@ pub enum Error {
         /// What the compiler said.
         message: String,
     },
-    /// The device has no memory left.
-    #[error("the device is out of memory: {0}")]
+    /// The device, or the host for results that it must hold, has no memory left.
+    #[error("out of memory: {0}")]
     OutOfMemory(String),
     /// The device was lost (driver reset, watchdog, removal, destroyed).
     #[error("the device is lost: {0}")]

@@ -99,19 +99,14 @@ impl Gpu {
         adapters.into_iter().filter(can_compute).collect()
     }
 
-    /// The best adapter: the one that `WGPU_ADAPTER_NAME` names, else discrete before integrated before virtual before CPU.
+    /// The best adapter: the one that `WGPU_ADAPTER_NAME` names, else discrete before integrated before virtual before CPU; with
+    /// `WGPU_POWER_PREF=low` integrated before discrete.
     pub fn new() -> Result<Gpu> {
-        if let Ok(name) = std::env::var("WGPU_ADAPTER_NAME") {
+        if let Some(name) = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty()) {
             return Self::named(&name);
         }
-        let rank = |adapter: &wgpu::Adapter| match adapter.get_info().device_type {
-            wgpu::DeviceType::DiscreteGpu => 0,
-            wgpu::DeviceType::IntegratedGpu => 1,
-            wgpu::DeviceType::VirtualGpu => 2,
-            wgpu::DeviceType::Other => 3,
-            wgpu::DeviceType::Cpu => 4,
-        };
-        let best = Self::adapters().into_iter().min_by_key(rank);
+        let frugal = wgpu::PowerPreference::from_env() == Some(wgpu::PowerPreference::LowPower);
+        let best = Self::adapters().into_iter().min_by_key(|adapter| rank(adapter.get_info().device_type, frugal));
         let adapter = best.ok_or(Error::NoAdapter { wanted: String::new(), found: "none".into() })?;
         Self::open(&adapter, &DeviceOptions::default())
     }
@@ -419,6 +414,17 @@ pub(crate) fn upload_bytes(device: &wgpu::Device, queue: &wgpu::Queue, label: &s
 
 type Mapping = oneshot::Receiver<Result<(), wgpu::BufferAsyncError>>;
 
+/// Place of a kind of adapter in the order of choice.
+fn rank(kind: wgpu::DeviceType, frugal: bool) -> u32 {
+    match kind {
+        wgpu::DeviceType::DiscreteGpu => u32::from(frugal),
+        wgpu::DeviceType::IntegratedGpu => u32::from(!frugal),
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    }
+}
+
 fn can_compute(adapter: &wgpu::Adapter) -> bool {
     let flags = adapter.get_downlevel_capabilities().flags;
     flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) && adapter.get_info().backend != wgpu::Backend::Noop
@@ -462,4 +468,21 @@ fn outputs(plan: &Plan, out: Vec<u8>, [lse, weights, logits]: [Option<Vec<u8>>; 
     let mut widened = widened(plan.shape().element, &out);
     widened.truncate(plan.shape().out().extent() as usize);
     Ok(Outputs { out: widened, lse: lse.map(f32s), weights: weights.map(f32s), logits: logits.map(f32s) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rank;
+    use wgpu::DeviceType::{Cpu, DiscreteGpu, IntegratedGpu, Other, VirtualGpu};
+
+    #[test]
+    fn adapters_are_chosen_by_kind_and_a_frugal_caller_gets_the_integrated_one() {
+        let order = |frugal| {
+            let mut kinds = [Cpu, Other, VirtualGpu, IntegratedGpu, DiscreteGpu];
+            kinds.sort_by_key(|&kind| rank(kind, frugal));
+            kinds
+        };
+        assert_eq!(order(false), [DiscreteGpu, IntegratedGpu, VirtualGpu, Other, Cpu]);
+        assert_eq!(order(true), [IntegratedGpu, DiscreteGpu, VirtualGpu, Other, Cpu]);
+    }
 }

@@ -70,6 +70,7 @@ impl Pipelines {
 
     fn compile(&self, variant: &Variant) -> Result<Pipeline> {
         let label = variant.to_string();
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let descriptor = wgpu::ShaderModuleDescriptor {
@@ -115,9 +116,10 @@ impl Pipelines {
             cache: self.cache.as_ref(),
         });
         // Error scopes resolve at once on native backends.
-        let errors = [pollster::block_on(internal.pop()), pollster::block_on(validation.pop())];
+        let errors = [internal, validation, memory].map(|scope| pollster::block_on(scope.pop()));
         match errors.into_iter().flatten().next() {
             None => Ok(Pipeline { compute, layout }),
+            Some(error @ wgpu::Error::OutOfMemory { .. }) => Err(error.into()),
             Some(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
         }
     }

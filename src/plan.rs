@@ -5,13 +5,13 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::Result;
 use crate::caps::Caps;
 use crate::kernel::params::Params;
 use crate::kernel::{Slot, Variant};
 use crate::planner::{Lists, Planner};
 use crate::shape::Shape;
 use crate::tuned::{Choice, Tuning};
+use crate::{Error, Result};
 
 /// How attention is computed, to force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +132,13 @@ impl Plan {
     /// kernel and tile, unless [`Options`] ask for another kernel. The reasons say which row was followed, and why one was not.
     pub fn tuned(shape: &Shape, caps: &Caps, options: &Options, tuning: &Tuning) -> Result<Plan> {
         caps.check()?;
+        // What no buffer of the device can hold cannot be there to be bound.
+        let limit = caps.limits.max_buffer_size;
+        for (field, bytes) in shape.tensor_bytes() {
+            if let Some(value) = bytes.filter(|&bytes| bytes > limit) {
+                return Err(Error::TooLarge { field, value, limit });
+            }
+        }
         Planner::new(shape, caps, options, tuning)?.plan()
     }
 
@@ -156,6 +163,10 @@ impl Plan {
     }
 
     /// The dispatches of a slice.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such slice.
     pub fn slice(&self, slice: usize) -> &[Step] {
         &self.steps[self.slices[slice].clone()]
     }

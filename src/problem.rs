@@ -51,7 +51,8 @@ pub enum Causal {
     /// `offset[b] = key length of b − query length of b`: the last query stands at the last key
     /// (FlashAttention ≥ 2.1, ONNX external cache). May be negative: leading rows then see nothing.
     BottomRight,
-    /// `offset[b]` is given per batch in the operand `offsets` (i32, any sign), as for a cache of past keys.
+    /// `offset[b]` is given per batch in the operand `offsets` (i32, any sign), as for a cache of past keys. Beyond ±2³⁰ it counts
+    /// as ±2³⁰, farther from any key than a mask or window can tell.
     Offset,
 }
 
@@ -81,9 +82,9 @@ impl Broadcast {
         Ok(Broadcast(full))
     }
 
-    /// Elements in the operand.
+    /// Elements in the operand, at most `usize::MAX`.
     pub fn len(&self) -> usize {
-        self.0.iter().map(|&n| n as usize).product()
+        self.0.iter().fold(1, |len: usize, &n| len.saturating_mul(n as usize))
     }
 
     /// Whether an axis is 0. [`Problem::check`] refuses such an operand.
@@ -131,7 +132,8 @@ pub struct Strides {
 ///
 /// Sequence `b` owns the query tokens `cu_seqlens_q[b] .. cu_seqlens_q[b + 1]` and the keys `cu_seqlens_kv[b] .. cu_seqlens_kv[b + 1]`.
 /// `seq_q` and `seq_kv` of the [`Problem`] are then the longest lengths, `batch` the number of sequences,
-/// and the layouts' batch stride is unused.
+/// and the layouts' batch stride is unused. Mask and bias count rows and keys within a sequence, as weights and logits do, which
+/// hold 0 and −inf where a sequence is shorter. Tokens of `out` and `lse` that no sequence owns are not written (0 in [`Outputs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Packed {
     /// Query tokens of all sequences together.
@@ -173,10 +175,11 @@ pub enum Logits {
 /// - **Alignment.** [`Causal`] says which key the first query stands at. It is 0 unless you say otherwise, also for a window
 ///   or ALiBi without a causal rule. A negative offset leaves the first rows without a key; it is not clamped.
 /// - **A row that sees no key** has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink), and masked logits of −inf.
-/// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result. A
-///   non-finite value at a *visible* key makes its output row NaN and no other. A logit that overflows f32 is clamped to the
-///   largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by bias is an ordinary row: its output is
-///   the mean of the values.
+/// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result; raw
+///   and capped logits, which nothing hides yet, aside. A non-finite value at a *visible* key makes its output row NaN and no
+///   other; where its weight is so low that f32 has 0 for it, the row may also come out without it. A logit that overflows f32,
+///   or whose `q·k` does, is clamped to the largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by
+///   bias is an ordinary row: its output is the mean of the values.
 /// - **Element types.** q, k, v and out are all f32, all f16 or all bf16; the bias has a type of its own; mask: one byte an
 ///   element; small arrays: u32, i32 and f32; lse, weights and logits: f32. Arithmetic is f32 throughout, softmax included;
 ///   the result is rounded once to the element type, to nearest, ties to even. Nothing is computed in f16, bf16 or f64.
@@ -219,6 +222,7 @@ pub enum Logits {
 /// | **Keras** `MultiHeadAttention`, `GroupQueryAttention` | [`Layout::Bshd`]; [`crate::Layer`] |
 /// | `attention_mask` [B, T, S] | [`Problem::mask`] of shape [B, 1, T, S] |
 /// | `key_mask`, `value_mask` [B, S] | [`Problem::mask`] of shape [B, 1, 1, S]; of several masks their *and* |
+/// | `query_mask` [B, T] | [`Problem::mask`] of shape [B, 1, T, 1]; such rows are 0 here, a mean of the values there |
 /// | `use_causal_mask=True` | [`Causal::TopLeft`] |
 /// | `return_attention_scores=True` | [`Problem::weights`], [`crate::Weights::Heads`] |
 /// | `mask` of TensorFlow's tutorial (1 = hidden) | **invert** |
@@ -232,12 +236,13 @@ pub enum Logits {
 /// | **Burn** `attention` | [`Layout::Bhsd`] |
 /// | `mask` | **invert**; [`Problem::mask`] |
 /// | `attn_bias` | [`Problem::bias`] |
-/// | `is_causal` | [`Causal::BottomRight`] |
+/// | `is_causal` | [`Causal::BottomRight`], unless its `causal_alignment` (from 0.23 on) says otherwise |
 /// | `scale`, `softcap` | [`Problem::scale`], [`Problem::softcap`] |
 ///
 /// A window without a causal rule stands at offset 0 here; FlashAttention and ONNX put it where the causal rule would stand. Where
 /// that offset `o` is not 0, say the same as a causal rule whose position is moved by `right`: [`Causal::Offset`] with
-/// `o + right`, [`Window::left`] = `left + right` and no [`Window::right`].
+/// `o + right`, [`Window::left`] = `left + right` and no [`Window::right`]; for no bound at the right take `seq_q + seq_kv`.
+/// FlashAttention's ALiBi stands there too: without a causal rule and with lengths that differ, it is a [`Problem::bias`] here.
 ///
 /// # Where ONNX leaves a choice
 ///

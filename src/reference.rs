@@ -41,7 +41,7 @@ pub use softmax::softmax;
 pub use values::values;
 
 use crate::problem::{Inputs, Outputs, Problem};
-use crate::{Result, Shape};
+use crate::{Error, Result, Shape};
 use rows::{Row, Sequence};
 use values::Values;
 
@@ -70,7 +70,7 @@ impl Real for f64 {
 ///
 /// # Errors
 ///
-/// Whatever [`Problem::check`] and [`Shape::check_inputs`] find.
+/// Whatever [`Problem::check`] and [`Shape::check_inputs`] find, and [`Error::OutOfMemory`] for results beyond the host's memory.
 ///
 /// ```
 /// use wgpu_attention::{Inputs, Problem, reference};
@@ -86,8 +86,20 @@ impl Real for f64 {
 pub fn attention<T: Real>(problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs<T>> {
     let shape = problem.check()?;
     shape.check_inputs(inputs)?;
+    room::<T>(&shape)?;
     let rows = rows::map(&shape, inputs, Head::load, |row, head| evaluate(row, head).keep(&shape));
     Ok(collect(&shape, rows))
+}
+
+/// Refuses results that the host has no memory for, before it works on them for hours.
+fn room<T>(shape: &Shape) -> Result<()> {
+    let matrices = u64::from(shape.weights) + u64::from(shape.logits.is_some());
+    let results = shape.out().extent() + shape.lse_len() + matrices * shape.scores_len();
+    let asked = usize::try_from(results).map(|results| Vec::<T>::new().try_reserve_exact(results));
+    match asked {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(Error::OutOfMemory(format!("{results} results of {} bytes on the host", size_of::<T>()))),
+    }
 }
 
 /// Keys and values of one key/value head of one sequence.

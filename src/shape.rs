@@ -205,6 +205,13 @@ impl Shape {
                 (1, packed.total_q, packed.total_kv)
             }
         };
+        // Rows are padded to four scores of 4 bytes, so that the bytes of the score matrix stay inside u64.
+        let scores = u128::from(rows) * u128::from(p.seq_q) * u128::from(p.seq_kv);
+        let limit = u64::MAX / 32;
+        if scores > u128::from(limit) {
+            let value = u64::try_from(scores).unwrap_or(u64::MAX);
+            return Err(Error::TooLarge { field: "batch·heads·seq_q·seq_kv", value, limit });
+        }
         let q = Tensor::input("q", [batch, p.heads, total_q], p.head_dim, p.q)?;
         let k = Tensor::input("k", [batch, p.kv_heads, total_kv], p.head_dim, p.k)?;
         let v = Tensor::input("v", [batch, p.kv_heads, total_kv], p.value_dim, p.v)?;
@@ -256,6 +263,22 @@ impl Shape {
     /// Elements of the weights and logits outputs.
     pub fn scores_len(&self) -> u64 {
         u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q) * u64::from(self.seq_kv)
+    }
+
+    /// Each tensor that a call reads or writes with its bytes, `None` where the problem has none of it.
+    pub(crate) fn tensor_bytes(&self) -> [(&'static str, Option<u64>); 9] {
+        let bytes = self.element.bytes();
+        [
+            ("q", Some(self.q.extent() * bytes)),
+            ("k", Some(self.k.extent() * bytes)),
+            ("v", Some(self.v.extent() * bytes)),
+            ("mask", self.mask.map(|mask| mask.len() as u64)),
+            ("bias", self.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes())),
+            ("out", Some(self.out.extent() * bytes)),
+            ("lse", self.lse.then(|| 4 * self.lse_len())),
+            ("weights", self.weights.then(|| 4 * self.scores_len())),
+            ("logits", self.logits.map(|_| 4 * self.scores_len())),
+        ]
     }
 
     /// Visible (row, key) pairs counted over batches and heads, as far as the plan knows them: causal and window are

@@ -84,10 +84,11 @@ fn lane_tiles(tile: fn(Body, u32, u32) -> Tile) -> impl Iterator<Item = Tile> {
     })
 }
 
-/// Rows of the table of `rows`: dims, rows per lane and keys per step with subgroups, and without. With subgroups q and o of a
-/// workgroup fill half of a 32 KiB first-level cache; without, every load feeds as many rows as compile in a second.
+/// Rows of the table of `rows`: dims, rows per lane and keys per step with subgroups, and without. More rows share each load and
+/// broadcast: with subgroups q and o of a workgroup take 32 KiB, and 16 dot products a step are as many as compile in two seconds
+/// with 128 dims; without, every load feeds as many rows as compile in a second.
 const ROWS: [(u32, [u32; 2], [u32; 2]); 4] =
-    [(32, [8, 4], [8, 2]), (64, [4, 4], [8, 1]), (128, [2, 4], [4, 1]), (256, [1, 4], [2, 1])];
+    [(32, [8, 4], [8, 2]), (64, [8, 4], [8, 1]), (128, [4, 2], [4, 1]), (256, [2, 2], [2, 1])];
 
 /// The tiles of `rows`, fewest dims first.
 pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {

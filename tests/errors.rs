@@ -74,6 +74,11 @@ fn sizes_of_zero_and_beyond_the_limit_are_refused() {
     for (field, value, limit, set) in large {
         refused(set, Error::TooLarge { field, value, limit }, &[field, &value.to_string(), &limit.to_string()]);
     }
+    // More scores than bytes can be counted, though each tensor is small enough.
+    let error =
+        with(|p| (p.heads, p.kv_heads, p.seq_q, p.seq_kv) = (1 << 27, 1, 1 << 28, 1 << 28)).check().unwrap_err();
+    let want = Error::TooLarge { field: "batch·heads·seq_q·seq_kv", value: u64::MAX, limit: u64::MAX / 32 };
+    says(error, want, &["batch·heads·seq_q·seq_kv"]);
     let far = Layout::Strided(Strides { offset: u64::MAX, batch: 0, head: 8, row: 32 });
     let error = with(|p| p.k = far).check().unwrap_err();
     assert!(matches!(error, Error::TooLarge { field: "k", .. }), "{error}");
@@ -249,6 +254,9 @@ fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
         let slices = prepared.slices() as u64;
         let slice = prepared.encode_slice(slices as usize, &mut encoder, &whole()).unwrap_err();
         says(slice, Error::TooLarge { field: "slice", value: slices, limit: slices - 1 }, &["slice"]);
+        let steps = prepared.plan().dispatches() as u64;
+        let error = prepared.encode_steps(0..steps as usize + 1, &mut encoder, &whole()).unwrap_err();
+        says(error, Error::TooLarge { field: "steps.end", value: steps + 1, limit: steps }, &["steps.end"]);
         // The encoder is as good as new.
         prepared.encode(&mut encoder, &whole()).unwrap();
         gpu.queue().submit([encoder.finish()]);
@@ -375,6 +383,11 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
         let error = Plan::new(&shape, &few, &Options::default()).unwrap_err();
         let limit = "max_storage_buffers_per_shader_stage";
         says(error, Error::Device { limit, got: 3, want: 4 }, &[limit, "3", "4"]);
+        let mut small = caps.clone();
+        small.limits.max_buffer_size = 4096;
+        let wide = with(|p| (p.seq_q, p.seq_kv, p.weights) = (11, 12, true)).check().unwrap();
+        let error = Plan::new(&wide, &small, &Options::default()).unwrap_err();
+        says(error, Error::TooLarge { field: "weights", value: 4224, limit: 4096 }, &["weights", "4224", "4096"]);
 
         // A plan for another device: its pipeline does not compile here, and that is an error, not a panic.
         let poor = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());

@@ -235,14 +235,16 @@ pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<De
     Ok(Device::new(Gpu::open(adapter, &options)?, device))
 }
 
-/// The adapters that `wanted` names, in its order, or all of them if it names none.
+/// The adapters that `wanted` names, in its order. If it names none: those that `WGPU_ADAPTER_NAME` matches, or all.
 pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
     let adapters = Gpu::adapters();
-    if wanted.is_empty() {
-        return Ok(adapters);
-    }
     let labels: Vec<Label> = adapters.iter().map(|adapter| Label::of(&adapter.get_info())).collect();
-    let chosen: Vec<usize> = wanted.iter().map(|wanted| find(wanted, &labels)).collect::<Result<_, _>>()?;
+    let named = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty());
+    let chosen = match (wanted, named) {
+        ([], None) => return Ok(adapters),
+        ([], Some(name)) => all(&name, &labels)?,
+        (wanted, _) => wanted.iter().map(|wanted| find(wanted, &labels)).collect::<Result<_, _>>()?,
+    };
     Ok(chosen.into_iter().map(|index| adapters[index].clone()).collect())
 }
 
@@ -262,30 +264,36 @@ pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<
 
 /// Position of the one adapter with this index, part of its name, or `backend:part`.
 fn find(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<usize> {
-    let list = |indices: &[usize]| -> String {
-        let named: Vec<String> = indices.iter().map(|&index| format!("{index}: {}", labels[index])).collect();
-        if named.is_empty() { "none".into() } else { named.join(", ") }
-    };
-    let missing = || {
-        let all: Vec<usize> = (0..labels.len()).collect();
-        Error::NoAdapter { wanted: format!(" {wanted:?}"), found: list(&all) }
-    };
-    if let Ok(index) = wanted.parse::<usize>() {
-        return if index < labels.len() { Ok(index) } else { Err(missing()) };
+    match all(wanted, labels)?[..] {
+        [index] => Ok(index),
+        ref found => Err(Error::AmbiguousAdapter { wanted: wanted.into(), found: list(found, labels) }),
     }
+}
+
+/// Positions of all such adapters, at least one.
+fn all(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<Vec<usize>> {
     let wanted_lower = wanted.to_lowercase();
     let by_backend = wanted_lower.split_once(':');
-    let matches = |label: &Label| {
-        let name = label.adapter.to_lowercase();
+    let matches = |index: usize| {
+        if let Ok(number) = wanted.parse::<usize>() {
+            return number == index;
+        }
+        let name = labels[index].adapter.to_lowercase();
         name.contains(&wanted_lower)
-            || by_backend.is_some_and(|(backend, part)| label.backend == backend && name.contains(part))
+            || by_backend.is_some_and(|(backend, part)| labels[index].backend == backend && name.contains(part))
     };
-    let found: Vec<usize> = (0..labels.len()).filter(|&index| matches(&labels[index])).collect();
-    match found[..] {
-        [] => Err(missing()),
-        [index] => Ok(index),
-        _ => Err(Error::AmbiguousAdapter { wanted: wanted.into(), found: list(&found) }),
+    let every = 0..labels.len();
+    let found: Vec<usize> = every.clone().filter(|&index| matches(index)).collect();
+    if found.is_empty() {
+        let found = list(&every.collect::<Vec<_>>(), labels);
+        return Err(Error::NoAdapter { wanted: format!(" {wanted:?}"), found });
     }
+    Ok(found)
+}
+
+fn list(indices: &[usize], labels: &[Label]) -> String {
+    let named: Vec<String> = indices.iter().map(|&index| format!("{index}: {}", labels[index])).collect();
+    if named.is_empty() { "none".into() } else { named.join(", ") }
 }
 
 /// What to do on this operating system to get an adapter.
@@ -325,6 +333,8 @@ mod tests {
         for missing in ["3", "metal:", "nvidia", "99999999999999999999999"] {
             assert!(matches!(find(missing, &labels), Err(Error::NoAdapter { .. })), "{missing}");
         }
+        assert_eq!(all("LLVM", &labels).unwrap(), [0, 1]);
+        assert!(matches!(all("nvidia", &labels), Err(Error::NoAdapter { .. })));
         let error = find("nvidia", &[]).unwrap_err().to_string();
         assert!(error.contains("\"nvidia\"; found: none"), "{error}");
     }

@@ -22,6 +22,7 @@ mod timer;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use wgpu_attention::Gpu;
 
 use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run, tune};
 use error::Error;
@@ -65,18 +66,26 @@ enum Command {
 enum Outcome {
     Right,
     Differs,
-    /// Some input could not be read; the rest was done.
-    BadInput,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nothing is parsed yet, so that the option is looked for by hand.
+            if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
+                Report { json: true }.error(error.to_string().trim_start_matches("error: ").trim_end());
+                return ExitCode::from(2);
+            }
+            error.exit();
+        }
+    };
+    let report = Report { json: arguments.json };
     if arguments.command.is_some() && arguments.check != check::Arguments::default() {
         // Only --json may stand before a subcommand: the rest there belongs to the check that runs without one.
-        report::complain("options of a subcommand stand after it");
+        report.error("options of a subcommand stand after it");
         return ExitCode::from(2);
     }
-    let report = Report { json: arguments.json };
     let outcome = match &arguments.command {
         None => check::run(&arguments.check, report),
         Some(Command::Check(arguments)) => check::run(arguments, report),
@@ -91,11 +100,21 @@ fn main() -> ExitCode {
     match outcome {
         Ok(Outcome::Right) => ExitCode::SUCCESS,
         Ok(Outcome::Differs) => ExitCode::from(1),
-        Ok(Outcome::BadInput) => ExitCode::from(2),
         // The reader has seen enough, as in `… | head`.
         Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error @ Error::Attention(wgpu_attention::Error::NoAdapter { .. })) => {
+            let mut text = error.to_string();
+            if Gpu::adapters().is_empty() {
+                text += &format!("\n{}", engine::how_to_get_one());
+            }
+            if matches!(arguments.command, Some(Command::Run(_) | Command::Heatmap(_))) {
+                text += "\n--cpu computes on the CPU reference instead.";
+            }
+            report.error(text);
+            ExitCode::from(2)
+        }
         Err(error) => {
-            report::complain(error);
+            report.error(error);
             ExitCode::from(2)
         }
     }

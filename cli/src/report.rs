@@ -32,6 +32,13 @@ impl Report {
         self.line(text)
     }
 
+    /// A problem that ends the command or a part of it: text on standard error, and an object where machines read.
+    pub fn error(&self, message: impl std::fmt::Display) {
+        // Where standard output is closed too, the exit code is left.
+        let _ = self.object(&serde_json::json!({"error": message.to_string()}));
+        complain(message);
+    }
+
     /// An object for machines; people do not see it.
     pub fn object(&self, object: &impl Serialize) -> Result<()> {
         if self.json {
@@ -50,7 +57,7 @@ impl Report {
     }
 }
 
-/// A problem that does not stop the program, on standard error.
+/// The text of a problem, on standard error.
 pub fn complain(message: impl std::fmt::Display) {
     // Nothing is left to do where standard error is closed.
     let _ = writeln!(io::stderr().lock(), "error: {message}");

@@ -164,6 +164,7 @@ pub fn budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<Budget> {
 pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(Outputs<f64>, Budget)> {
     let shape = problem.check()?;
     shape.check_inputs(inputs)?;
+    super::room::<f64>(&shape)?;
     let load = |sequence: &Sequence<'_>, kv_head| {
         let head = Head::<f64>::load(sequence, kv_head);
         let key_magnitudes = magnitudes(&head.keys);

@@ -39,7 +39,7 @@ impl<'a> Sequence<'a> {
         let offset = match shape.causal {
             Causal::None | Causal::TopLeft => 0,
             Causal::BottomRight => length as i64 - rows as i64,
-            Causal::Offset => inputs.offsets.map_or(0, |offsets| offsets[batch].into()),
+            Causal::Offset => inputs.offsets.map_or(0, |offsets| offsets[batch].clamp(-(1 << 30), 1 << 30).into()),
         };
         Sequence { shape, inputs, batch, slab, first_row, first_key, rows, keys, length, offset }
     }

@@ -9,7 +9,7 @@ const SEQS: [u32; 10] = [1, 2, 7, 16, 33, 63, 64, 65, 100, 129];
 // One bucket of dims and mostly one element type: each more takes seconds to compile, and `types` has them all.
 const DIMS: [u32; 6] = [1, 4, 7, 16, 28, 32];
 
-fn broadcast(r: &mut Random, full: [u32; 4]) -> Broadcast {
+pub fn broadcast(r: &mut Random, full: [u32; 4]) -> Broadcast {
     let mut shape = full.map(|n| if r.once_in(2) { 1 } else { n });
     if shape[3] > 2 && r.once_in(4) {
         shape[3] -= 1;
@@ -18,7 +18,7 @@ fn broadcast(r: &mut Random, full: [u32; 4]) -> Broadcast {
 }
 
 /// A layout with room between rows, whole vectors or not.
-fn strided(r: &mut Random, sizes: [u32; 3], dim: u32) -> Layout {
+pub fn strided(r: &mut Random, sizes: [u32; 3], dim: u32) -> Layout {
     let [_, heads, rows] = sizes.map(u64::from);
     let step = if r.once_in(2) { 4 } else { 1 };
     let pad = |n: u64, r: &mut Random| (n + u64::from(r.below(9))).next_multiple_of(step);

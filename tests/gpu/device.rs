@@ -112,6 +112,26 @@ fn slices_submitted_in_order_make_the_whole() {
 }
 
 #[test]
+fn dispatches_recorded_one_by_one_make_the_whole() {
+    for gpu in gpus() {
+        for case in cases() {
+            let plan = gpu.library().plan(&case.problem).unwrap();
+            let prepared = gpu.library().prepare(&plan).unwrap();
+            let staged = Staged::new(gpu.device(), &plan, &case.operands);
+            for step in 0..plan.dispatches() {
+                // Nothing but the last dispatches writes the output.
+                let out = staged.outputs(gpu.device(), gpu.queue()).out;
+                assert!(step > 1 || out.iter().all(|x| x.is_nan()), "step {step} of\n{plan}");
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                prepared.encode_steps(step..step + 1, &mut encoder, &staged.buffers()).unwrap();
+                gpu.queue().submit([encoder.finish()]);
+            }
+            case.compare(&staged.outputs(gpu.device(), gpu.queue()), &plan);
+        }
+    }
+}
+
+#[test]
 fn the_asynchronous_path_gives_the_same_bits() {
     for gpu in gpus() {
         for case in cases() {

@@ -6,6 +6,7 @@ mod support;
 mod composed;
 mod decode;
 mod device;
+mod edges;
 mod hidden;
 mod layouts;
 mod limits;

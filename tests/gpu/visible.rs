@@ -39,9 +39,9 @@ fn offsets_may_be_negative_and_huge() {
     let p = problem([7, 2, 9, 40, 8], |p| {
         (p.causal, p.window.left) = (Causal::Offset, Some(12));
     });
-    for left in [Some(12), None] {
+    for (left, alibi) in [(Some(12), false), (None, false), (None, true)] {
         let mut p = p.clone();
-        p.window.left = left;
+        (p.window.left, p.alibi) = (left, alibi);
         let mut operands = Data::random(&p, 1, 1.0);
         operands.offsets = Some(vec![-3, 0, 30, -9, 1 << 30, i32::MIN, i32::MAX]);
         let case = Case::new(p, operands);

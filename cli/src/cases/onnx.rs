@@ -92,6 +92,9 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     if let Some((name, _)) = attributes.unknown.iter().next() {
         return unsupported(format!("attribute {name}"));
     }
+    if attributes.left_window_size.min(attributes.right_window_size) < -1 {
+        return Err(archive.bad_metadata("attributes", "of window sizes from -1 (no bound) on"));
+    }
     let known = ["in.Q", "in.K", "in.V", "in.attn_mask", "in.past_key", "in.past_value", "in.nonpad_kv_seqlen"];
     if let Some(name) = archive.names().find(|name| name.starts_with("in.") && !known.contains(name)) {
         return unsupported(format!("input {name}"));
@@ -423,6 +426,8 @@ mod tests {
         assert!(error(file().tensor("in.past_key", Dtype::F16, &[1, 1, 2, 1], &[0; 4])).contains("past_key holds f16"));
         assert!(error(file().tensor("out.Y", Dtype::F16, &[1, 1, 2, 1], &[0; 4])).contains("Y holds f16"));
         assert!(error(file().text("attributes", "[")).contains("attributes"));
+        assert!(error(file().text("attributes", r#"{"left_window_size": -2}"#)).contains("window sizes from -1"));
+        assert!(error(file().text("attributes", r#"{"right_window_size": -2}"#)).contains("window sizes from -1"));
         let unknown = load(&cached(r#"{"rotary": 1}"#, [0.0; 2]).archive()).unwrap();
         assert!(matches!(unknown, Loaded::Unsupported { why, .. } if why == "attribute rotary"));
     }

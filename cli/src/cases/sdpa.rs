@@ -53,7 +53,9 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         let rule = tol.probs.unwrap_or(Rule { atol: PROBS_ATOL, rtol: tol.out.rtol });
         expectations.push(Expectation::new("probs", Quantity::Weights, want, rule));
     }
-    let notes = if archive.has("dout") { vec!["gradients are not computed"] } else { Vec::new() };
+    // Files whose gradients were left out still say that they had some.
+    let gradients = archive.has("dout") || archive.json_or("has_grad", "true or false", false)?;
+    let notes = if gradients { vec!["gradients are not computed"] } else { Vec::new() };
     let work = Work::Attention { problem: problem.into(), operands: operands.into() };
     let call = Call { label: "", work, expectations };
     Ok(Loaded::Cases(vec![Case { name: archive.stem(), calls: vec![call], notes }]))
@@ -75,8 +77,8 @@ fn options(archive: &Archive, problem: &mut Problem) -> Result<()> {
     };
     for (key, side) in [("window_left", &mut problem.window.left), ("window_right", &mut problem.window.right)] {
         let size = archive.json_or(key, "an integer", -1i64)?;
-        if size >= 0 {
-            *side = Some(u32::try_from(size).map_err(|_| archive.bad_metadata(key, "below 2³²"))?);
+        if size != -1 {
+            *side = Some(u32::try_from(size).map_err(|_| archive.bad_metadata(key, "-1 or from 0 to below 2³²"))?);
         }
     }
     Ok(())
@@ -132,6 +134,14 @@ mod tests {
     }
 
     #[test]
+    fn gradients_are_reported_whether_they_are_there_or_were_left_out() {
+        let notes = |file: Builder| case(&file).unwrap().notes;
+        assert!(notes(mean()).is_empty() && notes(mean().text("has_grad", "false")).is_empty());
+        assert_eq!(notes(mean().text("has_grad", "true")), ["gradients are not computed"]);
+        assert_eq!(notes(mean().f32s("dout", &[1, 1, 1, 1], &[1.0])), ["gradients are not computed"]);
+    }
+
+    #[test]
     fn packed_sequences_are_read() {
         let bounds = |values: [i32; 3]| values.map(i32::to_le_bytes).concat();
         let file = mean()
@@ -159,6 +169,7 @@ mod tests {
         assert!(error(mean().text("causal", "sideways")).contains("metadata \"causal\" is \"sideways\""));
         assert!(error(mean().text("tol", "{}")).contains("metadata \"tol\""));
         assert!(error(mean().text("window_left", "x")).contains("metadata \"window_left\""));
+        assert!(error(mean().text("window_right", "-2")).contains("metadata \"window_right\" is \"-2\""));
         assert!(error(mean().text("layout", "dshb")).contains("bhsd, bshd or thd"));
     }
 }

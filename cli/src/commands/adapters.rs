@@ -16,6 +16,7 @@ struct Row {
     label: Label,
     device_type: String,
     f16: bool,
+    int64: bool,
     /// Sizes of a subgroup, where shaders can use subgroups.
     subgroups: Option<[u32; 2]>,
     timestamps: bool,
@@ -33,6 +34,7 @@ impl Row {
             label: Label::of(&info),
             device_type: format!("{:?}", info.device_type),
             f16: features.contains(Features::SHADER_F16),
+            int64: features.contains(Features::SHADER_INT64),
             subgroups: features
                 .contains(Features::SUBGROUP)
                 .then_some([info.subgroup_min_size, info.subgroup_max_size]),
@@ -56,6 +58,7 @@ impl Row {
             self.label.driver.clone(),
             self.device_type.clone(),
             yes(self.f16),
+            yes(self.int64),
             subgroups,
             yes(self.timestamps),
             self.storage_buffers_per_stage.to_string(),
@@ -66,13 +69,14 @@ impl Row {
     }
 }
 
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "",
     "name",
     "backend",
     "driver",
     "type",
     "f16",
+    "64-bit integers",
     "subgroup size",
     "timestamps",
     "storage buffers per stage",

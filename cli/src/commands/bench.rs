@@ -94,15 +94,15 @@ pub struct Subject {
     rows: u32,
 }
 
-impl Subject {
-    fn new(shape: ShapeArg, causal: Causal, element: Element) -> Result<Self> {
-        let mut problem = shape.problem();
-        (problem.causal, problem.element) = (causal, element);
-        Self::checked(shape, problem, CHECK_FLOPS)
-    }
+fn problem(shape: ShapeArg, causal: Causal, element: Element) -> Problem {
+    let mut problem = shape.problem();
+    (problem.causal, problem.element) = (causal, element);
+    problem
+}
 
+impl Subject {
     /// Of a problem without operands beside q, k and v, whose check may cost so many operations.
-    pub fn checked(shape: ShapeArg, problem: Problem, check_flops: f64) -> Result<Self> {
+    pub fn new(shape: ShapeArg, problem: Problem, check_flops: f64) -> Result<Self> {
         let checked = problem.check()?;
         let flops = checked.flops();
         let operands = Sample(2).operands(&problem)?;
@@ -258,20 +258,31 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         gpus.push(engine::open(&adapter, &arguments.device)?);
     }
     if gpus.is_empty() {
-        report::complain(format!("no GPU adapter was found, there is nothing to time.\n{}", engine::how_to_get_one()));
+        report.error(format!("no GPU adapter was found, there is nothing to time.\n{}", engine::how_to_get_one()));
         return Ok(Outcome::Differs);
     }
 
     let bar = report::progress(given.len() * (gpus.len() + 1));
+    let options = arguments.kernels.options();
+    let element: Element = arguments.dtype.into();
     let mut subjects = Vec::new();
+    let mut failed = false;
     for &(shape, causal) in &given {
         bar.set_message(format!("reference {shape}"));
-        subjects.push(Subject::new(shape, causal, arguments.dtype.into())?);
+        // What no adapter can run is not worth gigabytes of operands and the reference's time.
+        let problem = problem(shape, causal, element);
+        let refused: Vec<_> = gpus.iter().filter_map(|gpu| gpu.library().plan_with(&problem, &options).err()).collect();
+        match &refused[..] {
+            [error, ..] if refused.len() == gpus.len() => {
+                failed = true;
+                bar.suspend(|| report.error(format!("shape {shape}: {error}")));
+                bar.inc(gpus.len() as u64);
+            }
+            _ => subjects.push(Subject::new(shape, problem, CHECK_FLOPS)?),
+        }
         bar.inc(1);
     }
-    let options = arguments.kernels.options();
-    let mut failed = false;
-    for gpu in &gpus {
+    for gpu in gpus.iter().filter(|_| !subjects.is_empty()) {
         let label = Label::of(gpu.info());
         let timer = Timer::new(gpu);
         bar.set_message(format!("ceilings of {label}"));
@@ -288,12 +299,12 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
             match bench(gpu, &timer, ceilings, subject, &options, arguments.repeats) {
                 Ok(row) => {
                     failed |= !row.within_budget;
-                    report.object(&row)?;
+                    bar.suspend(|| report.object(&row))?;
                     rows.push(row.cells());
                 }
                 Err(error) => {
                     failed = true;
-                    bar.suspend(|| report::complain(format!("{label}, shape {}: {error}", subject.shape)));
+                    bar.suspend(|| report.error(format!("{label}, shape {}: {error}", subject.shape)));
                 }
             }
             bar.inc(1);

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
-use wgpu_attention::{Broadcast, Causal, Element, Gpu, Logits, Problem};
+use wgpu_attention::plan::Step;
+use wgpu_attention::wgpu::CommandEncoderDescriptor;
+use wgpu_attention::{Broadcast, Causal, Element, Gpu, Logits, Outputs, Prepared, Problem, Resident, reference};
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Engine, KernelArgs, Label};
@@ -33,11 +35,19 @@ struct Subject {
     name: &'static str,
     problem: Problem,
     operands: Operands,
-    flops: f64,
+    /// Operations of each stage over the visible pairs.
+    flops: [f64; 3],
 }
 
-/// A stage's name and how its result compares.
-type Stage = (&'static str, Option<Judgement>);
+/// The stages of the three kernels and the dispatches that make up each: the score transform belongs to the softmax.
+const STAGES: [(&str, &[&str]); 3] =
+    [("scores", &["scores"]), ("softmax", &["logits", "softmax"]), ("values", &["values", "pack"])];
+
+/// Operations that the softmax is counted with, for each score: maximum, difference, exponential, sum, quotient.
+const SOFTMAX_FLOPS: f64 = 5.0;
+
+/// Every output of a problem, and the milliseconds of each stage.
+type Staged = (Outputs, [f64; 3]);
 
 /// How the problem ran as a whole, without the stages' outputs.
 struct Whole {
@@ -96,7 +106,9 @@ fn subjects() -> Result<Vec<Subject>> {
             operands.set_mask(&mut problem, Broadcast(shape), mask);
             operands.set_key_lengths(&mut problem, vec![65, 29]);
         }
-        let flops = problem.check()?.flops();
+        let pairs = problem.check()?.visible_pairs() as f64;
+        let [head_dim, value_dim] = [problem.head_dim, problem.value_dim].map(f64::from);
+        let flops = [2.0 * head_dim, SOFTMAX_FLOPS, 2.0 * value_dim].map(|each| each * pairs);
         Ok(Subject { name, problem, operands, flops })
     };
     list.into_iter().map(subject).collect()
@@ -117,22 +129,37 @@ impl Subject {
 
     /// One row for each stage and one for the whole, or the error that stopped it.
     fn rows(&self, engine: &Engine, oracle: &Oracle, kernels: &KernelArgs) -> Vec<Row> {
-        match self.judge(engine, oracle, kernels) {
-            Ok((stages, whole)) => {
-                let mut rows: Vec<Row> =
-                    stages.into_iter().map(|(stage, judgement)| self.row(engine, stage, judgement, None)).collect();
-                rows.push(self.row(engine, "whole", Some(oracle.out(&whole.out)), Some(whole)));
+        match self.compute(engine, kernels) {
+            Ok(((staged, times), whole)) => {
+                let judgements = [oracle.logits(&staged), oracle.weights(&staged), Some(oracle.out(&staged.out))];
+                let stages = STAGES.iter().zip(judgements).zip(times).zip(self.flops);
+                let mut rows: Vec<Row> = stages
+                    .map(|(((&(stage, _), judgement), ms), flops)| {
+                        self.row(engine, stage, judgement, None, Some((ms, flops)))
+                    })
+                    .collect();
+                let [scores, _, values] = self.flops;
+                let speed = Some((whole.ms, scores + values));
+                rows.push(self.row(engine, "whole", Some(oracle.out(&whole.out)), Some(whole.kernel), speed));
                 rows
             }
             Err(error) => {
-                let mut row = self.row(engine, "whole", None, None);
+                let mut row = self.row(engine, "whole", None, None, None);
                 row.verdict = format!("error: {error}");
                 vec![row]
             }
         }
     }
 
-    fn row(&self, engine: &Engine, stage: &'static str, judgement: Option<Judgement>, whole: Option<Whole>) -> Row {
+    /// `speed`: milliseconds, and operations over the visible pairs.
+    fn row(
+        &self,
+        engine: &Engine,
+        stage: &'static str,
+        judgement: Option<Judgement>,
+        kernel: Option<String>,
+        speed: Option<(f64, f64)>,
+    ) -> Row {
         let passed = judgement.is_some_and(|judgement| judgement.comparison.passed());
         Row {
             label: engine.label(),
@@ -143,36 +170,54 @@ impl Subject {
             max_error: judgement.map(|judgement| judgement.comparison.max_error),
             budget: judgement.map(|judgement| judgement.budget),
             of_budget: judgement.map(|judgement| judgement.comparison.worst_ratio),
-            ms: whole.as_ref().map(|whole| whole.ms),
-            gflops: whole.as_ref().map(|whole| self.flops / whole.ms / 1e6),
-            kernel: whole.map(|whole| whole.kernel),
+            ms: speed.map(|(ms, _)| ms),
+            gflops: speed.map(|(ms, flops)| flops / ms / 1e6),
+            kernel,
             verdict: if passed { "ok" } else { "DIFFERS" }.into(),
         }
     }
 
-    /// What each stage of the three kernels is worth, and the whole as the planner, or the caller, chooses its kernel.
-    fn judge(
-        &self,
-        engine: &Engine,
-        oracle: &Oracle,
-        kernels: &KernelArgs,
-    ) -> wgpu_attention::Result<(Vec<Stage>, Whole)> {
-        let inputs = self.operands.inputs();
-        let staged = engine.attention(&self.staged(), &inputs, &kernels.staged())?;
-        let stages = vec![
-            ("scores", oracle.logits(&staged)),
-            ("softmax", oracle.weights(&staged)),
-            ("values", Some(oracle.out(&staged.out))),
-        ];
-        let whole = match engine {
-            Engine::Gpu(gpu) => self.time_gpu(gpu, kernels)?,
+    /// The three kernels stage by stage, and the whole as the planner, or the caller, chooses its kernel.
+    fn compute(&self, engine: &Engine, kernels: &KernelArgs) -> wgpu_attention::Result<(Staged, Whole)> {
+        match engine {
+            Engine::Gpu(gpu) => Ok((self.stages_on_gpu(gpu, kernels)?, self.time_gpu(gpu, kernels)?)),
             Engine::Cpu => {
+                let inputs = self.operands.inputs();
                 let start = Instant::now();
                 let out = engine.attention(&self.problem, &inputs, kernels)?.out;
-                Whole { out, ms: start.elapsed().as_secs_f64() * 1e3, kernel: "reference".into() }
+                let ms = milliseconds(start);
+                Ok((self.stages_on_cpu()?, Whole { out, ms, kernel: "reference".into() }))
             }
-        };
-        Ok((stages, whole))
+        }
+    }
+
+    fn stages_on_gpu(&self, gpu: &Gpu, kernels: &KernelArgs) -> wgpu_attention::Result<Staged> {
+        let plan = gpu.library().plan_with(&self.staged(), &kernels.staged().options())?;
+        let prepared = gpu.library().prepare(&plan)?;
+        let resident = gpu.upload(&plan, &self.operands.inputs())?;
+        gpu.run(&prepared, &resident, &mut |_, _| {})?;
+        let outputs = gpu.download(&plan, &resident)?;
+        let mut times = [0.0; 3];
+        for (ms, (_, kernels)) in times.iter_mut().zip(STAGES) {
+            *ms = median(|| stage(gpu, &prepared, &resident, kernels))?;
+        }
+        Ok((outputs, times))
+    }
+
+    fn stages_on_cpu(&self) -> wgpu_attention::Result<Staged> {
+        let (shape, inputs) = (self.staged().check()?, self.operands.inputs());
+        let start = Instant::now();
+        let scores = reference::scores::<f32>(&shape, &inputs);
+        let scored = milliseconds(start);
+        let start = Instant::now();
+        let masked = reference::logits(&shape, &inputs, &scores, Logits::Masked);
+        let (weights, _) = reference::softmax(&shape, &inputs, &masked);
+        let softened = milliseconds(start);
+        let start = Instant::now();
+        let out = reference::values(&shape, &inputs, &weights);
+        let valued = milliseconds(start);
+        let outputs = Outputs { out, weights: Some(weights), logits: Some(scores), ..Outputs::default() };
+        Ok((outputs, [scored, softened, valued]))
     }
 
     /// Median time of warm runs: submission and wait, without upload and read-back.
@@ -181,15 +226,42 @@ impl Subject {
         let prepared = gpu.library().prepare(&plan)?;
         let resident = gpu.upload(&plan, &self.operands.inputs())?;
         gpu.run(&prepared, &resident, &mut |_, _| {})?;
-        let mut times = Vec::new();
-        for _ in 0..RUNS {
+        let ms = median(|| {
             let start = Instant::now();
             gpu.run(&prepared, &resident, &mut |_, _| {})?;
-            times.push(start.elapsed().as_secs_f64() * 1e3);
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(Whole { out: gpu.download(&plan, &resident)?.out, ms: times[RUNS / 2], kernel: plan.kernel() })
+            Ok(milliseconds(start))
+        })?;
+        Ok(Whole { out: gpu.download(&plan, &resident)?.out, ms, kernel: plan.kernel() })
     }
+}
+
+fn milliseconds(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
+}
+
+fn median(mut run: impl FnMut() -> wgpu_attention::Result<f64>) -> wgpu_attention::Result<f64> {
+    let mut times = (0..RUNS).map(|_| run()).collect::<wgpu_attention::Result<Vec<_>>>()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times[RUNS / 2])
+}
+
+/// Milliseconds of the dispatches of some kernels alone: submission and wait. What they compute from is left from the run before.
+fn stage(gpu: &Gpu, prepared: &Prepared, resident: &Resident, kernels: &[&str]) -> wgpu_attention::Result<f64> {
+    let mut encoder = gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("stage") });
+    let belongs = |step: &Step| kernels.contains(&step.variant.kernel());
+    let mut first = 0;
+    for steps in prepared.plan().steps().chunk_by(|a, b| belongs(a) == belongs(b)) {
+        let end = first + steps.len();
+        if belongs(&steps[0]) {
+            prepared.encode_steps(first..end, &mut encoder, &resident.buffers())?;
+        }
+        first = end;
+    }
+    let commands = encoder.finish();
+    let start = Instant::now();
+    gpu.queue().submit([commands]);
+    gpu.wait()?;
+    Ok(milliseconds(start))
 }
 
 impl Row {
@@ -236,7 +308,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
             Ok(gpu) => engines.push(Engine::Gpu(Box::new(gpu))),
             Err(error) => {
                 broken += 1;
-                report::complain(format!("{}: {error}", Label::of(&adapter.get_info())));
+                report.error(format!("{}: {error}", Label::of(&adapter.get_info())));
             }
         }
     }
@@ -250,7 +322,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs())?;
         for (place, engine) in engines.iter().enumerate() {
             for row in subject.rows(engine, &oracle, &arguments.kernels) {
-                report.object(&row)?;
+                bar.suspend(|| report.object(&row))?;
                 rows.push((place, row));
             }
             bar.inc(1);
