@@ -1,7 +1,7 @@
 //! Why each kernel was chosen or not, and rows that were measured.
 
 use proptest::prelude::*;
-use wgpu_attention::kernel::{Body, flash, rows, split};
+use wgpu_attention::kernel::{flash, rows, split};
 use wgpu_attention::{
     Caps, Causal, Choice, Class, Element, Form, Kernel, Options, Plan, Problem, Queries, Row, Tuning,
 };
@@ -134,14 +134,17 @@ fn rows_that_cannot_be_followed_are_passed_over_with_a_reason() {
 }
 
 #[test]
-fn every_kernel_has_tiles_that_exist_and_tiles_that_do_not() {
-    let body = Body::Lanes { lanes: 8, subgroup: true, wide: true };
-    assert!(Choice::Rows(rows::Tile { body, rows: 4, keys: 4, dims: 64 }).exists());
-    assert!(!Choice::Rows(rows::Tile { body, rows: 5, keys: 4, dims: 64 }).exists());
-    let tile = split::Tile { dims: 64, rows: 1, keys: 4, streams: 16, shuffle: true };
-    assert!(Choice::Split(tile).exists());
-    assert!(!Choice::Split(split::Tile { streams: 3, ..tile }).exists());
-    assert!(Choice::Unfused.exists());
+fn a_tile_exists_only_as_the_table_has_it() {
+    let shape = Problem::new(1, 8, 512, 512, 64).check().unwrap();
+    for choice in Tuning::candidates(&shape, &lavapipe()).unwrap() {
+        let changed = match choice {
+            Choice::Unfused => continue,
+            Choice::Rows(tile) => Choice::Rows(rows::Tile { keys: tile.keys + 17, ..tile }),
+            Choice::Flash(tile) => Choice::Flash(flash::Tile { depth: tile.depth + 17, ..tile }),
+            Choice::Split(tile) => Choice::Split(split::Tile { streams: tile.streams + 17, ..tile }),
+        };
+        assert!(choice.exists() && !changed.exists(), "{choice:?}");
+    }
 }
 
 #[test]
