@@ -5,6 +5,7 @@ use crate::kernel::{Body, Format, Tile, Variant, flash, rows, scores, split, val
 use crate::plan::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
+use crate::tuned::{Choice, Class, Tuning};
 use crate::{Error, Result, tuning};
 
 fn lane_body(caps: &Caps) -> Body {
@@ -12,6 +13,12 @@ fn lane_body(caps: &Caps) -> Body {
         Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == tuning::WIDE_LANES },
         None => Body::Lanes { lanes: 8, subgroup: false, wide: false },
     }
+}
+
+/// Whether the device has what a lane body uses.
+fn runs(body: Body, caps: &Caps) -> bool {
+    let Body::Lanes { lanes, subgroup, wide } = body else { return false };
+    (!subgroup || caps.lanes() == Some(lanes)) && (!wide || caps.int64)
 }
 
 pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str) {
@@ -23,57 +30,155 @@ pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str
     }
 }
 
-/// The fused kernel, if one is asked for, or can run and is expected to be faster; with the reasons.
+/// The fused kernel that is asked for, that a tuned row names, or that can run and is expected to be faster; `None` for `scores`,
+/// `softmax` and `values`. Gives a reason for every kernel.
 pub(crate) fn choose_fused(
     shape: &Shape,
     caps: &Caps,
     options: &Options,
+    tuning: &Tuning,
     key_step: u32,
     reasons: &mut Vec<String>,
 ) -> Result<Option<Variant>> {
-    let candidates = match options.kernel {
-        Some(Kernel::Unfused) => return Ok(None),
-        Some(kernel) => vec![kernel],
-        None if options.form.is_some() => return Ok(None),
-        None => vec![Kernel::Rows, Kernel::Split, Kernel::Flash],
-    };
-    for kernel in candidates {
-        let forced = options.kernel.is_some();
-        let found = match kernel {
-            Kernel::Rows => rows(shape, caps, options, key_step),
-            Kernel::Split => split(shape, caps, options, key_step),
-            _ => flash(shape, caps, options, key_step),
-        };
-        let slower = match kernel {
-            _ if forced => None,
-            Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
-            Kernel::Rows if caps.lanes().is_some_and(|lanes| lanes < 8) => {
-                Some("a driver of four lanes takes minutes to compile it")
-            }
-            Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
-                Some("so few queries leave its lanes idle")
-            }
-            Kernel::Split if caps.cpu && caps.lanes().is_some_and(|lanes| shape.seq_q > lanes) => {
-                Some("so many queries would read the keys again and again")
-            }
-            Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
-                Some("so many rows fill the tiles of flash")
-            }
-            Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
-            _ => None,
-        };
-        match (found, slower) {
-            (Err(why), _) if forced => return Err(Error::Kernel { kernel: kernel.name(), why }),
-            (Ok(variant), None) => {
-                let why = if forced { "as asked" } else { "one pass over the keys, no score matrix" };
-                reasons.push(format!("kernel {}: {why}", kernel.name()));
-                return Ok(Some(variant));
-            }
-            (Err(why), _) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
-            (Ok(_), Some(why)) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
+    let found = |kernel| variants(kernel, shape, caps, options, key_step);
+    let tuned = tuned(shape, options, tuning, found, reasons);
+    let is_tuned = tuned.is_some();
+    let (chosen, variant, why) = match (tuned, options.kernel) {
+        (Some(tuned), _) => tuned,
+        (None, Some(kernel)) => {
+            let variants = found(kernel).map_err(|why| Error::Kernel { kernel: kernel.name(), why })?;
+            (kernel, variants.first().copied(), "as asked".into())
         }
+        (None, None) if options.form.is_some() => {
+            (Kernel::Unfused, None, "a form is asked for, which it alone has".into())
+        }
+        (None, None) => {
+            let own = [Kernel::Rows, Kernel::Split, Kernel::Flash].into_iter().find_map(|kernel| {
+                let variants = found(kernel).ok().filter(|_| slower(kernel, shape, caps).is_none())?;
+                Some((kernel, variants.first().copied()))
+            });
+            match own {
+                Some((kernel, variant)) => (kernel, variant, "one pass over the keys, no score matrix".into()),
+                None => (Kernel::Unfused, None, "it runs every problem on every device".into()),
+            }
+        }
+    };
+    reasons.push(format!("kernel {}: {why}", chosen.name()));
+    for kernel in Kernel::ALL.into_iter().filter(|&kernel| kernel != chosen) {
+        let chosen = chosen.name();
+        let why = match (found(kernel), slower(kernel, shape, caps)) {
+            _ if options.kernel.is_some() => format!("{chosen} is asked for"),
+            _ if options.form.is_some() => "a form of scores and values is asked for".into(),
+            (Err(why), _) => why,
+            _ if is_tuned => format!("a tuned row prefers {chosen}"),
+            (Ok(_), Some(why)) => why.into(),
+            (Ok(_), None) if kernel == Kernel::Unfused => "the scores would pass through memory".into(),
+            (Ok(_), None) => format!("{chosen} is expected to be faster"),
+        };
+        reasons.push(format!("not kernel {}: {why}", kernel.name()));
     }
-    Ok(None)
+    Ok(variant)
+}
+
+/// The first tuned row that fits the problem and what is asked for; with the reasons for and against each.
+fn tuned(
+    shape: &Shape,
+    options: &Options,
+    tuning: &Tuning,
+    found: impl Fn(Kernel) -> std::result::Result<Vec<Variant>, String>,
+    reasons: &mut Vec<String>,
+) -> Option<(Kernel, Option<Variant>, String)> {
+    let class = Class::of(shape);
+    let mut rows = tuning.rows.iter().filter(|row| row.class == class).peekable();
+    if rows.peek().is_none() && !tuning.rows.is_empty() {
+        reasons.push(format!("no tuned row of {} is for problems of this class", tuning.source));
+    }
+    rows.find_map(|row| {
+        let kernel = row.choice.kernel();
+        let usable = match (options.kernel, options.form) {
+            (Some(forced), _) if forced != kernel => Err(format!("kernel {} is asked for", forced.name())),
+            (None, Some(_)) => Err("a form of scores and values is asked for".into()),
+            _ if !row.choice.exists() => Err("there is no such tile".into()),
+            _ if kernel == Kernel::Unfused => Ok(None),
+            _ => found(kernel).and_then(|variants| {
+                let variant = variants.into_iter().find(|variant| Choice::of(variant) == row.choice);
+                variant.map(Some).ok_or_else(|| "its tile does not suit this device and these dims".into())
+            }),
+        };
+        match usable {
+            Ok(variant) => {
+                let why = format!("measured fastest in its class, {:.3} ms (tuned rows of {})", row.ms, tuning.source);
+                Some((kernel, variant, why))
+            }
+            Err(why) => {
+                reasons.push(format!("the tuned row for {} is passed over: {why}", kernel.name()));
+                None
+            }
+        }
+    })
+}
+
+/// What can be measured against each other for a problem, the planner's own choice first.
+pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
+    caps.check()?;
+    let (options, key_step) = (Options::default(), key_step(shape, caps)?);
+    let own = choose_fused(shape, caps, &options, &Tuning::default(), key_step, &mut Vec::new())?;
+    let mut choices = vec![own.as_ref().map_or(Choice::Unfused, Choice::of)];
+    for kernel in Kernel::ALL.into_iter().filter(|&kernel| !takes_minutes(kernel, caps)) {
+        // A kernel that cannot run is no candidate.
+        let variants = variants(kernel, shape, caps, &options, key_step).unwrap_or_default();
+        choices.extend(variants.iter().map(Choice::of));
+    }
+    choices.push(Choice::Unfused);
+    let mut seen = Vec::new();
+    choices.retain(|choice| {
+        !seen.contains(choice) && {
+            seen.push(*choice);
+            true
+        }
+    });
+    Ok(choices)
+}
+
+/// Whether a driver takes minutes to compile a kernel.
+fn takes_minutes(kernel: Kernel, caps: &Caps) -> bool {
+    kernel == Kernel::Rows && caps.cpu && caps.lanes().is_some_and(|lanes| lanes < 8)
+}
+
+/// Why a kernel that can run is expected to be slower than another one.
+fn slower(kernel: Kernel, shape: &Shape, caps: &Caps) -> Option<&'static str> {
+    match kernel {
+        Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
+        Kernel::Rows if takes_minutes(kernel, caps) => Some("a driver of four lanes takes minutes to compile it"),
+        Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
+            Some("so few queries leave its lanes idle")
+        }
+        Kernel::Split if caps.cpu && caps.lanes().is_some_and(|lanes| shape.seq_q > lanes) => {
+            Some("so many queries would read the keys again and again")
+        }
+        Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
+            Some("so many rows fill the tiles of flash")
+        }
+        Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
+        _ => None,
+    }
+}
+
+/// The variants of a kernel that can run, the planner's own choice first, or why none can. `scores`, `softmax` and `values` are
+/// chosen one by one and have none here.
+fn variants(
+    kernel: Kernel,
+    shape: &Shape,
+    caps: &Caps,
+    options: &Options,
+    key_step: u32,
+) -> std::result::Result<Vec<Variant>, String> {
+    match kernel {
+        Kernel::Unfused => Ok(Vec::new()),
+        Kernel::Rows => rows(shape, caps, options, key_step),
+        Kernel::Split => split(shape, caps, options, key_step),
+        Kernel::Flash => flash(shape, caps, options, key_step),
+    }
 }
 
 /// What keeps any fused kernel with these operands from running.
@@ -91,7 +196,7 @@ fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Op
     }
 }
 
-fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
     if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
         return Err(why);
@@ -100,12 +205,15 @@ fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::re
         return Err("it reads f16 packed".into());
     }
     let dim = shape.head_dim.max(shape.value_dim);
-    let tile = tuning::rows_tiles(lane_body(caps)).find(|tile| dim <= tile.dims);
-    let tile = tile.ok_or_else(|| format!("{dim} dims do not fit a lane's registers"))?;
-    Ok(Variant::Rows(rows::Rows { tile, format: whole_format(shape, false), full }))
+    let own = lane_body(caps);
+    let others = tuning::lane_bodies().filter(|&body| body != own && runs(body, caps));
+    let tiles = std::iter::once(own).chain(others).filter_map(|body| tuning::rows_tiles(body).find(|t| dim <= t.dims));
+    let format = whole_format(shape, false);
+    let found: Vec<_> = tiles.map(|tile| Variant::Rows(rows::Rows { tile, format, full })).collect();
+    if found.is_empty() { Err(format!("{dim} dims do not fit a lane's registers")) } else { Ok(found) }
 }
 
-fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
     if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
         return Err(why);
@@ -118,22 +226,28 @@ fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     }
     let dim = shape.head_dim.max(shape.value_dim);
     let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
-    let one_stream = caps.cpu && caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
+    let wide = caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
+    let one_stream = caps.cpu && wide;
     let many_rows = lines(shape) > 2;
-    let tiles = tuning::split_tiles()
-        .filter(|tile| dim <= tile.dims && tile.shuffle == shuffle && (tile.streams == 1) == one_stream);
+    let tiles =
+        tuning::split_tiles().filter(|tile| dim <= tile.dims && (shuffle || !tile.shuffle) && (wide || !tile.wide()));
     let format = whole_format(shape, false);
     let variants = tiles.map(|tile| split::Split { tile, format, full });
-    let fitting: Vec<_> = variants.filter(|x| fits(caps, x.threads(), x.workgroup_bytes())).collect();
+    let mut fitting: Vec<_> = variants.filter(|x| fits(caps, x.threads(), x.workgroup_bytes())).collect();
+    fitting.sort_by_key(|x| {
+        let tile = &x.tile;
+        (tile.dims, tile.shuffle != shuffle, (tile.streams == 1) != one_stream, (tile.rows > 1) != many_rows)
+    });
     let dims = fitting.first().map(|x| x.tile.dims);
-    let best = fitting.iter().filter(|x| Some(x.tile.dims) == dims).min_by_key(|x| (x.tile.rows > 1) != many_rows);
-    let variant =
-        *best.ok_or_else(|| format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"))?;
+    fitting.retain(|x| Some(x.tile.dims) == dims);
+    if fitting.is_empty() {
+        return Err(format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"));
+    }
     let [out, _] = partial_bytes(shape, 1);
     if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
         return Err("its results in f32 exceed a binding or the scratch budget".into());
     }
-    Ok(Variant::Split(variant))
+    Ok(fitting.into_iter().map(Variant::Split).collect())
 }
 
 /// Rows that share a key/value head.
@@ -164,7 +278,7 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
     [4 * rows * u64::from(shape.value_dim), 4 * rows]
 }
 
-fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
     let small_arrays =
         shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
     let operands = match (transforms(shape), small_arrays) {
@@ -183,17 +297,22 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= flash::ACROSS);
     let largest = tuning::FLASH.iter().map(|tile| tile.dims).max().expect("the table has rows");
     let dims = shape.value_dim.min(largest);
-    tuning::FLASH
+    let mut found: Vec<_> = tuning::FLASH
         .into_iter()
         .map(|tile| flash::Flash { tile, format, operands })
-        .find(|x| {
+        .filter(|x| {
             dims <= x.tile.dims
                 && (shuffles || !x.tile.shuffle)
                 && (shape.head_dim <= x.tile.dims || !x.tile.resident)
                 && fits(caps, flash::ACROSS * flash::DOWN, x.workgroup_bytes())
         })
-        .map(Variant::Flash)
-        .ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
+        .collect();
+    let smallest = found.first().map(|x| x.tile.dims);
+    found.retain(|x| Some(x.tile.dims) == smallest);
+    if found.is_empty() {
+        return Err("no tile fits the device's workgroup memory and invocations".into());
+    }
+    Ok(found.into_iter().map(Variant::Flash).collect())
 }
 
 /// One format for q, k, v and out.

@@ -6,7 +6,7 @@ use crate::kernel::Slot;
 use crate::kernel::params::STRIDE;
 use crate::pipelines::{Pipeline, Pipelines};
 use crate::plan::{Options, Step};
-use crate::{Caps, Causal, Error, Plan, Problem, Result};
+use crate::{Caps, Causal, Error, Plan, Problem, Result, Tuning};
 
 /// Compiled steps and their uniforms: what every operation on the GPU records.
 #[derive(Debug)]
@@ -97,6 +97,7 @@ pub(crate) fn allocate<T>(device: &wgpu::Device, create: impl FnOnce() -> T) -> 
 pub struct Attention {
     device: wgpu::Device,
     caps: Caps,
+    tuning: Tuning,
     pipelines: Pipelines,
 }
 
@@ -109,7 +110,42 @@ impl Attention {
     /// Like [`Attention::new`], but with `checked` pipelines are compiled with wgpu's runtime checks (bounds, loops): slower,
     /// for hunting a suspected out-of-bounds access.
     pub fn with_checks(device: &wgpu::Device, checked: bool) -> Self {
-        Attention { device: device.clone(), caps: Caps::of(device), pipelines: Pipelines::new(device, checked) }
+        let pipelines = Pipelines::new(device, checked);
+        Attention { device: device.clone(), caps: Caps::of(device), tuning: Tuning::default(), pipelines }
+    }
+
+    /// Plans from now on by rows that were measured on this device's adapter, as `wgpu-attention tune` does; see [`Plan::tuned`].
+    pub fn set_tuning(&mut self, tuning: Tuning) {
+        self.tuning = tuning;
+    }
+
+    /// The rows it plans by; none unless set.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
+    /// What the driver's compiler made of the pipelines so far, for [`Attention::load_pipeline_cache`] in a later process. `None`
+    /// unless the device was created with [`wgpu::Features::PIPELINE_CACHE`], which Vulkan alone offers.
+    pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
+        self.pipelines.data()
+    }
+
+    /// Compiles from now on with what [`Attention::pipeline_cache_data`] gave out on the same adapter and driver; a file name for
+    /// it is [`wgpu::util::pipeline_cache_key`]. Returns whether the data is used. Damaged data, that of another adapter or driver,
+    /// and any on a device without [`wgpu::Features::PIPELINE_CACHE`], is not: then everything is compiled anew.
+    ///
+    /// # Safety
+    ///
+    /// `data` came from [`Attention::pipeline_cache_data`]. Damage on the way is found by a checksum; data that was forged is not,
+    /// and drivers trust it. Keep it where only the user writes.
+    pub unsafe fn load_pipeline_cache(&mut self, data: &[u8]) -> bool {
+        // SAFETY: passed on to the caller.
+        unsafe { self.pipelines.load(data) }
+    }
+
+    /// How many pipelines are compiled: only [`Attention::prepare`] and the operations' likes of it add any, recording never does.
+    pub fn compiled_pipelines(&self) -> usize {
+        self.pipelines.count()
     }
 
     pub(crate) fn program(&self, steps: &[Step]) -> Result<Program> {
@@ -132,10 +168,11 @@ impl Attention {
 
     /// The same with [`Options`].
     pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
-        Plan::new(&problem.check()?, &self.caps, options)
+        Plan::tuned(&problem.check()?, &self.caps, options, &self.tuning)
     }
 
-    /// Compiles the pipelines that are not cached yet and allocates the plan's scratch. Blocks while the driver compiles.
+    /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:
+    /// call it ahead, where a pause does no harm. Recording compiles nothing, and the [`Prepared`] outlives this object.
     pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
         let program = self.program(plan.steps())?;
         let scratch = wgpu::BufferUsages::STORAGE;

@@ -154,7 +154,8 @@ impl Gpu {
             | wgpu::Features::SHADER_INT64
             | wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
-            | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+            | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
+            | wgpu::Features::PIPELINE_CACHE;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("wgpu-attention"),
             required_features: options.features.unwrap_or(adapter.features() & useful),
@@ -195,6 +196,11 @@ impl Gpu {
     /// Planner and pipelines of this device.
     pub fn library(&self) -> &Attention {
         &self.library
+    }
+
+    /// The same, to give it tuned rows or a pipeline cache.
+    pub fn library_mut(&mut self) -> &mut Attention {
+        &mut self.library
     }
 
     /// Runs a problem on host slices: plan, upload, compute slice by slice, read back.

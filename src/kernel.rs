@@ -20,6 +20,7 @@ pub mod values;
 use std::fmt;
 
 use minijinja::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::problem::Element;
 
@@ -168,7 +169,8 @@ pub struct Tile {
 }
 
 /// Body of `scores` and `values`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Body {
     /// Tiles in workgroup memory and registers, for GPUs.
     Tiled,

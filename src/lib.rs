@@ -25,6 +25,7 @@ mod runner;
 pub mod shader;
 pub mod shape;
 mod steps;
+mod tuned;
 pub mod tuning;
 
 pub use append::Append;
@@ -44,6 +45,7 @@ pub use projection::{Order, Projection};
 pub use rotation::{Positions, Rotation};
 pub use runner::Runner;
 pub use shape::Shape;
+pub use tuned::{Choice, Class, Queries, Row, Tuning};
 pub use wgpu;
 
 #[cfg(doctest)]

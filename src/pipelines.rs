@@ -1,6 +1,7 @@
 //! Compiles and caches pipelines: the only file that does.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex};
 
 use crate::kernel::Variant;
@@ -19,11 +20,42 @@ pub(crate) struct Pipelines {
     device: wgpu::Device,
     checked: bool,
     compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    /// What the backend keeps of its compiler's work, where it lets us have it.
+    cache: Option<wgpu::PipelineCache>,
 }
 
 impl Pipelines {
     pub(crate) fn new(device: &wgpu::Device, checked: bool) -> Self {
-        Pipelines { device: device.clone(), checked, compiled: Mutex::default() }
+        // SAFETY: there is no data that could be wrong.
+        let cache = unsafe { create_cache(device, None) };
+        Pipelines { device: device.clone(), checked, compiled: Mutex::default(), cache }
+    }
+
+    /// Starts from what [`Pipelines::data`] gave out earlier. Returns whether the backend took it; where it did not, everything
+    /// is compiled anew.
+    ///
+    /// # Safety
+    ///
+    /// `data` came from [`Pipelines::data`], or its checksum is wrong.
+    pub(crate) unsafe fn load(&mut self, data: &[u8]) -> bool {
+        let Some((_, data)) = data.split_first_chunk().filter(|(sum, data)| **sum == checksum(data)) else {
+            return false;
+        };
+        // SAFETY: the caller promises that wgpu gave the data out; the checksum shows that storage did not alter it.
+        let Some(cache) = (unsafe { create_cache(&self.device, Some(data)) }) else { return false };
+        self.cache = Some(cache);
+        true
+    }
+
+    /// What a later process can start from, behind a checksum.
+    pub(crate) fn data(&self) -> Option<Vec<u8>> {
+        let data = self.cache.as_ref()?.get_data()?;
+        Some([&checksum(&data)[..], &data].concat())
+    }
+
+    /// How many variants are compiled.
+    pub(crate) fn count(&self) -> usize {
+        self.compiled.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).len()
     }
 
     pub(crate) fn get(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
@@ -81,7 +113,7 @@ impl Pipelines {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache: self.cache.as_ref(),
         });
         // Error scopes resolve at once on native backends.
         let errors = [internal, validation, memory].map(|scope| pollster::block_on(scope.pop()));
@@ -91,4 +123,31 @@ impl Pipelines {
             Some(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
         }
     }
+}
+
+/// Bytes of the checksum before the data of a pipeline cache: wgpu checks whose the data is, but not whether it is whole.
+const CHECKSUM: usize = 8;
+
+/// Against damage, not against forgery. Another standard library may compute another one: the data then counts as damaged.
+fn checksum(data: &[u8]) -> [u8; CHECKSUM] {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(data);
+    hasher.finish().to_le_bytes()
+}
+
+/// A pipeline cache where the device has them and, if it is to start from data, takes that.
+///
+/// # Safety
+///
+/// `data` was given out by [`wgpu::PipelineCache::get_data`].
+unsafe fn create_cache(device: &wgpu::Device, data: Option<&[u8]>) -> Option<wgpu::PipelineCache> {
+    if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+        return None;
+    }
+    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    // Without a fallback, data of another adapter or driver is an error, so that the caller knows.
+    let descriptor = wgpu::PipelineCacheDescriptor { label: Some("attention"), data, fallback: false };
+    // SAFETY: passed on to the caller.
+    let cache = unsafe { device.create_pipeline_cache(&descriptor) };
+    pollster::block_on(scope.pop()).is_none().then_some(cache)
 }

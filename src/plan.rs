@@ -10,6 +10,7 @@ use crate::kernel::params::Params;
 use crate::kernel::{Slot, Variant};
 use crate::planner::{Lists, Planner};
 use crate::shape::Shape;
+use crate::tuned::{Choice, Tuning};
 use crate::{Error, Result};
 
 /// How attention is computed, to force.
@@ -124,6 +125,12 @@ pub struct Plan {
 impl Plan {
     /// Plans a checked problem for a device.
     pub fn new(shape: &Shape, caps: &Caps, options: &Options) -> Result<Plan> {
+        Self::tuned(shape, caps, options, &Tuning::default())
+    }
+
+    /// The same, with rows that were measured on the device's adapter: the first one for the problem's class that can run chooses
+    /// kernel and tile, unless [`Options`] ask for another kernel. The reasons say which row was followed, and why one was not.
+    pub fn tuned(shape: &Shape, caps: &Caps, options: &Options, tuning: &Tuning) -> Result<Plan> {
         caps.check()?;
         // What no buffer of the device can hold cannot be there to be bound.
         let limit = caps.limits.max_buffer_size;
@@ -132,7 +139,7 @@ impl Plan {
                 return Err(Error::TooLarge { field, value, limit });
             }
         }
-        Planner::new(shape, caps, options)?.plan()
+        Planner::new(shape, caps, options, tuning)?.plan()
     }
 
     /// The problem.
@@ -203,7 +210,12 @@ impl Plan {
         names.join("+")
     }
 
-    /// Why the plan is as it is, a sentence each.
+    /// The kernel with its tile, as a tuned row names it.
+    pub fn choice(&self) -> Choice {
+        Choice::of(&self.steps[0].variant)
+    }
+
+    /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
     pub fn reasons(&self) -> &[String] {
         &self.reasons
     }

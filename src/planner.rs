@@ -14,6 +14,7 @@ use crate::plan::{Bound, Options, Plan};
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::steps::{self, Span, Steps, few, flops_per_second, small};
+use crate::tuned::Tuning;
 use crate::{Error, Result, tuning};
 
 /// Places of the small arrays, in u32 words of one buffer.
@@ -101,10 +102,10 @@ pub(crate) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    pub(crate) fn new(shape: &'a Shape, caps: &'a Caps, options: &Options) -> Result<Self> {
+    pub(crate) fn new(shape: &'a Shape, caps: &'a Caps, options: &Options, tuning: &Tuning) -> Result<Self> {
         let mut reasons = Vec::new();
         let key_step = key_step(shape, caps)?;
-        let fused = choose_fused(shape, caps, options, key_step, &mut reasons)?;
+        let fused = choose_fused(shape, caps, options, tuning, key_step, &mut reasons)?;
         let (body, why) = choose_body(caps, options);
         if fused.is_none() {
             reasons.push(format!("scores and values in the form: {body} ({why})"));

@@ -1,5 +1,7 @@
 //! What computes: a GPU adapter with its device, or the CPU reference.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
@@ -8,6 +10,7 @@ use wgpu_attention::{
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
+use crate::store::Device;
 
 /// Which device is opened and how.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
@@ -18,6 +21,12 @@ pub struct DeviceArgs {
     /// Compile shaders with runtime checks of bounds and loops (slower)
     #[arg(long)]
     pub checked: bool,
+    /// Plan without the rows that `tune` stored for the adapter
+    #[arg(long)]
+    pub untuned: bool,
+    /// Plan by the rows of this file (default: those that `tune` stored for the adapter)
+    #[arg(long, value_name = "FILE", conflicts_with = "untuned")]
+    pub tuning: Option<PathBuf>,
 }
 
 /// What computes.
@@ -107,13 +116,13 @@ impl KernelArgs {
 /// One way to compute attention.
 #[derive(Debug)]
 pub enum Engine {
-    Gpu(Box<Gpu>),
+    Gpu(Box<Device>),
     /// The f32 instance of the reference.
     Cpu,
 }
 
 /// How an engine is named in every table and object. lavapipe and llvmpipe call themselves the same, so the backend is always there.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Label {
     pub adapter: String,
     pub backend: String,
@@ -216,14 +225,14 @@ fn places(rotation: &Rotation) -> impl Iterator<Item = (u64, u64, u64)> {
     (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..rows).map(move |row| (b, h, row))))
 }
 
-/// Opens one adapter.
-pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<Gpu> {
+/// Opens one adapter, with what is kept for it.
+pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<Device> {
     let mut options = DeviceOptions { checked: device.checked, ..DeviceOptions::default() };
     if device.low_limits {
         options.limits = Some(Limits::downlevel_defaults().or_worse_values_from(&adapter.limits()));
         options.features = Some(Features::empty());
     }
-    Gpu::open(adapter, &options)
+    Ok(Device::new(Gpu::open(adapter, &options)?, device))
 }
 
 /// The adapters that `wanted` names, in its order. If it names none: those that `WGPU_ADAPTER_NAME` matches, or all.
@@ -240,10 +249,10 @@ pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
 }
 
 /// The adapter that `wanted` names, or the library's choice.
-pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<Gpu> {
+pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<Device> {
     match wanted {
         Some(wanted) => open(&choose(&[wanted.to_string()])?[0], device),
-        None if !device.low_limits && !device.checked => Gpu::new(),
+        None if !device.low_limits && !device.checked => Ok(Device::new(Gpu::new()?, device)),
         None => {
             let best = Gpu::new()?;
             let adapters = Gpu::adapters();

@@ -32,6 +32,10 @@ pub enum Error {
     Batch { path: PathBuf, batch: usize, batches: usize },
     #[error("{}: {source}", path.display())]
     Problem { path: PathBuf, source: wgpu_attention::Error },
+    #[error("shapes {left} and {right} are of one class of problems, which has one row: choose one of them")]
+    SameClass { left: String, right: String },
+    #[error("this system has no cache folder: give --file, or set {variable}")]
+    NoFolder { variable: &'static str },
     #[error("{0}")]
     Attention(#[from] wgpu_attention::Error),
     #[error("{0}")]

@@ -16,6 +16,7 @@ mod probe;
 mod report;
 mod request;
 mod sample;
+mod store;
 mod timer;
 
 use std::process::ExitCode;
@@ -23,7 +24,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use wgpu_attention::Gpu;
 
-use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run};
+use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run, tune};
 use error::Error;
 use report::Report;
 
@@ -56,6 +57,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Print which kernels would run for a problem, in which order, and why
     Plan(plan::Arguments),
+    /// Measure which kernel and tile is fastest on an adapter, and keep that for later plans
+    Tune(tune::Arguments),
 }
 
 /// Whether everything was as it should be.
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
         Some(Command::Cases(arguments)) => case_files::run(arguments, report),
         Some(Command::Bench(arguments)) => bench::run(arguments, report),
         Some(Command::Plan(arguments)) => plan::run(arguments, report),
+        Some(Command::Tune(arguments)) => tune::run(arguments, report),
     };
     match outcome {
         Ok(Outcome::Right) => ExitCode::SUCCESS,

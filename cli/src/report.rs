@@ -63,6 +63,12 @@ pub fn complain(message: impl std::fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "error: {message}");
 }
 
+/// Something that was left aside, on standard error.
+pub fn warn(message: impl std::fmt::Display) {
+    // Nothing is left to do where standard error is closed.
+    let _ = writeln!(io::stderr().lock(), "warning: {message}");
+}
+
 /// A bar on standard error; hidden when that is not a terminal.
 pub fn progress(steps: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("the template is a constant");

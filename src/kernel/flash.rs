@@ -3,6 +3,7 @@
 use std::fmt;
 
 use minijinja::{Value, context};
+use serde::{Deserialize, Serialize};
 
 use super::{Format, Slot};
 use crate::problem::Element;
@@ -46,7 +47,7 @@ impl Operands {
 }
 
 /// Tile parameters of `flash`. The table lives in [`crate::tuning`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Value dims of a workgroup.
     pub dims: u32,

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use minijinja::{Value, context};
+use serde::{Deserialize, Serialize};
 
 use super::{Body, Format, Slot};
 use crate::problem::Element;
@@ -20,7 +21,7 @@ pub struct Rows {
 }
 
 /// Tile parameters of `rows`. The table lives in [`crate::tuning`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Lanes, and how keys and values are spread over them.
     pub body: Body,

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use minijinja::{Value, context};
+use serde::{Deserialize, Serialize};
 
 use super::{Format, Slot};
 use crate::tuning;
@@ -19,7 +20,7 @@ pub struct Split {
 }
 
 /// Tile parameters of `split`. The table lives in [`crate::tuning`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Dims that the lanes of a stream keep in registers: the smallest bucket that holds head_dim and value_dim.
     pub dims: u32,

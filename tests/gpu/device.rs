@@ -41,6 +41,58 @@ fn problems_share_the_callers_device_and_encoder() {
 }
 
 #[test]
+fn recording_compiles_nothing_and_needs_no_compiler() {
+    for gpu in gpus() {
+        let (device, queue) = own(gpu);
+        let attention = Attention::new(&device);
+        assert_eq!(attention.compiled_pipelines(), 0);
+        let [case, _] = cases();
+        let plan = attention.plan(&case.problem).unwrap();
+        assert_eq!(attention.compiled_pipelines(), 0, "planning is pure");
+        let prepared = attention.prepare(&plan).unwrap();
+        let compiled = attention.compiled_pipelines();
+        assert!(compiled > 0);
+        let staged = Staged::new(&device, &plan, &case.operands);
+        let mut encoder = device.create_command_encoder(&Default::default());
+        prepared.encode(&mut encoder, &staged.buffers()).unwrap();
+        attention.prepare(&plan).unwrap();
+        assert_eq!(attention.compiled_pipelines(), compiled);
+        // What compiles is gone; recording goes on.
+        drop(attention);
+        prepared.encode(&mut encoder, &staged.buffers()).unwrap();
+        queue.submit([encoder.finish()]);
+        case.compare(&staged.outputs(&device, &queue), &plan);
+    }
+}
+
+#[test]
+fn a_pipeline_cache_is_given_out_and_taken_and_damage_to_it_is_refused() {
+    for gpu in gpus() {
+        let offered = gpu.adapter.features().contains(wgpu::Features::PIPELINE_CACHE);
+        let [case, _] = cases();
+        let first = gpu.limited(|_| ());
+        let (want, _) = case.check(&first, &form(None));
+        let data = first.library().pipeline_cache_data();
+        assert_eq!(data.is_some(), offered, "{}", gpu.name);
+        let data = data.unwrap_or(vec![1; 100]);
+        let mut second = gpu.limited(|_| ());
+        // SAFETY: the library gave the data out, or it is damaged, or the device takes none.
+        let load =
+            |device: &mut wgpu_attention::Gpu, data: &[u8]| unsafe { device.library_mut().load_pipeline_cache(data) };
+        assert_eq!(load(&mut second, &data), offered, "{}", gpu.name);
+        let mut flipped = data.clone();
+        // The driver's own part, which wgpu does not look at.
+        *flipped.last_mut().unwrap() ^= 0x10;
+        for damaged in [&[][..], &[7; 5], &[0xa5; 5000], &data[..data.len() - 1], &data[8..], &flipped] {
+            assert!(!load(&mut second, damaged), "{}", gpu.name);
+        }
+        assert_eq!(case.check(&second, &form(None)).0, want, "{}", gpu.name);
+        let plain = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
+        assert_eq!(plain.library().pipeline_cache_data(), None);
+    }
+}
+
+#[test]
 fn slices_submitted_in_order_make_the_whole() {
     let options = Options { work_budget: std::time::Duration::from_micros(1), ..form(None) };
     for gpu in gpus() {

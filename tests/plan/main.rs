@@ -4,6 +4,7 @@
 mod address;
 mod coverage;
 mod strategy;
+mod tuned;
 
 use std::collections::HashSet;
 use std::sync::LazyLock;
@@ -12,12 +13,12 @@ use std::time::Duration;
 use proptest::prelude::*;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
-use wgpu_attention::{Caps, Element, Error, Form, Kernel, Options, Plan, Problem, tuning, wgpu};
+use wgpu_attention::{Caps, Element, Error, Form, Kernel, Options, Plan, Problem, Tuning, tuning, wgpu};
 
 use strategy::{caps, options, problem};
 
-fn plan(problem: &Problem, caps: &Caps, options: &Options) -> Option<Plan> {
-    match Plan::new(&problem.check().unwrap(), caps, options) {
+fn plan(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> Option<Plan> {
+    match Plan::tuned(&problem.check().unwrap(), caps, options, tuning) {
         Ok(plan) => Some(plan),
         // What is too large for the device, or excluded, says so; nothing else may go wrong.
         Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
@@ -124,7 +125,12 @@ fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
 }
 
 fn check(problem: &Problem, caps: &Caps, options: &Options) -> bool {
-    let Some(plan) = plan(problem, caps, options) else { return false };
+    check_tuned(problem, caps, options, &Tuning::default())
+}
+
+fn check_tuned(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> bool {
+    let Some(plan) = plan(problem, caps, options, tuning) else { return false };
+    tuned::every_kernel_has_one_reason(&plan);
     plan.steps().iter().for_each(|step| within_limits(step, &plan, caps));
     slices_partition_the_steps(&plan, caps, options);
     let largest = |slot| {

@@ -84,10 +84,10 @@ struct Row {
 }
 
 /// A problem to time, with the reference's answer for its last rows.
-struct Subject {
-    shape: ShapeArg,
-    problem: Problem,
-    operands: Operands,
+pub struct Subject {
+    pub shape: ShapeArg,
+    pub problem: Problem,
+    pub operands: Operands,
     flops: f64,
     oracle: Oracle,
     /// How many rows of each head the oracle knows.
@@ -101,18 +101,19 @@ fn problem(shape: ShapeArg, causal: Causal, element: Element) -> Problem {
 }
 
 impl Subject {
-    fn new(shape: ShapeArg, problem: Problem) -> Result<Self> {
+    /// Of a problem without operands beside q, k and v, whose check may cost so many operations.
+    pub fn new(shape: ShapeArg, problem: Problem, check_flops: f64) -> Result<Self> {
         let checked = problem.check()?;
         let flops = checked.flops();
         let operands = Sample(2).operands(&problem)?;
         let all = 4.0 * checked.scores_len() as f64 * f64::from(problem.head_dim);
-        let rows = (f64::from(problem.seq_q) * (CHECK_FLOPS / all).min(1.0)).ceil().max(1.0) as u32;
+        let rows = (f64::from(problem.seq_q) * (check_flops / all).min(1.0)).ceil().max(1.0) as u32;
         let (part, part_operands) = last_rows(&problem, &operands, rows);
         let oracle = Oracle::new(&part, &part_operands.inputs())?;
         Ok(Subject { shape, problem, operands, flops, oracle, rows })
     }
 
-    fn judge(&self, out: &[f32]) -> Judgement {
+    pub fn judge(&self, out: &[f32]) -> Judgement {
         let p = &self.problem;
         let mut part = Vec::new();
         for head in out.chunks_exact((p.seq_q * p.value_dim) as usize) {
@@ -148,7 +149,7 @@ fn last_rows(problem: &Problem, operands: &Operands, rows: u32) -> (Problem, Ope
 }
 
 /// Time of one call in milliseconds, slice by slice as `Gpu::run` submits them.
-fn call(timer: &Timer<'_>, prepared: &Prepared, resident: &Resident) -> wgpu_attention::Result<f64> {
+pub fn call(timer: &Timer<'_>, prepared: &Prepared, resident: &Resident) -> wgpu_attention::Result<f64> {
     let buffers = resident.buffers();
     (0..prepared.slices()).map(|slice| timer.time(|encoder| prepared.encode_slice(slice, encoder, &buffers))).sum()
 }
@@ -277,7 +278,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
                 bar.suspend(|| report.error(format!("shape {shape}: {error}")));
                 bar.inc(gpus.len() as u64);
             }
-            _ => subjects.push(Subject::new(shape, problem)?),
+            _ => subjects.push(Subject::new(shape, problem, CHECK_FLOPS)?),
         }
         bar.inc(1);
     }

@@ -7,3 +7,4 @@ pub mod check;
 pub mod heatmap;
 pub mod plan;
 pub mod run;
+pub mod tune;

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use serde_json::json;
-use wgpu_attention::Gpu;
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
@@ -40,14 +39,14 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     problem.element = arguments.dtype.into();
     (problem.lse, problem.weights) = (arguments.lse, arguments.weights);
     problem.check()?;
-    let gpu: Gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
+    let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
     let plan = gpu.library().plan_with(&problem, &arguments.kernels.options())?;
     let label = Label::of(gpu.info());
     report.object(&json!({
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
         "shape": arguments.shape.to_string(), "dtype": problem.element.to_string(), "causal": causal_name(problem.causal),
         "kernel": plan.kernel(), "dispatches": plan.dispatches(), "slices": plan.slices(),
-        "scratch_bytes": plan.scratch_bytes(),
+        "scratch_bytes": plan.scratch_bytes(), "reasons": plan.reasons(),
     }))?;
     report.line(format!("{label}\n{plan}"))?;
     Ok(Outcome::Right)

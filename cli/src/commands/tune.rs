@@ -1,0 +1,355 @@
+//! `tune`: measures which kernel and tile is fastest on an adapter, and keeps that.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::ProgressBar;
+use serde::Serialize;
+use wgpu_attention::{
+    Causal, Choice, Class, Element, Gpu, Options, Plan, Prepared, Problem, Resident, Row as TunedRow, Tuning,
+};
+
+use super::bench::{Subject, call};
+use crate::Outcome;
+use crate::engine::{self, DeviceArgs, Label};
+use crate::error::{Error, Result};
+use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
+use crate::report::{self, Report};
+use crate::store;
+use crate::timer::Timer;
+
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Seconds after which no other candidate is begun
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// B,H,HKV,SQ,SKV,D that stands for its class of problems (repeatable; default: a list of common ones)
+    #[arg(long)]
+    shape: Vec<ShapeArg>,
+    #[arg(long, value_enum, requires = "shape")]
+    causal: Option<CausalArg>,
+    #[arg(long, value_enum, requires = "shape")]
+    dtype: Option<ElementArg>,
+    /// Adapter: index, part of its name, or backend:part (default: the best one)
+    #[arg(long)]
+    adapter: Option<String>,
+    /// Where the rows are stored (default: in the cache folder of the user, or WGPU_ATTENTION_CACHE)
+    #[arg(long)]
+    file: Option<PathBuf>,
+}
+
+/// Work of the f64 reference that a check may cost: it counts against the time limit.
+const CHECK_FLOPS: f64 = 3e8;
+/// Timed rounds of the candidates that are left, and the milliseconds after which no more than the fewest are run.
+const LEAST_ROUNDS: usize = 5;
+const MOST_ROUNDS: usize = 20;
+const ROUNDS_MS: f64 = 1000.0;
+/// A candidate that took so many times the best one's time is not timed further.
+const SLOWER: f64 = 3.0;
+/// The planner's own choice stays unless another one is faster by more than timings scatter.
+const MARGIN: f64 = 0.03;
+
+/// Problems that stand for common classes, the most common first: many queries, then one and few, of each head dim.
+fn common(cpu: bool) -> Vec<(ShapeArg, Problem)> {
+    let [rows, keys] = if cpu { [512, 2048] } else { [2048, 8192] };
+    let mut list = Vec::new();
+    for operands in [false, true] {
+        for element in [Element::F32, Element::F16] {
+            for dim in [64, 128, 32] {
+                let many = ShapeArg([1, 8, 8, rows, rows, dim]);
+                let kinds = [
+                    (many, Causal::None),
+                    (many, Causal::BottomRight),
+                    (ShapeArg([1, 32, 8, 1, keys, dim]), Causal::None),
+                    (ShapeArg([1, 8, 8, 8, keys, dim]), Causal::None),
+                ];
+                for (shape, causal) in kinds {
+                    let mut problem = shape.problem();
+                    (problem.element, problem.causal) = (element, causal);
+                    problem.softcap = operands.then_some(30.0);
+                    list.push((shape, problem));
+                }
+            }
+        }
+    }
+    list
+}
+
+/// What became of a candidate.
+#[derive(Serialize)]
+struct Row {
+    #[serde(flatten)]
+    label: Label,
+    shape: String,
+    dtype: String,
+    causal: &'static str,
+    operands: bool,
+    candidate: String,
+    /// The first call: planning, compiling, running.
+    first_ms: Option<f64>,
+    /// Median, or the shorter of two runs of one that was left aside.
+    ms: Option<f64>,
+    /// Time of the planner's own choice in units of this one's.
+    speedup: Option<f64>,
+    verdict: String,
+}
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        let number = |x: Option<f64>| x.map_or(String::new(), report::short);
+        vec![
+            self.shape.clone(),
+            self.dtype.clone(),
+            self.causal.into(),
+            if self.operands { "yes" } else { "no" }.into(),
+            self.candidate.clone(),
+            number(self.first_ms),
+            number(self.ms),
+            number(self.speedup),
+            self.verdict.clone(),
+        ]
+    }
+}
+
+const HEADER: [&str; 9] =
+    ["B,H,HKV,SQ,SKV,D", "type", "causal", "operands", "candidate", "first ms", "ms", "speedup", "verdict"];
+
+/// A candidate that is right and not far slower than the best.
+struct Runner {
+    /// Where its row stands.
+    at: usize,
+    choice: Choice,
+    prepared: Prepared,
+    resident: Resident,
+    times: Vec<f64>,
+}
+
+/// What was found for one problem.
+struct Found {
+    rows: Vec<Row>,
+    /// The row to store, unless time ran out before there was something to compare, or nothing was right.
+    best: Option<TunedRow>,
+    /// Some candidate was wrong or failed.
+    failed: bool,
+    /// Every candidate was measured.
+    in_time: bool,
+}
+
+struct Tuner<'a> {
+    gpu: &'a Gpu,
+    timer: Timer<'a>,
+    deadline: Instant,
+    bar: ProgressBar,
+}
+
+/// The plan that follows a choice.
+fn plan(gpu: &Gpu, problem: &Problem, choice: Choice) -> wgpu_attention::Result<Plan> {
+    let shape = problem.check()?;
+    let row = TunedRow { class: Class::of(&shape), choice, ms: 0.0 };
+    let tuning = Tuning { source: "tune".into(), rows: vec![row] };
+    let plan = Plan::tuned(&shape, gpu.library().caps(), &Options::default(), &tuning)?;
+    assert_eq!(plan.choice(), choice, "a candidate can run");
+    Ok(plan)
+}
+
+impl Tuner<'_> {
+    fn tune(&self, shape: ShapeArg, problem: &Problem, choices: &[Choice]) -> Result<Found> {
+        let subject = Subject::new(shape, problem.clone(), CHECK_FLOPS)?;
+        let mut found = Found { rows: Vec::new(), best: None, failed: false, in_time: true };
+        let mut runners: Vec<Runner> = Vec::new();
+        for &choice in choices {
+            if Instant::now() >= self.deadline {
+                found.in_time = false;
+                break;
+            }
+            let mut row = self.row(&subject, choice);
+            match self.first(&subject, choice, &mut row) {
+                Ok(Some(runner)) => runners.push(Runner { at: found.rows.len(), ..runner }),
+                Ok(None) => found.failed = true,
+                Err(error) => {
+                    found.failed = true;
+                    row.verdict = format!("failed: {error}");
+                }
+            }
+            found.rows.push(row);
+            self.bar.inc(1);
+        }
+        // The planner's own choice was the first: what beats it is worth keeping even if there is something better still.
+        if runners.len() < 2 && !found.in_time {
+            return Ok(found);
+        }
+        let best = runners.iter().map(|runner| runner.times[0]).fold(f64::INFINITY, f64::min);
+        runners.retain(|runner| runner.times[0] <= SLOWER * best);
+        self.rounds(&mut runners)?;
+        self.judge(&subject, choices[0], &runners, &mut found);
+        Ok(found)
+    }
+
+    fn row(&self, subject: &Subject, choice: Choice) -> Row {
+        let candidate = match choice {
+            Choice::Unfused => "unfused".into(),
+            _ => plan(self.gpu, &subject.problem, choice)
+                .map_or_else(|_| choice.kernel().name().into(), |plan| plan.steps()[0].variant.to_string()),
+        };
+        Row {
+            label: Label::of(self.gpu.info()),
+            shape: subject.shape.to_string(),
+            dtype: subject.problem.element.to_string(),
+            causal: causal_name(subject.problem.causal),
+            operands: subject.problem.softcap.is_some(),
+            candidate,
+            first_ms: None,
+            ms: None,
+            speedup: None,
+            verdict: "slower".into(),
+        }
+    }
+
+    /// Compiles, runs and checks a candidate; `None` where its result is wrong.
+    fn first(&self, subject: &Subject, choice: Choice, row: &mut Row) -> wgpu_attention::Result<Option<Runner>> {
+        let start = Instant::now();
+        let plan = plan(self.gpu, &subject.problem, choice)?;
+        let prepared = self.gpu.library().prepare(&plan)?;
+        let compiled = start.elapsed();
+        // Its own, so that no other candidate's result stands where it writes nothing.
+        let resident = self.gpu.upload(&plan, &subject.operands.inputs())?;
+        // Some drivers compile when a pipeline first runs.
+        let start = Instant::now();
+        self.gpu.run(&prepared, &resident, &mut |_, _| {})?;
+        let ran = start.elapsed();
+        row.first_ms = Some((compiled + ran).as_secs_f64() * 1e3);
+        let judgement = subject.judge(&self.gpu.download(&plan, &resident)?.out);
+        if !judgement.comparison.passed() {
+            row.verdict =
+                format!("WRONG: error {:.1e}, budget {:.1e}", judgement.comparison.max_error, judgement.budget);
+            return Ok(None);
+        }
+        // The shorter of two: a single run may have been held up.
+        let ms = call(&self.timer, &prepared, &resident)?.min(ran.as_secs_f64() * 1e3);
+        row.ms = Some(ms);
+        Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
+    }
+
+    /// Times the candidates in turn, so that all meet the same weather.
+    fn rounds(&self, runners: &mut [Runner]) -> wgpu_attention::Result<()> {
+        runners.iter_mut().for_each(|runner| runner.times.clear());
+        let start = Instant::now();
+        for round in 0..MOST_ROUNDS {
+            let long = start.elapsed().as_secs_f64() * 1e3 > ROUNDS_MS || Instant::now() > self.deadline;
+            if round >= LEAST_ROUNDS && long {
+                break;
+            }
+            for runner in runners.iter_mut() {
+                runner.times.push(call(&self.timer, &runner.prepared, &runner.resident)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Who won, the planner's own choice being `own`.
+    fn judge(&self, subject: &Subject, own: Choice, runners: &[Runner], found: &mut Found) {
+        let median = |runner: &Runner| {
+            let mut times = runner.times.clone();
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let Some(fastest) = runners.iter().min_by(|a, b| median(a).total_cmp(&median(b))) else { return };
+        let stays = |runner: &&Runner| runner.choice == own && median(runner) <= (1.0 + MARGIN) * median(fastest);
+        let chosen = runners.iter().find(stays).unwrap_or(fastest);
+        for runner in runners {
+            found.rows[runner.at].ms = Some(median(runner));
+        }
+        // Candidates stand in the order of their choices, the planner's own first.
+        let own_ms = found.rows[0].ms;
+        for row in &mut found.rows {
+            row.speedup = own_ms.zip(row.ms).map(|(own, ms)| own / ms);
+        }
+        found.rows[chosen.at].verdict = "chosen".into();
+        let class = Class::of(&subject.problem.check().expect("it was planned"));
+        found.best = Some(TunedRow { class, choice: chosen.choice, ms: median(chosen) });
+    }
+}
+
+/// The problems, with their classes; no class twice.
+fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>> {
+    if arguments.shape.is_empty() {
+        return Ok(common(cpu));
+    }
+    let mut subjects: Vec<(ShapeArg, Problem)> = Vec::new();
+    let mut classes = Vec::new();
+    for &shape in &arguments.shape {
+        let mut problem = shape.problem();
+        problem.causal = arguments.causal.unwrap_or_default().into();
+        problem.element = arguments.dtype.unwrap_or_default().into();
+        let class = Class::of(&problem.check()?);
+        if let Some(at) = classes.iter().position(|other| *other == class) {
+            return Err(Error::SameClass { left: subjects[at].0.to_string(), right: shape.to_string() });
+        }
+        classes.push(class);
+        subjects.push((shape, problem));
+    }
+    Ok(subjects)
+}
+
+pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    // Candidates are planned by rows of their own.
+    let device = DeviceArgs { untuned: true, ..DeviceArgs::default() };
+    let gpu = engine::one(arguments.adapter.as_deref(), &device)?;
+    let label = Label::of(gpu.info());
+    let path = match (&arguments.file, store::folder()) {
+        (Some(path), _) => path.clone(),
+        (None, Some(folder)) => store::tuning_file(&folder, gpu.info()),
+        (None, None) => return Err(Error::NoFolder { variable: store::FOLDER }),
+    };
+    let start = Instant::now();
+    let mut work = Vec::new();
+    for (shape, problem) in subjects(arguments, gpu.library().caps().cpu)? {
+        let choices = Tuning::candidates(&problem.check()?, gpu.library().caps())?;
+        work.push((shape, problem, choices));
+    }
+    let bar = report::progress(work.iter().map(|(_, _, choices)| choices.len()).sum());
+    let deadline = start + Duration::from_secs(arguments.seconds);
+    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu), deadline, bar };
+
+    let (mut cells, mut best, mut failed, mut late) = (Vec::new(), Vec::new(), false, 0);
+    for (shape, problem, choices) in &work {
+        if Instant::now() >= deadline {
+            late += 1;
+            continue;
+        }
+        tuner.bar.set_message(format!("{shape} {} on {label}", problem.element));
+        let found = tuner.tune(*shape, problem, choices)?;
+        late += usize::from(!found.in_time);
+        failed |= found.failed;
+        best.extend(found.best);
+        for row in &found.rows {
+            report.object(row)?;
+            cells.push(row.cells());
+        }
+    }
+    tuner.bar.finish_and_clear();
+    report.line(format!("{label} ({}), timed by {}", label.driver, tuner.timer.name()))?;
+    report.table(&HEADER, &cells)?;
+    if late > 0 {
+        report.note(format!(
+            "{late} of {} problems were not measured, or not with every candidate, within {} s",
+            work.len(),
+            arguments.seconds
+        ))?;
+    }
+    if best.is_empty() {
+        report::complain(
+            "no two candidates of a problem were measured, no rows are stored; --seconds allows more time",
+        );
+        return Ok(Outcome::Differs);
+    }
+    let tuned = best.len();
+    // Rows of other classes stay, if they are of this driver and version.
+    let old = store::read_tuning(&path, gpu.info()).unwrap_or_default().unwrap_or_default();
+    let others = old.rows.into_iter().filter(|old| !best.iter().any(|new| new.class == old.class));
+    let rows: Vec<TunedRow> = best.iter().copied().chain(others).collect();
+    store::write_tuning(&path, gpu.info(), &rows)?;
+    report.line(format!("rows measured: {tuned}; stored: {}, in {}", rows.len(), path.display()))?;
+    Ok(if failed { Outcome::Differs } else { Outcome::Right })
+}

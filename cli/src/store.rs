@@ -1,0 +1,246 @@
+//! What is kept between runs in the user's cache folder, for each adapter: the rows that `tune` measured, and what the driver
+//! compiled. Nothing there is needed: a file that does not fit is ignored with a warning.
+
+use std::io::{self, Write};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use wgpu_attention::wgpu::{AdapterInfo, util::pipeline_cache_key};
+use wgpu_attention::{Gpu, Row, Tuning};
+
+use crate::engine::{DeviceArgs, Label};
+use crate::error::{Error, Result};
+use crate::report;
+
+/// The environment variable that names another folder.
+pub const FOLDER: &str = "WGPU_ATTENTION_CACHE";
+
+/// The folder; `None` on a system without one.
+pub fn folder() -> Option<PathBuf> {
+    match std::env::var_os(FOLDER) {
+        Some(folder) if !folder.is_empty() => Some(folder.into()),
+        _ => dirs::cache_dir().map(|folder| folder.join("wgpu-attention")),
+    }
+}
+
+/// Where the rows of an adapter are kept.
+pub fn tuning_file(folder: &Path, info: &AdapterInfo) -> PathBuf {
+    let name = format!("{} {}", info.backend, info.name).to_lowercase();
+    let words: Vec<_> = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    folder.join(format!("tuning-{}.json", words.join("-")))
+}
+
+/// What rows were measured with. With another driver or version they say nothing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Origin {
+    version: String,
+    #[serde(flatten)]
+    label: Label,
+}
+
+impl Origin {
+    fn of(info: &AdapterInfo) -> Self {
+        Origin { version: env!("CARGO_PKG_VERSION").into(), label: Label::of(info) }
+    }
+}
+
+/// The file: whose rows, then the rows.
+#[derive(Serialize)]
+struct File<'a> {
+    #[serde(flatten)]
+    origin: Origin,
+    rows: &'a [Row],
+}
+
+#[derive(Deserialize)]
+struct Rows {
+    rows: Vec<Row>,
+}
+
+/// The rows of a file, if there is one, or why they cannot be used on this adapter.
+pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, String> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    // The origin first: rows of another version may name what this one does not know.
+    let got: Origin = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
+    let want = Origin::of(info);
+    let fields = [
+        ("version", &got.version, &want.version),
+        ("adapter", &got.label.adapter, &want.label.adapter),
+        ("backend", &got.label.backend, &want.label.backend),
+        ("driver", &got.label.driver, &want.label.driver),
+    ];
+    if let Some((field, got, want)) = fields.into_iter().find(|(_, got, want)| got != want) {
+        return Err(format!("measured with {field} {got:?}, this is {want:?}; `wgpu-attention tune` measures anew"));
+    }
+    let Rows { rows } = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
+    Ok(Some(Tuning { source: path.display().to_string(), rows }))
+}
+
+/// Stores rows that were measured on an adapter.
+pub fn write_tuning(path: &Path, info: &AdapterInfo, rows: &[Row]) -> Result<()> {
+    let text = serde_json::to_string_pretty(&File { origin: Origin::of(info), rows }).map_err(io::Error::from)?;
+    write(path, text.as_bytes())
+}
+
+/// Replaces a file at once: nobody ever reads half of it.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let replace = || {
+        std::fs::create_dir_all(folder)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(bytes)?;
+        file.persist(path)?;
+        Ok(())
+    };
+    replace().map_err(|source| Error::File { path: path.into(), source })
+}
+
+/// An adapter's device that plans by its tuned rows, and starts from and keeps what its driver compiles.
+#[derive(Debug)]
+pub struct Device {
+    gpu: Gpu,
+    pipelines: Option<Pipelines>,
+}
+
+/// A pipeline cache on disk.
+#[derive(Debug)]
+struct Pipelines {
+    path: PathBuf,
+    /// What the file holds.
+    stored: Option<Vec<u8>>,
+}
+
+impl Device {
+    pub fn new(gpu: Gpu, arguments: &DeviceArgs) -> Self {
+        let folder = folder();
+        let mut device = Device { gpu, pipelines: None };
+        let tuning = arguments.tuning.clone();
+        if let Some(path) = tuning.or_else(|| folder.as_ref().map(|folder| tuning_file(folder, device.gpu.info())))
+            && !arguments.untuned
+        {
+            device.tune(&path, arguments.tuning.is_some());
+        }
+        if let Some(folder) = folder {
+            device.load_pipelines(&folder);
+        }
+        device
+    }
+
+    fn tune(&mut self, path: &Path, must_exist: bool) {
+        let ignored = |why: String| report::warn(format!("{}: ignored: {why}", path.display()));
+        match read_tuning(path, self.gpu.info()) {
+            Ok(Some(tuning)) => {
+                let unknown = tuning.unknown().count();
+                if unknown > 0 {
+                    ignored(format!("{unknown} of {} rows, whose tiles do not exist", tuning.rows.len()));
+                }
+                self.gpu.library_mut().set_tuning(tuning);
+            }
+            Ok(None) if must_exist => ignored("there is no such file".into()),
+            Ok(None) => {}
+            Err(why) => ignored(why),
+        }
+    }
+
+    fn load_pipelines(&mut self, folder: &Path) {
+        let Some(name) = pipeline_cache_key(self.gpu.info()) else { return };
+        let path = folder.join(name);
+        let stored = std::fs::read(&path).ok();
+        if let Some(data) = &stored {
+            // SAFETY: the file lies in the user's own cache folder, where this program wrote what the library gave out; damage
+            // since then is found by the library's checksum. Who else can write there can replace this program as well.
+            let used = unsafe { self.gpu.library_mut().load_pipeline_cache(data) };
+            if !used && self.gpu.library().pipeline_cache_data().is_some() {
+                report::warn(format!(
+                    "{}: ignored: damaged, or of another adapter or driver; it is written anew",
+                    path.display()
+                ));
+            }
+        }
+        self.pipelines = Some(Pipelines { path, stored });
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let Some(Pipelines { path, stored }) = &self.pipelines else { return };
+        let data = self.gpu.library().pipeline_cache_data();
+        if data.is_some()
+            && data != *stored
+            && let Err(error) = write(path, &data.unwrap_or_default())
+        {
+            report::warn(error);
+        }
+    }
+}
+
+impl Deref for Device {
+    type Target = Gpu;
+    fn deref(&self) -> &Gpu {
+        &self.gpu
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wgpu_attention::wgpu::{Backend, DeviceType};
+    use wgpu_attention::{Choice, Class, Problem};
+
+    use super::*;
+
+    fn info(name: &str, driver: &str) -> AdapterInfo {
+        let mut info = AdapterInfo::new(DeviceType::Cpu, Backend::Vulkan);
+        (info.name, info.driver) = (name.into(), driver.into());
+        info
+    }
+
+    fn row() -> Row {
+        let class = Class::of(&Problem::new(1, 2, 3, 4, 5).check().unwrap());
+        Row { class, choice: Choice::Unfused, ms: 0.125 }
+    }
+
+    #[test]
+    fn rows_come_back_from_the_folder_of_their_adapter() {
+        let folder = tempfile::tempdir().unwrap();
+        let one = info("Arc(tm) A770 / 8 GB", "mesa");
+        let path = tuning_file(&folder.path().join("new"), &one);
+        assert!(path.ends_with("new/tuning-vulkan-arc-tm-a770-8-gb.json"), "{path:?}");
+        assert_eq!(read_tuning(&path, &one), Ok(None));
+        for rows in [vec![row()], vec![row(), row()]] {
+            write_tuning(&path, &one, &rows).unwrap();
+            let tuning = read_tuning(&path, &one).unwrap().unwrap();
+            assert_eq!((tuning.rows, tuning.source), (rows, path.display().to_string()));
+        }
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn rows_of_another_driver_or_adapter_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.json");
+        write_tuning(&path, &info("a", "old"), &[row()]).unwrap();
+        let why = read_tuning(&path, &info("a", "new")).unwrap_err();
+        assert!(why.contains("driver \"old\", this is \"new\""), "{why}");
+        let why = read_tuning(&path, &info("b", "old")).unwrap_err();
+        assert!(why.contains("adapter \"a\", this is \"b\""), "{why}");
+        // Rows that this version does not understand do not hide that they are another version's.
+        std::fs::write(&path, r#"{"version":"9","adapter":"a","backend":"vulkan","driver":"old","rows":[{"x":1}]}"#)
+            .unwrap();
+        let why = read_tuning(&path, &info("a", "old")).unwrap_err();
+        assert!(why.contains("version \"9\""), "{why}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        let path = folder.path().join("file/x.json");
+        let error = write_tuning(&path, &info("a", "b"), &[row()]).unwrap_err();
+        assert!(matches!(&error, Error::File { path: named, .. } if *named == path), "{error}");
+    }
+}

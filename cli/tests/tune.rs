@@ -1,0 +1,194 @@
+//! The program as its user meets it: `tune` stores rows, later plans follow them, and files that do not fit harm nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// A cache folder of its own, on the first adapter to test on.
+struct Session {
+    folder: tempfile::TempDir,
+}
+
+impl Session {
+    fn new() -> Self {
+        Session { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn run(&self, arguments: &str) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+        command.args(arguments.split(' ')).env("WGPU_ATTENTION_CACHE", self.folder.path());
+        if let Ok(adapters) = std::env::var("WGPU_ATTENTION_ADAPTERS") {
+            command.args(["--adapter", adapters.split(',').next().unwrap()]);
+        }
+        command.output().unwrap()
+    }
+
+    /// Standard output and standard error of a run that ends well.
+    fn good(&self, arguments: &str) -> [String; 2] {
+        let output = self.run(arguments);
+        let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert!(output.status.success(), "{arguments}: {:?}\n{out}\n{err}", output.status);
+        [out, err]
+    }
+
+    /// The kernel of a plan, its reasons, and what stood on standard error.
+    fn plan(&self, options: &str) -> (String, Vec<String>, String) {
+        let [out, err] = self.good(&format!("plan --json --shape 1,2,2,40,40,32{options}"));
+        let plan: Value = serde_json::from_str(&out).unwrap();
+        let reasons = plan["reasons"].as_array().unwrap().iter().map(|reason| reason.as_str().unwrap().into());
+        (plan["kernel"].as_str().unwrap().into(), reasons.collect(), err)
+    }
+
+    /// Files of the folder whose names begin so.
+    fn files(&self, begin: &str) -> Vec<PathBuf> {
+        let paths = std::fs::read_dir(&self.folder).unwrap().map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(begin)).collect()
+    }
+}
+
+fn warns_once(err: &str, path: &Path, why: &str) {
+    assert_eq!(err.matches("warning: ").count(), 1, "{err}");
+    assert!(err.contains(path.to_str().unwrap()) && err.contains(why), "{why:?} is not in\n{err}");
+}
+
+#[test]
+fn tuned_rows_are_measured_stored_and_followed_until_they_do_not_fit() {
+    let session = Session::new();
+    let (own, reasons, err) = session.plan("");
+    assert!(err.is_empty() && !reasons.iter().any(|reason| reason.contains("tuned")), "{reasons:?} {err}");
+
+    let [out, _] = session.good("tune --json --seconds 600 --shape 1,2,2,64,64,32");
+    let rows: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let verdicts: Vec<&str> = rows.iter().map(|row| row["verdict"].as_str().unwrap()).collect();
+    assert!(rows.len() > 1, "{out}");
+    assert_eq!(verdicts.iter().filter(|verdict| **verdict == "chosen").count(), 1, "{verdicts:?}");
+    assert!(verdicts.iter().all(|verdict| ["chosen", "slower"].contains(verdict)), "{verdicts:?}");
+    assert!(rows.iter().all(|row| row["ms"].as_f64().unwrap() > 0.0), "{out}");
+
+    // Another problem of the same class.
+    let [file] = &session.files("tuning-")[..] else { panic!("one file: {:?}", session.files("")) };
+    let name = file.to_str().unwrap();
+    let (_, reasons, err) = session.plan("");
+    let follows = |reasons: &[String], name: &str| {
+        reasons
+            .iter()
+            .any(|reason| reason.starts_with("kernel ") && reason.ends_with(&format!("(tuned rows of {name})")))
+    };
+    assert!(err.is_empty() && follows(&reasons, name), "{reasons:?} {err}");
+    let (_, reasons, _) = session.plan(" --dtype f16");
+    assert!(reasons.contains(&format!("no tuned row of {name} is for problems of this class")), "{reasons:?}");
+    let (kernel, reasons, _) = session.plan(" --untuned");
+    assert!(kernel == own && !reasons.iter().any(|reason| reason.contains("tuned")), "{reasons:?}");
+
+    // Rows of other classes stay; a file of another name is read when it is named.
+    let text = std::fs::read_to_string(file).unwrap();
+    let rows_of = |path: &Path| {
+        let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        file["rows"].as_array().unwrap().clone()
+    };
+    session.good("tune --seconds 600 --shape 1,2,2,1,64,32");
+    assert_eq!(rows_of(file).len(), 2);
+    let other = session.folder.path().join("other.json");
+    std::fs::write(&other, &text).unwrap();
+    let (_, reasons, err) = session.plan(&format!(" --tuning {}", other.display()));
+    assert!(err.is_empty() && follows(&reasons, other.to_str().unwrap()), "{reasons:?} {err}");
+
+    // A row that forces the other way: the plan follows the file, not the planner.
+    let unfused = Value::from("unfused");
+    let mut edited: Value = serde_json::from_str(&text).unwrap();
+    edited["rows"][0]["choice"] = unfused;
+    std::fs::write(file, edited.to_string()).unwrap();
+    let (kernel, reasons, err) = session.plan("");
+    assert!(err.is_empty() && kernel == "scores+softmax+values" && follows(&reasons, name), "{reasons:?} {err}");
+
+    // Files that do not fit: one warning with the name and the reason, and the planner's own choice.
+    let change = |key: &str, value: Value| {
+        let mut edited: Value = serde_json::from_str(&text).unwrap();
+        edited[key] = value;
+        edited.to_string()
+    };
+    let tile = serde_json::json!({"flash": {
+        "dims": 32, "rows": 9, "depth": 1, "value_keys": 1, "resident": false, "shuffle": false
+    }});
+    let row = |choice: Value| {
+        let mut row = rows_of(&other)[0].clone();
+        row["choice"] = choice;
+        change("rows", Value::from(vec![row]))
+    };
+    for (bad, why) in [
+        ("{\"version\": ".to_string(), "not tuned rows"),
+        ("garbage".into(), "not tuned rows"),
+        (text[..text.len() / 2].into(), "not tuned rows"),
+        (change("version", "0.0.1".into()), "version \"0.0.1\""),
+        (change("driver", "another 1.0".into()), "driver \"another 1.0\""),
+        (change("adapter", "another".into()), "adapter \"another\""),
+        (change("rows", "none".into()), "not tuned rows"),
+        (row("warp".into()), "unknown variant `warp`"),
+        (row(tile), "1 of 1 rows"),
+    ] {
+        std::fs::write(file, bad).unwrap();
+        let (kernel, _, err) = session.plan("");
+        assert_eq!(kernel, own, "{why}");
+        warns_once(&err, file, why);
+    }
+    let (_, _, err) = session.plan(" --tuning missing.json");
+    warns_once(&err, Path::new("missing.json"), "no such file");
+
+    // Measuring anew replaces what did not fit.
+    session.good("tune --seconds 600 --shape 1,2,2,64,64,32");
+    assert_eq!(rows_of(file).len(), 1);
+    assert!(session.plan("").2.is_empty());
+}
+
+#[test]
+fn a_time_limit_that_is_too_short_stores_only_what_was_compared() {
+    let session = Session::new();
+    let output = session.run("tune --seconds 1");
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert!(out.contains("problems were not measured, or not with every candidate, within 1 s"), "{out}\n{err}");
+    let stored = !session.files("tuning-").is_empty();
+    assert_eq!(stored, output.status.success(), "{out}\n{err}");
+    assert_eq!(stored, out.contains("stored: "), "{out}\n{err}");
+}
+
+#[test]
+fn two_problems_of_a_class_are_refused() {
+    let output = Session::new().run("tune --shape 1,2,2,64,64,32 --shape 1,2,2,65,65,32");
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(err.contains("1,2,2,64,64,32 and 1,2,2,65,65,32"), "{err}");
+}
+
+#[test]
+fn what_the_driver_compiled_is_kept_and_damage_to_it_does_no_harm() {
+    let session = Session::new();
+    let input = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/cases/sdpa/shape_03_f32_b1h2_q7k65_d64.safetensors");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let output = elsewhere.path().join("out.safetensors");
+    let call = format!("run --input {input} --output {}", output.display());
+    let result = || {
+        let err = session.good(&call)[1].clone();
+        // The metadata before the tensor have no fixed order.
+        (std::fs::read(&output).unwrap().last_chunk::<{ 4 * 2 * 7 * 64 }>().unwrap().to_vec(), err)
+    };
+    let (want, err) = result();
+    assert!(err.is_empty(), "{err}");
+    // Only Vulkan gives it out.
+    for file in session.files("wgpu_pipeline_cache") {
+        let data = std::fs::read(&file).unwrap();
+        assert!(result() == (want.clone(), String::new()));
+        let mut flipped = data.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        for damaged in [vec![], vec![0xa5; 4096], data[..data.len() - 1].to_vec(), flipped] {
+            std::fs::write(&file, &damaged).unwrap();
+            let (got, err) = result();
+            assert!(got == want);
+            warns_once(&err, &file, "damaged");
+            assert_ne!(std::fs::read(&file).unwrap(), damaged, "it is written anew");
+            assert!(result() == (want.clone(), String::new()));
+        }
+    }
+    // No temporary file is left.
+    assert_eq!(session.files("").len(), session.files("wgpu_pipeline_cache").len());
+}

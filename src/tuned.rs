@@ -1,0 +1,141 @@
+//! What was measured on an adapter: for a class of problems, which kernel with which tile was fastest. Pure data; the planner
+//! follows it before its own judgement.
+
+use serde::{Deserialize, Serialize};
+
+use crate::caps::Caps;
+use crate::kernel::{Variant, flash, rows, split};
+use crate::plan::Kernel;
+use crate::problem::{Causal, Element};
+use crate::shape::{MAX_DIM, Shape};
+use crate::{Result, choose, tuning};
+
+/// Head dims that classes tell apart: a class holds those up to its own and above the one before.
+const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];
+
+/// Most query rows of a head that are few: below the rows of any workgroup's tile.
+const FEW: u32 = 16;
+
+/// How many query rows a head has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Queries {
+    /// One, as in decoding.
+    One,
+    /// 2 to 16.
+    Few,
+    /// More.
+    Many,
+}
+
+/// Problems that are expected to want the same kernel and tile on one adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Class {
+    /// The smallest of 32, 64, 128, 256 and 512 that holds head_dim and value_dim.
+    pub dims: u32,
+    /// Type of q, k, v and out.
+    pub element: Element,
+    /// Whether the score transform is more than the scale and the key range: soft cap, ALiBi, mask or bias.
+    pub operands: bool,
+    /// Query rows of a head.
+    pub queries: Queries,
+    /// Whether there are many queries and a causal rule: it hides half of their keys, and next to none from a few.
+    pub causal: bool,
+}
+
+impl Class {
+    /// Of a problem.
+    pub fn of(shape: &Shape) -> Class {
+        let dim = shape.head_dim.max(shape.value_dim);
+        let queries = match shape.seq_q {
+            1 => Queries::One,
+            2..=FEW => Queries::Few,
+            _ => Queries::Many,
+        };
+        Class {
+            dims: DIMS.into_iter().find(|&dims| dim <= dims).expect("a checked problem has no larger dims"),
+            element: shape.element,
+            operands: choose::transforms(shape),
+            queries,
+            causal: queries == Queries::Many && shape.causal != Causal::None,
+        }
+    }
+}
+
+/// A kernel, with its tile where it is a fused one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// `scores`, `softmax` and `values`, whose tiles the planner chooses.
+    Unfused,
+    /// `rows`.
+    Rows(rows::Tile),
+    /// `flash`.
+    Flash(flash::Tile),
+    /// `split`.
+    Split(split::Tile),
+}
+
+impl Choice {
+    pub(crate) fn of(variant: &Variant) -> Choice {
+        match variant {
+            Variant::Rows(x) => Choice::Rows(x.tile),
+            Variant::Flash(x) => Choice::Flash(x.tile),
+            Variant::Split(x) => Choice::Split(x.tile),
+            _ => Choice::Unfused,
+        }
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> Kernel {
+        match self {
+            Choice::Unfused => Kernel::Unfused,
+            Choice::Rows(_) => Kernel::Rows,
+            Choice::Flash(_) => Kernel::Flash,
+            Choice::Split(_) => Kernel::Split,
+        }
+    }
+
+    /// Whether the table ([`crate::tuning`]) has this tile.
+    pub fn exists(&self) -> bool {
+        match self {
+            Choice::Unfused => true,
+            Choice::Rows(tile) => tuning::lane_bodies().flat_map(tuning::rows_tiles).any(|known| known == *tile),
+            Choice::Flash(tile) => tuning::FLASH.contains(tile),
+            Choice::Split(tile) => tuning::split_tiles().any(|known| known == *tile),
+        }
+    }
+}
+
+/// What was fastest for a class.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// The problems.
+    pub class: Class,
+    /// What was fastest.
+    pub choice: Choice,
+    /// Milliseconds that it took, of the problem that stood for its class.
+    pub ms: f64,
+}
+
+/// Rows that were measured on one adapter.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tuning {
+    /// Where the rows come from, for the plan's reasons: a file, say.
+    pub source: String,
+    /// The rows. Where several are for one class, the first one that can run is followed.
+    pub rows: Vec<Row>,
+}
+
+impl Tuning {
+    /// The rows that no plan follows, because the table has no such tile.
+    pub fn unknown(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter().filter(|row| !row.choice.exists())
+    }
+
+    /// What can be measured against each other for a problem on a device: every kernel and tile of its dims that can run, except
+    /// those that a driver takes minutes to compile. The planner's own choice comes first.
+    pub fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
+        choose::candidates(shape, caps)
+    }
+}
