@@ -32,6 +32,9 @@ enable f16;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% if lists %}
+{% include "shared/total.wgsl" %}
+{% endif %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, native, vector) }}
 {{ load("k", element, native, vector) }}
@@ -307,7 +310,7 @@ fn main(
         }
         if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
             let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
-            lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+            store_lse(at, m, l);
         }
 {% endif %}
         let factor = select(0.0, shrink / l, l > 0.0);

@@ -40,12 +40,18 @@ pub(crate) fn choose_fused(
     for kernel in candidates {
         let forced = options.kernel.is_some();
         let found = match kernel {
+            _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
+                Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into())
+            }
             Kernel::Rows => rows(shape, caps, options, key_step),
             Kernel::Split => split(shape, caps, options, key_step),
             _ => flash(shape, caps, options, key_step),
         };
         let slower = match kernel {
             _ if forced => None,
+            _ if shape.weights && !fused_weights(shape, caps, options) => {
+                Some("for the weights the scores would be formed twice")
+            }
             Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
             Kernel::Rows if caps.lanes().is_some_and(|lanes| lanes < 8) => {
                 Some("a driver of four lanes takes minutes to compile it")
@@ -76,11 +82,17 @@ pub(crate) fn choose_fused(
     Ok(None)
 }
 
+/// Whether a fused kernel and, after it, scores formed again for the weights are preferred to the three kernels: on a GPU where the
+/// score matrix would go through the scratch in parts. On CPU adapters the second product costs more than the softmax saves.
+fn fused_weights(shape: &Shape, caps: &Caps, options: &Options) -> bool {
+    !caps.cpu && 4 * shape.scores_len() > options.scratch_budget
+}
+
 /// What keeps any fused kernel with these operands from running.
 fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Option<String> {
     let l = &caps.limits;
-    if shape.weights || shape.logits.is_some() {
-        Some("weights and logits need the score matrix".into())
+    if shape.logits.is_some() {
+        Some("logits need the score matrix".into())
     } else if l.max_storage_buffers_per_shader_stage < buffers || l.max_bindings_per_bind_group <= buffers {
         let most = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
         Some(format!("it binds {buffers} storage buffers, the device {most}"))
@@ -165,8 +177,12 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
-    let small_arrays =
-        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
+    let small_arrays = shape.weights
+        || shape.lse
+        || shape.sinks
+        || shape.key_lengths
+        || shape.packed.is_some()
+        || shape.causal == Causal::Offset;
     let operands = match (transforms(shape), small_arrays) {
         (true, _) => flash::Operands::Full,
         (false, true) => flash::Operands::Lists,
