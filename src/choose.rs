@@ -49,7 +49,7 @@ pub(crate) fn choose_fused(
         };
         let slower = match kernel {
             _ if forced => None,
-            _ if shape.weights && !fused_weights(shape, caps, options) => {
+            Kernel::Rows | Kernel::Flash if shape.weights && !scores_again(shape, caps, options) => {
                 Some("for the weights the scores would be formed twice")
             }
             Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
@@ -82,9 +82,9 @@ pub(crate) fn choose_fused(
     Ok(None)
 }
 
-/// Whether a fused kernel and, after it, scores formed again for the weights are preferred to the three kernels: on a GPU where the
-/// score matrix would go through the scratch in parts. On CPU adapters the second product costs more than the softmax saves.
-fn fused_weights(shape: &Shape, caps: &Caps, options: &Options) -> bool {
+/// Whether `rows` or `flash` and, after it, scores formed again for the weights are preferred to the three kernels: on a GPU where
+/// the score matrix would go through the scratch in parts. On CPU adapters the second product costs more than the softmax saves.
+fn scores_again(shape: &Shape, caps: &Caps, options: &Options) -> bool {
     !caps.cpu && 4 * shape.scores_len() > options.scratch_budget
 }
 

@@ -266,6 +266,12 @@ fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
     assert_eq!(large.kernel(), "flash+scores+weights");
     // Maximum and sum of each row, and what stands for the log-sum-exp that is not asked for.
     assert_eq!(large.scratch_bytes(), 8 * 8 * 512 + 256);
+    let mut decode = Problem::new(1, 32, 1, 4096, 128);
+    (decode.kv_heads, decode.weights) = (8, true);
+    for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(8), subgroup_min_size: Some(8), ..gpu() }] {
+        let plan = Plan::new(&decode.check().unwrap(), &caps, &Options::default()).unwrap();
+        assert!(plan.kernel().starts_with("split+") && plan.kernel().ends_with("+scores+weights"), "{plan}");
+    }
     assert!(large.reasons().iter().any(|reason| reason.contains("no score matrix")), "{large}");
     assert!(small.reasons().iter().any(|reason| reason.contains("formed twice")), "{small}");
 }
