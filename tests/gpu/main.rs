@@ -10,6 +10,7 @@ mod device;
 mod hidden;
 mod layouts;
 mod limits;
+mod long;
 mod operands;
 mod stages;
 mod types;

@@ -277,6 +277,23 @@ fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
 }
 
 #[test]
+fn flash_has_a_tile_for_each_bucket_of_dims_on_the_smallest_device() {
+    let mut caps = gpu();
+    caps.limits.max_compute_workgroup_storage_size = 16_352;
+    let options = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+    for dims in [32, 64, 128, 256] {
+        for element in [Element::F32, Element::F16, Element::Bf16] {
+            let mut p = Problem::new(1, 2, 128, 128, dims);
+            p.element = element;
+            let plan = Plan::new(&p.check().unwrap(), &caps, &options).unwrap();
+            let Variant::Flash(x) = plan.steps()[0].variant else { panic!("{plan}") };
+            assert_eq!(x.tile.dims, dims, "{plan}");
+            assert_eq!(plan.steps()[0].bindings.len(), 4);
+        }
+    }
+}
+
+#[test]
 fn devices_below_the_floor_are_refused_by_the_name_of_the_limit() {
     let shape = Problem::new(1, 1, 4, 4, 4).check().unwrap();
     type Lower = fn(&mut wgpu::Limits);

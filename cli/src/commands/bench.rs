@@ -143,7 +143,7 @@ impl Subject {
 /// At most `rows` of `seq_q` rows, in runs that begin with the first row, end with the last and lie at equal distances.
 fn runs(seq_q: u32, rows: u32) -> Vec<Range<u32>> {
     if rows >= seq_q {
-        return vec![0..seq_q];
+        return std::iter::once(0..seq_q).collect();
     }
     let count = CHECK_RUNS.min(rows);
     let each = rows / count;
@@ -373,10 +373,12 @@ mod tests {
 
     #[test]
     fn rows_are_sampled_from_the_first_to_the_last() {
-        assert_eq!(runs(10, 10), [0..10]);
-        assert_eq!(runs(1 << 17, 89), [0..17, 32763..32780, 65527..65544, 98291..98308, 131055..131072]);
-        assert_eq!(runs(100, 3), [0..1, 49..50, 99..100]);
-        assert_eq!(runs(100, 1), [99..100]);
+        let of = |seq_q, rows| runs(seq_q, rows).into_iter().map(|run| (run.start, run.end)).collect::<Vec<_>>();
+        assert_eq!(of(10, 10), [(0, 10)]);
+        let long = [(0, 17), (32763, 32780), (65527, 65544), (98291, 98308), (131055, 131072)];
+        assert_eq!(of(1 << 17, 89), long);
+        assert_eq!(of(100, 3), [(0, 1), (49, 50), (99, 100)]);
+        assert_eq!(of(100, 1), [(99, 100)]);
         for rows in 1..40 {
             let runs = runs(40, rows);
             assert!(runs.windows(2).all(|pair| pair[0].end <= pair[1].start) && runs.last().unwrap().end == 40);
