@@ -42,6 +42,7 @@ fn long_causal_problems_need_no_scratch_and_run_in_slices() {
         .unwrap();
         assert_eq!(seen, plan.slices());
         let out = gpu.download(&plan, &resident).unwrap().out;
+        assert!(out.iter().all(|x| x.is_finite()), "rows that were not written\n{plan}");
         for (first, part) in starts.iter().zip(&parts) {
             let got = &out[*first as usize * 64..][..7 * 64];
             let found = part.budget.compare_out(&part.problem.check().unwrap(), got, &part.want.out);
