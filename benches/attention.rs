@@ -1,4 +1,4 @@
-//! Adapters × stages × shapes through criterion, in FLOP/s of visible pairs. Each result is checked before it is timed.
+//! Adapters × kernels and stages × shapes through criterion, in FLOP/s of visible pairs. Each result is checked before it is timed.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use criterion::{Criterion, Throughput};
 use wgpu_attention::gpu::describe;
 use wgpu_attention::reference::Comparison;
 use wgpu_attention::{
-    Causal, DeviceOptions, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, reference,
+    Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, reference,
 };
 
 /// Batch, heads, kv_heads, seq_q, seq_kv, head_dim, and the causal rule: prefill, the same causal, one step of decoding.
@@ -33,7 +33,9 @@ fn main() {
         for ([batch, heads, kv_heads, seq_q, seq_kv, head_dim], causal) in SHAPES {
             let mut problem = Problem::new(batch, heads, seq_q, seq_kv, head_dim);
             (problem.kv_heads, problem.causal) = (kv_heads, causal);
-            whole(&mut criterion, &gpu, &problem);
+            for kernel in Kernel::ALL {
+                whole(&mut criterion, &gpu, &problem, kernel);
+            }
             stages(&mut criterion, &gpu, &problem);
         }
     }
@@ -74,11 +76,21 @@ fn ready(gpu: &Gpu, problem: &Problem, options: &Options) -> Ready {
     Ready { prepared, resident, pairs: shape.visible_pairs() as f64 }
 }
 
-/// Attention as the planner wants it.
-fn whole(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem) {
-    let ready = ready(gpu, problem, &Options::default());
+/// Attention by one kernel, and which one the planner would take.
+fn whole(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem, kernel: Kernel) {
+    let planned = gpu.library().plan(problem).expect("plans").kernel();
+    let options = Options { kernel: Some(kernel), ..Options::default() };
+    let name = match gpu.library().plan_with(problem, &options) {
+        Ok(plan) if plan.kernel() == planned => format!("{planned}, planned"),
+        Ok(plan) => plan.kernel(),
+        Err(error @ Error::Kernel { .. }) => {
+            println!("{}: not measured: {error}", describe(gpu.info()));
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let ready = ready(gpu, problem, &options);
     let flops = 2.0 * f64::from(problem.head_dim + problem.value_dim) * ready.pairs;
-    let name = format!("whole, {}", ready.prepared.plan().kernel());
     measure(criterion, gpu, problem, &name, flops, || {
         gpu.run(&ready.prepared, &ready.resident, &mut |_, _| ()).expect("runs");
     });

@@ -1,4 +1,4 @@
-{% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/element.wgsl" import storage, staged, stage, widen, store, output %}
 // Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
 // 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
@@ -32,11 +32,18 @@ enable f16;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% if lists %}
+{% include "shared/total.wgsl" %}
+{% endif %}
 {% include "shared/value.wgsl" %}
-{{ load("q", element, native, vector) }}
-{{ load("k", element, native, vector) }}
-{{ load("v", element, native, vector) }}
+{{ stage("q", element, native, vector) }}
+{{ stage("k", element, native, vector) }}
+{{ stage("v", element, native, vector) }}
+{{ widen(element, native) }}
 {{ store("out", out, vector) }}
+{% set kept = staged(element, native) %}
+{# Maxima and sums of the columns are f32: they share a place with f32 operands only. #}
+{% set tops = "sh_kv" if element == "f32" else "sh_top" %}
 
 const TILE_Q: u32 = {{ tile_rows }}u;
 const TILE_KV: u32 = {{ tile_keys }}u;
@@ -49,11 +56,14 @@ const DEPTH: u32 = {{ depth // 4 }}u;
 const DIMS: u32 = {{ dims // 4 }}u;
 const KEYS: u32 = {{ value_keys }}u;
 
-// One array, in parts: staged q; staged k, then the maxima of the columns, then staged v; the weights p.
+// Staged q; staged k and then v, as narrow as they are in memory; the weights p.
 // Vectors lie side by side over rows or keys, so that neighbouring invocations read neighbouring words.
-const AT_K: u32 = {{ at_k }}u;
-const AT_P: u32 = {{ at_p }}u;
-var<workgroup> sh: array<vec4<f32>, {{ at_p + tile_rows * tile_keys // 4 }}>;
+var<workgroup> sh_q: array<{{ kept }}, {{ staged_q }}>;
+var<workgroup> sh_kv: array<{{ kept }}, {{ staged_kv }}>;
+var<workgroup> sh_p: array<vec4<f32>, {{ tile_rows * tile_keys // 4 }}>;
+{% if not shuffle and element != "f32" %}
+var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
+{% endif %}
 // The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
@@ -128,11 +138,11 @@ fn main(
     for (var part = thread; part < TILE_Q * {{ dims // 4 }}u; part += THREADS) {
         let row = part / {{ dims // 4 }}u;
         let d = (part % {{ dims // 4 }}u) * 4u;
-        var x = vec4<f32>();
+        var x = {{ kept }}();
         if (d < params.head_dim) {
-            x = load_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
+            x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
         }
-        sh[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
+        sh_q[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
     }
 {% endif %}
     var stage = 0u;
@@ -145,31 +155,31 @@ fn main(
             for (var part = thread; part < TILE_Q * DEPTH; part += THREADS) {
                 let row = part / DEPTH;
                 let d = dim + (part % DEPTH) * 4u;
-                var x = vec4<f32>();
+                var x = {{ kept }}();
                 if (d < params.head_dim) {
-                    x = load_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
+                    x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
                 }
-                sh[(part % DEPTH) * TILE_Q + row] = x;
+                sh_q[(part % DEPTH) * TILE_Q + row] = x;
             }
 {% endif %}
             for (var part = thread; part < TILE_KV * DEPTH; part += THREADS) {
                 let j = part / DEPTH;
                 let d = dim + (part % DEPTH) * 4u;
-                var x = vec4<f32>();
+                var x = {{ kept }}();
                 if (d < params.head_dim) {
-                    x = load_k(k_at + min(key + j, key_last) * params.k_row + d, params.head_dim - d);
+                    x = stage_k(k_at + min(key + j, key_last) * params.k_row + d, params.head_dim - d);
                 }
                 // The four keys of a column stand ACROSS apart.
-                sh[AT_K + (part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
+                sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
             }
             workgroupBarrier();
             // Sums of four vectors each, added up: exact where a long chain of equal terms would round (f16's largest, say).
 {% for d in range(depth // 4) %}
 {% for c in range(4) %}
-            let k_{{ d }}_{{ c }} = sh[AT_K + {{ d * tile_keys + c * across }}u + column];
+            let k_{{ d }}_{{ c }} = widen(sh_kv[{{ d * tile_keys + c * across }}u + column]);
 {% endfor %}
 {% for r in range(rows) %}
-            let q_{{ d }}_{{ r }} = sh[{{ "(dim / 4u + %su) * TILE_Q + " | format(d) if resident else "%su + " | format(d * tile_rows) }}line + {{ r * down }}u];
+            let q_{{ d }}_{{ r }} = widen(sh_q[{{ "(dim / 4u + %su) * TILE_Q + " | format(d) if resident else "%su + " | format(d * tile_rows) }}line + {{ r * down }}u]);
             {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d % 4 == 0 else "+" }}= vec4<f32>(dot(q_{{ d }}_{{ r }}, k_{{ d }}_0), dot(q_{{ d }}_{{ r }}, k_{{ d }}_1), dot(q_{{ d }}_{{ r }}, k_{{ d }}_2), dot(q_{{ d }}_{{ r }}, k_{{ d }}_3));
 {% if d % 4 == 3 %}
             s_{{ r }} += sum_{{ r }};
@@ -182,16 +192,16 @@ fn main(
 {% for r in range(rows) %}
         s_{{ r }} = vec4<f32>(scaled(s_{{ r }}.x), scaled(s_{{ r }}.y), scaled(s_{{ r }}.z), scaled(s_{{ r }}.w));
 {% endfor %}
-        let p_at = AT_P + column * TILE_Q + line;
+        let p_at = column * TILE_Q + line;
 {% if full %}
         // Through workgroup memory, each invocation its own words, so that the transform stands four times in the text.
 {% for r in range(rows) %}
-        sh[p_at + {{ r * down }}u] = s_{{ r }};
+        sh_p[p_at + {{ r * down }}u] = s_{{ r }};
 {% endfor %}
         for (var r = 0u; r < {{ rows }}u; r++) {
             let row = min(row_first + line + r * DOWN, row_last);
-            let x = sh[p_at + r * DOWN];
-            sh[p_at + r * DOWN] = vec4<f32>(
+            let x = sh_p[p_at + r * DOWN];
+            sh_p[p_at + r * DOWN] = vec4<f32>(
                 logit(batch, head, row, key_own, seq, x.x),
                 logit(batch, head, row, key_own + 1u, seq, x.y),
                 logit(batch, head, row, key_own + 2u, seq, x.z),
@@ -199,7 +209,7 @@ fn main(
             );
         }
 {% for r in range(rows) %}
-        s_{{ r }} = sh[p_at + {{ r * down }}u];
+        s_{{ r }} = sh_p[p_at + {{ r * down }}u];
 {% endfor %}
 {% else %}
         if (key < all_first || key + TILE_KV > all_end) {
@@ -216,10 +226,10 @@ fn main(
         top = max(top, subgroupShuffleXor(top, {{ step }}u));
 {% endfor %}
 {% else %}
-        sh[AT_K + column * DOWN + line] = top;
+        {{ tops }}[column * DOWN + line] = top;
         workgroupBarrier();
 {% for c in range(across) %}
-        top = max(top, sh[AT_K + {{ c * down }}u + line]);
+        top = max(top, {{ tops }}[{{ c * down }}u + line]);
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
@@ -228,7 +238,7 @@ fn main(
         m_{{ r }} = higher_{{ r }};
         let p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
         l_{{ r }} = l_{{ r }} * shrink_{{ r }} + (p_{{ r }}.x + p_{{ r }}.y) + (p_{{ r }}.z + p_{{ r }}.w);
-        sh[p_at + {{ r * down }}u] = p_{{ r }};
+        sh_p[p_at + {{ r * down }}u] = p_{{ r }};
 {% for c in range(parts) %}
         o_{{ r }}_{{ c }} *= shrink_{{ r }};
 {% endfor %}
@@ -239,25 +249,25 @@ fn main(
             for (var part = thread; part < KEYS * DIMS; part += THREADS) {
                 let j = key + skip + part / DIMS;
                 let d = dim_first + (part % DIMS) * 4u;
-                var x = vec4<f32>();
+                var x = {{ kept }}();
                 if (j < key_end && d < params.value_dim) {
-                    x = load_v(v_at + j * params.v_row + d, params.value_dim - d);
+                    x = stage_v(v_at + j * params.v_row + d, params.value_dim - d);
                 }
-                if (!finite(x)) {
-                    x = vec4<f32>();
+                if (!finite(widen(x))) {
+                    x = {{ kept }}();
                     sh_bad[part / DIMS] = stage;
                     sh_any = stage;
                 }
-                sh[AT_K + part] = x;
+                sh_kv[part] = x;
             }
             workgroupBarrier();
 {% for j4 in range(value_keys // 4) %}
 {% for r in range(rows) %}
-            let w_{{ j4 }}_{{ r }} = sh[AT_P + (skip / 4u + {{ j4 }}u) * TILE_Q + line + {{ r * down }}u];
+            let w_{{ j4 }}_{{ r }} = sh_p[(skip / 4u + {{ j4 }}u) * TILE_Q + line + {{ r * down }}u];
 {% endfor %}
 {% for c in range(parts) %}
 {% for j in range(4) %}
-            let v_{{ j4 }}_{{ c }}_{{ j }} = sh[AT_K + {{ (j4 * 4 + j) * (dims // 4) + c * across }}u + column];
+            let v_{{ j4 }}_{{ c }}_{{ j }} = widen(sh_kv[{{ (j4 * 4 + j) * (dims // 4) + c * across }}u + column]);
 {% endfor %}
 {% for r in range(rows) %}
             o_{{ r }}_{{ c }} += w_{{ j4 }}_{{ r }}.x * v_{{ j4 }}_{{ c }}_0 + w_{{ j4 }}_{{ r }}.y * v_{{ j4 }}_{{ c }}_1 + w_{{ j4 }}_{{ r }}.z * v_{{ j4 }}_{{ c }}_2 + w_{{ j4 }}_{{ r }}.w * v_{{ j4 }}_{{ c }}_3;
@@ -284,11 +294,11 @@ fn main(
 {% endfor %}
 {% else %}
     workgroupBarrier();
-    sh[AT_K + column * DOWN + line] = sums;
+    {{ tops }}[column * DOWN + line] = sums;
     workgroupBarrier();
     sums = vec4<f32>();
 {% for c in range(across) %}
-    sums += sh[AT_K + {{ c * down }}u + line];
+    sums += {{ tops }}[{{ c * down }}u + line];
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
@@ -307,7 +317,7 @@ fn main(
         }
         if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
             let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
-            lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+            store_lse(at, m, l);
         }
 {% endif %}
         let factor = select(0.0, shrink / l, l > 0.0);

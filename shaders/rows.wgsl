@@ -29,6 +29,7 @@
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
 {{ load("k", element, false, vector, wide) }}
@@ -232,7 +233,7 @@ fn main(
         if (row < row_end) {
             if ((params.flags & LSE) != 0u) {
                 let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
-                lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+                store_lse(at, m, l);
             }
             let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row) * params.out_row;
 {% for c in range(parts) %}

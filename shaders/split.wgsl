@@ -29,6 +29,7 @@
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
 {{ load("k", element, false, vector, wide) }}
@@ -251,7 +252,7 @@ fn main(
         let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
         if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
             let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
-            lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+            store_lse(at, m, l);
         }
 {% for c in range(chunks) %}
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;

@@ -54,7 +54,7 @@ pub(crate) fn choose_fused(
         }
         (None, None) => {
             let own = [Kernel::Rows, Kernel::Split, Kernel::Flash].into_iter().find_map(|kernel| {
-                let variants = found(kernel).ok().filter(|_| slower(kernel, shape, caps).is_none())?;
+                let variants = found(kernel).ok().filter(|_| slower(kernel, shape, caps, options).is_none())?;
                 Some((kernel, variants.first().copied()))
             });
             match own {
@@ -66,7 +66,7 @@ pub(crate) fn choose_fused(
     reasons.push(format!("kernel {}: {why}", chosen.name()));
     for kernel in Kernel::ALL.into_iter().filter(|&kernel| kernel != chosen) {
         let chosen = chosen.name();
-        let why = match (found(kernel), slower(kernel, shape, caps)) {
+        let why = match (found(kernel), slower(kernel, shape, caps, options)) {
             _ if options.kernel.is_some() => format!("{chosen} is asked for"),
             _ if options.form.is_some() => "a form of scores and values is asked for".into(),
             (Err(why), _) => why,
@@ -146,8 +146,11 @@ fn takes_minutes(kernel: Kernel, caps: &Caps) -> bool {
 }
 
 /// Why a kernel that can run is expected to be slower than another one.
-fn slower(kernel: Kernel, shape: &Shape, caps: &Caps) -> Option<&'static str> {
+fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Option<&'static str> {
     match kernel {
+        Kernel::Rows | Kernel::Flash if shape.weights && !scores_again(shape, caps, options) => {
+            Some("for the weights the scores would be formed twice")
+        }
         Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
         Kernel::Rows if takes_minutes(kernel, caps) => Some("a driver of four lanes takes minutes to compile it"),
         Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
@@ -175,17 +178,26 @@ fn variants(
 ) -> std::result::Result<Vec<Variant>, String> {
     match kernel {
         Kernel::Unfused => Ok(Vec::new()),
+        _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
+            Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into())
+        }
         Kernel::Rows => rows(shape, caps, options, key_step),
         Kernel::Split => split(shape, caps, options, key_step),
         Kernel::Flash => flash(shape, caps, options, key_step),
     }
 }
 
+/// Whether `rows` or `flash` and, after it, scores formed again for the weights are preferred to the three kernels: on a GPU where
+/// the score matrix would go through the scratch in parts. On CPU adapters the second product costs more than the softmax saves.
+fn scores_again(shape: &Shape, caps: &Caps, options: &Options) -> bool {
+    !caps.cpu && 4 * shape.scores_len() > options.scratch_budget
+}
+
 /// What keeps any fused kernel with these operands from running.
 fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Option<String> {
     let l = &caps.limits;
-    if shape.weights || shape.logits.is_some() {
-        Some("weights and logits need the score matrix".into())
+    if shape.logits.is_some() {
+        Some("logits need the score matrix".into())
     } else if l.max_storage_buffers_per_shader_stage < buffers || l.max_bindings_per_bind_group <= buffers {
         let most = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
         Some(format!("it binds {buffers} storage buffers, the device {most}"))
@@ -279,8 +291,12 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
-    let small_arrays =
-        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
+    let small_arrays = shape.weights
+        || shape.lse
+        || shape.sinks
+        || shape.key_lengths
+        || shape.packed.is_some()
+        || shape.causal == Causal::Offset;
     let operands = match (transforms(shape), small_arrays) {
         (true, _) => flash::Operands::Full,
         (false, true) => flash::Operands::Lists,

@@ -16,6 +16,7 @@ pub mod scores;
 pub mod softmax;
 pub mod split;
 pub mod values;
+pub mod weights;
 
 use std::fmt;
 
@@ -87,7 +88,7 @@ pub enum Slot {
     PartialLse,
     /// Attention sinks, where a kernel reads them from a buffer of their own.
     Sinks,
-    /// Scratch of `merge`: maximum and sum of each row.
+    /// Scratch: maximum and sum of each row, for `merge` and `weights`.
     Totals,
 }
 
@@ -231,6 +232,8 @@ pub enum Variant {
     Values(values::Values),
     /// Scores to an output.
     Export(export::Export),
+    /// Raw scores to weights in place, after a fused kernel.
+    Weights(weights::Weights),
     /// f32 to 16-bit output.
     Pack(pack::Pack),
     /// Fused, a query row per lane.
@@ -261,6 +264,7 @@ macro_rules! each {
             Variant::Softmax($x) => $body,
             Variant::Values($x) => $body,
             Variant::Export($x) => $body,
+            Variant::Weights($x) => $body,
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
             Variant::Flash($x) => $body,
@@ -284,6 +288,7 @@ impl Variant {
         all.extend(softmax::Softmax::all().map(Variant::Softmax));
         all.extend(values::Values::all().map(Variant::Values));
         all.extend(export::Export::all().map(Variant::Export));
+        all.extend(weights::Weights::all().map(Variant::Weights));
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
         all.extend(flash::Flash::all().map(Variant::Flash));
@@ -305,6 +310,7 @@ impl Variant {
             Variant::Softmax(_) => "softmax",
             Variant::Values(_) => "values",
             Variant::Export(_) => "export",
+            Variant::Weights(_) => "weights",
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
             Variant::Flash(_) => "flash",

@@ -8,7 +8,7 @@ use crate::choose::{
     whole_vectors,
 };
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Format, Slot, Variant, export, logits, pack, scores, softmax, values};
+use crate::kernel::{Body, Format, Slot, Variant, export, logits, pack, scores, softmax, values, weights};
 use crate::merge::Merge;
 use crate::plan::{Bound, Options, Plan};
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
@@ -106,11 +106,21 @@ impl<'a> Planner<'a> {
         let mut reasons = Vec::new();
         let key_step = key_step(shape, caps)?;
         let fused = choose_fused(shape, caps, options, tuning, key_step, &mut reasons)?;
-        let (body, why) = choose_body(caps, options);
+        let (mut body, why) = choose_body(caps, options);
         if fused.is_none() {
             reasons.push(format!("scores and values in the form: {body} ({why})"));
+        } else if shape.weights {
+            if !shape.seq_kv.is_multiple_of(4) || (options.native_f16 == Some(true) && options.form.is_none()) {
+                // The lane form writes whole vectors, also across the ends of rows, and reads f16 packed.
+                body = Body::Tiled;
+            }
+            reasons.push(format!(
+                "weights are formed from scores in place, with the maximum and sum of each row: no score matrix beside \
+                 them (scores in the form: {body})"
+            ));
         }
-        let native = choose_native(shape, caps, body, options)?;
+        // A fused kernel has seen to its own, and forms no scores but for weights.
+        let native = if fused.is_some() && !shape.weights { false } else { choose_native(shape, caps, body, options)? };
         let format = |tensors: &[&Tensor]| Format {
             element: shape.element,
             native,
@@ -168,8 +178,11 @@ impl<'a> Planner<'a> {
             }
             reasons.push("out is summed in an f32 scratch and packed to 16 bits afterwards".into());
         }
-        let scores =
-            scores::Scores { tile: scores_tile(shape, caps, body, qk)?, format: qk, full: operands && !separate };
+        let scores = scores::Scores {
+            tile: scores_tile(shape, caps, body, qk)?,
+            format: qk,
+            full: operands && !separate && fused.is_none(),
+        };
         let out = if unpacked { Element::F32 } else { shape.element };
         let values = values::Values { tile: values_tile(shape, caps, body, vo)?, format: vo, out };
         let threads = match (caps.cpu, shape.seq_kv) {
@@ -222,6 +235,14 @@ impl<'a> Planner<'a> {
             self.part(part)?;
         }
         let mut scratch = vec![(Slot::Scores, self.scratch)];
+        if self.totals() {
+            let totals = 8 * s.lse_len();
+            if totals > self.caps.limits.max_buffer_size {
+                let limit = self.caps.limits.max_buffer_size;
+                return Err(Error::TooLarge { field: "totals", value: totals, limit });
+            }
+            scratch.push((Slot::Totals, totals));
+        }
         if self.partials > 0 {
             let merge = Merge {
                 partials: self.partials,
@@ -238,6 +259,11 @@ impl<'a> Planner<'a> {
             let [out, lse] = partial_bytes(s, self.partials);
             scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
             scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
+        }
+        if self.fused.is_some() && s.weights {
+            for part in &parts {
+                self.weigh(part)?;
+            }
         }
         if self.unpacked {
             let unpacked = 4 * s.out.extent();
@@ -318,6 +344,13 @@ impl<'a> Planner<'a> {
         if let Some(bias) = s.bias {
             operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
+        if self.fused.is_some() && s.weights {
+            // Bound as twice the binding of lse, see `bound`.
+            let (_, size, _) = self.bind(self.lse_span(part), 4, 0);
+            if 2 * size > limit {
+                return Some(("totals", 2 * size, limit));
+            }
+        }
         if s.lse && self.partials == 0 {
             operands.push(("lse", self.lse_span(part), 4));
         }
@@ -374,6 +407,12 @@ impl<'a> Planner<'a> {
         broadcast_span(&Broadcast([s.batch, s.heads, s.seq_q, s.seq_kv]), part)
     }
 
+    /// Two numbers where lse has one, so that both have the same base.
+    fn totals_bound(&self, part: &Part) -> (u64, u64, u32) {
+        let (offset, size, base) = self.bind(self.lse_span(part), 4, 0);
+        (2 * offset, 2 * size, base)
+    }
+
     fn bind(&self, span: Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
         steps::bind(self.caps, span, bytes, origin)
     }
@@ -382,8 +421,9 @@ impl<'a> Planner<'a> {
     fn part(&mut self, part: &Part) -> Result<()> {
         let s = self.shape;
         if let Some(fused) = self.fused {
+            let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 };
             let lse = if s.lse || self.partials > 0 { flags::LSE } else { 0 };
-            return self.step(fused, part, &(0..s.seq_kv), lse);
+            return self.step(fused, part, &(0..s.seq_kv), lse | totals);
         }
         self.scratch = self.scratch.max(self.score_bytes(part));
         let ranges: Vec<Range<u32>> = (0..s.seq_kv)
@@ -418,6 +458,19 @@ impl<'a> Planner<'a> {
             self.step(Variant::Values(self.values), part, keys, if i > 0 { flags::ADD } else { 0 })?;
         }
         Ok(())
+    }
+
+    /// Whether the fused kernel leaves maximum and sum of each row, for `weights`; those of `split`'s parts come from the merge.
+    fn totals(&self) -> bool {
+        self.fused.is_some() && self.shape.weights && self.partials == 0
+    }
+
+    /// The weights of one part, after the fused kernel: raw scores into the caller's buffer, and `weights` on them in place.
+    fn weigh(&mut self, part: &Part) -> Result<()> {
+        let all = 0..self.shape.seq_kv;
+        self.step(Variant::Scores(self.scores), part, &all, 0)?;
+        let lse = if self.shape.lse && self.partials == 0 { flags::LSE } else { 0 };
+        self.step(Variant::Weights(weights::Weights), part, &all, lse)
     }
 
     /// The score transform as a pass of its own, with only the flags in `keep`.
@@ -557,6 +610,8 @@ impl<'a> Planner<'a> {
                 .map(|x| x as u32);
         let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
         let partial = self.partials > 0;
+        let fused = self.fused.is_some();
+        let weighs = matches!(variant, Variant::Weights(_));
         let (slot, (offset, size, base)) = match slot {
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
@@ -566,8 +621,11 @@ impl<'a> Planner<'a> {
                 (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
             }
             Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
-            Slot::Lse if partial => (Slot::PartialLse, (0, partial_bytes(s, self.partials)[1], 0)),
-            Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
+            Slot::Lse if partial && !weighs => (Slot::PartialLse, (0, partial_bytes(s, self.partials)[1], 0)),
+            Slot::Lse if self.totals() && !weighs => (Slot::Totals, self.totals_bound(part)),
+            Slot::Totals => (slot, self.totals_bound(part)),
+            // The merge gave out that of `split`'s parts.
+            Slot::Lse if !s.lse || partial => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
             // A shader that can take the operand binds something even where the problem has none.
@@ -579,6 +637,7 @@ impl<'a> Planner<'a> {
                 (slot, self.bind(broadcast_span(&bias.shape, part), bias.element.bytes(), 0))
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
+            Slot::Scores if fused => (Slot::Weights, self.bind(self.dense_span(part), 4, 0)),
             Slot::Scores => (slot, (0, self.score_bytes(part), p.s_base)),
             _ => unreachable!("attention's kernels bind no such operand"),
         };
@@ -589,6 +648,7 @@ impl<'a> Planner<'a> {
             Slot::Out | Slot::Unpacked => {
                 (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, strides(&s.out));
             }
+            Slot::Weights if fused => (p.s_base, [p.s_batch, p.s_head, p.s_row]) = (base, dense),
             Slot::Weights | Slot::Logits => (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, dense),
             Slot::PartialOut => {
                 let plane = s.seq_q.wrapping_mul(s.value_dim);
@@ -600,7 +660,7 @@ impl<'a> Planner<'a> {
                 (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(s.seq_q), s.seq_q);
                 p.partial_lse = s.batch.wrapping_mul(p.lse_batch);
             }
-            Slot::Lse => {
+            Slot::Lse | Slot::Totals => {
                 let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
                 (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(row), row);
             }

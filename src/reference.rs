@@ -1,7 +1,7 @@
 //! Attention on the CPU as the textbook writes it: what every kernel of this crate is checked against.
 //!
-//! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`merge`]), [`attention`] for all of them at once,
-//! and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]; nothing is
+//! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`weights`], [`merge`]), [`attention`] for all of them at
+//! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]; nothing is
 //! shared with the GPU path but [`Problem`] and [`Shape`]. Generic over [`Real`]: the f64 instance is the truth,
 //! the f32 instance shows what plain f32 loses.
 //!
@@ -21,6 +21,7 @@ mod rows;
 mod scores;
 mod softmax;
 mod values;
+mod weights;
 
 use std::fmt::Debug;
 use std::iter::Sum;
@@ -39,6 +40,7 @@ pub use rotary::rotary;
 pub use scores::scores;
 pub use softmax::softmax;
 pub use values::values;
+pub use weights::weights;
 
 use crate::problem::{Inputs, Outputs, Problem};
 use crate::{Error, Result, Shape};

@@ -104,11 +104,11 @@ pub(crate) fn rows_tiles(body: Body) -> impl Iterator<Item = rows::Tile> {
 /// workgroup memory a multiply-add; with 256 dims half the rows, so that o stays in 64 registers.
 pub const FLASH: [flash::Tile; 8] = [
     flash::Tile { dims: 32, rows: 4, depth: 32, value_keys: 32, resident: true, shuffle: true },
-    flash::Tile { dims: 32, rows: 4, depth: 16, value_keys: 32, resident: false, shuffle: false },
+    flash::Tile { dims: 32, rows: 4, depth: 16, value_keys: 16, resident: false, shuffle: false },
     flash::Tile { dims: 64, rows: 4, depth: 32, value_keys: 16, resident: true, shuffle: true },
-    flash::Tile { dims: 64, rows: 4, depth: 16, value_keys: 16, resident: false, shuffle: false },
+    flash::Tile { dims: 64, rows: 4, depth: 16, value_keys: 8, resident: false, shuffle: false },
     flash::Tile { dims: 128, rows: 4, depth: 32, value_keys: 16, resident: false, shuffle: true },
-    flash::Tile { dims: 128, rows: 4, depth: 16, value_keys: 8, resident: false, shuffle: false },
+    flash::Tile { dims: 128, rows: 4, depth: 16, value_keys: 4, resident: false, shuffle: false },
     flash::Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     flash::Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];

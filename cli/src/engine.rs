@@ -161,8 +161,26 @@ impl Engine {
         inputs: &Inputs<'_>,
         kernels: &KernelArgs,
     ) -> wgpu_attention::Result<Outputs> {
+        self.attention_in_slices(problem, inputs, kernels, &mut |_, _| ())
+    }
+
+    /// The same; `progress(done, of)` follows each slice on a GPU.
+    pub fn attention_in_slices(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        kernels: &KernelArgs,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> wgpu_attention::Result<Outputs> {
         match self {
-            Engine::Gpu(gpu) => gpu.attention_with(problem, inputs, &kernels.options()),
+            Engine::Gpu(gpu) => {
+                let plan = gpu.library().plan_with(problem, &kernels.options())?;
+                plan.shape().check_inputs(inputs)?;
+                let prepared = gpu.library().prepare(&plan)?;
+                let resident = gpu.upload(&plan, inputs)?;
+                gpu.run(&prepared, &resident, progress)?;
+                gpu.download(&plan, &resident)
+            }
             Engine::Cpu => reference::attention::<f32>(problem, inputs),
         }
     }

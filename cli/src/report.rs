@@ -75,6 +75,19 @@ pub fn progress(steps: usize) -> ProgressBar {
     ProgressBar::new(steps as u64).with_style(style)
 }
 
+/// A bar over the slices of one long run, with the time that is left; [`advance`] draws it.
+pub fn slices() -> ProgressBar {
+    let style =
+        ProgressStyle::with_template("{bar:30} {pos}/{len} slices, {eta} left").expect("the template is a constant");
+    ProgressBar::new(0).with_style(style)
+}
+
+/// Shows on a bar of [`slices`] that so many of them are done.
+pub fn advance(bar: &ProgressBar, done: usize, of: usize) {
+    bar.set_length(of as u64);
+    bar.set_position(done as u64);
+}
+
 /// Three significant digits.
 pub fn short(x: f64) -> String {
     match x.abs() {

@@ -53,6 +53,55 @@ fn load_{{ name }}(index: u32, valid: u32) -> vec4<f32> {
 }
 {% endmacro %}
 
+{# The type in which four elements are kept in workgroup memory: their own, so that 16-bit ones take half the room. #}
+{% macro staged(element, native) -%}
+{% if element == "f32" %}vec4<f32>{% elif native %}vec4<f16>{% else %}vec2<u32>{% endif %}
+{%- endmacro %}
+
+{% macro stage(name, element, native, vector) %}
+{% if element == "f32" %}
+{{ load(name, element, native, vector) }}
+{% elif not native and not vector %}
+fn {{ name }}_half(index: u32) -> u32 {
+    return ({{ name }}[index >> 1u] >> ((index & 1u) * 16u)) & 0xffffu;
+}
+{% endif %}
+
+// Elements index .. index + 3 of {{ name }} as they are staged; those from `valid` (at least 1) on are 0.
+fn stage_{{ name }}(index: u32, valid: u32) -> {{ staged(element, native) }} {
+{% if element == "f32" %}
+    return load_{{ name }}(index, valid);
+{% elif vector %}
+    return {{ name }}[index >> 2u];
+{% else %}
+    let last = valid - 1u;
+{% set at = name if native else name ~ "_half" %}
+{% set open, close = ("[", "]") if native else ("(", ")") %}
+{% set zero = "0.0h" if native else "0u" %}
+    let x = {{ at }}{{ open }}index{{ close }};
+    let y = select({{ zero }}, {{ at }}{{ open }}index + min(1u, last){{ close }}, last >= 1u);
+    let z = select({{ zero }}, {{ at }}{{ open }}index + min(2u, last){{ close }}, last >= 2u);
+    let w = select({{ zero }}, {{ at }}{{ open }}index + min(3u, last){{ close }}, last >= 3u);
+    return {{ "vec4<f16>(x, y, z, w)" if native else "vec2<u32>(x | (y << 16u), z | (w << 16u))" }};
+{% endif %}
+}
+{% endmacro %}
+
+{% macro widen(element, native) %}
+// What was staged, as f32.
+fn widen(x: {{ staged(element, native) }}) -> vec4<f32> {
+{% if element == "f32" %}
+    return x;
+{% elif native %}
+    return vec4<f32>(x);
+{% elif element == "f16" %}
+    return vec4<f32>(unpack2x16float(x.x), unpack2x16float(x.y));
+{% else %}
+    return bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u));
+{% endif %}
+}
+{% endmacro %}
+
 {% macro rounding(element) %}
 {% if element == "bf16" %}
 // bf16 bits of x, to nearest, ties to even.

@@ -79,15 +79,14 @@ impl Tile {
         4 * ACROSS
     }
 
-    /// Where staged k begins, in vectors of four.
-    fn at_k(&self) -> u32 {
+    /// Vectors of four staged of q.
+    fn staged_q(&self) -> u32 {
         self.tile_rows() * if self.resident { self.dims } else { self.depth } / 4
     }
 
-    /// Where the weights begin: after staged k, the maxima of the columns and staged v, which share a place.
-    fn at_p(&self) -> u32 {
-        let [k, maxima, v] = [self.tile_keys() * self.depth / 4, ACROSS * DOWN, self.value_keys * self.dims / 4];
-        self.at_k() + k.max(maxima).max(v)
+    /// Vectors of four staged of k and then of v, which share a place.
+    fn staged_kv(&self) -> u32 {
+        (self.tile_keys() * self.depth).max(self.value_keys * self.dims) / 4
     }
 }
 
@@ -124,8 +123,20 @@ impl Flash {
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {
-        let weights = self.tile.tile_rows() * self.tile.tile_keys() / 4;
-        16 * (self.tile.at_p() + weights) + 4 * (self.tile.value_keys + 1)
+        let Tile { value_keys, shuffle, .. } = self.tile;
+        let weights = 4 * self.tile.tile_rows() * self.tile.tile_keys();
+        // Without shuffles the maxima of the columns, f32, go through the place of k and v, or through one of their own.
+        let (bytes, maxima) = match self.format.element {
+            Element::F32 => (16, 0),
+            _ => (8, if shuffle { 0 } else { 16 * ACROSS * DOWN }),
+        };
+        bytes * (self.tile.staged_q() + self.staged_kv()) + maxima + weights + 4 * (value_keys + 1)
+    }
+
+    /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.
+    fn staged_kv(&self) -> u32 {
+        let maxima = if self.format.element == Element::F32 && !self.tile.shuffle { ACROSS * DOWN } else { 0 };
+        self.tile.staged_kv().max(maxima)
     }
 
     pub(crate) fn context(&self) -> Value {
@@ -135,8 +146,8 @@ impl Flash {
             out => self.out().to_string(), lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
             dims, rows, depth, value_keys, resident, shuffle, parts => dims / (4 * ACROSS), across => ACROSS, down => DOWN,
             shuffles => (0..ACROSS.ilog2()).map(|bit| 1 << bit).collect::<Vec<u32>>(),
-            tile_rows => self.tile.tile_rows(), tile_keys => self.tile.tile_keys(), at_k => self.tile.at_k(),
-            at_p => self.tile.at_p(), workgroup_bytes => self.workgroup_bytes(),
+            tile_rows => self.tile.tile_rows(), tile_keys => self.tile.tile_keys(), staged_q => self.tile.staged_q(),
+            staged_kv => self.staged_kv(), workgroup_bytes => self.workgroup_bytes(),
         }
     }
 }

@@ -217,4 +217,5 @@ flags! {
     ADD = 16,
     LSE = 17,
     CIRCULAR = 18,
+    TOTALS = 19,
 }

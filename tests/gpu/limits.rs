@@ -194,3 +194,29 @@ fn what_fits_no_binding_is_an_error_that_says_so() {
         assert_eq!(long, Error::TooLarge { field: "one row of scores", value: 8000, limit: 4096 });
     }
 }
+
+#[test]
+fn flash_holds_without_features_in_the_least_workgroup_memory() {
+    if small("flash_holds_without_features_in_the_least_workgroup_memory") {
+        return;
+    }
+    let options = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+    let dims = [(32, Element::F32), (64, Element::F32), (64, Element::F16), (128, Element::Bf16), (256, Element::F32)];
+    for gpu in gpus().iter().filter(|gpu| gpu.info().backend != wgpu::Backend::Gl) {
+        let device = gpu.limited_to(Some(wgpu::Features::empty()), |limits| {
+            limits.max_compute_workgroup_storage_size = 16_352;
+            limits.max_storage_buffers_per_shader_stage = 4;
+            limits.max_compute_invocations_per_workgroup = 128;
+        });
+        for (dim, element) in dims {
+            let mut p = lean(&problem([1, 2, 67, 69, dim], |p| (p.element, p.causal) = (element, Causal::BottomRight)));
+            p.lse = false;
+            let (_, plan) = Case::random(p, 6).check(&device, &options);
+            assert_eq!(plan.kernel(), "flash");
+            assert!(
+                plan.steps().iter().all(|step| step.bindings.len() == 4 && !step.variant.uses_subgroups()),
+                "{plan}"
+            );
+        }
+    }
+}

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod claims;
 mod composed;
 mod decode;
 mod device;
@@ -10,10 +11,12 @@ mod edges;
 mod hidden;
 mod layouts;
 mod limits;
+mod long;
 mod operands;
 mod stages;
 mod types;
 mod visible;
+mod weights;
 
 use support::{Case, gpus, is_small};
 use wgpu_attention::shape::Tensor;
@@ -32,7 +35,7 @@ fn problem(sizes: [u32; 5], set: impl FnOnce(&mut Problem)) -> Problem {
     p
 }
 
-/// The same problem without the outputs that need the score matrix: kernels without one can run, keys out of range are skipped.
+/// The same problem without the outputs of the size of the score matrix: every kernel can run, keys out of range are skipped.
 fn lean(p: &Problem) -> Problem {
     let mut p = p.clone();
     (p.weights, p.logits) = (false, None);
@@ -85,7 +88,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
     let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
-    let lists = p.lse || p.sinks || p.key_lengths || p.packed.is_some() || p.causal == Causal::Offset;
+    let lists = p.weights || p.lse || p.sinks || p.key_lengths || p.packed.is_some() || p.causal == Causal::Offset;
     let buffers = match kernel {
         Kernel::Unfused => return None,
         _ if full => 8,
@@ -96,7 +99,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
     let shape = p.check().unwrap();
     let longest = bound(shape.k()).max(bound(shape.v())) * shape.element.bytes();
     let alignment = u64::from(limits.min_storage_buffer_offset_alignment).max(32);
-    if p.weights || p.logits.is_some() {
+    if p.logits.is_some() {
         Some("score matrix")
     } else if limits.max_storage_buffers_per_shader_stage < buffers {
         Some("storage buffers")

@@ -1,7 +1,7 @@
 //! The addresses that the shaders form, worked out on the host for the corners of every tile: inside the binding, at the
 //! right element, and whole vectors where the shader reads vectors.
 
-use wgpu_attention::kernel::{Format, Slot, Variant};
+use wgpu_attention::kernel::{Body, Format, Slot, Variant};
 use wgpu_attention::plan::{Bound, Step};
 use wgpu_attention::shape::Tensor;
 use wgpu_attention::{Broadcast, Plan};
@@ -73,6 +73,13 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
                     assert!(end <= bound.size && p.s_row.is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
+                Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => {
+                    let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
+                    let got = score(place.batch, place.head, row);
+                    hits(step, bound, 4, got, want);
+                    let lanes = matches!(&step.variant, Variant::Scores(x) if x.tile.body != Body::Tiled);
+                    assert!(!lanes || (p.s_row.is_multiple_of(4) && (got - key).is_multiple_of(4)), "{}", step.variant);
+                }
                 Slot::Weights | Slot::Logits => {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
                     let strides = [(place.batch, p.out_batch), (place.head, p.out_head), (row, p.out_row), (key, 1)];
@@ -92,7 +99,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                         [(place.part, p.partial_lse), (place.batch, p.lse_batch), (place.head, p.lse_head), (row, 1)];
                     hits(step, bound, 4, sum(p.lse_base, part), want);
                 }
-                Slot::Lse => {
+                Slot::Lse | Slot::Totals => {
                     let (rows, batch, tokens) = match s.packed {
                         None => (s.seq_q, place.batch, vec![row]),
                         Some(packed) => (packed.total_q, 0, vec![0, packed.total_q - 1]),
@@ -100,7 +107,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     for token in tokens {
                         let want = dense([1, s.batch, s.heads, rows], [0, batch, place.head, token]);
                         let got = sum(p.lse_base, [(batch, p.lse_batch), (place.head, p.lse_head), (token, 1), (0, 0)]);
-                        hits(step, bound, 4, got, want);
+                        hits(step, bound, if bound.slot == Slot::Totals { 8 } else { 4 }, got, want);
                     }
                 }
                 Slot::Mask => {

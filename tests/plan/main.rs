@@ -13,7 +13,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
-use wgpu_attention::{Caps, Element, Error, Form, Kernel, Options, Plan, Problem, Tuning, tuning, wgpu};
+use wgpu_attention::{Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, tuning, wgpu};
 
 use strategy::{caps, options, problem};
 
@@ -65,7 +65,8 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
             (slot, bound.slot),
             (Slot::Mask | Slot::Bias, Slot::Lists)
                 | (Slot::Out, Slot::Unpacked | Slot::PartialOut)
-                | (Slot::Lse, Slot::Spare | Slot::PartialLse)
+                | (Slot::Lse, Slot::Spare | Slot::PartialLse | Slot::Totals)
+                | (Slot::Scores, Slot::Weights)
         );
         assert!(slot == bound.slot || stands_in, "{variant} {bound:?}");
         let same = |other: &&wgpu_attention::plan::Bound| other.slot == bound.slot && (other.written || bound.written);
@@ -240,9 +241,13 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
     assert_eq!(kernel(&p, Kernel::Rows).unwrap().kernel(), "rows");
     assert_eq!(kernel(&p, Kernel::Unfused).unwrap().kernel(), "scores+softmax+values");
     p.weights = true;
-    let error = kernel(&p, Kernel::Rows).unwrap_err();
-    assert!(matches!(&error, Error::Kernel { kernel: "rows", why } if why.contains("weights")), "{error}");
+    assert_eq!(kernel(&p, Kernel::Rows).unwrap().kernel(), "rows+scores+weights");
+    assert_eq!(kernel(&p, Kernel::Unfused).unwrap().kernel(), "scores+softmax+export+values");
     p.weights = false;
+    p.logits = Some(Logits::Masked);
+    let error = kernel(&p, Kernel::Rows).unwrap_err();
+    assert!(matches!(&error, Error::Kernel { kernel: "rows", why } if why.contains("logits")), "{error}");
+    p.logits = None;
     p.element = Element::F16;
     let shape = p.check().unwrap();
     let native = |form, f16| {
@@ -257,6 +262,48 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
     let packed = Options { native_f16: Some(false), ..Options::default() };
     let plan = Plan::new(&shape, &Caps { f16: true, ..gpu() }, &packed).unwrap();
     assert!(!plan.steps().iter().any(|step| step.variant.uses_f16()));
+}
+
+#[test]
+fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
+    let mut p = Problem::new(1, 8, 512, 512, 64);
+    p.weights = true;
+    let plan = |cpu, scratch_budget| {
+        let caps = Caps { cpu, subgroup_size: Some(8), subgroup_min_size: Some(8), ..gpu() };
+        Plan::new(&p.check().unwrap(), &caps, &Options { scratch_budget, ..Options::default() }).unwrap()
+    };
+    let small = plan(false, 256 << 20);
+    assert_eq!(small.kernel(), "scores+softmax+export+values");
+    assert_eq!(plan(true, 1 << 20).kernel(), "scores+softmax+export+values");
+    let large = plan(false, 1 << 20);
+    assert_eq!(large.kernel(), "flash+scores+weights");
+    // Maximum and sum of each row, and what stands for the log-sum-exp that is not asked for.
+    assert_eq!(large.scratch_bytes(), 8 * 8 * 512 + 256);
+    let mut decode = Problem::new(1, 32, 1, 4096, 128);
+    (decode.kv_heads, decode.weights) = (8, true);
+    for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(8), subgroup_min_size: Some(8), ..gpu() }] {
+        let plan = Plan::new(&decode.check().unwrap(), &caps, &Options::default()).unwrap();
+        assert!(plan.kernel().starts_with("split+") && plan.kernel().ends_with("+scores+weights"), "{plan}");
+    }
+    assert!(large.reasons().iter().any(|reason| reason.contains("no score matrix")), "{large}");
+    assert!(small.reasons().iter().any(|reason| reason.contains("formed twice")), "{small}");
+}
+
+#[test]
+fn flash_has_a_tile_for_each_bucket_of_dims_on_the_smallest_device() {
+    let mut caps = gpu();
+    caps.limits.max_compute_workgroup_storage_size = 16_352;
+    let options = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+    for dims in [32, 64, 128, 256] {
+        for element in [Element::F32, Element::F16, Element::Bf16] {
+            let mut p = Problem::new(1, 2, 128, 128, dims);
+            p.element = element;
+            let plan = Plan::new(&p.check().unwrap(), &caps, &options).unwrap();
+            let Variant::Flash(x) = plan.steps()[0].variant else { panic!("{plan}") };
+            assert_eq!(x.tile.dims, dims, "{plan}");
+            assert_eq!(plan.steps()[0].bindings.len(), 4);
+        }
+    }
 }
 
 #[test]

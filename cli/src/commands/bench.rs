@@ -1,8 +1,10 @@
 //! `bench`: times problems beside what plain shaders reach on the same adapter in the same run.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use clap::Args;
+use indicatif::MultiProgress;
 use serde::Serialize;
 use wgpu_attention::{Causal, Element, Gpu, Options, Prepared, Problem, Resident};
 
@@ -48,8 +50,10 @@ const SHAPES: [([u32; 6], Causal); 5] = [
     ([1, 32, 8, 1, 4096, 128], Causal::None),
 ];
 
-/// Work of the f64 reference that a check may cost. Larger problems are checked on their last rows only.
+/// Work of the f64 reference that a check may cost. Of larger problems some rows are checked.
 const CHECK_FLOPS: f64 = 3e9;
+/// Runs of neighbouring rows among those: the first rows, the last ones, and some at equal distances between.
+const CHECK_RUNS: u32 = 5;
 /// Seconds of timed runs where their number is not given, and its bounds.
 const SECONDS: f64 = 2.0;
 const LEAST_RUNS: u32 = 5;
@@ -83,15 +87,14 @@ struct Row {
     version: &'static str,
 }
 
-/// A problem to time, with the reference's answer for its last rows.
+/// A problem to time, with the reference's answer for all of its rows or some.
 pub struct Subject {
     pub shape: ShapeArg,
     pub problem: Problem,
     pub operands: Operands,
     flops: f64,
-    oracle: Oracle,
-    /// How many rows of each head the oracle knows.
-    rows: u32,
+    /// Rows of each head, and what is right for them.
+    checked: Vec<(Range<u32>, Oracle)>,
 }
 
 fn problem(shape: ShapeArg, causal: Causal, element: Element) -> Problem {
@@ -108,50 +111,99 @@ impl Subject {
         let operands = Sample(2).operands(&problem)?;
         let all = 4.0 * checked.scores_len() as f64 * f64::from(problem.head_dim);
         let rows = (f64::from(problem.seq_q) * (check_flops / all).min(1.0)).ceil().max(1.0) as u32;
-        let (part, part_operands) = last_rows(&problem, &operands, rows);
-        let oracle = Oracle::new(&part, &part_operands.inputs())?;
-        Ok(Subject { shape, problem, operands, flops, oracle, rows })
+        let oracle = |rows: Range<u32>| -> Result<(Range<u32>, Oracle)> {
+            let (part, operands) = only(&problem, &operands, &rows);
+            Ok((rows, Oracle::new(&part, &operands.inputs())?))
+        };
+        let checked = runs(problem.seq_q, rows).into_iter().map(oracle).collect::<Result<_>>()?;
+        Ok(Subject { shape, problem, operands, flops, checked })
     }
 
+    /// The run of rows that is worst in its budget.
     pub fn judge(&self, out: &[f32]) -> Judgement {
         let p = &self.problem;
-        let mut part = Vec::new();
-        for head in out.chunks_exact((p.seq_q * p.value_dim) as usize) {
-            part.extend_from_slice(&head[((p.seq_q - self.rows) * p.value_dim) as usize..]);
-        }
-        self.oracle.out(&part)
+        let one = |(rows, oracle): &(Range<u32>, Oracle)| {
+            let heads = out.chunks_exact((p.seq_q * p.value_dim) as usize);
+            let range = (rows.start * p.value_dim) as usize..(rows.end * p.value_dim) as usize;
+            oracle.out(&heads.flat_map(|head| &head[range.clone()]).copied().collect::<Vec<_>>())
+        };
+        let worse = |a: Judgement, b: Judgement| {
+            if b.comparison.worst_ratio > a.comparison.worst_ratio { b } else { a }
+        };
+        self.checked.iter().map(one).reduce(worse).expect("at least one run of rows")
+    }
+
+    /// Which rows are checked, where it is not all of them.
+    fn sampled(&self) -> Option<String> {
+        let names: Vec<String> =
+            self.checked.iter().map(|(rows, _)| format!("{} to {}", rows.start, rows.end - 1)).collect();
+        let count: u32 = self.checked.iter().map(|(rows, _)| rows.len() as u32).sum();
+        (count < self.problem.seq_q).then(|| {
+            let all = self.problem.seq_q;
+            format!("{}: checked on {count} of {all} query rows: {}", self.shape, names.join(", "))
+        })
     }
 }
 
-/// The problem of the last query rows of each head: the same keys, the same positions.
-fn last_rows(problem: &Problem, operands: &Operands, rows: u32) -> (Problem, Operands) {
+/// At most `rows` of `seq_q` rows, in runs that begin with the first row, end with the last and lie at equal distances.
+fn runs(seq_q: u32, rows: u32) -> Vec<Range<u32>> {
+    if rows >= seq_q {
+        return std::iter::once(0..seq_q).collect();
+    }
+    let count = CHECK_RUNS.min(rows);
+    let each = rows / count;
+    let start = |n: u32| match count {
+        // A single row: the last, which sees most under a causal rule.
+        1 => seq_q - each,
+        _ => (u64::from(seq_q - each) * u64::from(n) / u64::from(count - 1)) as u32,
+    };
+    (0..count).map(|n| start(n)..start(n) + each).collect()
+}
+
+/// The problem of some query rows of each head: the same keys, the same positions.
+fn only(problem: &Problem, operands: &Operands, rows: &Range<u32>) -> (Problem, Operands) {
     let (mut part, mut operands) = (problem.clone(), operands.clone());
-    if rows == problem.seq_q {
+    if rows.len() as u32 == problem.seq_q {
         return (part, operands);
     }
-    part.seq_q = rows;
-    if problem.causal == Causal::TopLeft {
-        // The last row stays at the last key for bottom-right; here the first row that is left moves.
+    part.seq_q = rows.len() as u32;
+    let first = match problem.causal {
+        Causal::TopLeft => Some(0),
+        Causal::BottomRight => Some(problem.seq_kv as i32 - problem.seq_q as i32),
+        _ => None,
+    };
+    if let Some(first) = first {
         part.causal = Causal::Offset;
-        operands.offsets = Some(vec![(problem.seq_q - rows) as i32; problem.batch as usize]);
+        operands.offsets = Some(vec![first + rows.start as i32; problem.batch as usize]);
     }
     let dim = problem.head_dim as usize;
-    let (all, kept) = (problem.seq_q as usize * dim, rows as usize * dim);
-    fn tail<T: Copy>(x: &[T], all: usize, kept: usize) -> Vec<T> {
-        x.chunks_exact(all).flat_map(|head| &head[all - kept..]).copied().collect()
+    let (all, kept) = (problem.seq_q as usize * dim, rows.start as usize * dim..rows.end as usize * dim);
+    fn pick<T: Copy>(x: &[T], all: usize, kept: &Range<usize>) -> Vec<T> {
+        x.chunks_exact(all).flat_map(|head| &head[kept.clone()]).copied().collect()
     }
     operands.q = match &operands.q {
-        Floats::F32(x) => Floats::F32(tail(x, all, kept)),
-        Floats::F16(x) => Floats::F16(tail(x, all, kept)),
-        Floats::Bf16(x) => Floats::Bf16(tail(x, all, kept)),
+        Floats::F32(x) => Floats::F32(pick(x, all, &kept)),
+        Floats::F16(x) => Floats::F16(pick(x, all, &kept)),
+        Floats::Bf16(x) => Floats::Bf16(pick(x, all, &kept)),
     };
     (part, operands)
 }
 
 /// Time of one call in milliseconds, slice by slice as `Gpu::run` submits them.
-pub fn call(timer: &Timer<'_>, prepared: &Prepared, resident: &Resident) -> wgpu_attention::Result<f64> {
+pub fn call(
+    timer: &Timer<'_>,
+    prepared: &Prepared,
+    resident: &Resident,
+    progress: &mut dyn FnMut(usize, usize),
+) -> wgpu_attention::Result<f64> {
     let buffers = resident.buffers();
-    (0..prepared.slices()).map(|slice| timer.time(|encoder| prepared.encode_slice(slice, encoder, &buffers))).sum()
+    let slices = 0..prepared.slices();
+    let time = |slice| {
+        let ms = timer.time(|encoder| prepared.encode_slice(slice, encoder, &buffers));
+        progress(slice + 1, prepared.slices());
+        ms
+    };
+    slices.map(time).sum()
 }
 
 fn bench(
@@ -161,6 +213,7 @@ fn bench(
     subject: &Subject,
     options: &Options,
     repeats: Option<u32>,
+    progress: &mut dyn FnMut(usize, usize),
 ) -> wgpu_attention::Result<Row> {
     let start = Instant::now();
     let plan = gpu.library().plan_with(&subject.problem, options)?;
@@ -168,15 +221,17 @@ fn bench(
     let compiled = start.elapsed();
     let resident = gpu.upload(&plan, &subject.operands.inputs())?;
     let start = Instant::now();
-    gpu.run(&prepared, &resident, &mut |_, _| {})?;
+    gpu.run(&prepared, &resident, progress)?;
     let first_ms = (compiled + start.elapsed()).as_secs_f64() * 1e3;
     // Nothing is timed before it is known to be right; the caller says so when it is not.
     let judgement = subject.judge(&gpu.download(&plan, &resident)?.out);
 
-    let warm = call(timer, &prepared, &resident)?;
-    let fitting = (SECONDS * 1e3 / warm.max(0.1)) as u32;
-    let runs = repeats.unwrap_or(fitting.clamp(LEAST_RUNS, MOST_RUNS));
-    let mut times = (0..runs).map(|_| call(timer, &prepared, &resident)).collect::<Result<Vec<_>, _>>()?;
+    let mut timed = || call(timer, &prepared, &resident, progress);
+    let runs = match repeats {
+        Some(repeats) => repeats,
+        None => ((SECONDS * 1e3 / timed()?.max(0.1)) as u32).clamp(LEAST_RUNS, MOST_RUNS),
+    };
+    let mut times = (0..runs).map(|_| timed()).collect::<Result<Vec<_>, _>>()?;
     times.sort_by(f64::total_cmp);
     let (min, max) = (times[0], times[times.len() - 1]);
     let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
@@ -262,7 +317,8 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         return Ok(Outcome::Differs);
     }
 
-    let bar = report::progress(given.len() * (gpus.len() + 1));
+    let bars = MultiProgress::new();
+    let bar = bars.add(report::progress(given.len() * (gpus.len() + 1)));
     let options = arguments.kernels.options();
     let element: Element = arguments.dtype.into();
     let mut subjects = Vec::new();
@@ -296,7 +352,11 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         let mut rows = Vec::new();
         for subject in &subjects {
             bar.set_message(format!("{} on {label}", subject.shape));
-            match bench(gpu, &timer, ceilings, subject, &options, arguments.repeats) {
+            let slices = bars.add(report::slices());
+            let mut progress = |done, of| report::advance(&slices, done, of);
+            let row = bench(gpu, &timer, ceilings, subject, &options, arguments.repeats, &mut progress);
+            slices.finish_and_clear();
+            match row {
                 Ok(row) => {
                     failed |= !row.within_budget;
                     bar.suspend(|| report.object(&row))?;
@@ -315,11 +375,52 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         })?;
     }
     bar.finish_and_clear();
-    for subject in subjects.iter().filter(|subject| subject.rows < subject.problem.seq_q) {
-        report.line(format!(
-            "{}: checked on the last {} of {} query rows",
-            subject.shape, subject.rows, subject.problem.seq_q
-        ))?;
+    for sampled in subjects.iter().filter_map(Subject::sampled) {
+        report.line(sampled)?;
     }
     Ok(if failed { Outcome::Differs } else { Outcome::Right })
+}
+
+#[cfg(test)]
+mod tests {
+    use wgpu_attention::reference;
+
+    use super::*;
+
+    #[test]
+    fn rows_are_sampled_from_the_first_to_the_last() {
+        let of = |seq_q, rows| runs(seq_q, rows).into_iter().map(|run| (run.start, run.end)).collect::<Vec<_>>();
+        assert_eq!(of(10, 10), [(0, 10)]);
+        let long = [(0, 17), (32763, 32780), (65527, 65544), (98291, 98308), (131055, 131072)];
+        assert_eq!(of(1 << 17, 89), long);
+        assert_eq!(of(100, 3), [(0, 1), (49, 50), (99, 100)]);
+        assert_eq!(of(100, 1), [(99, 100)]);
+        for rows in 1..40 {
+            let runs = runs(40, rows);
+            assert!(runs.windows(2).all(|pair| pair[0].end <= pair[1].start) && runs.last().unwrap().end == 40);
+        }
+    }
+
+    #[test]
+    fn sampled_rows_are_judged_as_those_of_the_whole() {
+        for causal in [Causal::None, Causal::TopLeft, Causal::BottomRight] {
+            let mut subject = {
+                let shape: ShapeArg = "2,4,2,33,47,8".parse().unwrap();
+                Subject::new(shape, problem(shape, causal, Element::F16), CHECK_FLOPS).unwrap()
+            };
+            let oracle = |rows| {
+                let (part, operands) = only(&subject.problem, &subject.operands, &rows);
+                (rows, Oracle::new(&part, &operands.inputs()).unwrap())
+            };
+            subject.checked = runs(33, 12).into_iter().map(oracle).collect();
+            assert!(subject.sampled().unwrap().contains("10 of 33 query rows: 0 to 1, 7 to 8,"));
+            let right = reference::attention::<f32>(&subject.problem, &subject.operands.inputs()).unwrap().out;
+            assert!(subject.judge(&right).comparison.passed());
+            for row in [0, 1, 8, 32] {
+                let mut wrong = right.clone();
+                wrong[(33 * 5 + row) * 8 + 3] += 0.1;
+                assert!(!subject.judge(&wrong).comparison.passed(), "row {row}");
+            }
+        }
+    }
 }

@@ -34,6 +34,8 @@ pub struct Arguments {
 struct Count {
     passed: usize,
     failed: usize,
+    /// A kernel that was asked for cannot run it, and says why.
+    refused: usize,
     /// Largest error in units of what was allowed, over all cases that passed.
     worst: f64,
     worst_case: String,
@@ -50,6 +52,11 @@ fn engines(arguments: &Arguments) -> Result<Vec<Engine>> {
         }
     }
     Ok(engines)
+}
+
+/// Whether a forced kernel says that it is not for this problem. The planner's own choice never does.
+fn refuses(error: &wgpu_attention::Error) -> bool {
+    matches!(error, wgpu_attention::Error::Kernel { .. })
 }
 
 /// Runs all calls of a case.
@@ -75,6 +82,10 @@ fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::R
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver, "case": case.name, "notes": case.notes,
     });
     match result {
+        Err(error) if refuses(error) => {
+            (object["verdict"], object["why"]) = ("skipped".into(), error.to_string().into());
+            report.line(format!("skip {} on {label}: {error}", case.name))?;
+        }
         Err(error) => {
             object["verdict"] = "failed".into();
             object["error"] = error.to_string().into();
@@ -114,9 +125,16 @@ fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::R
 
 impl Count {
     fn add(&mut self, case: &Case, result: &wgpu_attention::Result<Vec<Verdict>>) {
-        let Ok(verdicts) = result else {
-            self.failed += 1;
-            return;
+        let verdicts = match result {
+            Ok(verdicts) => verdicts,
+            Err(error) if refuses(error) => {
+                self.refused += 1;
+                return;
+            }
+            Err(_) => {
+                self.failed += 1;
+                return;
+            }
         };
         if !verdicts.iter().all(|verdict| verdict.difference.passes()) {
             self.failed += 1;
@@ -194,6 +212,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         report.table(&["adapter", "passed", "failed", "closest to its tolerance"], &rows)?;
     }
     let passed: usize = counts.iter().map(|count| count.passed).sum();
+    skipped += counts.iter().map(|count| count.refused).sum::<usize>();
     let failed = counts.iter().map(|count| count.failed).sum::<usize>() + unreadable;
     report.object(&json!({"passed": passed, "failed": failed, "skipped": skipped}))?;
     let skips = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };

@@ -15,7 +15,7 @@ use crate::engine::{EngineArgs, KernelArgs};
 use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::options::TermArgs;
-use crate::report::Report;
+use crate::report::{self, Report};
 use crate::request::Request;
 
 #[derive(Args, Debug)]
@@ -78,7 +78,10 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     problem.check().map_err(refused)?.check_inputs(&operands.inputs()).map_err(refused)?;
 
     let engine = arguments.engine.open()?;
-    let outputs = engine.attention(&problem, &operands.inputs(), &arguments.kernels)?;
+    let bar = report::slices();
+    let mut progress = |done, of| report::advance(&bar, done, of);
+    let outputs = engine.attention_in_slices(&problem, &operands.inputs(), &arguments.kernels, &mut progress)?;
+    bar.finish_and_clear();
     let mut tensors = vec![("out", Written { shape: out_shape, data: Floats::rounded(&outputs.out, problem.element) })];
     if let Some(weights) = outputs.weights {
         let shape = [problem.batch, problem.heads, problem.seq_q, problem.seq_kv].map(|n| n as usize).to_vec();

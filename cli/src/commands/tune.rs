@@ -226,7 +226,7 @@ impl Tuner<'_> {
             return Ok(None);
         }
         // The shorter of two: a single run may have been held up.
-        let ms = call(&self.timer, &prepared, &resident)?.min(ran.as_secs_f64() * 1e3);
+        let ms = call(&self.timer, &prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
         row.ms = Some(ms);
         Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
     }
@@ -241,7 +241,7 @@ impl Tuner<'_> {
                 break;
             }
             for runner in runners.iter_mut() {
-                runner.times.push(call(&self.timer, &runner.prepared, &runner.resident)?);
+                runner.times.push(call(&self.timer, &runner.prepared, &runner.resident, &mut |_, _| {})?);
             }
         }
         Ok(())

@@ -1,0 +1,50 @@
+// Weights:  w = exp(x − m) / l  in place on raw scores, x being their logits and m, l the maximum and sum that a fused kernel left of
+// each row;  lse = m + ln l  where it is asked for. Hidden keys weigh 0, and so does all of a row that sees none.
+// (Dao et al., FlashAttention, 2022: softmax recomputed from its normaliser.)
+//
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a weight.
+// Memory:    no workgroup memory.
+// Given:     s, the output, holds scale · q·k of every key that a row sees by range; totals hold m and l of every row. Every place is written.
+// Reference: src/reference/weights.rs
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read_write> s: array<f32>;
+@group(0) @binding(2) var<storage, read> totals: array<vec2<f32>>;
+@group(0) @binding(3) var<storage, read> lists: array<u32>;
+@group(0) @binding(4) var<storage, read_write> lse: array<u32>;
+@group(0) @binding(5) var<storage, read> mask: array<u32>;
+@group(0) @binding(6) var<storage, read> bias: array<u32>;
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/score.wgsl" %}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let here = place(workgroup, grid);
+    let row = params.row0 + here.row_tile;
+    let key = here.col_tile * {{ threads }}u + thread;
+    if (!here.inside || key >= params.seq_kv) {
+        return;
+    }
+    let seq = sequence(here.batch);
+    let at = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
+    var weight = 0.0;
+    if (row < seq.rows) {
+        let line = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
+        let m = totals[line].x;
+        let l = totals[line].y;
+        let range = key_range(seq, row);
+        if (key >= range.x && key < range.y) {
+            let x = logit(here.batch, here.head, row, key, seq, s[at]);
+            weight = select(0.0, exp(max(x - m, -150.0)) / l, x > HIDDEN && l > 0.0);
+        }
+        if ((params.flags & LSE) != 0u && key == 0u) {
+            lse[line] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+        }
+    }
+    s[at] = weight;
+}

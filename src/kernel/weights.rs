@@ -1,0 +1,47 @@
+//! Host side of `shaders/weights.wgsl`: raw scores to weights in place, after a fused kernel.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+
+use super::Slot;
+use crate::tuning::ELEMENTWISE;
+
+/// A variant of `weights`; there is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Weights;
+
+impl Weights {
+    pub(crate) fn all() -> impl Iterator<Item = Weights> {
+        [Weights].into_iter()
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        vec![
+            (Slot::Weights, true),
+            (Slot::Totals, false),
+            (Slot::Lists, false),
+            (Slot::Lse, true),
+            (Slot::Mask, false),
+            (Slot::Bias, false),
+        ]
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        ELEMENTWISE
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        context! { lists => true, threads => self.threads(), full => true }
+    }
+}
+
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("weights")
+    }
+}

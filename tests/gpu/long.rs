@@ -1,0 +1,52 @@
+//! A long problem: no score matrix, no scratch at all, many slices, and right in rows from the first to the last.
+
+use wgpu_attention::{Causal, Problem, Window};
+
+use crate::support::{Case, Data, Tensor, gpus, small};
+
+/// The case of some neighbouring rows of a causal problem of one head: the same keys at the same positions.
+fn rows(p: &Problem, operands: &Data, first: u32, count: u32) -> Case {
+    let (mut part, mut operands) = (p.clone(), operands.clone());
+    (part.seq_q, part.causal) = (count, Causal::Offset);
+    let dim = p.head_dim as usize;
+    let of_rows = first as usize * dim..(first + count) as usize * dim;
+    operands.q = Tensor::F32(operands.q.f32()[of_rows].to_vec());
+    operands.offsets = Some(vec![first as i32]);
+    Case::new(part, operands)
+}
+
+#[test]
+fn long_causal_problems_need_no_scratch_and_run_in_slices() {
+    if small(
+        "long_causal_problems_need_no_scratch_and_run_in_slices, whose kernel takes minutes to compile for four lanes",
+    ) {
+        return;
+    }
+    let length = 16_384;
+    let mut p = Problem::new(1, 1, length, length, 64);
+    (p.causal, p.window) = (Causal::TopLeft, Window { left: Some(1023), right: None });
+    let operands = Data::random(&p, 9, 1.0);
+    let starts = [0, 1020, length / 2 - 3, length - 7];
+    let parts = starts.map(|first| rows(&p, &operands, first, 7));
+    for gpu in gpus() {
+        let plan = gpu.library().plan(&p).unwrap();
+        assert!(plan.scratch_bytes() <= 256, "nothing but what stands for the log-sum-exp\n{plan}");
+        assert!(plan.slices() > 50, "{plan}");
+        let prepared = gpu.library().prepare(&plan).unwrap();
+        let resident = gpu.upload(&plan, &operands.inputs()).unwrap();
+        let mut seen = 0;
+        gpu.run(&prepared, &resident, &mut |done, of| {
+            assert_eq!((done, of), (seen + 1, plan.slices()));
+            seen = done;
+        })
+        .unwrap();
+        assert_eq!(seen, plan.slices());
+        let out = gpu.download(&plan, &resident).unwrap().out;
+        assert!(out.iter().all(|x| x.is_finite()), "rows that were not written\n{plan}");
+        for (first, part) in starts.iter().zip(&parts) {
+            let got = &out[*first as usize * 64..][..7 * 64];
+            let found = part.budget.compare_out(&part.problem.check().unwrap(), got, &part.want.out);
+            assert!(found.passed(), "rows from {first} on: {found}\n{plan}");
+        }
+    }
+}
