@@ -90,7 +90,7 @@ class Subject:
         return (time.perf_counter() - start) / calls
 
     def judge(self, out):
-        """The largest error, and the largest in proportion to the first-order error bound of f32 arithmetic."""
+        """The largest error, and the largest in proportion to the first-order error bound of f32 arithmetic; None: not finite."""
         batch, heads, seq_q, dim = self.q.shape
         seq_kv, unit = self.k.shape[2], 2.0**-24
         rows = numpy.unique(numpy.linspace(0, batch * heads * seq_q - 1, ROWS_LOOKED_AT).round().astype(int))
@@ -109,6 +109,8 @@ class Subject:
             budget = (weights * logit_error) @ abs(values - want)
             budget += (8 + seen**0.5) * unit * abs(values).max() + abs(want) * 4 * unit
             error = abs(out[b, h, i] - want)
+            if not numpy.isfinite(out[b, h, i]).all():
+                return None, None
             worst_error = max(worst_error, float(error.max()))
             worst_share = max(worst_share, float((error / budget).max()))
         return worst_error, worst_share
@@ -125,7 +127,7 @@ class Subject:
             "first_ms": self.first * 1e3,
             "error": self.error,
             "of_budget": self.of_budget,
-            "right": self.of_budget <= 1.0,
+            "right": self.of_budget is not None and self.of_budget <= 1.0,
             "timer": f"wall clock, {calls} calls and a read-back a wait",
         }
 

@@ -79,6 +79,7 @@ fn answer(line: &str, subjects: &mut HashMap<String, Subject>) -> Result<serde_j
         "first_ms": subject.first.as_secs_f64() * 1e3,
         "error": subject.error,
         "of_budget": subject.of_budget,
+        "right": subject.of_budget <= 1.0,
         "timer": format!("wall clock, {calls} calls a wait"),
     }))
 }
