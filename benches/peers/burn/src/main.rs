@@ -108,7 +108,9 @@ impl Subject {
             1 => (heads, seq_q),
             group if seq_q == 1 && !causal => (kv_heads, group),
             group => {
-                return Err(format!("{group} query heads a key/value head with {seq_q} queries: another problem").into());
+                return Err(
+                    format!("{group} query heads a key/value head with {seq_q} queries: another problem").into()
+                );
             }
         };
         let [q, k, v] = [(1, heads * seq_q), (2, kv_heads * seq_kv), (3, kv_heads * seq_kv)]
