@@ -20,9 +20,10 @@ pub struct Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
-    pub fn new(gpu: &'a Gpu) -> Self {
+    /// By the wall clock if that is asked for.
+    pub fn new(gpu: &'a Gpu, wall_clock: bool) -> Self {
         let wanted = Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
-        let stamps = gpu.device().features().contains(wanted).then(|| {
+        let stamps = (!wall_clock && gpu.device().features().contains(wanted)).then(|| {
             let set = QuerySetDescriptor { label: Some("timer"), ty: QueryType::Timestamp, count: 2 };
             let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
             let buffer = BufferDescriptor { label: Some("timer"), size: BYTES, usage, mapped_at_creation: false };

@@ -32,6 +32,9 @@ pub struct Arguments {
     /// Timed runs after the first (default: as many as fit in two seconds, 5 to 50)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repeats: Option<u32>,
+    /// Time by the wall clock around submission and wait, even where the device has timestamps: as programs that have none
+    #[arg(long)]
+    wall_clock: bool,
     /// Adapter: index, part of its name, or backend:part (repeatable; default all)
     #[arg(long)]
     adapter: Vec<String>,
@@ -340,7 +343,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     }
     for gpu in gpus.iter().filter(|_| !subjects.is_empty()) {
         let label = Label::of(gpu.info());
-        let timer = Timer::new(gpu);
+        let timer = Timer::new(gpu, arguments.wall_clock);
         bar.set_message(format!("ceilings of {label}"));
         let ceilings = probe::ceilings(gpu, &timer)?;
         let ceiling = format!(
