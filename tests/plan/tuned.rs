@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use wgpu_attention::kernel::{flash, rows, split};
 use wgpu_attention::{
-    Caps, Causal, Choice, Class, Element, Form, Kernel, Options, Plan, Problem, Queries, Row, Tuning,
+    Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning,
 };
 
 use crate::strategy::{caps, options, problem};
@@ -79,7 +79,7 @@ fn candidates_are_several_known_tiles_none_twice() {
     assert_eq!(kernels(&p, &gpu()), [1, 1, 1, 2]);
     let four = Caps { subgroup_size: Some(4), subgroup_min_size: Some(4), ..lavapipe() };
     assert_eq!(kernels(&p, &four), [1, 0, 1, 2], "rows takes minutes to compile there");
-    p.weights = true;
+    p.logits = Some(Logits::Raw);
     assert_eq!(kernels(&p, &rich()), [1, 0, 0, 0]);
 }
 
@@ -121,11 +121,11 @@ fn rows_that_cannot_be_followed_are_passed_over_with_a_reason() {
     assert_eq!(got.choice(), plan(&gpu(), &[]).choice());
     assert!(reason(&got, "the tuned row for flash is passed over").contains("does not suit this device"));
     // A problem that no fused kernel runs, in the same class.
-    let mut weights = p.clone();
-    weights.weights = true;
-    let got = planned(&weights, &rich(), &Options::default(), &tuning(&p, &[shuffled]));
+    let mut logits = p.clone();
+    logits.logits = Some(Logits::Raw);
+    let got = planned(&logits, &rich(), &Options::default(), &tuning(&p, &[shuffled]));
     assert_eq!(got.choice(), Choice::Unfused);
-    assert!(reason(&got, "the tuned row for flash is passed over").contains("weights and logits"));
+    assert!(reason(&got, "the tuned row for flash is passed over").contains("logits need the score matrix"));
     // Another class.
     let other = Problem::new(1, 8, 512, 512, 128);
     let got = planned(&other, &rich(), &Options::default(), &tuning(&p, &[Choice::Unfused]));
