@@ -32,11 +32,13 @@ pub(crate) fn choose_fused(
     reasons: &mut Vec<String>,
 ) -> Result<Option<Variant>> {
     let candidates = match options.kernel {
-        Some(Kernel::Unfused) => return Ok(None),
+        Some(Kernel::Unfused) => vec![],
         Some(kernel) => vec![kernel],
-        None if options.form.is_some() => return Ok(None),
+        None if options.form.is_some() => vec![],
         None => vec![Kernel::Rows, Kernel::Split, Kernel::Flash],
     };
+    let mut obstacles = Vec::new();
+    let mut slow = None;
     for kernel in candidates {
         let forced = options.kernel.is_some();
         let found = match kernel {
@@ -69,11 +71,29 @@ pub(crate) fn choose_fused(
                 reasons.push(format!("kernel {}: {why}", kernel.name()));
                 return Ok(Some(variant));
             }
-            (Err(why), _) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
-            (Ok(_), Some(why)) => reasons.push(format!("not kernel {}: {why}", kernel.name())),
+            (Err(why), _) => {
+                let why = format!("not kernel {}: {why}", kernel.name());
+                obstacles.push(why.clone());
+                reasons.push(why);
+            }
+            (Ok(variant), Some(why)) => {
+                reasons.push(format!("not kernel {}: {why}", kernel.name()));
+                slow = Some((kernel, variant));
+            }
         }
     }
-    Ok(None)
+    match slow {
+        _ if shape.paged.is_none() => Ok(None),
+        Some((kernel, variant)) => {
+            reasons
+                .push(format!("kernel {} all the same: keys in pages need one without a score matrix", kernel.name()));
+            Ok(Some(variant))
+        }
+        None => {
+            obstacles.insert(0, "it reads no keys in pages".into());
+            Err(Error::Kernel { kernel: Kernel::Unfused.name(), why: obstacles.join("; ") })
+        }
+    }
 }
 
 /// What keeps any fused kernel with these operands from running.
@@ -165,8 +185,12 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
-    let small_arrays =
-        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
+    let small_arrays = shape.lse
+        || shape.sinks
+        || shape.key_lengths
+        || shape.packed.is_some()
+        || shape.paged.is_some()
+        || shape.causal == Causal::Offset;
     let operands = match (transforms(shape), small_arrays) {
         (true, _) => flash::Operands::Full,
         (false, true) => flash::Operands::Lists,
@@ -282,6 +306,18 @@ pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
     }
     let bytes = shape.element.bytes();
     let room = caps.binding() - caps.alignment();
+    if shape.paged.is_some() {
+        // Any page may hold keys of any sequence, so that all of them are bound, of one head at least.
+        let pool = |tensor: &Tensor| {
+            let [pages, _, rows] = tensor.sizes;
+            (tensor.at(pages - 1, 0, rows - 1) + u64::from(tensor.dim) - tensor.strides.offset) * bytes
+        };
+        let pools = [("k", pool(&shape.k)), ("v", pool(&shape.v))];
+        return match pools.into_iter().find(|&(_, value)| value > room) {
+            Some((field, value)) => Err(Error::TooLarge { field, value, limit: room }),
+            None => Ok(shape.seq_kv),
+        };
+    }
     let mut step = u64::from(shape.seq_kv);
     for (field, tensor) in [("k", &shape.k), ("v", &shape.v)] {
         let dim = u64::from(tensor.dim);
