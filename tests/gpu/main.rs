@@ -10,6 +10,7 @@ mod hidden;
 mod layouts;
 mod limits;
 mod operands;
+mod paged;
 mod stages;
 mod types;
 mod visible;
@@ -84,9 +85,10 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
     let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
-    let lists = p.lse || p.sinks || p.key_lengths || p.packed.is_some() || p.causal == Causal::Offset;
+    let paged = p.paged.is_some();
+    let lists = p.lse || p.sinks || p.key_lengths || p.packed.is_some() || paged || p.causal == Causal::Offset;
     let buffers = match kernel {
-        Kernel::Unfused => return None,
+        Kernel::Unfused => return paged.then_some("no keys in pages"),
         _ if full => 8,
         Kernel::Flash if !lists => 4,
         _ => 6,
@@ -99,7 +101,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
         Some("score matrix")
     } else if limits.max_storage_buffers_per_shader_stage < buffers {
         Some("storage buffers")
-    } else if p.packed.is_none() && longest > limits.max_storage_buffer_binding_size - alignment {
+    } else if p.packed.is_none() && !paged && longest > limits.max_storage_buffer_binding_size - alignment {
         Some("exceed a binding")
     } else if kernel == Kernel::Split && p.packed.is_some() {
         Some("packed sequences")
