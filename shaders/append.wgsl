@@ -1,6 +1,8 @@
 // Append:  new rows go into a cache that holds some already, bit for bit:  cache[b, h, place(b, r), :] = x[b, h, r, :].
 //   In line:   place(b, r) = min(starts[b], capacity − rows) + r, so that no start puts a row outside.
 //   Circular:  place(b, r) = (starts[b] + r) mod capacity.
+//   Paged:     that row p is row p mod page_size of page block_table[b, p / page_size], which takes the place of b; rows without
+//              a page of the pool are left out.
 // (ONNX `TensorScatter`.)
 //
 // Grid:      rows = {{ threads }} items of (row, unit), then heads and batches. An item copies one unit of {{ bytes }} bytes.
@@ -15,7 +17,8 @@
 
 @group(0) @binding(1) var<storage, read> x: array<{{ unit }}>;
 @group(0) @binding(2) var<storage, read> starts: array<u32>;
-@group(0) @binding(3) var<storage, read_write> cache: array<{{ "atomic<u32>" if half else unit }}>;
+@group(0) @binding(3) var<storage, read> block_table: array<u32>;
+@group(0) @binding(4) var<storage, read_write> cache: array<{{ "atomic<u32>" if half else unit }}>;
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -38,8 +41,16 @@ fn main(
     if (target_row < params.key0 || target_row >= params.key_end) {
         return;
     }
+    var slab = here.batch;
+    if ((params.flags & PAGED) != 0u) {
+        slab = block_table[params.list_pages + here.batch * params.table_row + target_row / params.page_size];
+        if (slab >= params.pages) {
+            return;
+        }
+        target_row = target_row % params.page_size;
+    }
     let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row + unit;
-    let to = params.out_base + here.batch * params.out_batch + here.head * params.out_head + target_row * params.out_row + unit;
+    let to = params.out_base + slab * params.out_batch + here.head * params.out_head + target_row * params.out_row + unit;
 {% if half %}
     let bits = (x[source >> 1u] >> ((source & 1u) * 16u)) & 0xffffu;
     let shift = (to & 1u) * 16u;

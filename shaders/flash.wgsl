@@ -31,6 +31,7 @@ enable f16;
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
+{% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
@@ -112,13 +113,12 @@ fn main(
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
     let key_end = min(range.y, seq.stored);
-    let key_last = max(seq.stored, 1u) - 1u;
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
     let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
-    let k_at = params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + seq.token_kv * params.k_row;
-    let v_at = params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + seq.token_kv * params.v_row;
+    let k_at = params.k_base + (head / params.group) * params.k_head;
+    let v_at = params.v_base + (head / params.group) * params.v_head;
 
 {% for r in range(rows) %}
     var m_{{ r }} = HIDDEN;
@@ -167,7 +167,8 @@ fn main(
                 let d = dim + (part % DEPTH) * 4u;
                 var x = {{ kept }}();
                 if (d < params.head_dim) {
-                    x = stage_k(k_at + min(key + j, key_last) * params.k_row + d, params.head_dim - d);
+                    let at = stored_at(seq, batch, min(key + j, key_end - 1u));
+                    x = stage_k(k_at + at.x * params.k_batch + at.y * params.k_row + d, params.head_dim - d);
                 }
                 // The four keys of a column stand ACROSS apart.
                 sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
@@ -251,7 +252,8 @@ fn main(
                 let d = dim_first + (part % DIMS) * 4u;
                 var x = {{ kept }}();
                 if (j < key_end && d < params.value_dim) {
-                    x = stage_v(v_at + j * params.v_row + d, params.value_dim - d);
+                    let at = stored_at(seq, batch, j);
+                    x = stage_v(v_at + at.x * params.v_batch + at.y * params.v_row + d, params.value_dim - d);
                 }
                 if (!finite(widen(x))) {
                     x = {{ kept }}();

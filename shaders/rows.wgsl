@@ -28,6 +28,7 @@
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
+{% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
@@ -67,7 +68,6 @@ fn main(
     let row_last = max(row_end, 1u) - 1u;
     let range = tile_range(seq, min(row_first, row_last), min(row_first + LANES * ROWS - 1u, row_last));
     let key_end = select(0u, min(range.y, seq.stored), turns > 0u);
-    let key_last = max(seq.stored, 1u) - 1u;
 
 {% for r in range(rows) %}
 {% if not full %}
@@ -94,8 +94,6 @@ fn main(
 {% endfor %}
     }
 
-    let k_at = params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + seq.token_kv * params.k_row;
-    let v_at = params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + seq.token_kv * params.v_row;
     let v_last = (params.value_dim - 1u) & ~3u;
 {% if subgroup %}
 {% for t in range(loads) %}
@@ -103,112 +101,126 @@ fn main(
     let dim_{{ t }} = ((lane + {{ t * lanes }}u) % {{ parts }}u) * 4u;
 {% endfor %}
 {% endif %}
-    for (var key = range.x; key < key_end; key += KEYS) {
+    // Page by page; without pages all keys stand in one.
+    var first = range.x;
+    while (first < key_end) {
+        let end = page_end(first, key_end);
+        let at = stored_at(seq, batch, first);
+        let k_at = params.k_base + at.x * params.k_batch + (head / params.group) * params.k_head + (at.y - first) * params.k_row;
+        let v_at = params.v_base + at.x * params.v_batch + (head / params.group) * params.v_head + (at.y - first) * params.v_row;
+{% if not full %}
+{% for r in range(rows) %}
+        let end_{{ r }} = min(range_{{ r }}.y, end);
+{% endfor %}
+{% endif %}
+        for (var key = first; key < end; key += KEYS) {
 {% if subgroup %}
 {% for t in range(loads) %}
-        let k_{{ t }} = select(
-            vec4<f32>(),
-            load_k(k_at + min(key + key_{{ t }}, key_last) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
-            dim_{{ t }} < params.head_dim,
-        );
+            let k_{{ t }} = select(
+                vec4<f32>(),
+                load_k(k_at + min(key + key_{{ t }}, end - 1u) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
+                dim_{{ t }} < params.head_dim,
+            );
 {% endfor %}
 {% endif %}
 {% if not subgroup %}
 {% for j in range(keys) %}
-        let k_place_{{ j }} = k_at + min(key + {{ j }}u, key_last) * params.k_row;
+            let k_place_{{ j }} = k_at + min(key + {{ j }}u, end - 1u) * params.k_row;
 {% endfor %}
 {% endif %}
-        // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
-        // of equal terms would round (f16's largest, say).
+            // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
+            // of equal terms would round (f16's largest, say).
 {% for c in range(parts) %}
 {% for j in range(keys) %}
 {% set part = j * parts + c %}
 {% if subgroup %}
-        let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
+            let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
-        let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
+            let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
 {% endif %}
 {% for r in range(rows) %}
-        let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
+            let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
 {% if c % 4 == 3 %}
-        {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
+            {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
 {% endif %}
 {% endfor %}
 {% endfor %}
 {% endfor %}
 {% if full %}
-        for (var r = 0u; r < turns; r++) {
-            let row = min(row_first + r * LANES + lane, row_last);
+            for (var r = 0u; r < turns; r++) {
+                let row = min(row_first + r * LANES + lane, row_last);
 {% for j in range(keys) %}
-            var x_{{ j }} = s_0_{{ j }};
+                var x_{{ j }} = s_0_{{ j }};
 {% for r in range(1, rows) %}
-            x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-            x_{{ j }} = logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }}));
+                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < end);
 {% for r in range(rows) %}
-            s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
-        }
+            }
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-        s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < range_{{ r }}.y);
+            s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-        let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
-        let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
-        m_{{ r }} = higher_{{ r }};
+            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
+            m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
-        let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
-        l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
 {% endfor %}
 {% if subgroup %}
 {% for t in range(loads) %}
-        let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, key_last) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
-        let good_{{ t }} = finite(raw_{{ t }});
-        let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
+            let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
+            let good_{{ t }} = finite(raw_{{ t }});
+            let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
 {% endfor %}
-        if (subgroupAny(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
+            if (subgroupAny(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
 {% for j in range(keys) %}
-            let bad_{{ j }} = subgroupAny(!({% for t in range(loads // keys) %}{{ " && " if not loop.first }}good_{{ j * (loads // keys) + t }}{% endfor %}));
+                let bad_{{ j }} = subgroupAny(!({% for t in range(loads // keys) %}{{ " && " if not loop.first }}good_{{ j * (loads // keys) + t }}{% endfor %}));
 {% for r in range(rows) %}
-            poisoned_{{ r }} = poisoned_{{ r }} || (bad_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+                poisoned_{{ r }} = poisoned_{{ r }} || (bad_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
 {% endfor %}
-        }
+            }
 {% else %}
 {% for j in range(keys) %}
-        let v_place_{{ j }} = v_at + min(key + {{ j }}u, key_last) * params.v_row;
-        var good_{{ j }} = true;
+            let v_place_{{ j }} = v_at + min(key + {{ j }}u, end - 1u) * params.v_row;
+            var good_{{ j }} = true;
 {% endfor %}
 {% endif %}
 {% for c in range(parts) %}
 {% for j in range(keys) %}
 {% set part = j * parts + c %}
 {% if subgroup %}
-        let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
+            let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
-        let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last));
-        let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-        let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
-        good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
+            let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last));
+            let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+            let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
+            good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
 {% endif %}
 {% endfor %}
 {% for r in range(rows) %}
-        o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% endfor %}
 {% if not subgroup %}
 {% for j in range(keys) %}
 {% for r in range(rows) %}
-        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+            poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
 {% endfor %}
 {% endif %}
+        }
+        first = end;
     }
 
     for (var r = 0u; r < turns; r++) {

@@ -28,6 +28,7 @@
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
+{% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
@@ -95,7 +96,6 @@ fn main(
     let share = (visible + params.col_tiles - 1u) / params.col_tiles;
     let key_first = range.x + min(visible, here.col_tile * share);
     let key_end = range.x + min(visible, (here.col_tile + 1u) * share);
-    let key_last = max(seq.stored, 1u) - 1u;
 
     let q_last = (params.head_dim - 1u) & ~3u;
     let v_last = (params.value_dim - 1u) & ~3u;
@@ -118,91 +118,115 @@ fn main(
 {% endfor %}
 {% endfor %}
 
-    let k_at = params.k_base + batch * params.k_batch + here.head * params.k_head;
-    let v_at = params.v_base + batch * params.v_batch + here.head * params.v_head;
-    // All streams take the same number of turns, because they shuffle or wait together.
-    for (var first = key_first; first < key_end; first += KEYS * STREAMS) {
-        let key = first + stream * KEYS;
+    let k_at = params.k_base + here.head * params.k_head;
+    let v_at = params.v_base + here.head * params.v_head;
+{% if streams == 1 %}
+    // Page by page; without pages all keys stand in one.
+{% else %}
+    // All keys at once: a page may be shorter than a turn of all streams, so that each key is looked up.
+{% endif %}
+    var first = key_first;
+    while (first < key_end) {
+        let end = {{ "page_end(first, key_end)" if streams == 1 else "key_end" }};
+{% if streams == 1 %}
+        let at = stored_at(seq, batch, first);
+        let k_page = k_at + at.x * params.k_batch + (at.y - first) * params.k_row;
+        let v_page = v_at + at.x * params.v_batch + (at.y - first) * params.v_row;
+{% endif %}
+        // All streams take the same number of turns, because they shuffle or wait together.
+        for (var turn = first; turn < end; turn += KEYS * STREAMS) {
+            let key = turn + stream * KEYS;
 {% for j in range(keys) %}
-        let k_place_{{ j }} = k_at + min(key + {{ j }}u, key_last) * params.k_row;
+{% if streams == 1 %}
+            let k_place_{{ j }} = k_page + min(key + {{ j }}u, end - 1u) * params.k_row;
+{% else %}
+            let at_{{ j }} = stored_at(seq, batch, min(key + {{ j }}u, end - 1u));
+            let k_place_{{ j }} = k_at + at_{{ j }}.x * params.k_batch + at_{{ j }}.y * params.k_row;
+{% endif %}
 {% for c in range(chunks) %}
-        let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
+            let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
 {% endfor %}
 {% endfor %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-        var s_{{ r }}_{{ j }} = {% for c in range(chunks) %}{{ " + " if not loop.first }}dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}){% endfor %};
+            var s_{{ r }}_{{ j }} = {% for c in range(chunks) %}{{ " + " if not loop.first }}dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}){% endfor %};
 {% if shuffle %}
-        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 1u);
-        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 2u);
-        s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 4u);
+            s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 1u);
+            s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 2u);
+            s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 4u);
 {% else %}
-        parts[(stream * {{ pairs }}u + {{ r * keys + j }}u) * ACROSS + lane] = s_{{ r }}_{{ j }};
+            parts[(stream * {{ pairs }}u + {{ r * keys + j }}u) * ACROSS + lane] = s_{{ r }}_{{ j }};
 {% endif %}
 {% endfor %}
 {% endfor %}
 {% if not shuffle %}
-        workgroupBarrier();
-        for (var pair = lane; pair < {{ pairs }}u; pair += ACROSS) {
-            let at = (stream * {{ pairs }}u + pair) * ACROSS;
-            sums[stream * {{ pairs }}u + pair] = ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u])) + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
-        }
-        workgroupBarrier();
+            workgroupBarrier();
+            for (var pair = lane; pair < {{ pairs }}u; pair += ACROSS) {
+                let at = (stream * {{ pairs }}u + pair) * ACROSS;
+                sums[stream * {{ pairs }}u + pair] = ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u])) + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
+            }
+            workgroupBarrier();
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-        s_{{ r }}_{{ j }} = sums[stream * {{ pairs }}u + {{ r * keys + j }}u];
+            s_{{ r }}_{{ j }} = sums[stream * {{ pairs }}u + {{ r * keys + j }}u];
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% if full %}
-        for (var r = 0u; r < turns; r++) {
-            let line = line_first + r;
-            let row = params.row0 + line / each;
-            let head = here.head * params.group + params.group0 + line % each;
+            for (var r = 0u; r < turns; r++) {
+                let line = line_first + r;
+                let row = params.row0 + line / each;
+                let head = here.head * params.group + params.group0 + line % each;
 {% for j in range(keys) %}
-            var x_{{ j }} = s_0_{{ j }};
+                var x_{{ j }} = s_0_{{ j }};
 {% for r in range(1, rows) %}
-            x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-            x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < key_end);
+                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < end);
 {% for r in range(rows) %}
-            s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
-        }
+            }
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-        s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, key_end));
+            s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, end));
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-        let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
-        let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
-        m_{{ r }} = higher_{{ r }};
+            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
+            m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
-        let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
-        l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
 {% endfor %}
 {% for j in range(keys) %}
-        let v_place_{{ j }} = v_at + min(key + {{ j }}u, key_last) * params.v_row;
+{% if streams == 1 %}
+            let v_place_{{ j }} = v_page + min(key + {{ j }}u, end - 1u) * params.v_row;
+{% else %}
+            let v_place_{{ j }} = v_at + at_{{ j }}.x * params.v_batch + at_{{ j }}.y * params.v_row;
+{% endif %}
 {% for c in range(chunks) %}
-        let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + v_dim_{{ c }}, params.value_dim - v_dim_{{ c }});
-        let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-        let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, good_{{ j }}_{{ c }});
+            let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + v_dim_{{ c }}, params.value_dim - v_dim_{{ c }});
+            let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+            let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, good_{{ j }}_{{ c }});
 {% endfor %}
-        let good_{{ j }} = {% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %};
+            let good_{{ j }} = {% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+            poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
 {% for c in range(chunks) %}
-        o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% endfor %}
+        }
+        first = end;
     }
 {% if streams > 1 %}
 

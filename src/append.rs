@@ -6,7 +6,7 @@ use crate::caps::Caps;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, append};
 use crate::plan::{Bound, Options, Step};
-use crate::problem::{Element, Elements, Layout, Strides};
+use crate::problem::{Element, Elements, Layout, Paged, Strides};
 use crate::shape::{MAX_SIZE, Tensor};
 use crate::steps::{Span, Steps, bind, small};
 use crate::{Attention, Error, Gpu, Operation, Result};
@@ -18,6 +18,14 @@ use crate::{Attention, Error, Gpu, Operation, Result};
 /// would reach beyond the cache counts as the last one that fits, so that nothing is written outside; on host slices it is an
 /// error. In a circular cache, rows go on at row 0 after the last one.
 ///
+/// A cache in pages is that of [`crate::Problem::paged`]: the block table ([`Slot::BlockTable`]) says in which page of the pool
+/// each row stands. A row whose page number lies outside the pool, also a negative one, is not written, so that −1 marks padding;
+/// on host slices it is an error. Pages that receive rows must not be shared: of two rows in one place, either may stay.
+///
+/// A decoding loop makes one `Append` and one plan, both for the capacity, and records of each step: the new keys and values
+/// appended at `starts` = keys that each sequence has, then attention with `key_lengths` = `starts` + `rows`. When a sequence
+/// needs another page, the caller writes its number into the block table, which both read; nothing is planned or compiled anew.
+///
 /// This is ONNX `TensorScatter`: `past_cache` and `present_cache` are the cache, which changes in place, `update` the new rows,
 /// `write_indices` the starts, and `mode` is `circular`. `axis` is a matter of layout: the axes before it are batch and heads,
 /// those behind it one row.
@@ -28,8 +36,16 @@ use crate::{Attention, Error, Gpu, Operation, Result};
 /// // One new key of two elements for each of two batches; the caches have room for three.
 /// let append = Append::new(2, 1, 1, 3, 2);
 /// let mut cache = [0.0; 12];
-/// reference::append(&append, &[1.0, 2.0, 3.0, 4.0], &mut cache, &[0, 2])?;
+/// reference::append(&append, &[1.0, 2.0, 3.0, 4.0], &mut cache, &[0, 2], None)?;
 /// assert_eq!(cache, [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, /* second batch */ 0.0, 0.0, 0.0, 0.0, 3.0, 4.0]);
+///
+/// // The same in a pool of four pages of two keys: the first batch has pages 3 and 1, the second 2 and 0.
+/// let mut paged = Append::new(2, 1, 1, 4, 2);
+/// paged.paged = Some(wgpu_attention::Paged { pages: 4, page_size: 2 });
+/// let mut pool = [0.0; 16];
+/// reference::append(&paged, &[1.0, 2.0, 3.0, 4.0], &mut pool, &[1, 2], Some(&[3, 1, 2, 0]))?;
+/// assert_eq!(pool[14..], [1.0, 2.0]); // page 3, row 1
+/// assert_eq!(pool[..2], [3.0, 4.0]); // page 0, row 0
 /// # Ok::<(), wgpu_attention::Error>(())
 /// ```
 #[non_exhaustive]
@@ -41,7 +57,7 @@ pub struct Append {
     pub heads: u32,
     /// New rows per batch and head; at most `capacity`.
     pub rows: u32,
-    /// Rows per batch and head that the cache has room for.
+    /// Rows per batch and head that the cache has room for; of a paged one the most that a batch may have, as `seq_kv`.
     pub capacity: u32,
     /// Elements of a row.
     pub dim: u32,
@@ -49,8 +65,10 @@ pub struct Append {
     pub element: Element,
     /// Layout of the new rows: [batch, heads, rows, dim].
     pub x: Layout,
-    /// Layout of the cache: [batch, heads, capacity, dim].
+    /// Layout of the cache: [batch, heads, capacity, dim]; paged: [pages, heads, page_size, dim].
     pub cache: Layout,
+    /// The cache is a pool of pages, and a block table [batch, ⌈capacity / page_size⌉] says which of them a batch has.
+    pub paged: Option<Paged>,
     /// After its last row the cache goes on at its first.
     pub circular: bool,
     pub(crate) slots: Slots,
@@ -139,6 +157,7 @@ impl Append {
             element: Element::F32,
             x: Layout::Bhsd,
             cache: Layout::Bhsd,
+            paged: None,
             circular: false,
             slots: Slots { x: Slot::Rows, cache: Slot::Cache },
         }
@@ -167,15 +186,46 @@ impl Append {
             }
         }
         let x = Tensor::input("x", [self.batch, self.heads, self.rows], self.dim, self.x)?;
-        Ok([x, Tensor::output("cache", [self.batch, self.heads, self.capacity], self.dim, self.cache)?])
+        let cache = match self.paged {
+            None => [self.batch, self.heads, self.capacity],
+            Some(paged) => {
+                paged.check(self.batch, self.capacity)?;
+                [paged.pages, self.heads, paged.page_size]
+            }
+        };
+        Ok([x, Tensor::output("cache", cache, self.dim, self.cache)?])
     }
 
-    pub(crate) fn check_lengths(&self, x: usize, cache: usize, starts: usize) -> Result<()> {
+    /// Entries in a row of the block table.
+    pub(crate) fn columns(&self) -> u32 {
+        self.paged.map_or(0, |paged| paged.of(self.capacity))
+    }
+
+    pub(crate) fn check_lengths(&self, x: usize, cache: usize, starts: usize, table: Option<&[u32]>) -> Result<()> {
         let [from, to] = self.tensors()?;
-        let lengths = [("x", x, from.extent()), ("cache", cache, to.extent()), ("starts", starts, self.batch.into())];
+        let field = "block_table";
+        let columns = match (table, self.paged) {
+            (None, Some(_)) => return Err(Error::Missing { field }),
+            (Some(_), None) => return Err(Error::Unexpected { field }),
+            _ => self.columns(),
+        };
+        let lengths = [
+            ("x", x, from.extent()),
+            ("cache", cache, to.extent()),
+            ("starts", starts, self.batch.into()),
+            (field, table.map_or(0, <[u32]>::len), u64::from(self.batch) * u64::from(columns)),
+        ];
         match lengths.into_iter().find(|&(_, got, want)| got as u64 != want) {
             Some((field, got, want)) => Err(Error::Length { field, got, want: want as usize }),
             None => Ok(()),
+        }
+    }
+
+    /// The row of a batch's cache that a new row goes to.
+    pub(crate) fn row(&self, start: u32, row: u32) -> u32 {
+        match self.circular {
+            true => ((u64::from(start) + u64::from(row)) % u64::from(self.capacity)) as u32,
+            false => start.min(self.capacity - self.rows) + row,
         }
     }
 
@@ -217,7 +267,8 @@ impl Planner<'_> {
         let (limit, unit) = (self.caps.binding(), self.variant.bytes());
         let per_batch = Strides { batch: 1, ..Strides::default() };
         let operands = [
-            ("cache", span(&self.cache, &part, &part.window), unit, self.cache.strides, Axis::Window),
+            ("cache", self.cache_span(&part), unit, self.cache.strides, Axis::Window),
+            ("block_table", self.table_span(&part), 4, per_batch, Axis::Rows),
             ("x", span(&self.x, &part, &part.rows), unit, self.x.strides, Axis::Rows),
             ("starts", (part.batch.start.into(), part.batch.end.into()), 4, per_batch, Axis::Rows),
         ];
@@ -230,16 +281,41 @@ impl Planner<'_> {
         halves.into_iter().try_for_each(|half| self.divide(half, steps))
     }
 
+    fn cache_span(&self, part: &Part) -> Span {
+        match self.append.paged {
+            None => span(&self.cache, part, &part.window),
+            // Any page may be the one.
+            Some(paged) => {
+                let pool = Part { batch: 0..paged.pages, ..part.clone() };
+                span(&self.cache, &pool, &(0..paged.page_size))
+            }
+        }
+    }
+
+    fn table_span(&self, part: &Part) -> Span {
+        let columns = u64::from(self.append.columns());
+        (u64::from(part.batch.start) * columns, u64::from(part.batch.end) * columns)
+    }
+
     fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
         let (caps, unit) = (self.caps, self.variant.bytes());
         let units = self.x.dim;
         let items = small("items", part.rows.len() as u64 * u64::from(units))?;
         let row_tiles = items.div_ceil(self.variant.threads());
         let (x_offset, x_size, x_base) = bind(caps, span(&self.x, part, &part.rows), unit, self.x.strides.offset);
-        let (offset, size, out_base) =
-            bind(caps, span(&self.cache, part, &part.window), unit, self.cache.strides.offset);
+        let (offset, size, out_base) = bind(caps, self.cache_span(part), unit, self.cache.strides.offset);
         let batches = (part.batch.start.into(), part.batch.end.into());
         let (s_offset, s_size, k_base) = bind(caps, batches, 4, 0);
+        let starts = Bound { slot: Slot::Starts, offset: s_offset, size: s_size, written: false };
+        let (table, list_pages) = match self.append.paged {
+            // Something must be bound.
+            None => (starts, 0),
+            Some(_) => {
+                let (offset, size, base) = bind(caps, self.table_span(part), 4, 0);
+                (Bound { slot: Slot::BlockTable, offset, size, written: false }, base)
+            }
+        };
+        let paged = if self.append.paged.is_some() { flags::PAGED } else { 0 };
         let (x, cache) = (&self.x.strides, &self.cache.strides);
         let params = Params {
             row_tiles,
@@ -254,7 +330,11 @@ impl Planner<'_> {
             seq_q: self.append.rows,
             seq_kv: self.append.capacity,
             col_end: units,
-            flags: if self.append.circular { flags::CIRCULAR } else { 0 },
+            pages: self.append.paged.map_or(0, |paged| paged.pages),
+            page_size: self.append.paged.map_or(self.append.capacity, |paged| paged.page_size),
+            table_row: self.append.columns(),
+            list_pages,
+            flags: paged | if self.append.circular { flags::CIRCULAR } else { 0 },
             x_base,
             x_batch: x.batch as u32,
             x_head: x.head as u32,
@@ -269,7 +349,8 @@ impl Planner<'_> {
         let slots = self.append.slots;
         let bindings = vec![
             Bound { slot: slots.x, offset: x_offset, size: x_size, written: false },
-            Bound { slot: Slot::Starts, offset: s_offset, size: s_size, written: false },
+            starts,
+            table,
             Bound { slot: slots.cache, offset, size, written: true },
         ];
         let planes = part.batch.len() as u64 * part.heads.len() as u64;
@@ -281,7 +362,8 @@ impl Planner<'_> {
 
 impl Attention {
     /// Prepares an append. It reads the new rows in [`Slot::Rows`] and u32 starts in [`Slot::Starts`], and changes
-    /// [`Slot::Cache`]. Keys and values of the same sizes are two recordings of one operation.
+    /// [`Slot::Cache`], where it is paged as the u32 or i32 numbers in [`Slot::BlockTable`] say. Keys and values of the same sizes
+    /// are two recordings of one operation.
     pub fn append(&self, append: &Append, options: &Options) -> Result<Operation> {
         let mut steps = Steps::new(self.caps(), options);
         append.push(self.caps(), &mut steps)?;
@@ -291,8 +373,15 @@ impl Attention {
 
 impl Gpu {
     /// Appends on host slices, and gives the whole cache widened to f32.
-    pub fn append(&self, append: &Append, x: Elements<'_>, cache: Elements<'_>, starts: &[u32]) -> Result<Vec<f32>> {
-        append.check_lengths(x.len(), cache.len(), starts.len())?;
+    pub fn append(
+        &self,
+        append: &Append,
+        x: Elements<'_>,
+        cache: Elements<'_>,
+        starts: &[u32],
+        block_table: Option<&[u32]>,
+    ) -> Result<Vec<f32>> {
+        append.check_lengths(x.len(), cache.len(), starts.len(), block_table)?;
         for (field, elements) in [("x", x), ("cache", cache)] {
             let (got, want) = (elements.element(), append.element);
             if got != want {
@@ -305,9 +394,22 @@ impl Gpu {
             let (value, limit) = (starts[index].into(), last.into());
             return Err(Error::Entry { field: "starts", index, value, want: "at most", limit });
         }
+        if let (Some(table), Some(paged)) = (block_table, append.paged) {
+            for (b, &start) in starts.iter().enumerate() {
+                for row in 0..append.rows {
+                    let page = append.row(start, row) / paged.page_size;
+                    let index = b * append.columns() as usize + page as usize;
+                    let (value, limit) = (table[index].into(), (paged.pages - 1).into());
+                    if value > limit {
+                        return Err(Error::Entry { field: "block_table", index, value, want: "at most", limit });
+                    }
+                }
+            }
+        }
         let operation = self.library().append(append, &Options::default())?;
-        let buffers =
-            [(Slot::Rows, x.bytes()), (Slot::Starts, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
+        let mut buffers =
+            vec![(Slot::Rows, x.bytes()), (Slot::Starts, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
+        buffers.extend(block_table.map(|table| (Slot::BlockTable, bytemuck::cast_slice(table))));
         let bytes = self.compute(&operation, &buffers, &[Slot::Cache])?.into_iter().next().unwrap_or_default();
         let mut widened = crate::gpu::widened(append.element, &bytes);
         widened.truncate(cache.len());

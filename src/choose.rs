@@ -50,16 +50,28 @@ pub(crate) fn choose_fused(
             (kernel, variants.first().copied(), "as asked".into())
         }
         (None, None) if options.form.is_some() => {
+            found(Kernel::Unfused).map_err(|why| Error::Kernel { kernel: Kernel::Unfused.name(), why })?;
             (Kernel::Unfused, None, "a form is asked for, which it alone has".into())
         }
         (None, None) => {
-            let own = [Kernel::Rows, Kernel::Split, Kernel::Flash].into_iter().find_map(|kernel| {
-                let variants = found(kernel).ok().filter(|_| slower(kernel, shape, caps, options).is_none())?;
-                Some((kernel, variants.first().copied()))
-            });
-            match own {
-                Some((kernel, variant)) => (kernel, variant, "one pass over the keys, no score matrix".into()),
-                None => (Kernel::Unfused, None, "it runs every problem on every device".into()),
+            let running: Vec<_> = [Kernel::Rows, Kernel::Split, Kernel::Flash]
+                .into_iter()
+                .filter_map(|kernel| Some((kernel, found(kernel).ok()?.first().copied())))
+                .collect();
+            let fast = running.iter().find(|&&(kernel, _)| slower(kernel, shape, caps, options).is_none());
+            match (fast, found(Kernel::Unfused), running.last()) {
+                (Some(&(kernel, variant)), ..) => (kernel, variant, "one pass over the keys, no score matrix".into()),
+                (None, Ok(_), _) => (Kernel::Unfused, None, "it runs every problem on every device".into()),
+                (None, Err(why), Some(&(kernel, variant))) => {
+                    (kernel, variant, format!("unfused cannot run it: {why}"))
+                }
+                (None, Err(why), None) => {
+                    let others = [Kernel::Rows, Kernel::Split, Kernel::Flash]
+                        .into_iter()
+                        .filter_map(|kernel| Some(format!("; not kernel {}: {}", kernel.name(), found(kernel).err()?)));
+                    let why = why + &others.collect::<String>();
+                    return Err(Error::Kernel { kernel: Kernel::Unfused.name(), why });
+                }
             }
         }
     };
@@ -99,7 +111,7 @@ fn tuned(
             (Some(forced), _) if forced != kernel => Err(format!("kernel {} is asked for", forced.name())),
             (None, Some(_)) => Err("a form of scores and values is asked for".into()),
             _ if !row.choice.exists() => Err("there is no such tile".into()),
-            _ if kernel == Kernel::Unfused => Ok(None),
+            _ if kernel == Kernel::Unfused => found(kernel).map(|_| None),
             _ => found(kernel).and_then(|variants| {
                 let variant = variants.into_iter().find(|variant| Choice::of(variant) == row.choice);
                 variant.map(Some).ok_or_else(|| "its tile does not suit this device and these dims".into())
@@ -129,7 +141,9 @@ pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
         let variants = variants(kernel, shape, caps, &options, key_step).unwrap_or_default();
         choices.extend(variants.iter().map(Choice::of));
     }
-    choices.push(Choice::Unfused);
+    if shape.paged.is_none() {
+        choices.push(Choice::Unfused);
+    }
     let mut seen = Vec::new();
     choices.retain(|choice| {
         !seen.contains(choice) && {
@@ -177,6 +191,7 @@ fn variants(
     key_step: u32,
 ) -> std::result::Result<Vec<Variant>, String> {
     match kernel {
+        Kernel::Unfused if shape.paged.is_some() => Err("it reads no keys in pages".into()),
         Kernel::Unfused => Ok(Vec::new()),
         _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
             Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into())
@@ -296,6 +311,7 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
         || shape.sinks
         || shape.key_lengths
         || shape.packed.is_some()
+        || shape.paged.is_some()
         || shape.causal == Causal::Offset;
     let operands = match (transforms(shape), small_arrays) {
         (true, _) => flash::Operands::Full,
@@ -417,6 +433,18 @@ pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
     }
     let bytes = shape.element.bytes();
     let room = caps.binding() - caps.alignment();
+    if shape.paged.is_some() {
+        // Any page may hold keys of any sequence, so that all of them are bound, of one head at least.
+        let pool = |tensor: &Tensor| {
+            let [pages, _, rows] = tensor.sizes;
+            (tensor.at(pages - 1, 0, rows - 1) + u64::from(tensor.dim) - tensor.strides.offset) * bytes
+        };
+        let pools = [("k", pool(&shape.k)), ("v", pool(&shape.v))];
+        return match pools.into_iter().find(|&(_, value)| value > room) {
+            Some((field, value)) => Err(Error::TooLarge { field, value, limit: room }),
+            None => Ok(shape.seq_kv),
+        };
+    }
     let mut step = u64::from(shape.seq_kv);
     for (field, tensor) in [("k", &shape.k), ("v", &shape.v)] {
         let dim = u64::from(tensor.dim);

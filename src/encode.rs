@@ -191,8 +191,8 @@ impl Attention {
 
 /// The operands of one call on the GPU. Those that the problem does not use stay `None`.
 ///
-/// Usages: `STORAGE` for tensors; `COPY_SRC` for the small per-batch and per-head arrays, which are copied into a buffer of
-/// [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer offsets go into
+/// Usages: `STORAGE` for tensors; `COPY_SRC` for the small per-batch and per-head arrays and the block table, which are copied
+/// into a buffer of [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer offsets go into
 /// [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be followed by the
 /// rest of that word. Outputs have buffers of their own.
 #[derive(Clone, Copy, Debug)]
@@ -221,6 +221,8 @@ pub struct Buffers<'a> {
     pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
     /// Boundaries of the key sequences, u32.
     pub cu_seqlens_kv: Option<wgpu::BufferSlice<'a>>,
+    /// Pages of each batch's keys, u32 or i32. A number outside the pool counts as that of its last page.
+    pub block_table: Option<wgpu::BufferSlice<'a>>,
     /// Log-sum-exp output.
     pub lse: Option<wgpu::BufferSlice<'a>>,
     /// Weights output.
@@ -250,6 +252,7 @@ impl<'a> Buffers<'a> {
             sinks: None,
             cu_seqlens_q: None,
             cu_seqlens_kv: None,
+            block_table: None,
             lse: None,
             weights: None,
             logits: None,
@@ -277,7 +280,7 @@ impl<'a> Buffers<'a> {
     }
 
     /// The small arrays: name, slice, place in the lists (words) and length (words).
-    fn lists(&self, plan: &Plan) -> [List<'a>; 6] {
+    fn lists(&self, plan: &Plan) -> [List<'a>; 7] {
         let s = plan.shape();
         let l = plan.lists();
         let list = |field, slice, present: bool, place, words| List { field, slice, present, place, words };
@@ -289,6 +292,7 @@ impl<'a> Buffers<'a> {
             list("sinks", self.sinks, s.sinks, l.sinks, s.heads),
             list("cu_seqlens_q", self.cu_seqlens_q, packed, l.cu_q, s.batch + 1),
             list("cu_seqlens_kv", self.cu_seqlens_kv, packed, l.cu_kv, s.batch + 1),
+            list("block_table", self.block_table, s.paged.is_some(), l.pages, s.block_table_len() as u32),
         ]
     }
 

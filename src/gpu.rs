@@ -49,6 +49,7 @@ pub struct Resident {
     sinks: Option<wgpu::Buffer>,
     cu_seqlens_q: Option<wgpu::Buffer>,
     cu_seqlens_kv: Option<wgpu::Buffer>,
+    block_table: Option<wgpu::Buffer>,
     lse: Option<wgpu::Buffer>,
     weights: Option<wgpu::Buffer>,
     logits: Option<wgpu::Buffer>,
@@ -73,6 +74,7 @@ impl Resident {
             sinks: whole(&self.sinks),
             cu_seqlens_q: whole(&self.cu_seqlens_q),
             cu_seqlens_kv: whole(&self.cu_seqlens_kv),
+            block_table: whole(&self.block_table),
             lse: whole(&self.lse),
             weights: whole(&self.weights),
             logits: whole(&self.logits),
@@ -262,6 +264,7 @@ impl Gpu {
             sinks: some("sinks", cast(inputs.sinks)),
             cu_seqlens_q: some("cu_seqlens_q", cast(inputs.cu_seqlens_q)),
             cu_seqlens_kv: some("cu_seqlens_kv", cast(inputs.cu_seqlens_kv)),
+            block_table: some("block_table", cast(inputs.block_table)),
             // Tokens that no packed sequence owns stay 0.
             lse: match s.packed {
                 Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),

@@ -78,6 +78,8 @@ pub enum Slot {
     Cache,
     /// The row of the cache that each batch's first new row goes to.
     Starts,
+    /// Which pages of a cache each batch has.
+    BlockTable,
     /// The layer's cache of keys.
     KeyCache,
     /// The layer's cache of values.
@@ -121,6 +123,7 @@ impl Slot {
             Slot::Rows => "x",
             Slot::Cache => "cache",
             Slot::Starts => "starts",
+            Slot::BlockTable => "block_table",
             Slot::KeyCache => "key cache",
             Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",

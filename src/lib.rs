@@ -39,7 +39,8 @@ pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLaye
 pub use operation::Operation;
 pub use plan::{Form, Kernel, Options, Plan};
 pub use problem::{
-    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Problem, Strides, Window,
+    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
+    Window,
 };
 pub use projection::{Order, Projection};
 pub use rotation::{Positions, Rotation};

@@ -26,6 +26,7 @@ pub(crate) struct Lists {
     pub(crate) sinks: u32,
     pub(crate) cu_q: u32,
     pub(crate) cu_kv: u32,
+    pub(crate) pages: u32,
     pub(crate) words: u32,
 }
 
@@ -46,6 +47,7 @@ impl Lists {
             sinks: 0,
             cu_q: place(packed, shape.batch + 1),
             cu_kv: place(packed, shape.batch + 1),
+            pages: place(shape.paged.is_some(), shape.block_table_len() as u32),
             words: 0,
         };
         // Where a binding may begin.
@@ -218,7 +220,8 @@ impl<'a> Planner<'a> {
     pub(crate) fn plan(mut self) -> Result<Plan> {
         if self.lists.bytes() > self.caps.binding() {
             let limit = self.caps.binding();
-            return Err(Error::TooLarge { field: "per-batch and per-head arrays", value: self.lists.bytes(), limit });
+            let field = if self.shape.paged.is_some() { "block_table" } else { "per-batch and per-head arrays" };
+            return Err(Error::TooLarge { field, value: self.lists.bytes(), limit });
         }
         let s = self.shape;
         let mut parts = Vec::new();
@@ -376,9 +379,11 @@ impl<'a> Planner<'a> {
     }
 
     fn key_span(&self, tensor: &Tensor, part: &Part, keys: &Range<u32>) -> Span {
-        let (batch, rows) = match self.shape.packed {
-            None => (part.batch.clone(), keys.clone()),
-            Some(packed) => (0..1, 0..packed.total_kv),
+        let (batch, rows) = match (self.shape.packed, self.shape.paged) {
+            (Some(packed), _) => (0..1, 0..packed.total_kv),
+            // Any page may hold keys of any sequence.
+            (_, Some(paged)) => (0..paged.pages, 0..paged.page_size),
+            _ => (part.batch.clone(), keys.clone()),
         };
         let group = self.shape.group;
         let heads = part.heads.start / group..(part.heads.end - 1) / group + 1;
@@ -569,6 +574,9 @@ impl<'a> Planner<'a> {
             seq_kv: s.seq_kv,
             total_q: s.packed.map_or(0, |p| p.total_q),
             total_kv: s.packed.map_or(0, |p| p.total_kv),
+            pages: s.paged.map_or(0, |p| p.pages),
+            page_size: s.paged.map_or(s.seq_kv, |p| p.page_size),
+            table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
             group: s.group,
             head_dim: s.head_dim,
             value_dim: s.value_dim,
@@ -588,6 +596,7 @@ impl<'a> Planner<'a> {
             list_sinks: l.sinks,
             list_cu_q: l.cu_q,
             list_cu_kv: l.cu_kv,
+            list_pages: l.pages,
             ..Params::default()
         }
     }
@@ -731,6 +740,7 @@ fn problem_flags(s: &Shape) -> u32 {
         (s.window.right.is_some(), flags::WINDOW_RIGHT),
         (s.key_lengths, flags::LENGTHS),
         (s.packed.is_some(), flags::PACKED),
+        (s.paged.is_some(), flags::PAGED),
         (s.softcap.is_some(), flags::SOFTCAP),
         (s.alibi, flags::ALIBI),
         (s.sinks, flags::SINKS),

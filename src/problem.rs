@@ -142,6 +142,23 @@ pub struct Packed {
     pub total_kv: u32,
 }
 
+/// Keys and values in pages of a pool that a block table hands out ("paged attention").
+///
+/// k and v are [pages, kv_heads, page_size, dim] ([`Layout::Bhsd`]) or [pages, page_size, kv_heads, dim] ([`Layout::Bshd`]), or
+/// have any strides: the page takes the place of the batch. Key `j` of batch `b` is row `j % page_size` of page
+/// `block_table[b, j / page_size]`. The block table is u32 (or i32) [batch, ⌈seq_kv / page_size⌉]. Sequences may share pages, which
+/// stand in any order; no entry is read for keys beyond `key_lengths[b]`. On the GPU a page number outside the pool, also a
+/// negative one, counts as that of the last page, so that nothing outside is read; on host slices it is an error.
+///
+/// [`crate::Append`] writes new rows to their pages by the same table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Paged {
+    /// Pages of the pool.
+    pub pages: u32,
+    /// Keys of a page, 1 or more.
+    pub page_size: u32,
+}
+
 /// Which logits to give out, as ONNX's `qk_matmul_output_mode` 0 to 2 (mode 3 is [`Problem::weights`]).
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -232,7 +249,15 @@ pub enum Logits {
 /// | `window_size=(left, right)` (−1 is none) | [`Problem::window`] |
 /// | `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_*` | [`Problem::packed`], `seq_q` and `seq_kv` |
 /// | `cache_seqlens`, `seqused_k` | [`Problem::key_lengths`], the new keys included |
+/// | `block_table`, with `k_cache` [num_blocks, page_block_size, nheads_k, d] | [`Problem::paged`], [`Layout::Bshd`]; `seq_kv` = its columns · page size |
 /// | `softmax_lse` | [`Problem::lse`] |
+/// | **vLLM** `block_tables`, `seq_lens`, `block_size` | [`Problem::paged`], [`Problem::key_lengths`], [`Paged::page_size`] |
+/// | `slot_mapping` of new rows | [`crate::Append`] with [`crate::Append::paged`] |
+/// | **FlashInfer** `paged_kv_cache` in `NHD`; `HND` | [`Problem::paged`], [`Layout::Bshd`]; [`Layout::Bhsd`] |
+/// | … of keys and values in one tensor [pages, 2, …] | [`Layout::Strided`] with the batch stride of both together |
+/// | `kv_page_indices` | the rows of the block table, padded to the longest (with anything) |
+/// | `kv_page_indptr`, `kv_last_page_len` | [`Problem::key_lengths`] = (pages of the sequence − 1) · page size + last page's length |
+/// | **PyTorch** `flex_attention`'s `PagedAttention.page_table` | [`Problem::paged`] |
 /// | **Burn** `attention` | [`Layout::Bhsd`] |
 /// | `mask` | **invert**; [`Problem::mask`] |
 /// | `attn_bias` | [`Problem::bias`] |
@@ -293,14 +318,16 @@ pub struct Problem {
     pub element: Element,
     /// Layout of q: [batch, heads, seq_q, head_dim].
     pub q: Layout,
-    /// Layout of k: [batch, kv_heads, seq_kv, head_dim].
+    /// Layout of k: [batch, kv_heads, seq_kv, head_dim]; paged: [pages, kv_heads, page_size, head_dim].
     pub k: Layout,
-    /// Layout of v: [batch, kv_heads, seq_kv, value_dim].
+    /// Layout of v: [batch, kv_heads, seq_kv, value_dim]; paged: [pages, kv_heads, page_size, value_dim].
     pub v: Layout,
     /// Layout of out: [batch, heads, seq_q, value_dim].
     pub out: Layout,
     /// Sequences laid end to end.
     pub packed: Option<Packed>,
+    /// Keys and values in pages of a pool.
+    pub paged: Option<Paged>,
     /// Give out the natural-log log-sum-exp of each row, f32: [batch, heads, seq_q], packed: [heads, total_q].
     pub lse: bool,
     /// Give out the weights, f32: dense [batch, heads, seq_q, seq_kv].
@@ -335,6 +362,7 @@ impl Problem {
             v: Layout::Bhsd,
             out: Layout::Bhsd,
             packed: None,
+            paged: None,
             lse: false,
             weights: false,
             logits: None,
@@ -450,6 +478,8 @@ pub struct Inputs<'a> {
     pub cu_seqlens_q: Option<&'a [u32]>,
     /// Boundaries of the key sequences, `[batch + 1]`.
     pub cu_seqlens_kv: Option<&'a [u32]>,
+    /// Pages of each batch's keys, `[batch, ⌈seq_kv / page_size⌉]`. Entries beyond its key length may hold anything.
+    pub block_table: Option<&'a [u32]>,
 }
 
 /// Results on the host, widened to `T` (f32, or f64 from the reference). Those not asked for are `None`.

@@ -21,6 +21,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     let sources = templates![
         "shared/params.wgsl",
         "shared/visible.wgsl",
+        "shared/pages.wgsl",
         "shared/score.wgsl",
         "shared/element.wgsl",
         "shared/value.wgsl",

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Problem, Strides};
+use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
 use crate::{Error, Result};
 
 /// Largest head and value dimension.
@@ -212,9 +212,17 @@ impl Shape {
             let value = u64::try_from(scores).unwrap_or(u64::MAX);
             return Err(Error::TooLarge { field: "batch·heads·seq_q·seq_kv", value, limit });
         }
+        let [kv_batch, kv_rows] = match p.paged {
+            None => [batch, total_kv],
+            Some(paged) => {
+                check_paged(p)?;
+                paged.check(p.batch, p.seq_kv)?;
+                [paged.pages, paged.page_size]
+            }
+        };
         let q = Tensor::input("q", [batch, p.heads, total_q], p.head_dim, p.q)?;
-        let k = Tensor::input("k", [batch, p.kv_heads, total_kv], p.head_dim, p.k)?;
-        let v = Tensor::input("v", [batch, p.kv_heads, total_kv], p.value_dim, p.v)?;
+        let k = Tensor::input("k", [kv_batch, p.kv_heads, kv_rows], p.head_dim, p.k)?;
+        let v = Tensor::input("v", [kv_batch, p.kv_heads, kv_rows], p.value_dim, p.v)?;
         let out = Tensor::output("out", [batch, p.heads, total_q], p.value_dim, p.out)?;
         Ok(Shape {
             scale: p.scale.unwrap_or_else(|| (1.0 / f64::from(p.head_dim).sqrt()) as f32),
@@ -258,6 +266,11 @@ impl Shape {
             None => u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q),
             Some(packed) => u64::from(self.heads) * u64::from(packed.total_q),
         }
+    }
+
+    /// Entries of the block table, 0 without one.
+    pub fn block_table_len(&self) -> u64 {
+        self.paged.map_or(0, |paged| u64::from(self.batch) * u64::from(paged.of(self.seq_kv)))
     }
 
     /// Elements of the weights and logits outputs.
@@ -337,6 +350,7 @@ impl Shape {
             ("sinks", inputs.sinks.map(<[f32]>::len), self.sinks.then_some(self.heads as usize)),
             ("cu_seqlens_q", inputs.cu_seqlens_q.map(<[u32]>::len), packed.then_some(batch + 1)),
             ("cu_seqlens_kv", inputs.cu_seqlens_kv.map(<[u32]>::len), packed.then_some(batch + 1)),
+            ("block_table", inputs.block_table.map(<[u32]>::len), self.paged.map(|_| self.block_table_len() as usize)),
         ];
         for (field, got, want) in counts {
             match (got, want) {
@@ -352,6 +366,15 @@ impl Shape {
         if let Some(lengths) = inputs.key_lengths {
             for (index, &value) in lengths.iter().enumerate() {
                 at_most("key_lengths", index, value, self.seq_kv)?;
+            }
+        }
+        if let (Some(table), Some(paged)) = (inputs.block_table, self.paged) {
+            let each = paged.of(self.seq_kv) as usize;
+            for (b, pages) in table.chunks_exact(each).enumerate() {
+                let used = inputs.key_lengths.map_or(each, |lengths| paged.of(lengths[b]) as usize);
+                for (n, &page) in pages[..used].iter().enumerate() {
+                    at_most("block_table", b * each + n, page, paged.pages - 1)?;
+                }
             }
         }
         for (field, values) in [("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)] {
@@ -392,6 +415,47 @@ impl Shape {
     /// Whether masked or raw logits leave the pipeline.
     pub(crate) fn wants(&self, logits: Logits) -> bool {
         self.logits == Some(logits)
+    }
+}
+
+/// What pages exclude.
+fn check_paged(p: &Problem) -> Result<()> {
+    let excluded = [
+        (
+            p.packed.is_some(),
+            "packed",
+            "sequences in pages have their lengths in key_lengths, and queries of equal number",
+        ),
+        (p.weights, "weights", "only kernels without a score matrix read keys in pages"),
+        (p.logits.is_some(), "logits", "only kernels without a score matrix read keys in pages"),
+    ];
+    match excluded.into_iter().find(|(set, ..)| *set) {
+        Some((_, right, why)) => Err(Error::Conflict { left: "paged", right, why }),
+        None => Ok(()),
+    }
+}
+
+impl Paged {
+    /// Pages that hold the keys of one sequence: entries of a row of the block table.
+    pub(crate) fn of(&self, keys: u32) -> u32 {
+        keys.div_ceil(self.page_size)
+    }
+
+    /// Whether pages and the block table of so many sequences can be addressed.
+    pub(crate) fn check(&self, batch: u32, keys: u32) -> Result<()> {
+        for (field, value) in [("paged.pages", self.pages), ("paged.page_size", self.page_size)] {
+            if value == 0 {
+                return Err(Error::Zero { field });
+            }
+            if value > MAX_SIZE {
+                return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+            }
+        }
+        let entries = u64::from(batch) * u64::from(self.of(keys));
+        if entries > u64::from(MAX_SIZE) {
+            return Err(Error::TooLarge { field: "block_table", value: entries, limit: MAX_SIZE.into() });
+        }
+        Ok(())
     }
 }
 

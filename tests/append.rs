@@ -5,7 +5,7 @@ mod support;
 use support::staged::Guarded;
 use support::{Random, floor, gpus};
 use wgpu_attention::kernel::Slot;
-use wgpu_attention::{Append, Element, Elements, Error, Gpu, Layout, Options, Strides, reference, wgpu};
+use wgpu_attention::{Append, Element, Elements, Error, Gpu, Layout, Options, Paged, Strides, reference, wgpu};
 
 /// Elements from the start of a tensor to its last one.
 fn extent(layout: Layout, [batch, heads, rows]: [u32; 3], dim: u32) -> usize {
@@ -20,27 +20,38 @@ fn extent(layout: Layout, [batch, heads, rows]: [u32; 3], dim: u32) -> usize {
 
 /// Random bits, NaNs of every kind among them, in the new rows and in the cache; every bit is compared.
 fn check(gpu: &Gpu, append: &Append, starts: &[u32], options: &Options) {
+    check_table(gpu, append, starts, None, options);
+}
+
+/// The same with a block table.
+fn check_table(gpu: &Gpu, append: &Append, starts: &[u32], table: Option<&[u32]>, options: &Options) {
     let rows = extent(append.x, [append.batch, append.heads, append.rows], append.dim);
-    let places = extent(append.cache, [append.batch, append.heads, append.capacity], append.dim);
+    let cache = match append.paged {
+        None => [append.batch, append.heads, append.capacity],
+        Some(paged) => [paged.pages, append.heads, paged.page_size],
+    };
+    let places = extent(append.cache, cache, append.dim);
     let bytes = append.element.bytes() as usize;
     let mut random = Random(u64::from(append.dim) + 100 * u64::from(append.rows));
     let mut bits = |elements: usize| -> Vec<u8> { (0..elements * bytes).map(|_| random.below(256) as u8).collect() };
     let (x, cache) = (bits(rows), bits(places));
     let mut want = cache.clone();
-    fn reference<T: bytemuck::Pod>(append: &Append, x: &[u8], cache: &mut [u8], starts: &[u32]) {
+    fn reference<T: bytemuck::Pod>(append: &Append, x: &[u8], cache: &mut [u8], starts: &[u32], table: Option<&[u32]>) {
         let mut after: Vec<T> = bytemuck::pod_collect_to_vec(cache);
         let x: Vec<T> = bytemuck::pod_collect_to_vec(x);
-        reference::append(append, &x, &mut after, starts).expect("valid");
+        reference::append(append, &x, &mut after, starts, table).expect("valid");
         cache.copy_from_slice(bytemuck::cast_slice(&after));
     }
     match bytes {
-        4 => reference::<u32>(append, &x, &mut want, starts),
-        _ => reference::<u16>(append, &x, &mut want, starts),
+        4 => reference::<u32>(append, &x, &mut want, starts, table),
+        _ => reference::<u16>(append, &x, &mut want, starts, table),
     }
     let guarded = |bytes: &[u8]| Guarded::new(gpu.device(), bytes);
     let (x, cache, starts) = (guarded(&x), guarded(&cache), guarded(bytemuck::cast_slice(starts)));
     let operation = gpu.library().append(append, options).unwrap_or_else(|error| panic!("{error}: {append:?}"));
-    let slots = [(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
+    let table = table.map(|table| guarded(bytemuck::cast_slice(table)));
+    let mut slots = vec![(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
+    slots.extend(table.as_ref().map(|table| (Slot::BlockTable, table.slice())));
     for slice in 0..operation.slices() {
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         operation.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
@@ -108,6 +119,67 @@ fn starts_on_the_gpu_cannot_write_outside() {
 }
 
 #[test]
+fn rows_go_to_the_pages_of_the_block_table() {
+    for gpu in gpus() {
+        for element in [Element::F32, Element::F16, Element::Bf16] {
+            for (page_size, dim) in [(1, 64), (2, 5), (4, 6), (9, 40)] {
+                for [x, cache] in [[Layout::Bhsd, Layout::Bhsd], [Layout::Bshd, Layout::Bshd]] {
+                    for circular in [false, true] {
+                        // Three sequences of up to nine rows, from both ends of a pool with pages to spare.
+                        let mut append = Append::new(3, 2, 4, 9, dim);
+                        (append.element, append.x, append.cache, append.circular) = (element, x, cache, circular);
+                        let columns = 9u32.div_ceil(page_size);
+                        let pages = 3 * columns + 2;
+                        append.paged = Some(Paged { pages, page_size });
+                        let table: Vec<u32> =
+                            (0..3 * columns).map(|n| if n % 2 == 0 { pages - 1 - n / 2 } else { n / 2 }).collect();
+                        let starts = [0, 3, if circular { 8 } else { 5 }];
+                        check_table(gpu, &append, &starts, Some(&table), &Options::default());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Page numbers that only the GPU knows may be anything: those outside the pool, as -1, write nothing.
+#[test]
+fn page_numbers_outside_the_pool_write_nothing() {
+    for gpu in gpus() {
+        for element in [Element::F32, Element::Bf16] {
+            let mut append = Append::new(3, 2, 5, 8, 7);
+            (append.element, append.paged) = (element, Some(Paged { pages: 4, page_size: 4 }));
+            // Heads are outermost: behind the last page of one stands the first of the next, which no driver guards,
+            // and which no batch has.
+            append.cache = Layout::Strided(Strides { offset: 0, batch: 4 * 7, head: 4 * 4 * 7, row: 7 });
+            let table = [1, u32::MAX, 4, 1 << 31, 2, 3];
+            check_table(gpu, &append, &[2, 0, u32::MAX], Some(&table), &Options::default());
+        }
+    }
+}
+
+#[test]
+fn new_rows_and_the_block_table_are_split_under_small_limits_and_the_pool_is_not() {
+    for gpu in gpus() {
+        let gpu = &floor(gpu, 4096, 3);
+        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        // More entries than fit a binding, and more new rows; the pool of 60 rows is bound whole.
+        let mut append = Append::new(9, 2, 40, 128, 15);
+        append.paged = Some(Paged { pages: 30, page_size: 1 });
+        let mut table = vec![u32::MAX; 9 * 128];
+        // Each page belongs to one row.
+        (0..30).for_each(|page| table[(page % 9) * 128 + 3 * (page / 9)] = page as u32);
+        let steps = append.plan(gpu.library().caps(), &options).expect("splits");
+        assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
+        assert!(steps.iter().any(|step| step.params.batch0 > 0), "the block table is split");
+        check_table(gpu, &append, &[0; 9], Some(&table), &options);
+        append.paged = Some(Paged { pages: 80, page_size: 1 });
+        let error = append.plan(gpu.library().caps(), &options).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { field: "cache", value, limit: 4096 } if value > 4096), "{error}");
+    }
+}
+
+#[test]
 fn every_split_happens_under_small_limits() {
     for gpu in gpus() {
         let gpu = &floor(gpu, 4096, 3);
@@ -141,8 +213,22 @@ fn host_slices_append_and_come_back_widened() {
         append.element = Element::F16;
         let half = |values: &[f32]| values.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
         let (x, cache) = (half(&[7.0, -8.0]), half(&[0.5; 6]));
-        let got = gpu.append(&append, Elements::F16(&x), Elements::F16(&cache), &[2, 0]).expect("valid");
+        let got = gpu.append(&append, Elements::F16(&x), Elements::F16(&cache), &[2, 0], None).expect("valid");
         assert_eq!(got, [0.5, 0.5, 7.0, -8.0, 0.5, 0.5]);
+        append.paged = Some(Paged { pages: 3, page_size: 2 });
+        let (x, cache, table) = (Elements::F16(&x), Elements::F16(&cache), [0, 2, 1, u32::MAX]);
+        assert_eq!(
+            gpu.append(&append, x, cache, &[2, 0], Some(&table)).expect("valid"),
+            [0.5, 0.5, -8.0, 0.5, 7.0, 0.5]
+        );
+        let beyond = Error::Entry { field: "block_table", index: 3, value: u32::MAX.into(), want: "at most", limit: 2 };
+        assert_eq!(gpu.append(&append, x, cache, &[2, 2], Some(&table)), Err(beyond));
+        let short = Error::Length { field: "block_table", got: 3, want: 4 };
+        assert_eq!(gpu.append(&append, x, cache, &[2, 0], Some(&table[..3])), Err(short));
+        assert_eq!(gpu.append(&append, x, cache, &[2, 0], None), Err(Error::Missing { field: "block_table" }));
+        append.paged = None;
+        let unexpected = Error::Unexpected { field: "block_table" };
+        assert_eq!(gpu.append(&append, x, cache, &[2, 0], Some(&table)), Err(unexpected));
     }
 }
 
@@ -163,6 +249,15 @@ fn descriptions_that_cannot_be_are_errors() {
     assert!(matches!(error, Err(Error::TooLarge { field: "x", .. })), "{error:?}");
     let error = check(|a| a.cache = Layout::Strided(Strides { offset: 0, batch: 32, head: 12, row: 4 }));
     assert_eq!(error, Err(Error::Overlap { field: "cache", strides: [32, 12, 4], sizes: [2, 2, 4, 4] }));
+    let paged = |pages, page_size| move |a: &mut Append| a.paged = Some(Paged { pages, page_size });
+    let check_paged = |set: &dyn Fn(&mut Append)| {
+        let mut append = Append::new(2, 2, 2, 4, 4);
+        set(&mut append);
+        append.check()
+    };
+    assert_eq!(check_paged(&paged(1, 1)), Ok(()));
+    assert_eq!(check_paged(&paged(0, 1)), Err(Error::Zero { field: "paged.pages" }));
+    assert_eq!(check_paged(&paged(1, 0)), Err(Error::Zero { field: "paged.page_size" }));
     // New rows may share their place: one row for every batch.
     assert_eq!(check(|a| a.x = Layout::Strided(Strides::default())), Ok(()));
 }
@@ -173,7 +268,7 @@ fn wrong_operands_and_buffers_are_errors() {
     let append = Append::new(2, 1, 1, 3, 4);
     let run = |x: usize, cache: usize, starts: &[u32]| {
         let (x, cache) = (vec![0.0; x], vec![0.0; cache]);
-        gpu.append(&append, (&x).into(), (&cache).into(), starts).map(|_| ())
+        gpu.append(&append, (&x).into(), (&cache).into(), starts, None).map(|_| ())
     };
     assert_eq!(run(8, 24, &[0, 2]), Ok(()));
     assert_eq!(run(7, 24, &[0, 2]), Err(Error::Length { field: "x", got: 7, want: 8 }));
@@ -182,7 +277,7 @@ fn wrong_operands_and_buffers_are_errors() {
     let beyond = Error::Entry { field: "starts", index: 1, value: 3, want: "at most", limit: 2 };
     assert_eq!(run(8, 24, &[0, 3]), Err(beyond));
     let halves = [half::f16::ZERO; 8];
-    let error = gpu.append(&append, Elements::F16(&halves), Elements::F32(&[0.0; 24]), &[0, 0]).map(|_| ());
+    let error = gpu.append(&append, Elements::F16(&halves), Elements::F32(&[0.0; 24]), &[0, 0], None).map(|_| ());
     assert_eq!(error, Err(Error::Element { field: "x", got: Element::F16, want: Element::F32 }));
 
     let operation = gpu.library().append(&append, &Options::default()).expect("compiles");

@@ -9,8 +9,8 @@ use support::{Data, gpus};
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer,
-    LayerBuffers, LayerInputs, Layout, Linear, MultiHeadAttention, Options, Order, Packed, Plan, Problem, Projection,
-    Rotation, wgpu,
+    LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Options, Order, Packed, Paged, Plan,
+    Problem, Projection, Rotation, wgpu,
 };
 
 type Change<T> = fn(&mut T);
@@ -123,6 +123,74 @@ fn contradictory_problems_are_refused() {
         with(|p| (p.key_lengths, p.packed) = (true, Some(Packed { total_q: 9, total_kv: 9 }))).check().unwrap_err();
     assert!(matches!(error, Error::Conflict { left: "packed", right: "key_lengths", .. }), "{error}");
     names(&error, &["packed", "key_lengths", "cu_seqlens"]);
+}
+
+#[test]
+fn pages_that_cannot_be_are_refused() {
+    const PAGED: Paged = Paged { pages: 3, page_size: 4 };
+    let excluded: [(&str, &str, Change<Problem>); 3] = [
+        ("packed", "key_lengths", |p| p.packed = Some(Packed { total_q: 9, total_kv: 9 })),
+        ("weights", "score matrix", |p| p.weights = true),
+        ("logits", "score matrix", |p| p.logits = Some(Logits::Raw)),
+    ];
+    for (other, why, set) in excluded {
+        let mut p = with(|p| p.paged = Some(PAGED));
+        set(&mut p);
+        let error = p.check().unwrap_err();
+        assert!(matches!(error, Error::Conflict { left: "paged", right, .. } if right == other), "{error}");
+        names(&error, &["paged", other, why]);
+    }
+    let sizes = |pages, page_size| with(|p| p.paged = Some(Paged { pages, page_size })).check();
+    let (big, limit) = ((1 << 28) + 1, 1 << 28);
+    says(sizes(0, 4).unwrap_err(), Error::Zero { field: "paged.pages" }, &["paged.pages", "0"]);
+    says(sizes(3, 0).unwrap_err(), Error::Zero { field: "paged.page_size" }, &["paged.page_size", "0"]);
+    let large = |field| Error::TooLarge { field, value: big.into(), limit };
+    says(sizes(big, 4).unwrap_err(), large("paged.pages"), &["paged.pages", "268435457"]);
+    says(sizes(3, big).unwrap_err(), large("paged.page_size"), &["paged.page_size", "268435457"]);
+    let entries = Error::TooLarge { field: "block_table", value: 1 << 29, limit };
+    let one_each = |p: &mut Problem| (p.seq_kv, p.paged) = (1 << 28, Some(Paged { pages: 3, page_size: 1 }));
+    refused(one_each, entries, &["block_table", "536870912", "268435456"]);
+
+    // Seven keys are two pages of four.
+    let p = with(|p| (p.key_lengths, p.paged) = (true, Some(PAGED)));
+    let (shape, operands) = (p.check().unwrap(), Data::random(&p, 1, 1.0));
+    let check = |table: Option<&[u32]>| {
+        let inputs = Inputs { block_table: table, key_lengths: Some(&[7, 4]), ..operands.inputs() };
+        shape.check_inputs(&inputs)
+    };
+    // No entry beyond a length is read.
+    check(Some(&[2, 0, 1, u32::MAX])).unwrap();
+    says(check(None).unwrap_err(), Error::Missing { field: "block_table" }, &["block_table", "not given"]);
+    let length = Error::Length { field: "block_table", got: 3, want: 4 };
+    says(check(Some(&[0, 1, 2])).unwrap_err(), length, &["block_table", "3", "4"]);
+    let entry = Error::Entry { field: "block_table", index: 1, value: 3, want: "at most", limit: 2 };
+    says(check(Some(&[0, 3, 1, 0])).unwrap_err(), entry, &["block_table[1]", "3", "at most 2"]);
+    let (shape, operands) = (small().check().unwrap(), Data::random(&small(), 1, 1.0));
+    let inputs = Inputs { block_table: Some(&[0]), ..operands.inputs() };
+    let unexpected = Error::Unexpected { field: "block_table" };
+    says(shape.check_inputs(&inputs).unwrap_err(), unexpected, &["block_table"]);
+
+    for gpu in gpus() {
+        let force = |kernel, form| {
+            let options = Options { kernel, form, ..Options::default() };
+            gpu.library().plan_with(&p, &options).unwrap_err()
+        };
+        for error in [force(Some(Kernel::Unfused), None), force(None, Some(wgpu_attention::Form::Tiled))] {
+            let why = "it reads no keys in pages".to_owned();
+            says(error, Error::Kernel { kernel: "unfused", why }, &["unfused", "pages"]);
+        }
+        let plan = gpu.library().plan(&p).unwrap();
+        let staged = Staged::new(gpu.device(), &plan, &Data::random(&p, 1, 1.0));
+        let prepared = gpu.library().prepare(&plan).unwrap();
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        let mut buffers = staged.buffers();
+        let table = buffers.block_table.take();
+        let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
+        says(error, Error::Missing { field: "block_table" }, &["block_table"]);
+        buffers.block_table = table.map(|table| table.slice(..12));
+        let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
+        says(error, Error::BufferSize { field: "block_table", got: 12, want: 16 }, &["block_table", "12", "16"]);
+    }
 }
 
 /// A problem with every operand, and them.

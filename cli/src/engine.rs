@@ -226,10 +226,10 @@ impl Engine {
     pub fn append(&self, work: &AppendWork) -> wgpu_attention::Result<Outputs> {
         let AppendWork { append, x, cache, starts } = work;
         let out = match self {
-            Engine::Gpu(gpu) => gpu.append(append, x.elements(), cache.elements(), starts)?,
+            Engine::Gpu(gpu) => gpu.append(append, x.elements(), cache.elements(), starts, None)?,
             Engine::Cpu => {
                 let mut out = cache.widened();
-                reference::append(append, &x.widened(), &mut out, starts)?;
+                reference::append(append, &x.widened(), &mut out, starts, None)?;
                 out
             }
         };

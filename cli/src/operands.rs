@@ -18,6 +18,7 @@ pub struct Operands {
     pub sinks: Option<Vec<f32>>,
     pub cu_seqlens_q: Option<Vec<u32>>,
     pub cu_seqlens_kv: Option<Vec<u32>>,
+    pub block_table: Option<Vec<u32>>,
 }
 
 impl Operands {
@@ -34,6 +35,7 @@ impl Operands {
             sinks: None,
             cu_seqlens_q: None,
             cu_seqlens_kv: None,
+            block_table: None,
         }
     }
 
@@ -50,6 +52,7 @@ impl Operands {
             sinks: self.sinks.as_deref(),
             cu_seqlens_q: self.cu_seqlens_q.as_deref(),
             cu_seqlens_kv: self.cu_seqlens_kv.as_deref(),
+            block_table: self.block_table.as_deref(),
         }
     }
 

@@ -44,6 +44,12 @@ params! {
     total_q: u32,
     /// Key tokens of all packed sequences.
     total_kv: u32,
+    /// Pages of the pool of keys and values, if they stand in pages.
+    pages: u32,
+    /// Keys of a page; without pages the longest key length, so that all stand in the first one.
+    page_size: u32,
+    /// From one row of the block table to the next.
+    table_row: u32,
     /// Query heads per key/value head.
     group: u32,
     /// Of a key/value head's query heads the first in this part, where a kernel takes them together.
@@ -148,6 +154,8 @@ params! {
     list_cu_q: u32,
     /// Place of the key boundaries.
     list_cu_kv: u32,
+    /// Place of the block table.
+    list_pages: u32,
     /// Elements that `pack` writes.
     pack_count: u32,
     /// Input rows of `project` and `rotary`: base and strides.
@@ -218,4 +226,5 @@ flags! {
     LSE = 17,
     CIRCULAR = 18,
     TOTALS = 19,
+    PAGED = 20,
 }

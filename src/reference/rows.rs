@@ -36,6 +36,8 @@ impl<'a> Sequence<'a> {
         let (slab, first_row, rows) = span(inputs.cu_seqlens_q, shape.seq_q);
         let (_, first_key, keys) = span(inputs.cu_seqlens_kv, shape.seq_kv);
         let length = inputs.key_lengths.map_or(keys, |lengths| lengths[batch] as usize);
+        // Which page a key beyond the length would stand in is not said.
+        let keys = if shape.paged.is_some() { length } else { keys };
         let offset = match shape.causal {
             Causal::None | Causal::TopLeft => 0,
             Causal::BottomRight => length as i64 - rows as i64,
@@ -57,9 +59,22 @@ impl<'a> Sequence<'a> {
     fn gather<T: Real>(&self, data: &Elements<'_>, tensor: &Tensor, head: usize) -> Vec<T> {
         let mut dense = Vec::with_capacity(self.keys * tensor.dim as usize);
         for key in self.first_key..self.first_key + self.keys {
-            read(data, at(tensor, self.slab, head, key), tensor.dim, &mut dense);
+            let (slab, row) = self.stands(key);
+            read(data, at(tensor, slab, head, row), tensor.dim, &mut dense);
         }
         dense
+    }
+
+    /// Batch and row of k and v, or page and row in it, that hold a key.
+    fn stands(&self, key: usize) -> (usize, usize) {
+        match (self.shape.paged, self.inputs.block_table) {
+            (Some(paged), Some(table)) => {
+                let size = paged.page_size as usize;
+                let columns = table.len() / self.shape.batch as usize;
+                (table[self.batch * columns + key / size] as usize, key % size)
+            }
+            _ => (self.slab, key),
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Options, Packed, Plan};
+use wgpu_attention::{
+    Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Options, Packed, Paged, Plan,
+};
 use wgpu_attention::{Form, Problem, Strides, Window, wgpu};
 
 use crate::support::{Case, gpus, is_small};
@@ -50,6 +52,9 @@ fn features() -> Vec<Feature> {
         feature("window", true, |p| p.window = Window { left: Some(5), right: Some(3) }),
         feature("sinks", true, |p| p.sinks = true),
         feature("packed", false, |p| p.packed = Some(Packed { total_q: 40, total_kv: 50 })),
+        feature("keys in pages", false, |p| {
+            (p.paged, p.key_lengths) = (Some(Paged { pages: 11, page_size: 7 }), true);
+        }),
         feature("f16", false, |p| p.element = Element::F16),
         feature("native f16", false, |p| p.element = Element::F16),
         feature("bf16", false, |p| p.element = Element::Bf16),
@@ -66,7 +71,8 @@ fn bias(element: Element) -> Bias {
 }
 
 /// Every pair of kernel and feature that is not claimed, with the reason for it. All others are.
-const REFUSED: [(Kernel, &str, &str); 14] = [
+const REFUSED: [(Kernel, &str, &str); 15] = [
+    (Kernel::Unfused, "keys in pages", "no keys in pages"),
     (Kernel::Rows, "512 dims", "do not fit a lane's registers"),
     (Kernel::Rows, "native f16", "reads f16 packed"),
     (Kernel::Rows, "logits raw", "score matrix"),

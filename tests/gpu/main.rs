@@ -13,6 +13,7 @@ mod layouts;
 mod limits;
 mod long;
 mod operands;
+mod paged;
 mod stages;
 mod types;
 mod visible;
@@ -88,9 +89,11 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
     let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
-    let lists = p.weights || p.lse || p.sinks || p.key_lengths || p.packed.is_some() || p.causal == Causal::Offset;
+    let paged = p.paged.is_some();
+    let small = p.weights || p.lse || p.sinks || p.key_lengths || p.packed.is_some() || paged;
+    let lists = small || p.causal == Causal::Offset;
     let buffers = match kernel {
-        Kernel::Unfused => return None,
+        Kernel::Unfused => return paged.then_some("no keys in pages"),
         _ if full => 8,
         Kernel::Flash if !lists => 4,
         _ => 6,
@@ -103,7 +106,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
         Some("score matrix")
     } else if limits.max_storage_buffers_per_shader_stage < buffers {
         Some("storage buffers")
-    } else if p.packed.is_none() && longest > limits.max_storage_buffer_binding_size - alignment {
+    } else if p.packed.is_none() && !paged && longest > limits.max_storage_buffer_binding_size - alignment {
         Some("exceed a binding")
     } else if kernel == Kernel::Split && p.packed.is_some() {
         Some("packed sequences")

@@ -36,11 +36,14 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
     for row in rows {
         for key in [keys.start, keys.end - 1] {
             let tensor = |of: &Tensor, row: u32, head: u32, first: u32, last: u32, bytes: u64| {
-                let (batch, tokens) = match s.packed {
-                    None => (place.batch, vec![row]),
-                    Some(_) => (0, vec![0, of.sizes[2] - 1]),
+                let last_token = of.sizes[2] - 1;
+                let places = match (s.packed, s.paged, bound.slot) {
+                    (Some(_), ..) => vec![(0, 0), (0, last_token)],
+                    // Any page, whatever the key.
+                    (_, Some(paged), Slot::K | Slot::V) => vec![(0, 0), (paged.pages - 1, last_token)],
+                    _ => vec![(place.batch, row)],
                 };
-                for token in tokens {
+                for (batch, token) in places {
                     for dim in [first, last] {
                         let want = of.at(batch, head, token) + u64::from(dim);
                         let p = &step.params;
@@ -189,7 +192,16 @@ fn lists(plan: &Plan, step: &Step, bound: &Bound) {
         (s.sinks, p.list_sinks, s.heads),
         (packed, p.list_cu_q, s.batch + 1),
         (packed, p.list_cu_kv, s.batch + 1),
+        (s.paged.is_some(), p.list_pages, s.batch * p.table_row),
     ];
+    // The pages of the last key are in the table, and no number that is clamped leaves the pool.
+    match s.paged {
+        Some(paged) => {
+            assert_eq!((p.pages, p.page_size), (paged.pages, paged.page_size));
+            assert_eq!((s.seq_kv - 1) / p.page_size, p.table_row - 1, "{}", step.variant);
+        }
+        None => assert!(p.page_size >= s.seq_kv, "{} looks for a second page", step.variant),
+    }
     let mut taken: Vec<_> = places.into_iter().filter(|place| place.0).map(|(_, at, n)| at..at + n).collect();
     taken.sort_by_key(|range| range.start);
     assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start), "lists overlap");

@@ -25,6 +25,10 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> O
         Err(Error::Conflict { left: "element", right: "out", .. }) if problem.element != Element::F32 => None,
         Err(Error::Kernel { kernel: "native f16", .. }) if options.native_f16 == Some(true) => None,
         Err(Error::Kernel { kernel, .. }) if options.kernel.is_some_and(|forced| forced.name() == kernel) => None,
+        Err(Error::Kernel { kernel: "unfused", why }) if problem.paged.is_some() => {
+            assert!(why.contains("pages") && (options.form.is_some() || why.contains("not kernel flash")), "{why}");
+            None
+        }
         Err(error) => panic!("{error}\n{problem:?}\n{caps:?}"),
     }
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Causal, Element, Form, Kernel, Layout, Logits, Options, Packed, Problem, Strides, wgpu,
+    Bias, Broadcast, Caps, Causal, Element, Form, Kernel, Layout, Logits, Options, Packed, Paged, Problem, Strides,
+    wgpu,
 };
 
 prop_compose! {
@@ -70,6 +71,7 @@ prop_compose! {
         ],
         layouts in (layout(), layout(), layout(), layout()),
         packed in proptest::option::weighted(0.2, (0u32..50, 0u32..50)),
+        paged in proptest::option::weighted(0.2, (1u32..60, prop_oneof![Just(1u32), Just(7), Just(16), Just(64), 1u32..300])),
     ) -> Problem {
         let mut p: Problem = p;
         (p.element, p.causal, p.softcap, p.alibi, p.sinks) = (element, causal, softcap.then_some(3.0), alibi, sinks);
@@ -78,11 +80,16 @@ prop_compose! {
         p.mask = mask.map(|(bits, short)| broadcast(bits, full, short));
         p.bias = bias.map(|(bits, short)| Bias { shape: broadcast(bits, full, short), element: bias_element });
         p.packed = packed.map(|(q, kv)| Packed { total_q: p.seq_q + q, total_kv: p.seq_kv + kv });
+        if p.packed.is_none() && let Some((pages, page_size)) = paged {
+            p.paged = Some(Paged { pages, page_size });
+            (p.weights, p.logits) = (false, None);
+        }
         p.key_lengths = lengths && p.packed.is_none();
         let (batch, rows, keys) = p.packed.map_or((p.batch, p.seq_q, p.seq_kv), |x| (1, x.total_q, x.total_kv));
+        let (kv_batch, keys) = p.paged.map_or((batch, keys), |x| (x.pages, x.page_size));
         p.q = layout_of(layouts.0, [batch, p.heads, rows], p.head_dim);
-        p.k = layout_of(layouts.1, [batch, p.kv_heads, keys], p.head_dim);
-        p.v = layout_of(layouts.2, [batch, p.kv_heads, keys], p.value_dim);
+        p.k = layout_of(layouts.1, [kv_batch, p.kv_heads, keys], p.head_dim);
+        p.v = layout_of(layouts.2, [kv_batch, p.kv_heads, keys], p.value_dim);
         p.out = layout_of(layouts.3, [batch, p.heads, rows], p.value_dim);
         p
     }

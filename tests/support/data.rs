@@ -67,6 +67,7 @@ pub struct Data {
     pub sinks: Option<Vec<f32>>,
     pub cu_q: Option<Vec<u32>>,
     pub cu_kv: Option<Vec<u32>>,
+    pub block_table: Option<Vec<u32>>,
 }
 
 impl Data {
@@ -107,6 +108,8 @@ impl Data {
             sinks: p.sinks.then(|| r.normals(p.heads as usize, 1.0)),
             cu_q,
             cu_kv,
+            // Any page in any place, also several times.
+            block_table: p.paged.map(|paged| (0..shape.block_table_len()).map(|_| r.below(paged.pages)).collect()),
         }
     }
 
@@ -123,6 +126,7 @@ impl Data {
             sinks: self.sinks.as_deref(),
             cu_seqlens_q: self.cu_q.as_deref(),
             cu_seqlens_kv: self.cu_kv.as_deref(),
+            block_table: self.block_table.as_deref(),
         }
     }
 }

@@ -62,6 +62,7 @@ pub struct Staged {
     sinks: Option<Guarded>,
     pub cu_q: Option<Guarded>,
     pub cu_kv: Option<Guarded>,
+    pub block_table: Option<Guarded>,
     out: Guarded,
     lse: Option<Guarded>,
     weights: Option<Guarded>,
@@ -85,6 +86,7 @@ impl Staged {
             sinks: operands.sinks.as_ref().map(|x| make(bytemuck::cast_slice(x))),
             cu_q: operands.cu_q.as_ref().map(|x| make(bytemuck::cast_slice(x))),
             cu_kv: operands.cu_kv.as_ref().map(|x| make(bytemuck::cast_slice(x))),
+            block_table: operands.block_table.as_ref().map(|x| make(bytemuck::cast_slice(x))),
             out: make(&vec![0xff; (s.out().extent() * s.element.bytes()) as usize]),
             lse: nan(s.lse, s.lse_len()),
             weights: nan(s.weights, s.scores_len()),
@@ -105,6 +107,7 @@ impl Staged {
         buffers.sinks = slice(&self.sinks);
         buffers.cu_seqlens_q = slice(&self.cu_q);
         buffers.cu_seqlens_kv = slice(&self.cu_kv);
+        buffers.block_table = slice(&self.block_table);
         buffers.lse = slice(&self.lse);
         buffers.weights = slice(&self.weights);
         buffers.logits = slice(&self.logits);

@@ -88,7 +88,7 @@ mod tests {
         let call = &cases[0].calls[0];
         let Work::Append(work) = &call.work else { panic!("not an append") };
         let mut out = work.cache.widened();
-        reference::append(&work.append, &work.x.widened(), &mut out, &work.starts).unwrap();
+        reference::append(&work.append, &work.x.widened(), &mut out, &work.starts, None).unwrap();
         let outputs = wgpu_attention::Outputs { out, ..Default::default() };
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }

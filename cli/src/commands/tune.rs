@@ -310,7 +310,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     }
     let bar = report::progress(work.iter().map(|(_, _, choices)| choices.len()).sum());
     let deadline = start + Duration::from_secs(arguments.seconds);
-    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu), deadline, bar };
+    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu, false), deadline, bar };
 
     let (mut cells, mut best, mut failed, mut late) = (Vec::new(), Vec::new(), false, 0);
     for (shape, problem, choices) in &work {
