@@ -192,9 +192,9 @@ impl Attention {
 /// The operands of one call on the GPU. Those that the problem does not use stay `None`.
 ///
 /// Usages: `STORAGE` for tensors; `COPY_SRC` for the small per-batch and per-head arrays and the block table, which are copied
-/// into a buffer of [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer offsets go into
-/// [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be followed by the
-/// rest of that word. Outputs have buffers of their own.
+/// into a buffer of [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer
+/// offsets go into [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be
+/// followed by the rest of that word. Outputs have buffers of their own.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffers<'a> {
     /// Queries.

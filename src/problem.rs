@@ -249,7 +249,7 @@ pub enum Logits {
 /// | `window_size=(left, right)` (−1 is none) | [`Problem::window`] |
 /// | `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_*` | [`Problem::packed`], `seq_q` and `seq_kv` |
 /// | `cache_seqlens`, `seqused_k` | [`Problem::key_lengths`], the new keys included |
-/// | `block_table`, with `k_cache` [num_blocks, page_block_size, nheads_k, d] | [`Problem::paged`], [`Layout::Bshd`]; `seq_kv` = its columns · page size |
+/// | `block_table`, with paged `k_cache` and `v_cache` | [`Problem::paged`], [`Layout::Bshd`]; `seq_kv` = its columns · page size |
 /// | `softmax_lse` | [`Problem::lse`] |
 /// | **vLLM** `block_tables`, `seq_lens`, `block_size` | [`Problem::paged`], [`Problem::key_lengths`], [`Paged::page_size`] |
 /// | `slot_mapping` of new rows | [`crate::Append`] with [`crate::Append::paged`] |
