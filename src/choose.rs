@@ -1,7 +1,7 @@
 //! Which kernel runs a problem on a device, with which tile, and why not another.
 
 use crate::caps::Caps;
-use crate::kernel::{Body, Format, Tile, Variant, flash, rows, scores, split, values};
+use crate::kernel::{Body, Format, Tile, Variant, flash, matrix, rows, scores, split, values};
 use crate::plan::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
@@ -18,8 +18,8 @@ pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str
     match (options.form, caps.cpu) {
         (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
         (Some(Form::Lanes), _) => (lane_body(caps), "as asked"),
-        (None, true) => (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster"),
-        (None, false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
+        (None | Some(Form::Emulated), true) => (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster"),
+        (None | Some(Form::Emulated), false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
     }
 }
 
@@ -31,17 +31,22 @@ pub(crate) fn choose_fused(
     key_step: u32,
     reasons: &mut Vec<String>,
 ) -> Result<Option<Variant>> {
+    if options.form == Some(Form::Emulated) && options.kernel != Some(Kernel::Matrix) {
+        let kernel = options.kernel.unwrap_or(Kernel::Unfused).name();
+        return Err(Error::Kernel { kernel, why: "it has no emulated form; matrix has one".into() });
+    }
     let candidates = match options.kernel {
         Some(Kernel::Unfused) => return Ok(None),
         Some(kernel) => vec![kernel],
         None if options.form.is_some() => return Ok(None),
-        None => vec![Kernel::Rows, Kernel::Split, Kernel::Flash],
+        None => vec![Kernel::Rows, Kernel::Split, Kernel::Matrix, Kernel::Flash],
     };
     for kernel in candidates {
         let forced = options.kernel.is_some();
         let found = match kernel {
             Kernel::Rows => rows(shape, caps, options, key_step),
             Kernel::Split => split(shape, caps, options, key_step),
+            Kernel::Matrix => matrix(shape, caps, options, key_step),
             _ => flash(shape, caps, options, key_step),
         };
         let slower = match kernel {
@@ -59,6 +64,8 @@ pub(crate) fn choose_fused(
             Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
                 Some("so many rows fill the tiles of flash")
             }
+            Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
+            Kernel::Matrix if shape.seq_q < tuning::MATRIX_ROWS => Some("so few queries leave its matrices mostly empty"),
             Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
             _ => None,
         };
@@ -165,13 +172,7 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
-    let small_arrays =
-        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
-    let operands = match (transforms(shape), small_arrays) {
-        (true, _) => flash::Operands::Full,
-        (false, true) => flash::Operands::Lists,
-        (false, false) => flash::Operands::Bare,
-    };
+    let operands = operands(shape);
     if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
         return Err(why);
     }
@@ -194,6 +195,60 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
         })
         .map(Variant::Flash)
         .ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
+}
+
+fn matrix(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Variant, String> {
+    let operands = operands(shape);
+    if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
+        return Err(why);
+    }
+    let emulated = options.form == Some(Form::Emulated);
+    let most = caps.subgroup_max_size;
+    let why = if shape.element != Element::F16 {
+        Some(format!("its operands are f16; {} would lose digits or range", shape.element))
+    } else if options.native_f16 == Some(false) {
+        Some("it reads f16 with the adapter's own type".into())
+    } else if !caps.f16 {
+        Some("the device has no shader f16".into())
+    } else if emulated {
+        None
+    } else if caps.matrices.is_empty() {
+        Some("the device has no cooperative matrices of f16 with f32 sums, or its adapter is not known".into())
+    } else if most.is_none_or(|most| most > matrix::MOST_LANES) {
+        Some(format!("subgroups of at most {} lanes are needed", matrix::MOST_LANES))
+    } else {
+        None
+    };
+    if let Some(why) = why {
+        return Err(why);
+    }
+    let vector = whole_format(shape, true).vector;
+    let varying = caps.subgroup_size != Some(matrix::LANES);
+    let has = |tile: &matrix::Tile| match emulated {
+        true => tuning::emulates(tile) && (caps.matrices.is_empty() || caps.matrices.contains(&tile.size)),
+        false => caps.matrices.contains(&tile.size),
+    };
+    let fitting: Vec<_> = tuning::matrix_tiles()
+        .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
+        .map(|tile| matrix::Matrix { tile, varying, emulated, vector, operands })
+        .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+        .collect();
+    // The first that holds the value dims, else that of the most: further dims are further workgroups.
+    let whole = fitting.iter().find(|x| shape.value_dim <= x.tile.dims);
+    let best = whole.or_else(|| fitting.iter().rev().max_by_key(|x| x.tile.dims));
+    best.map(|x| Variant::Matrix(*x))
+        .ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
+}
+
+/// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.
+fn operands(shape: &Shape) -> flash::Operands {
+    let small_arrays =
+        shape.lse || shape.sinks || shape.key_lengths || shape.packed.is_some() || shape.causal == Causal::Offset;
+    match (transforms(shape), small_arrays) {
+        (true, _) => flash::Operands::Full,
+        (false, true) => flash::Operands::Lists,
+        (false, false) => flash::Operands::Bare,
+    }
 }
 
 /// One format for q, k, v and out.
