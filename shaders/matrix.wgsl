@@ -90,16 +90,19 @@ var<workgroup> sh_any: u32;
 var<workgroup> sh_moved: u32;
 
 {% if emulated %}
-// Of A an invocation holds its row, of C its part of that row; B stays where it stands until it is multiplied.
+// Of A an invocation holds its row, of C its part of that row; B stays where it stands until it is multiplied. The loops have bounds
+// that no driver sees through: unrolled, each of their loads at each place of use, they take minutes to compile.
 alias MatrixA = array<f32, {{ size }}>;
 alias MatrixC = array<f32, {{ own }}>;
 var<private> own_row: u32;
 var<private> own_column: u32;
+var<private> size: u32;
+var<private> own_size: u32;
 
 {% for array, row in [("sh_q", "Q_ROW"), ("sh_hi", "P_ROW"), ("sh_lo", "P_ROW")] %}
 fn a_{{ array }}(at: u32) -> MatrixA {
     var a: MatrixA;
-    for (var i = 0u; i < SIZE; i++) {
+    for (var i = 0u; i < size; i++) {
         a[i] = f32({{ array }}[at + own_row * {{ row }} + i]);
     }
     return a;
@@ -110,8 +113,8 @@ fn a_{{ array }}(at: u32) -> MatrixA {
 fn multiply_{{ of }}(a: MatrixA, at: u32, c: MatrixC) -> MatrixC {
     var row = a;
     var sum = c;
-    for (var i = 0u; i < SIZE; i++) {
-        for (var j = 0u; j < {{ own }}u; j++) {
+    for (var i = 0u; i < size; i++) {
+        for (var j = 0u; j < own_size; j++) {
             sum[j] += row[i] * f32(sh_kv[at + {{ place }}]);
         }
     }
@@ -121,7 +124,7 @@ fn multiply_{{ of }}(a: MatrixA, at: u32, c: MatrixC) -> MatrixC {
 {% endfor %}
 fn load_c(at: u32) -> MatrixC {
     var c: MatrixC;
-    for (var j = 0u; j < {{ own }}u; j++) {
+    for (var j = 0u; j < own_size; j++) {
         c[j] = sh_s[at + own_row * S_ROW + own_column + j];
     }
     return c;
@@ -129,7 +132,7 @@ fn load_c(at: u32) -> MatrixC {
 
 fn store_c(c: MatrixC, at: u32) {
     var own = c;
-    for (var j = 0u; j < {{ own }}u; j++) {
+    for (var j = 0u; j < own_size; j++) {
         sh_s[at + own_row * S_ROW + own_column + j] = own[j];
     }
 }
@@ -195,6 +198,8 @@ fn main(
     let subgroups = {{ threads // lanes }}u;
     own_row = thread % {{ lanes }}u / {{ lanes // size }}u;
     own_column = thread % {{ lanes // size }}u * {{ own }}u;
+    size = select(0u, SIZE, params.heads > 0u);
+    own_size = select(0u, {{ own }}u, params.heads > 0u);
 {% endif %}
 {% for n in range(per) %}
     let block_{{ n }} = subgroup + {{ n }}u * subgroups;
@@ -272,19 +277,21 @@ fn main(
 {% endfor %}
             }
             workgroupBarrier();
-{% for d in range(depth // size) %}
+            // Dims beyond the last were staged as 0, so that the last matrices are whole.
+            let depth = min(DEPTH, params.head_dim - dim);
+            for (var d = 0u; d < depth; d += SIZE) {
 {% for t in range(keys // size) %}
-            let k_{{ d }}_{{ t }} = {{ load_k("%su * KV_ROW + %su" | format(t * size, d * size)) }};
+                let k_{{ t }} = {{ load_k("%su * KV_ROW + d" | format(t * size)) }};
 {% endfor %}
 {% for n in range(per) %}
-            {{ for_block(n) }}{
-                let a = {{ load_a("sh_q", "block_%s * (SIZE * Q_ROW) + %su" | format(n, d * size), "Q_ROW") }};
+                {{ for_block(n) }}{
+                    let a = {{ load_a("sh_q", "block_%s * (SIZE * Q_ROW) + d" | format(n), "Q_ROW") }};
 {% for t in range(keys // size) %}
-                s_{{ n }}_{{ t }} = {{ multiply("k", "a", "k_%s_%s" | format(d, t), "s_%s_%s" | format(n, t)) }};
+                    s_{{ n }}_{{ t }} = {{ multiply("k", "a", "k_%s" | format(t), "s_%s_%s" | format(n, t)) }};
+{% endfor %}
+                }
 {% endfor %}
             }
-{% endfor %}
-{% endfor %}
         }
 {% for n in range(per) %}
         {{ for_block(n) }}{
@@ -383,19 +390,19 @@ fn main(
 {% endfor %}
 {% endfor %}
         }
-{% for j in range(0, keys, size) %}
+        for (var j = 0u; j < TILE_KV; j += SIZE) {
 {% for n in range(per) %}
-        {{ for_block(n) }}{
-            let hi = {{ load_a("sh_hi", "block_%s * (SIZE * P_ROW) + %su" | format(n, j), "P_ROW") }};
-            let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + %su" | format(n, j), "P_ROW") }};
+            {{ for_block(n) }}{
+                let hi = {{ load_a("sh_hi", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+                let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
 {% for t in range(dims // size) %}
-            let v_{{ t }} = {{ load_v("%su * KV_ROW + %su" | format(j, t * size)) }};
-            o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
-            o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+                let v_{{ t }} = {{ load_v("j * KV_ROW + %su" | format(t * size)) }};
+                o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+                o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+{% endfor %}
+            }
 {% endfor %}
         }
-{% endfor %}
-{% endfor %}
         if (sh_any == stage) {
 {% for i in range(each) %}
             poisoned = poisoned || (p_{{ i }} != 0.0 && sh_bad[column + {{ i * per_row }}u] == stage);

@@ -13,10 +13,13 @@ fn emulated() -> Options {
     Options { kernel: Some(Kernel::Matrix), form: Some(Form::Emulated), ..Options::default() }
 }
 
-/// Devices of made-up abilities whose plans this one can run: each size of matrices, with subgroups of 32 lanes and of unknown size.
-fn devices(gpu: &Gpu) -> Vec<Caps> {
-    let all = [16, 8].into_iter().flat_map(|size| [Some(32), None].map(|lanes| (size, lanes)));
-    all.map(|(size, lanes)| Caps { matrices: vec![size], subgroup_size: lanes, ..gpu.library().caps().clone() }).collect()
+/// Size of the matrices, and lanes of a subgroup where they are fixed: with 16 and any number a subgroup owns two blocks, with 8 and
+/// any number some own none.
+const FORMS: [(u32, Option<u32>); 4] = [(16, None), (8, Some(32)), (16, Some(32)), (8, None)];
+
+/// A device of made-up abilities whose plans this one can run.
+fn device(gpu: &Gpu, (size, lanes): (u32, Option<u32>)) -> Caps {
+    Caps { matrices: vec![size], subgroup_size: lanes, ..gpu.library().caps().clone() }
 }
 
 /// Runs a case on an adapter by a plan and compares.
@@ -28,9 +31,14 @@ fn check(gpu: &Gpu, case: &Case, plan: &Plan) {
     case.compare(&gpu.download(plan, &resident).unwrap(), plan);
 }
 
-/// Runs a case of f16 in every form of the kernel on every adapter that can read f16; the others must say that they cannot.
+/// Runs a case of f16 in both sizes of matrices on every adapter that can read f16; the others must say that they cannot.
 #[track_caller]
 fn everywhere(case: &Case) {
+    in_forms(case, &FORMS[..2]);
+}
+
+#[track_caller]
+fn in_forms(case: &Case, forms: &[(u32, Option<u32>)]) {
     let shape = case.problem.check().unwrap();
     assert!(shape.element == Element::F16 && !case.problem.weights);
     for gpu in gpus() {
@@ -39,8 +47,8 @@ fn everywhere(case: &Case) {
             assert!(matches!(&error, Error::Kernel { kernel: "matrix", why } if why.contains("f16")), "{error}");
             continue;
         }
-        for caps in devices(gpu) {
-            let plan = Plan::new(&shape, &caps, &emulated()).unwrap_or_else(|error| panic!("{error}\n{:?}", case.problem));
+        for &form in forms {
+            let plan = Plan::new(&shape, &device(gpu, form), &emulated()).unwrap_or_else(|error| panic!("{error}\n{:?}", case.problem));
             assert!(plan.steps().iter().all(|step| ["matrix", "pack"].contains(&step.variant.kernel())), "{plan}");
             check(gpu, case, &plan);
         }
@@ -67,7 +75,7 @@ fn tiles_with_tails_hold() {
         [[1, 1, 1, 1], [64, 32, 32, 32], [33, 65, 32, 8], [65, 31, 20, 28], [31, 130, 12, 36], [129, 67, 7, 5]]
     {
         let p = halves([2, 2, seq_q, seq_kv, head_dim], |p| p.value_dim = value_dim);
-        everywhere(&Case::random(p, 3));
+        in_forms(&Case::random(p, 3), &FORMS);
     }
 }
 
