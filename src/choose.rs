@@ -18,7 +18,9 @@ pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str
     match (options.form, caps.cpu) {
         (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
         (Some(Form::Lanes), _) => (lane_body(caps), "as asked"),
-        (None | Some(Form::Emulated), true) => (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster"),
+        (None | Some(Form::Emulated), true) => {
+            (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster")
+        }
         (None | Some(Form::Emulated), false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
     }
 }
@@ -65,7 +67,9 @@ pub(crate) fn choose_fused(
                 Some("so many rows fill the tiles of flash")
             }
             Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
-            Kernel::Matrix if shape.seq_q < tuning::MATRIX_ROWS => Some("so few queries leave its matrices mostly empty"),
+            Kernel::Matrix if shape.seq_q < tuning::MATRIX_ROWS => {
+                Some("so few queries leave its matrices mostly empty")
+            }
             Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
             _ => None,
         };
@@ -236,8 +240,7 @@ fn matrix(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::
     // The first that holds the value dims, else that of the most: further dims are further workgroups.
     let whole = fitting.iter().find(|x| shape.value_dim <= x.tile.dims);
     let best = whole.or_else(|| fitting.iter().rev().max_by_key(|x| x.tile.dims));
-    best.map(|x| Variant::Matrix(*x))
-        .ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
+    best.map(|x| Variant::Matrix(*x)).ok_or_else(|| "no tile fits the device's workgroup memory and invocations".into())
 }
 
 /// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.

@@ -119,9 +119,9 @@ const MATRIX: [(u32, u32, bool); 5] =
 
 /// The tiles of `matrix`: for each size of matrices, largest first, those of [`MATRIX`] in order.
 pub(crate) fn matrix_tiles() -> impl Iterator<Item = matrix::Tile> {
-    matrix::SIZES.into_iter().flat_map(|size| {
-        MATRIX.map(|(dims, depth, resident)| matrix::Tile { size, dims, depth, resident })
-    })
+    matrix::SIZES
+        .into_iter()
+        .flat_map(|size| MATRIX.map(|(dims, depth, resident)| matrix::Tile { size, dims, depth, resident }))
 }
 
 /// Whether a tile of `matrix` has an emulated form: those that fit the CPU adapters and compile in seconds there.

@@ -1,8 +1,8 @@
 //! `matrix`: by cooperative matrices where an adapter has them, and everywhere else by the same text with plain numbers for matrices.
 
 use wgpu_attention::{
-    Attention, Bias, Broadcast, Caps, Causal, Element, Error, Form, Gpu, Kernel, Layout, Options, Packed, Plan, Problem, Window,
-    wgpu,
+    Attention, Bias, Broadcast, Caps, Causal, Element, Error, Form, Gpu, Kernel, Layout, Options, Packed, Plan,
+    Problem, Window, wgpu,
 };
 
 use crate::support::staged::Staged;
@@ -48,7 +48,8 @@ fn in_forms(case: &Case, forms: &[(u32, Option<u32>)]) {
             continue;
         }
         for &form in forms {
-            let plan = Plan::new(&shape, &device(gpu, form), &emulated()).unwrap_or_else(|error| panic!("{error}\n{:?}", case.problem));
+            let plan = Plan::new(&shape, &device(gpu, form), &emulated())
+                .unwrap_or_else(|error| panic!("{error}\n{:?}", case.problem));
             assert!(plan.steps().iter().all(|step| ["matrix", "pack"].contains(&step.variant.kernel())), "{plan}");
             check(gpu, case, &plan);
         }
@@ -218,7 +219,8 @@ fn plans_cut_by_limits_hold() {
 
 /// A device of the test's own with all that the adapter has for matrices.
 fn own(gpu: &Adapter) -> wgpu::Device {
-    let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+    let wanted =
+        wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
     let descriptor = wgpu::DeviceDescriptor {
         required_features: gpu.adapter.features() & wanted,
         required_limits: gpu.adapter.limits(),
