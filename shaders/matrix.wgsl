@@ -359,13 +359,16 @@ fn main(
             }
             m = top;
         }
+        // Its own sum first: equal weights that are small beside l would all round the same way.
+        var sum = 0.0;
 {% for i in range(each) %}
         let p_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -150.0)), s_{{ i }} > HIDDEN);
         let hi_{{ i }} = f16(p_{{ i }} * P_SCALE);
         sh_hi[p_at + {{ i * per_row }}u] = hi_{{ i }};
         sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - f32(hi_{{ i }}));
-        l += p_{{ i }};
+        sum += p_{{ i }};
 {% endfor %}
+        l += sum;
         // Between two barriers of its own: the same for all, and the weights and v are there.
         if (workgroupUniformLoad(&sh_moved) == stage) {
 {% for first in range(0, dims, keys) %}

@@ -190,6 +190,29 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The same where cooperative matrices are: random devices seldom have all that they take.
+    #[test]
+    fn every_plan_with_matrices_keeps_to_its_limits_too(p in problem(), c in caps(), o in options()) {
+        let (mut p, mut c) = (p, c);
+        (p.element, p.weights, p.logits) = (Element::F16, false, None);
+        (c.f16, c.limits.max_compute_workgroup_storage_size) = (true, 49_152);
+        c.limits.max_storage_buffers_per_shader_stage = 8;
+        c.limits.max_compute_invocations_per_workgroup = 128;
+        c.limits.max_compute_workgroup_size_x = 128;
+        if c.matrices.is_empty() {
+            c.matrices = vec![8, 16];
+        }
+        if c.subgroup_max_size.is_none_or(|most| most > 64) {
+            (c.subgroup_size, c.subgroup_min_size, c.subgroup_max_size) = (None, Some(32), Some(64));
+        }
+        let o = Options { kernel: Some(Kernel::Matrix), form: None, native_f16: None, ..o };
+        check(&p, &c, &o);
+    }
+}
+
 /// A device with what every WebGPU device has.
 fn gpu() -> Caps {
     Caps {
