@@ -4,7 +4,7 @@
 //   s = scale · q kᵀ;  p = exp(s − m);  l = l + Σ p;  o = o + p v,   in the end  out = o / l and lse = m + ln l.
 // More value dims than {{ dims }} are further workgroups, which form the scores again.
 //
-// Lazy rescale (Zadouri et al., FlashAttention-4, 2026): m is a reference that follows the row maximum only where that rises by more than
+// Lazy rescale (the rule of FlashAttention-4): m is a reference that follows the row maximum only where that rises by more than
 // {{ lazy }}; then o and l are multiplied by exp(m − m'). Any m gives the same quotient o / l and the same m + ln l, so this is as exact as the maximum.
 // It saves what nearly every tile would cost: a matrix cannot be multiplied row by row, o must go through workgroup memory. By WGSL's
 // letter exp may be off by 3 + 2|x| ulp, here up to 2·{{ lazy }} more for the largest keys; a kernel that follows the maximum multiplies
