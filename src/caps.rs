@@ -1,6 +1,6 @@
 //! What a device can do, as pure data.
 
-use crate::kernel::SUBGROUP_SIZES;
+use crate::kernel::{SUBGROUP_SIZES, matrix};
 use crate::{Error, Result};
 
 /// What the planner needs to know of a device.
@@ -16,25 +16,42 @@ pub struct Caps {
     pub subgroup_size: Option<u32>,
     /// Shaders may use subgroup operations, and no subgroup has fewer lanes than this.
     pub subgroup_min_size: Option<u32>,
+    /// Shaders may use subgroup operations, and no subgroup has more lanes than this.
+    pub subgroup_max_size: Option<u32>,
+    /// Shaders may use cooperative matrices of f16 with f32 sums, and these are their sizes: rows, columns and summed axis alike.
+    /// Empty where they may not, and where the device's adapter, which alone knows the sizes, was not given.
+    pub matrices: Vec<u32>,
     /// The device's limits.
     pub limits: wgpu::Limits,
 }
 
 impl Caps {
-    /// Of a device; it may have been created with less than its adapter offers.
-    pub fn of(device: &wgpu::Device) -> Self {
+    /// Of a device; it may have been created with less than its adapter offers. A device does not know its adapter; without it
+    /// there are no [`Caps::matrices`].
+    ///
+    /// # Errors
+    ///
+    /// If the adapter is not the one that the device was made from.
+    pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Result<Self> {
         let info = device.adapter_info();
         let features = device.features();
         let fixed = info.subgroup_min_size == info.subgroup_max_size;
         let subgroups = features.contains(wgpu::Features::SUBGROUP);
-        Caps {
+        if adapter.is_some_and(|adapter| adapter.get_info() != info) {
+            let why = "the device was made from another adapter";
+            return Err(Error::Conflict { left: "device", right: "adapter", why });
+        }
+        let cooperative = features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        Ok(Caps {
             cpu: info.device_type == wgpu::DeviceType::Cpu,
             f16: features.contains(wgpu::Features::SHADER_F16),
             int64: features.contains(wgpu::Features::SHADER_INT64),
             subgroup_size: (subgroups && fixed).then_some(info.subgroup_min_size),
             subgroup_min_size: subgroups.then_some(info.subgroup_min_size),
+            subgroup_max_size: subgroups.then_some(info.subgroup_max_size),
+            matrices: adapter.filter(|_| cooperative).map_or(Vec::new(), matrix_sizes),
             limits: device.limits(),
-        }
+        })
     }
 
     /// The subgroup size, where lane-per-row bodies are rendered for it.
@@ -74,4 +91,18 @@ impl Caps {
         }
         Ok(())
     }
+}
+
+/// Sizes of the cooperative matrices that an adapter has and `matrix` has variants for: f16 operands, f32 sums; rows, columns and summed
+/// axis alike.
+pub fn matrix_sizes(adapter: &wgpu::Adapter) -> Vec<u32> {
+    let found = adapter.cooperative_matrix_properties();
+    let offers = |size: &u32| {
+        found.iter().any(|x| {
+            [x.m_size, x.n_size, x.k_size] == [*size; 3]
+                && x.ab_type == wgpu::CooperativeScalarType::F16
+                && x.cr_type == wgpu::CooperativeScalarType::F32
+        })
+    };
+    matrix::SIZES.into_iter().filter(offers).collect()
 }

@@ -1,7 +1,7 @@
 //! Which kernel runs a problem on a device, with which tile, and why not another.
 
 use crate::caps::Caps;
-use crate::kernel::{Body, Format, Tile, Variant, flash, rows, scores, split, values};
+use crate::kernel::{Body, Format, Tile, Variant, flash, matrix, rows, scores, split, values};
 use crate::plan::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
@@ -25,10 +25,15 @@ pub(crate) fn choose_body(caps: &Caps, options: &Options) -> (Body, &'static str
     match (options.form, caps.cpu) {
         (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
         (Some(Form::Lanes), _) => (lane_body(caps), "as asked"),
-        (None, true) => (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster"),
-        (None, false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
+        (None | Some(Form::Emulated), true) => {
+            (lane_body(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster")
+        }
+        (None | Some(Form::Emulated), false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
     }
 }
+
+/// The fused kernels in the order in which the planner prefers them.
+const FUSED: [Kernel; 4] = [Kernel::Rows, Kernel::Split, Kernel::Matrix, Kernel::Flash];
 
 /// The fused kernel that is asked for, that a tuned row names, or that can run and is expected to be faster; `None` for `scores`,
 /// `softmax` and `values`. Gives a reason for every kernel.
@@ -40,6 +45,10 @@ pub(crate) fn choose_fused(
     key_step: u32,
     reasons: &mut Vec<String>,
 ) -> Result<Option<Variant>> {
+    if options.form == Some(Form::Emulated) && options.kernel != Some(Kernel::Matrix) {
+        let kernel = options.kernel.unwrap_or(Kernel::Unfused).name();
+        return Err(Error::Kernel { kernel, why: "it has no emulated form; matrix has one".into() });
+    }
     let found = |kernel| variants(kernel, shape, caps, options, key_step);
     let tuned = tuned(shape, options, tuning, found, reasons);
     let is_tuned = tuned.is_some();
@@ -54,10 +63,8 @@ pub(crate) fn choose_fused(
             (Kernel::Unfused, None, "a form is asked for, which it alone has".into())
         }
         (None, None) => {
-            let running: Vec<_> = [Kernel::Rows, Kernel::Split, Kernel::Flash]
-                .into_iter()
-                .filter_map(|kernel| Some((kernel, found(kernel).ok()?.first().copied())))
-                .collect();
+            let running: Vec<_> =
+                FUSED.into_iter().filter_map(|kernel| Some((kernel, found(kernel).ok()?.first().copied()))).collect();
             let fast = running.iter().find(|&&(kernel, _)| slower(kernel, shape, caps, options).is_none());
             match (fast, found(Kernel::Unfused), running.last()) {
                 (Some(&(kernel, variant)), ..) => (kernel, variant, "one pass over the keys, no score matrix".into()),
@@ -66,7 +73,7 @@ pub(crate) fn choose_fused(
                     (kernel, variant, format!("unfused cannot run it: {why}"))
                 }
                 (None, Err(why), None) => {
-                    let others = [Kernel::Rows, Kernel::Split, Kernel::Flash]
+                    let others = FUSED
                         .into_iter()
                         .filter_map(|kernel| Some(format!("; not kernel {}: {}", kernel.name(), found(kernel).err()?)));
                     let why = why + &others.collect::<String>();
@@ -162,7 +169,7 @@ fn takes_minutes(kernel: Kernel, caps: &Caps) -> bool {
 /// Why a kernel that can run is expected to be slower than another one.
 fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Option<&'static str> {
     match kernel {
-        Kernel::Rows | Kernel::Flash if shape.weights && !scores_again(shape, caps, options) => {
+        Kernel::Rows | Kernel::Flash | Kernel::Matrix if shape.weights && !scores_again(shape, caps, options) => {
             Some("for the weights the scores would be formed twice")
         }
         Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
@@ -176,6 +183,8 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
         Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
             Some("so many rows fill the tiles of flash")
         }
+        Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
+        Kernel::Matrix if shape.seq_q < tuning::MATRIX_ROWS => Some("so few queries leave its matrices mostly empty"),
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
         _ => None,
     }
@@ -199,6 +208,7 @@ fn variants(
         Kernel::Rows => rows(shape, caps, options, key_step),
         Kernel::Split => split(shape, caps, options, key_step),
         Kernel::Flash => flash(shape, caps, options, key_step),
+        Kernel::Matrix => matrix(shape, caps, options, key_step),
     }
 }
 
@@ -306,18 +316,7 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
-    let small_arrays = shape.weights
-        || shape.lse
-        || shape.sinks
-        || shape.key_lengths
-        || shape.packed.is_some()
-        || shape.paged.is_some()
-        || shape.causal == Causal::Offset;
-    let operands = match (transforms(shape), small_arrays) {
-        (true, _) => flash::Operands::Full,
-        (false, true) => flash::Operands::Lists,
-        (false, false) => flash::Operands::Bare,
-    };
+    let operands = operands(shape);
     if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
         return Err(why);
     }
@@ -345,6 +344,68 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
         return Err("no tile fits the device's workgroup memory and invocations".into());
     }
     Ok(found.into_iter().map(Variant::Flash).collect())
+}
+
+fn matrix(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
+    let operands = operands(shape);
+    if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
+        return Err(why);
+    }
+    let emulated = options.form == Some(Form::Emulated);
+    let most = caps.subgroup_max_size;
+    let why = if shape.element != Element::F16 {
+        Some(format!("its operands are f16; {} would lose digits or range", shape.element))
+    } else if options.native_f16 == Some(false) {
+        Some("it reads f16 with the adapter's own type".into())
+    } else if !caps.f16 {
+        Some("the device has no shader f16".into())
+    } else if emulated {
+        None
+    } else if caps.matrices.is_empty() {
+        Some("the device has no cooperative matrices of f16 with f32 sums, or its adapter is not known".into())
+    } else if most.is_none_or(|most| most > matrix::MOST_LANES) {
+        Some(format!("subgroups of at most {} lanes are needed", matrix::MOST_LANES))
+    } else {
+        None
+    };
+    if let Some(why) = why {
+        return Err(why);
+    }
+    let vector = whole_format(shape, true).vector;
+    let varying = caps.subgroup_size != Some(matrix::LANES);
+    let has = |tile: &matrix::Tile| match emulated {
+        true => tuning::emulates(tile) && (caps.matrices.is_empty() || caps.matrices.contains(&tile.size)),
+        false => caps.matrices.contains(&tile.size),
+    };
+    let fitting: Vec<_> = tuning::matrix_tiles()
+        .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
+        .map(|tile| matrix::Matrix { tile, varying, emulated, vector, operands })
+        .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+        .collect();
+    // Tiles that hold the value dims, else those of the most: further dims are further workgroups.
+    let most = fitting.iter().map(|x| x.tile.dims).max();
+    let dims = fitting.iter().map(|x| x.tile.dims).filter(|dims| shape.value_dim <= *dims).min().or(most);
+    let variants: Vec<_> = fitting.into_iter().filter(|x| Some(x.tile.dims) == dims).map(Variant::Matrix).collect();
+    match variants.is_empty() {
+        true => Err("no tile fits the device's workgroup memory and invocations".into()),
+        false => Ok(variants),
+    }
+}
+
+/// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.
+fn operands(shape: &Shape) -> flash::Operands {
+    let small_arrays = shape.weights
+        || shape.lse
+        || shape.sinks
+        || shape.key_lengths
+        || shape.packed.is_some()
+        || shape.paged.is_some()
+        || shape.causal == Causal::Offset;
+    match (transforms(shape), small_arrays) {
+        (true, _) => flash::Operands::Full,
+        (false, true) => flash::Operands::Lists,
+        (false, false) => flash::Operands::Bare,
+    }
 }
 
 /// One format for q, k, v and out.

@@ -103,15 +103,33 @@ pub struct Attention {
 
 impl Attention {
     /// For a device of the caller's, with whatever features and limits it was created.
+    ///
+    /// The kernel `matrix` does not run on it, because a [`wgpu::Device`] does not tell which cooperative matrices it has; see
+    /// [`Attention::with_adapter`].
     pub fn new(device: &wgpu::Device) -> Self {
         Self::with_checks(device, false)
+    }
+
+    /// Like [`Attention::new`], but with the adapter that the device was made from, so that [`crate::Kernel::Matrix`] can run. That
+    /// also takes `EXPERIMENTAL_COOPERATIVE_MATRIX`, `SHADER_F16` and `SUBGROUP` among the device's features, and more than the default
+    /// limit of workgroup memory.
+    ///
+    /// # Errors
+    ///
+    /// If the adapter is another one.
+    pub fn with_adapter(device: &wgpu::Device, adapter: &wgpu::Adapter) -> Result<Self> {
+        Ok(Self::with_caps(device, Caps::of(device, Some(adapter))?, false))
     }
 
     /// Like [`Attention::new`], but with `checked` pipelines are compiled with wgpu's runtime checks (bounds, loops): slower,
     /// for hunting a suspected out-of-bounds access.
     pub fn with_checks(device: &wgpu::Device, checked: bool) -> Self {
+        Self::with_caps(device, Caps::of(device, None).expect("only an adapter can be wrong"), checked)
+    }
+
+    pub(crate) fn with_caps(device: &wgpu::Device, caps: Caps, checked: bool) -> Self {
         let pipelines = Pipelines::new(device, checked);
-        Attention { device: device.clone(), caps: Caps::of(device), tuning: Tuning::default(), pipelines }
+        Attention { device: device.clone(), caps, tuning: Tuning::default(), pipelines }
     }
 
     /// Plans from now on by rows that were measured on this device's adapter, as `wgpu-attention tune` does; see [`Plan::tuned`].

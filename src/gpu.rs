@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use futures::channel::oneshot;
 
+use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Prepared};
 use crate::kernel::Slot;
 use crate::operation::Operation;
@@ -155,12 +156,24 @@ impl Gpu {
         let useful = wgpu::Features::SHADER_F16
             | wgpu::Features::SHADER_INT64
             | wgpu::Features::SUBGROUP
+            | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
             | wgpu::Features::PIPELINE_CACHE;
+        let features = options.features.unwrap_or(adapter.features() & useful);
+        let experimental_features = if features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+            // SAFETY: wgpu asks to know that experimental features may have bugs with undefined behaviour. Of this one only `matrix`
+            // makes use: by loads, stores and multiply-adds alone, in the sizes and types that the adapter lists, on memory of
+            // the workgroup behind workgroup barriers, and at addresses within its arrays (they are constants plus a block's
+            // start). naga writes no memory operands of the Vulkan memory model for them; the barriers are what drivers heed.
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        } else {
+            wgpu::ExperimentalFeatures::disabled()
+        };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("wgpu-attention"),
-            required_features: options.features.unwrap_or(adapter.features() & useful),
+            required_features: features,
+            experimental_features,
             required_limits: options.limits.clone().unwrap_or_else(|| adapter.limits()),
             ..Default::default()
         };
@@ -176,7 +189,7 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             note(&slot, Error::DeviceLost(format!("{reason:?}: {message}")));
         });
-        let library = Attention::with_checks(&device, options.checked);
+        let library = Attention::with_caps(&device, Caps::of(&device, Some(adapter))?, options.checked);
         Ok(Gpu { info: adapter.get_info(), device, queue, library, fault })
     }
 

@@ -6,6 +6,7 @@ pub mod export;
 pub mod extra;
 pub mod flash;
 pub mod logits;
+pub mod matrix;
 pub mod merge;
 pub mod pack;
 pub mod params;
@@ -243,6 +244,8 @@ pub enum Variant {
     Rows(rows::Rows),
     /// Fused, tiled.
     Flash(flash::Flash),
+    /// Fused, by cooperative matrices.
+    Matrix(matrix::Matrix),
     /// Fused, for few queries: keys shared out to workgroups.
     Split(split::Split),
     /// Rows times a weight matrix.
@@ -271,6 +274,7 @@ macro_rules! each {
             Variant::Pack($x) => $body,
             Variant::Rows($x) => $body,
             Variant::Flash($x) => $body,
+            Variant::Matrix($x) => $body,
             Variant::Split($x) => $body,
             Variant::Project($x) => $body,
             Variant::Rotary($x) => $body,
@@ -295,6 +299,7 @@ impl Variant {
         all.extend(pack::Pack::all().map(Variant::Pack));
         all.extend(rows::Rows::all().map(Variant::Rows));
         all.extend(flash::Flash::all().map(Variant::Flash));
+        all.extend(matrix::Matrix::all().map(Variant::Matrix));
         all.extend(split::Split::all().map(Variant::Split));
         all.extend(project::Project::all().map(Variant::Project));
         all.extend(rotary::Rotary::all().map(Variant::Rotary));
@@ -317,6 +322,7 @@ impl Variant {
             Variant::Pack(_) => "pack",
             Variant::Rows(_) => "rows",
             Variant::Flash(_) => "flash",
+            Variant::Matrix(_) => "matrix",
             Variant::Split(_) => "split",
             Variant::Project(_) => "project",
             Variant::Rotary(_) => "rotary",
@@ -348,6 +354,7 @@ impl Variant {
             Variant::Scores(x) => x.format.native,
             Variant::Values(x) => x.format.native,
             Variant::Flash(x) => x.format.native,
+            Variant::Matrix(_) => true,
             _ => false,
         }
     }
@@ -372,9 +379,18 @@ impl Variant {
             Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Rows(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             Variant::Flash(x) => x.tile.shuffle,
+            Variant::Matrix(x) => !x.emulated,
             Variant::Split(x) => x.tile.shuffle,
             Variant::Project(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
             _ => false,
+        }
+    }
+
+    /// The size of the cooperative matrices (f16 operands, f32 sums) that the shader needs, if it needs any.
+    pub fn uses_matrices(&self) -> Option<u32> {
+        match self {
+            Variant::Matrix(x) if !x.emulated => Some(x.tile.size),
+            _ => None,
         }
     }
 

@@ -22,13 +22,16 @@ pub enum Kernel {
     Rows,
     /// `flash`: fused, tiled in workgroup memory.
     Flash,
+    /// `matrix`: fused, products by cooperative matrices. f16 alone, on devices that have such matrices and were opened so that
+    /// their sizes are known, see [`crate::Attention::with_adapter`].
+    Matrix,
     /// `split`, and `merge` where several workgroups share the keys of a row: fused, for few queries.
     Split,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 4] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Split];
+    pub const ALL: [Kernel; 5] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Matrix, Kernel::Split];
 
     /// Its name, as `--kernel` takes it.
     pub const fn name(self) -> &'static str {
@@ -36,18 +39,22 @@ impl Kernel {
             Kernel::Unfused => "unfused",
             Kernel::Rows => "rows",
             Kernel::Flash => "flash",
+            Kernel::Matrix => "matrix",
             Kernel::Split => "split",
         }
     }
 }
 
-/// Body of `scores` and `values` to force.
+/// Body of a kernel to force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
     /// Tiles in workgroup memory, for GPUs.
     Tiled,
     /// A row per lane, for CPU adapters.
     Lanes,
+    /// `matrix` with plain numbers for matrices: slow, on every device with shader f16. The planner never chooses it by itself; it
+    /// proves the rest of the kernel where there is no hardware for it.
+    Emulated,
 }
 
 /// How to plan. The default lets the planner choose.
@@ -55,7 +62,8 @@ pub enum Form {
 pub struct Options {
     /// Forces a kernel; planning fails where it cannot run.
     pub kernel: Option<Kernel>,
-    /// Forces a body of `scores` and `values`, and thereby these; planning fails where it cannot run.
+    /// Forces a body of `scores` and `values`, and thereby these, or [`Form::Emulated`] of `matrix`, which must be forced with it;
+    /// planning fails where it cannot run.
     pub form: Option<Form>,
     /// Forces f16 to be read with the adapter's own type (`true`) or unpacked from u32 (`false`).
     pub native_f16: Option<bool>,

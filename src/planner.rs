@@ -159,6 +159,7 @@ impl<'a> Planner<'a> {
         let direct = match &fused {
             Some(Variant::Rows(x)) => x.format.vector,
             Some(Variant::Flash(x)) => x.format.vector,
+            Some(Variant::Matrix(x)) => x.vector,
             _ => vo.vector,
         };
         let partials = match &fused {
@@ -511,6 +512,14 @@ impl<'a> Planner<'a> {
                     2.0 * f64::from(blocks * s.head_dim + s.value_dim),
                 )
             }
+            Variant::Matrix(x) => {
+                let blocks = s.value_dim.div_ceil(x.tile.dims);
+                (
+                    count(&part.rows).div_ceil(x.tile.tile_rows().into()),
+                    blocks.into(),
+                    2.0 * f64::from(blocks * s.head_dim + s.value_dim),
+                )
+            }
             Variant::Rows(x) => {
                 (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
             }
@@ -617,7 +626,8 @@ impl<'a> Planner<'a> {
         let dense =
             [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
                 .map(|x| x as u32);
-        let unpacked = self.unpacked && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_));
+        let unpacked = self.unpacked
+            && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_));
         let partial = self.partials > 0;
         let fused = self.fused.is_some();
         let weighs = matches!(variant, Variant::Weights(_));

@@ -40,6 +40,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "pack.wgsl",
         "rows.wgsl",
         "flash.wgsl",
+        "matrix.wgsl",
         "split.wgsl",
         "merge.wgsl",
     ];

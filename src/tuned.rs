@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::caps::Caps;
-use crate::kernel::{Variant, flash, rows, split};
+use crate::kernel::{Variant, flash, matrix, rows, split};
 use crate::plan::Kernel;
 use crate::problem::{Causal, Element};
 use crate::shape::{MAX_DIM, Shape};
@@ -72,6 +72,8 @@ pub enum Choice {
     Rows(rows::Tile),
     /// `flash`.
     Flash(flash::Tile),
+    /// `matrix`.
+    Matrix(matrix::Tile),
     /// `split`.
     Split(split::Tile),
 }
@@ -81,6 +83,7 @@ impl Choice {
         match variant {
             Variant::Rows(x) => Choice::Rows(x.tile),
             Variant::Flash(x) => Choice::Flash(x.tile),
+            Variant::Matrix(x) => Choice::Matrix(x.tile),
             Variant::Split(x) => Choice::Split(x.tile),
             _ => Choice::Unfused,
         }
@@ -92,6 +95,7 @@ impl Choice {
             Choice::Unfused => Kernel::Unfused,
             Choice::Rows(_) => Kernel::Rows,
             Choice::Flash(_) => Kernel::Flash,
+            Choice::Matrix(_) => Kernel::Matrix,
             Choice::Split(_) => Kernel::Split,
         }
     }
@@ -102,6 +106,7 @@ impl Choice {
             Choice::Unfused => true,
             Choice::Rows(tile) => tuning::lane_bodies().flat_map(tuning::rows_tiles).any(|known| known == *tile),
             Choice::Flash(tile) => tuning::FLASH.contains(tile),
+            Choice::Matrix(tile) => tuning::matrix_tiles().any(|known| known == *tile),
             Choice::Split(tile) => tuning::split_tiles().any(|known| known == *tile),
         }
     }

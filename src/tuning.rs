@@ -1,6 +1,6 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, rows, split};
+use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, matrix, rows, split};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
@@ -112,6 +112,26 @@ pub const FLASH: [flash::Tile; 8] = [
     flash::Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     flash::Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];
+
+/// Rows of the table of `matrix`, fewest dims first: dims, dims of q and k staged at once, whether q stays. By its place, not
+/// measured: q stays where it fits beside the rest; the last row is for devices with 32 KiB of workgroup memory and 16×16 matrices.
+const MATRIX: [(u32, u32, bool); 5] =
+    [(32, 32, true), (64, 64, true), (128, 128, true), (128, 64, false), (32, 32, false)];
+
+/// The tiles of `matrix`: for each size of matrices, largest first, those of [`MATRIX`] in order.
+pub(crate) fn matrix_tiles() -> impl Iterator<Item = matrix::Tile> {
+    matrix::SIZES
+        .into_iter()
+        .flat_map(|size| MATRIX.map(|(dims, depth, resident)| matrix::Tile { size, dims, depth, resident }))
+}
+
+/// Whether a tile of `matrix` has an emulated form: those that fit the CPU adapters and compile in seconds there.
+pub(crate) fn emulates(tile: &matrix::Tile) -> bool {
+    tile.dims == MATRIX[0].0
+}
+
+/// Fewest query rows for which `matrix` is preferred: with fewer its matrices are mostly empty.
+pub const MATRIX_ROWS: u32 = 17;
 
 /// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
 /// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.

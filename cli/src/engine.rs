@@ -57,7 +57,7 @@ pub struct KernelArgs {
     /// How attention is computed
     #[arg(long, value_enum)]
     pub kernel: Option<KernelArg>,
-    /// Body of the scores and values kernels
+    /// Body of the scores and values kernels, or of the matrix kernel
     #[arg(long, value_enum)]
     pub form: Option<FormArg>,
     /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
@@ -73,6 +73,8 @@ pub enum KernelArg {
     Rows,
     /// Fused, tiles shared by a workgroup: for GPUs
     Flash,
+    /// Fused, products by cooperative matrices: for GPUs that have them, f16 alone
+    Matrix,
     /// Fused, keys of a row shared out to workgroups: for few queries, as in decoding
     Split,
 }
@@ -83,6 +85,8 @@ pub enum FormArg {
     Tiled,
     /// One row per invocation: for adapters that run on a CPU
     Lanes,
+    /// The matrix kernel without hardware for it (slow)
+    Emulated,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -101,11 +105,13 @@ impl KernelArgs {
         let form = self.form.map(|form| match form {
             FormArg::Tiled => Form::Tiled,
             FormArg::Lanes => Form::Lanes,
+            FormArg::Emulated => Form::Emulated,
         });
         let kernel = self.kernel.map(|kernel| match kernel {
             KernelArg::Unfused => Kernel::Unfused,
             KernelArg::Rows => Kernel::Rows,
             KernelArg::Flash => Kernel::Flash,
+            KernelArg::Matrix => Kernel::Matrix,
             KernelArg::Split => Kernel::Split,
         });
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));

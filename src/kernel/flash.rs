@@ -41,8 +41,23 @@ impl Operands {
         }
     }
 
-    fn all() -> [Operands; 3] {
+    pub(crate) fn all() -> [Operands; 3] {
         [Operands::Bare, Operands::Lists, Operands::Full]
+    }
+
+    /// The bindings of a fused kernel.
+    pub(crate) fn bindings(self) -> Vec<(Slot, bool)> {
+        let slots = [
+            (Slot::Q, false),
+            (Slot::K, false),
+            (Slot::V, false),
+            (Slot::Out, true),
+            (Slot::Lse, true),
+            (Slot::Lists, false),
+            (Slot::Mask, false),
+            (Slot::Bias, false),
+        ];
+        slots[..self.buffers() as usize].to_vec()
     }
 }
 
@@ -105,17 +120,7 @@ impl Flash {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let slots = [
-            (Slot::Q, false),
-            (Slot::K, false),
-            (Slot::V, false),
-            (Slot::Out, true),
-            (Slot::Lse, true),
-            (Slot::Lists, false),
-            (Slot::Mask, false),
-            (Slot::Bias, false),
-        ];
-        slots[..self.operands.buffers() as usize].to_vec()
+        self.operands.bindings()
     }
 
     pub(crate) fn threads(&self) -> u32 {

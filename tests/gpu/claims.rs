@@ -71,7 +71,7 @@ fn bias(element: Element) -> Bias {
 }
 
 /// Every pair of kernel and feature that is not claimed, with the reason for it. All others are.
-const REFUSED: [(Kernel, &str, &str); 15] = [
+const REFUSED: [(Kernel, &str, &str); 19] = [
     (Kernel::Unfused, "keys in pages", "no keys in pages"),
     (Kernel::Rows, "512 dims", "do not fit a lane's registers"),
     (Kernel::Rows, "native f16", "reads f16 packed"),
@@ -81,6 +81,10 @@ const REFUSED: [(Kernel, &str, &str); 15] = [
     (Kernel::Flash, "logits raw", "score matrix"),
     (Kernel::Flash, "logits capped", "score matrix"),
     (Kernel::Flash, "logits masked", "score matrix"),
+    (Kernel::Matrix, "bf16", "its operands are f16"),
+    (Kernel::Matrix, "logits raw", "score matrix"),
+    (Kernel::Matrix, "logits capped", "score matrix"),
+    (Kernel::Matrix, "logits masked", "score matrix"),
     (Kernel::Split, "512 dims", "do not fit its lanes' registers"),
     (Kernel::Split, "native f16", "reads f16 packed"),
     (Kernel::Split, "packed", "no packed sequences"),
@@ -95,6 +99,7 @@ fn consists_of(kernel: Kernel, p: &Problem) -> (BTreeSet<&'static str>, BTreeSet
         Kernel::Unfused => (&["scores", "softmax", "values"], &["logits", "export", "pack"]),
         Kernel::Rows => (&["rows"], &["pack"]),
         Kernel::Flash => (&["flash"], &["pack"]),
+        Kernel::Matrix => (&["matrix"], &["pack"]),
         Kernel::Split => (&["split"], &["merge", "pack"]),
     };
     let mut must: BTreeSet<_> = must.iter().copied().collect();
@@ -107,14 +112,20 @@ fn consists_of(kernel: Kernel, p: &Problem) -> (BTreeSet<&'static str>, BTreeSet
 
 fn options(kernel: Kernel, feature: &Feature) -> Options {
     let native = feature.name == "native f16";
-    // The lane form of the three kernels has no native f16.
-    let form = (native && kernel == Kernel::Unfused).then_some(Form::Tiled);
+    let form = match kernel {
+        // The lane form of the three kernels has no native f16.
+        Kernel::Unfused if native => Some(Form::Tiled),
+        // Adapters without matrices run the same text with plain numbers.
+        Kernel::Matrix => Some(Form::Emulated),
+        _ => None,
+    };
     Options { kernel: Some(kernel), native_f16: native.then_some(true), form, ..Options::default() }
 }
 
-fn problem(feature: &Feature) -> Problem {
+fn problem(feature: &Feature, element: Element) -> Problem {
     let [batch, heads, seq_q, seq_kv, head_dim] = feature.sizes;
     let mut p = Problem::new(batch, heads, seq_q, seq_kv, head_dim);
+    p.element = element;
     (feature.ask)(&mut p);
     p
 }
@@ -122,7 +133,8 @@ fn problem(feature: &Feature) -> Problem {
 /// What keeps a kernel from a feature on a device: this table, and what the device lacks.
 fn refusal(gpu: &Gpu, kernel: Kernel, feature: &Feature) -> Option<&'static str> {
     let listed = REFUSED.iter().find(|&&(k, name, _)| k == kernel && name == feature.name).map(|&(.., why)| why);
-    let no_f16 = (feature.name == "native f16" && !gpu.library().caps().f16).then_some("no shader f16");
+    let native = feature.name == "native f16" || kernel == Kernel::Matrix;
+    let no_f16 = (native && !gpu.library().caps().f16).then_some("no shader f16");
     // Devices too small for a kernel as such have tests of their own (limits.rs).
     listed.or(no_f16)
 }
@@ -154,8 +166,8 @@ fn each_kernel_runs_what_it_claims_itself_and_refuses_the_rest_by_name() {
     let mut refused: BTreeSet<(&str, &str)> = REFUSED.iter().map(|&(kernel, name, _)| (kernel.name(), name)).collect();
     let mut claimed = 0;
     for feature in &features {
-        let p = problem(feature);
-        let case = Case::random(p.clone(), 21);
+        let case = Case::random(problem(feature, Element::F32), 21);
+        let half_case = Case::random(problem(feature, Element::F16), 21);
         if feature.changes {
             let [batch, heads, seq_q, seq_kv, head_dim] = feature.sizes;
             let plain = Case::random(Problem::new(batch, heads, seq_q, seq_kv, head_dim), 21);
@@ -163,10 +175,12 @@ fn each_kernel_runs_what_it_claims_itself_and_refuses_the_rest_by_name() {
             assert!(apart > 1e-3, "a kernel that ignores {} would pass", feature.name);
         }
         for kernel in Kernel::ALL {
+            // `matrix` takes f16 alone.
+            let case = if kernel == Kernel::Matrix { &half_case } else { &case };
             for gpu in gpus() {
                 // Compiling takes most of the time: elsewhere the plans alone are looked at, and other tests run every kernel.
                 let runs = !is_small() && gpu.info().backend != wgpu::Backend::Gl;
-                let Some(_) = planned(gpu, kernel, feature, &p) else {
+                let Some(_) = planned(gpu, kernel, feature, &case.problem) else {
                     refused.remove(&(kernel.name(), feature.name));
                     continue;
                 };
@@ -178,8 +192,13 @@ fn each_kernel_runs_what_it_claims_itself_and_refuses_the_rest_by_name() {
         }
     }
     assert_eq!(refused, BTreeSet::new(), "refusals in the table that never happened");
-    // Native f16 is where adapters differ.
+    // Native f16 is where adapters differ: the three kernels and flash claim it once, matrix all that it claims.
     let pairs = Kernel::ALL.len() * features.len() - REFUSED.len();
+    let of_matrix = features.len() - REFUSED.iter().filter(|(kernel, ..)| *kernel == Kernel::Matrix).count();
     let without = gpus().iter().filter(|gpu| !gpu.library().caps().f16).count();
-    assert_eq!(claimed, pairs * gpus().len() - 2 * without, "pairs of kernel and feature that are claimed");
+    assert_eq!(
+        claimed,
+        pairs * gpus().len() - (2 + of_matrix) * without,
+        "pairs of kernel and feature that are claimed"
+    );
 }

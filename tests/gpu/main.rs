@@ -12,6 +12,7 @@ mod hidden;
 mod layouts;
 mod limits;
 mod long;
+mod matrix;
 mod operands;
 mod paged;
 mod stages;
@@ -44,11 +45,13 @@ fn lean(p: &Problem) -> Problem {
 }
 
 /// Every kernel that can be forced, with the bodies of those that have two.
-const KERNELS: [(Kernel, Option<Form>); 5] = [
+const KERNELS: [(Kernel, Option<Form>); 7] = [
     (Kernel::Unfused, Some(Form::Tiled)),
     (Kernel::Unfused, Some(Form::Lanes)),
     (Kernel::Rows, None),
     (Kernel::Flash, None),
+    (Kernel::Matrix, None),
+    (Kernel::Matrix, Some(Form::Emulated)),
     (Kernel::Split, None),
 ];
 
@@ -68,7 +71,7 @@ fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
     let mut ways = vec![form(None)];
     for (kernel, form) in KERNELS {
         let way = Options { kernel: Some(kernel), form, ..Options::default() };
-        match (plan(&way), obstacle(gpu, p, kernel)) {
+        match (plan(&way), obstacle(gpu, p, kernel, form)) {
             (Ok(plan), None) => {
                 if plans.iter().all(|other| other.steps() != plan.steps()) {
                     plans.push(plan);
@@ -85,7 +88,7 @@ fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
 }
 
 /// Why a kernel cannot run a problem on a device, as its documentation has it.
-fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
+fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Option<&'static str> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
     let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
@@ -95,7 +98,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
     let buffers = match kernel {
         Kernel::Unfused => return paged.then_some("no keys in pages"),
         _ if full => 8,
-        Kernel::Flash if !lists => 4,
+        Kernel::Flash | Kernel::Matrix if !lists => 4,
         _ => 6,
     };
     let bound = |tensor: &Tensor| (u64::from(tensor.sizes[2]) - 1) * tensor.strides.row + u64::from(tensor.dim);
@@ -114,6 +117,16 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel) -> Option<&'static str> {
         Some("lanes' registers")
     } else if kernel == Kernel::Split && limits.max_compute_invocations_per_workgroup < 128 && !caps.int64 {
         Some("its tiles not the device")
+    } else if kernel == Kernel::Matrix && p.element != Element::F16 {
+        Some("its operands are f16")
+    } else if kernel == Kernel::Matrix && !caps.f16 {
+        Some("no shader f16")
+    } else if kernel == Kernel::Matrix && form.is_none() && caps.matrices.is_empty() {
+        Some("no cooperative matrices")
+    } else if kernel == Kernel::Matrix && form.is_none() && caps.subgroup_max_size.is_none_or(|most| most > 64) {
+        Some("at most 64 lanes")
+    } else if kernel == Kernel::Matrix && limits.max_compute_invocations_per_workgroup < 128 {
+        Some("no tile fits")
     } else if kernel == Kernel::Rows && p.head_dim.max(p.value_dim) > 256 {
         Some("do not fit a lane's registers")
     } else if kernel == Kernel::Flash && limits.max_compute_invocations_per_workgroup < 128 {

@@ -29,8 +29,10 @@ pub fn inside(plan: &Plan) {
 fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
     let s = plan.shape();
     let rows = [place.rows.start, place.rows.end - 1];
-    let owns_dims =
-        matches!(step.variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Split(_));
+    let owns_dims = matches!(
+        step.variant,
+        Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_)
+    );
     // What owns dims runs over the dispatch's keys; all others own keys.
     let keys = if owns_dims { step.params.key0..step.params.key_end } else { place.cols.clone() };
     for row in rows {
@@ -144,6 +146,7 @@ fn format(variant: &Variant) -> Option<Format> {
         Variant::Values(x) => Some(x.format),
         Variant::Rows(x) => Some(x.format),
         Variant::Flash(x) => Some(x.format),
+        Variant::Matrix(x) => Some(x.format()),
         Variant::Split(x) => Some(x.format),
         _ => None,
     }

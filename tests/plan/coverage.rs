@@ -80,6 +80,7 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
         Variant::Softmax(_) => (1, u32::MAX, 0..p.seq_kv),
         Variant::Rows(x) => (x.tile.tile_rows(), u32::MAX, 0..p.value_dim),
         Variant::Flash(x) => (x.tile.tile_rows(), x.tile.dims, 0..p.value_dim),
+        Variant::Matrix(x) => (x.tile.tile_rows(), x.tile.dims, 0..p.value_dim),
         _ => (1, threads, p.key0..p.key_end),
     };
     assert_eq!(p.value_dim, plan.shape().value_dim);
@@ -215,7 +216,7 @@ pub fn every_place_once(plan: &Plan) {
                             row.summed[cols].iter_mut().for_each(|n| *n += s.seq_kv);
                         }
                     }
-                    Variant::Rows(_) | Variant::Flash(_) => {
+                    Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) => {
                         assert!((p.key0, p.key_end) == (0, s.seq_kv));
                         // The first block of value dims also writes lse.
                         if cols.start == 0 {

@@ -11,6 +11,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use wgpu_attention::kernel::matrix::Matrix;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, tuning, wgpu};
@@ -24,6 +25,7 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> O
         Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
         Err(Error::Conflict { left: "element", right: "out", .. }) if problem.element != Element::F32 => None,
         Err(Error::Kernel { kernel: "native f16", .. }) if options.native_f16 == Some(true) => None,
+        Err(Error::Kernel { kernel: "unfused", .. }) if options.form == Some(Form::Emulated) => None,
         Err(Error::Kernel { kernel, .. }) if options.kernel.is_some_and(|forced| forced.name() == kernel) => None,
         Err(Error::Kernel { kernel: "unfused", why }) if problem.paged.is_some() => {
             assert!(why.contains("pages") && (options.form.is_some() || why.contains("not kernel flash")), "{why}");
@@ -91,10 +93,18 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
     );
     assert!(!variant.uses_f16() || caps.f16, "{variant}");
     assert!(!variant.uses_int64() || caps.int64, "{variant}");
+    if let Variant::Matrix(x) = variant {
+        matrices(x, plan, caps);
+    }
     match (variant, subgroup(variant)) {
         // Shuffles among eight neighbours: any size from eight on will do.
         (Variant::Flash(_) | Variant::Split(_), None) if variant.uses_subgroups() => {
             assert!(caps.subgroup_min_size >= Some(8), "{variant}")
+        }
+        // Whole subgroups of a size that the text counts on, or of any size up to that which it has blocks for.
+        (Variant::Matrix(x), None) if !x.emulated => {
+            assert!(variant.uses_subgroups() && caps.subgroup_max_size <= Some(64), "{variant}");
+            assert!(x.varying || caps.subgroup_size == Some(32), "{variant}");
         }
         (_, Some(lanes)) => {
             assert!(variant.uses_subgroups(), "{variant}");
@@ -104,6 +114,13 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
     }
     static RENDERED: LazyLock<HashSet<Variant>> = LazyLock::new(|| Variant::all().into_iter().collect());
     assert!(RENDERED.contains(variant), "{variant} is not rendered by the tests");
+}
+
+/// Cooperative matrices are planned where the device has them, in a size that it has, for f16; otherwise only emulated, when asked for.
+fn matrices(x: &Matrix, plan: &Plan, caps: &Caps) {
+    assert_eq!(plan.shape().element, Element::F16);
+    assert!(x.emulated || caps.matrices.contains(&x.tile.size), "{x}");
+    assert!(!x.tile.resident || plan.shape().head_dim <= x.tile.depth, "{x}");
 }
 
 /// Bytes of an operand as the caller, or `prepare`, allocates it.
@@ -184,6 +201,29 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The same where cooperative matrices are: random devices seldom have all that they take.
+    #[test]
+    fn every_plan_with_matrices_keeps_to_its_limits_too(p in problem(), c in caps(), o in options()) {
+        let (mut p, mut c) = (p, c);
+        (p.element, p.weights, p.logits) = (Element::F16, false, None);
+        (c.f16, c.limits.max_compute_workgroup_storage_size) = (true, 49_152);
+        c.limits.max_storage_buffers_per_shader_stage = 8;
+        c.limits.max_compute_invocations_per_workgroup = 128;
+        c.limits.max_compute_workgroup_size_x = 128;
+        if c.matrices.is_empty() {
+            c.matrices = vec![8, 16];
+        }
+        if c.subgroup_max_size.is_none_or(|most| most > 64) {
+            (c.subgroup_size, c.subgroup_min_size, c.subgroup_max_size) = (None, Some(32), Some(64));
+        }
+        let o = Options { kernel: Some(Kernel::Matrix), form: None, native_f16: None, ..o };
+        check(&p, &c, &o);
+    }
+}
+
 /// A device with what every WebGPU device has.
 fn gpu() -> Caps {
     Caps {
@@ -192,6 +232,8 @@ fn gpu() -> Caps {
         int64: false,
         subgroup_size: None,
         subgroup_min_size: None,
+        subgroup_max_size: None,
+        matrices: vec![],
         limits: wgpu::Limits::default(),
     }
 }
@@ -359,6 +401,111 @@ fn work_that_no_device_finishes_is_refused_rather_than_planned_for_ever() {
         for caps in [roomy(), Caps { cpu: true, ..roomy() }] {
             let error = Plan::new(&problem.check().unwrap(), &caps, options).unwrap_err();
             assert!(matches!(error, Error::TooLarge { field: "dispatches", value, limit } if value > limit), "{error}");
+        }
+    }
+}
+
+/// A GPU with matrices of f16.
+fn matrix_gpu() -> Caps {
+    let limits = wgpu::Limits { max_compute_workgroup_storage_size: 49_152, ..wgpu::Limits::default() };
+    let some = Some(32);
+    Caps {
+        f16: true,
+        subgroup_size: some,
+        subgroup_min_size: some,
+        subgroup_max_size: some,
+        matrices: vec![16],
+        limits,
+        ..gpu()
+    }
+}
+
+fn halves(seq_q: u32, dim: u32) -> Problem {
+    let mut p = Problem::new(1, 8, seq_q, 512, dim);
+    p.element = Element::F16;
+    p
+}
+
+fn planned(p: &Problem, caps: &Caps, options: &Options) -> Plan {
+    Plan::new(&p.check().unwrap(), caps, options).unwrap()
+}
+
+#[test]
+fn matrix_is_chosen_for_prefill_in_f16_and_for_nothing_else() {
+    let chosen = |p: &Problem, caps: &Caps| planned(p, caps, &Options::default());
+    for dim in [16, 64, 80, 128, 200] {
+        let plan = chosen(&halves(512, dim), &matrix_gpu());
+        assert_eq!(plan.kernel(), "matrix", "{plan}");
+        assert!(plan.steps().iter().all(|step| step.variant.uses_matrices() == Some(16)), "{plan}");
+    }
+    let metal = Caps {
+        matrices: vec![8],
+        subgroup_size: None,
+        subgroup_min_size: Some(4),
+        subgroup_max_size: Some(64),
+        limits: wgpu::Limits { max_compute_workgroup_storage_size: 32_768, ..wgpu::Limits::default() },
+        ..matrix_gpu()
+    };
+    assert_eq!(chosen(&halves(512, 128), &metal).steps()[0].variant.uses_matrices(), Some(8));
+
+    let mut full = halves(512, 64);
+    full.element = Element::F32;
+    let mut brain = full.clone();
+    brain.element = Element::Bf16;
+    let cpu = Caps { cpu: true, ..matrix_gpu() };
+    let none = Caps { matrices: vec![], ..matrix_gpu() };
+    let wide = Caps { subgroup_size: None, subgroup_max_size: Some(128), ..matrix_gpu() };
+    let small = Caps { limits: wgpu::Limits::default(), ..matrix_gpu() };
+    let no_f16 = Caps { f16: false, ..matrix_gpu() };
+    let prefill = halves(512, 64);
+    let mut few = halves(16, 64);
+    few.kv_heads = 2;
+    for (p, caps, why) in [
+        (&full, &matrix_gpu(), "its operands are f16"),
+        (&brain, &matrix_gpu(), "its operands are f16"),
+        (&prefill, &none, "no cooperative matrices"),
+        (&prefill, &wide, "at most 64 lanes"),
+        (&prefill, &small, "no tile fits"),
+        (&prefill, &no_f16, "no shader f16"),
+        // More dims than `rows` takes, and query heads that are too many for `split`: else those are chosen before.
+        (&halves(512, 300), &cpu, "a CPU adapter"),
+        (&few, &matrix_gpu(), "few queries"),
+    ] {
+        let plan = chosen(p, caps);
+        assert!(plan.steps().iter().all(|step| step.variant.uses_matrices().is_none()), "{plan}");
+        let told = |reason: &String| reason.starts_with("not kernel matrix: ") && reason.contains(why);
+        assert!(plan.reasons().iter().any(told), "{why}: {plan}");
+        let forced = Options { kernel: Some(Kernel::Matrix), ..Options::default() };
+        match Plan::new(&p.check().unwrap(), caps, &forced) {
+            Ok(plan) => assert!(plan.kernel() == "matrix" && (caps.cpu || p.seq_q == 16), "{plan}"),
+            Err(Error::Kernel { kernel: "matrix", why: got }) => assert!(got.contains(why), "{got}, not {why}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_emulated_form_runs_only_when_asked_for() {
+    let p = halves(64, 32);
+    let device = Caps { f16: true, ..gpu() };
+    let device = Caps { limits: matrix_gpu().limits, ..device };
+    let form = Some(Form::Emulated);
+    let plan = planned(&p, &device, &Options { kernel: Some(Kernel::Matrix), form, ..Options::default() });
+    assert!(matches!(plan.steps()[0].variant, Variant::Matrix(x) if x.emulated), "{plan}");
+    for kernel in [None, Some(Kernel::Flash), Some(Kernel::Unfused)] {
+        let error =
+            Plan::new(&p.check().unwrap(), &device, &Options { kernel, form, ..Options::default() }).unwrap_err();
+        let name = kernel.unwrap_or(Kernel::Unfused).name();
+        assert!(
+            matches!(&error, Error::Kernel { kernel, why } if *kernel == name && why.contains("emulated")),
+            "{error}"
+        );
+    }
+    for caps in [device, matrix_gpu()] {
+        for options in [Options::default(), Options { kernel: Some(Kernel::Matrix), ..Options::default() }] {
+            let Ok(plan) = Plan::new(&p.check().unwrap(), &caps, &options) else { continue };
+            let emulated = |step: &Step| matches!(step.variant, Variant::Matrix(x) if x.emulated);
+            assert!(!plan.steps().iter().any(emulated), "{plan}");
         }
     }
 }

@@ -99,7 +99,12 @@ prop_compose! {
     /// Devices from the floor to large ones.
     pub fn caps()(
         (cpu, f16, int64) in any::<(bool, bool, bool)>(),
-        subgroup_size in prop_oneof![Just(None), Just(Some(4)), Just(Some(8)), Just(Some(16)), Just(Some(32)), Just(Some(64))],
+        // Fixed sizes, and the ranges that AMD, Metal and WARP report.
+        subgroups in prop_oneof![
+            1 => Just(None), 1 => Just(Some([4, 4])), 1 => Just(Some([8, 8])), 1 => Just(Some([16, 16])), 2 => Just(Some([32, 32])),
+            1 => Just(Some([64, 64])), 1 => Just(Some([32, 64])), 1 => Just(Some([4, 64])), 1 => Just(Some([4, 128]))
+        ],
+        matrices in prop_oneof![2 => Just(vec![]), 1 => Just(vec![16]), 1 => Just(vec![8]), 1 => Just(vec![16, 8])],
         binding in prop_oneof![Just(4096u64), Just(8192), Just(20_000), Just(1 << 20), Just(128 << 20), Just(u64::from(u32::MAX))],
         buffers in prop_oneof![Just(4u32), Just(5), Just(6), Just(8)],
         side in prop_oneof![Just(1u32), Just(3), Just(50), Just(65_535)],
@@ -118,14 +123,18 @@ prop_compose! {
             min_storage_buffer_offset_alignment: alignment,
             ..wgpu::Limits::default()
         };
-        Caps { cpu, f16, int64, subgroup_size, subgroup_min_size: subgroup_size, limits }
+        let subgroup_size = subgroups.filter(|[min, max]| min == max).map(|[size, _]| size);
+        let [subgroup_min_size, subgroup_max_size] = [0, 1].map(|end| subgroups.map(|range| range[end]));
+        Caps { cpu, f16, int64, subgroup_size, subgroup_min_size, subgroup_max_size, matrices, limits }
     }
 }
 
 prop_compose! {
     pub fn options()(
-        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Flash)), 1 => Just(Some(Kernel::Split)), 1 => Just(Some(Kernel::Unfused))],
-        form in prop_oneof![Just(None), Just(Some(Form::Tiled)), Just(Some(Form::Lanes))],
+        kernel in prop_oneof![3 => Just(None), 1 => Just(Some(Kernel::Rows)), 1 => Just(Some(Kernel::Flash)), 1 => Just(Some(Kernel::Split)), 2 => Just(Some(Kernel::Matrix)), 1 => Just(Some(Kernel::Unfused))],
+        form in prop_oneof![
+            2 => Just(None), 2 => Just(Some(Form::Tiled)), 2 => Just(Some(Form::Lanes)), 1 => Just(Some(Form::Emulated))
+        ],
         native_f16 in prop_oneof![4 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))],
         scratch_budget in prop_oneof![Just(1500u64), Just(16_384), Just(256 << 20)],
         batch_invariant in any::<bool>(),

@@ -1,7 +1,7 @@
 //! Why each kernel was chosen or not, and rows that were measured.
 
 use proptest::prelude::*;
-use wgpu_attention::kernel::{flash, rows, split};
+use wgpu_attention::kernel::{flash, matrix, rows, split};
 use wgpu_attention::{
     Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning,
 };
@@ -72,15 +72,19 @@ fn candidates_are_several_known_tiles_none_twice() {
         }
         Kernel::ALL.map(|kernel| candidates.iter().filter(|choice| choice.kernel() == kernel).count())
     };
-    // Unfused, rows, flash, split.
+    // Unfused, rows, flash, matrix, split.
     let mut p = Problem::new(1, 8, 512, 512, 64);
-    assert_eq!(kernels(&p, &rich()), [1, 1, 2, 4]);
-    assert_eq!(kernels(&p, &lavapipe()), [1, 3, 2, 6]);
-    assert_eq!(kernels(&p, &gpu()), [1, 1, 1, 2]);
+    assert_eq!(kernels(&p, &rich()), [1, 1, 2, 0, 4]);
+    assert_eq!(kernels(&p, &lavapipe()), [1, 3, 2, 0, 6]);
+    assert_eq!(kernels(&p, &gpu()), [1, 1, 1, 0, 2]);
     let four = Caps { subgroup_size: Some(4), subgroup_min_size: Some(4), ..lavapipe() };
-    assert_eq!(kernels(&p, &four), [1, 0, 1, 2], "rows takes minutes to compile there");
+    assert_eq!(kernels(&p, &four), [1, 0, 1, 0, 2], "rows takes minutes to compile there");
+    let matrices = Caps { matrices: vec![16], subgroup_max_size: Some(32), ..rich() };
+    assert_eq!(kernels(&p, &matrices), [1, 1, 2, 0, 4], "matrix takes f16 alone");
+    p.element = Element::F16;
+    assert_eq!(kernels(&p, &matrices), [1, 1, 2, 1, 4]);
     p.logits = Some(Logits::Raw);
-    assert_eq!(kernels(&p, &rich()), [1, 0, 0, 0]);
+    assert_eq!(kernels(&p, &rich()), [1, 0, 0, 0, 0]);
 }
 
 #[test]
@@ -141,6 +145,7 @@ fn a_tile_exists_only_as_the_table_has_it() {
             Choice::Unfused => continue,
             Choice::Rows(tile) => Choice::Rows(rows::Tile { keys: tile.keys + 17, ..tile }),
             Choice::Flash(tile) => Choice::Flash(flash::Tile { depth: tile.depth + 17, ..tile }),
+            Choice::Matrix(tile) => Choice::Matrix(matrix::Tile { depth: tile.depth + 17, ..tile }),
             Choice::Split(tile) => Choice::Split(split::Tile { streams: tile.streams + 17, ..tile }),
         };
         assert!(choice.exists() && !changed.exists(), "{choice:?}");

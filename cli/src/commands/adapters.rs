@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use wgpu_attention::Gpu;
+use wgpu_attention::caps::matrix_sizes;
 use wgpu_attention::wgpu::{Adapter, Features};
 
 use crate::Outcome;
@@ -19,6 +20,8 @@ struct Row {
     int64: bool,
     /// Sizes of a subgroup, where shaders can use subgroups.
     subgroups: Option<[u32; 2]>,
+    /// Sizes of cooperative matrices of f16 with f32 sums: rows, columns and summed axis alike.
+    matrices: Vec<u32>,
     timestamps: bool,
     storage_buffers_per_stage: u32,
     storage_binding_bytes: u64,
@@ -38,6 +41,7 @@ impl Row {
             subgroups: features
                 .contains(Features::SUBGROUP)
                 .then_some([info.subgroup_min_size, info.subgroup_max_size]),
+            matrices: matrix_sizes(adapter),
             timestamps: features.contains(Features::TIMESTAMP_QUERY_INSIDE_ENCODERS),
             storage_buffers_per_stage: limits.max_storage_buffers_per_shader_stage,
             storage_binding_bytes: limits.max_storage_buffer_binding_size,
@@ -51,6 +55,7 @@ impl Row {
         let subgroups = self
             .subgroups
             .map_or("no".into(), |[min, max]| if min == max { min.to_string() } else { format!("{min}..{max}") });
+        let matrices: Vec<_> = self.matrices.iter().map(|size| format!("{size}×{size}")).collect();
         vec![
             self.index.to_string(),
             self.label.adapter.clone(),
@@ -60,6 +65,7 @@ impl Row {
             yes(self.f16),
             yes(self.int64),
             subgroups,
+            if matrices.is_empty() { "no".into() } else { matrices.join(", ") },
             yes(self.timestamps),
             self.storage_buffers_per_stage.to_string(),
             format!("{} MiB", self.storage_binding_bytes >> 20),
@@ -69,7 +75,7 @@ impl Row {
     }
 }
 
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 14] = [
     "",
     "name",
     "backend",
@@ -78,6 +84,7 @@ const FIELDS: [&str; 13] = [
     "f16",
     "64-bit integers",
     "subgroup size",
+    "matrices, f16 to f32",
     "timestamps",
     "storage buffers per stage",
     "storage buffer binding",

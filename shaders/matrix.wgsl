@@ -1,0 +1,469 @@
+{% from "shared/element.wgsl" import storage, load, store, output %}
+// Matrix:  out = softmax(logits) v  over tiles of keys, both products by cooperative matrices of {{ size }}×{{ size }}: f16 operands, f32 sums.
+// A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ keys }} keys:
+//   s = scale · q kᵀ;  p = exp(s − m);  l = l + Σ p;  o = o + p v,   in the end  out = o / l and lse = m + ln l.
+// More value dims than {{ dims }} are further workgroups, which form the scores again.
+//
+// Lazy rescale (the rule of FlashAttention-4): m is a reference that follows the row maximum only where that rises by more than
+// {{ lazy }}; then o and l are multiplied by exp(m − m'). Any m gives the same quotient o / l and the same m + ln l, so this is as exact as the maximum.
+// It saves what nearly every tile would cost: a matrix cannot be multiplied row by row, o must go through workgroup memory. By WGSL's
+// letter exp may be off by 3 + 2|x| ulp, here up to 2·{{ lazy }} more for the largest keys; a kernel that follows the maximum multiplies
+// by one more exp, 3 ulp, at every rise.
+//
+// Numbers: q, k and v are f16 as they stand (q is scaled after the product, in f32), products of f16 are exact in f32, sums are f32. p is not
+// f16: rounded, it would cost 2⁻¹¹ Σ p |v|, which exceeds the 2⁻¹¹ |out| of the final rounding wherever values cancel. So p goes in as
+// two matrices, hi = f16({{ p_scale }} p) and lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
+// ((8 + √keys) u max |v|, u = 2⁻²⁴). At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's largest number, and what is too small for
+// f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each key.)
+//
+// Who:       a subgroup owns {{ size }} rows ({{ "as many times as there are fewer subgroups than that: it may have any number of lanes up to 64" if varying else "it has 32 lanes" }}) for both products, its o
+//            stays in registers; for softmax, staging and stores {{ per_row }} invocations own a row, wherever they run. They meet in workgroup memory
+//            behind workgroup barriers, never by lane. A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden
+//            key; where its weight is not 0 the whole row is NaN.
+// Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
+// Memory:    {{ workgroup_bytes }} bytes of workgroup memory. Rows of matrices there begin at multiples of 16 bytes, as Vulkan wants.
+// Given:     {{ threads }} invocations, in full subgroups{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of keys that no row sees by range are not read.
+{% if emulated %}
+// Emulated:  matrices are plain numbers here, for tests on devices that have none: a subgroup is {{ lanes }} neighbouring invocations.
+{% endif %}
+// Reference: src/reference.rs (attention)
+enable f16;
+{% if not emulated %}
+enable wgpu_cooperative_matrix;
+// naga cannot see that subgroup_id is the same in a whole subgroup.
+diagnostic(off, derivative_uniformity);
+{% endif %}
+{% include "shared/params.wgsl" %}
+
+@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
+@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
+@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
+@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
+{% if lists %}
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+@group(0) @binding(6) var<storage, read> lists: array<u32>;
+{% endif %}
+{% if full %}
+@group(0) @binding(7) var<storage, read> mask: array<u32>;
+@group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+
+{% include "shared/visible.wgsl" %}
+{% include "shared/pages.wgsl" %}
+{% include "shared/score.wgsl" %}
+{% include "shared/value.wgsl" %}
+{% if lists %}
+{% include "shared/total.wgsl" %}
+{% endif %}
+{{ load("q", element, native, vector) }}
+{{ load("k", element, native, vector) }}
+{{ load("v", element, native, vector) }}
+{{ store("out", out, vector) }}
+
+const TILE_Q: u32 = {{ tile_rows }}u;
+const TILE_KV: u32 = {{ keys }}u;
+const THREADS: u32 = {{ threads }}u;
+// Invocations that share a row in softmax, and how many of its keys each has: neighbours take neighbouring keys.
+const PER_ROW: u32 = {{ per_row }}u;
+const EACH: u32 = {{ each }}u;
+// Rows and columns of a matrix, and matrices that lie below each other in a tile of rows.
+const SIZE: u32 = {{ size }}u;
+const BLOCKS: u32 = {{ blocks }}u;
+// Dims of q and k that are staged at once, value dims of this workgroup.
+const DEPTH: u32 = {{ depth }}u;
+const DIMS: u32 = {{ dims }}u;
+// From one row to the next of q; of k, then v; of the scores; of the weights.
+const Q_ROW: u32 = {{ depth + 8 }}u;
+const KV_ROW: u32 = {{ dims + 8 }}u;
+const S_ROW: u32 = {{ keys + 4 }}u;
+const P_ROW: u32 = {{ keys + 8 }}u;
+const LAZY: f32 = {{ lazy }};
+const P_SCALE: f32 = {{ p_scale }};
+
+var<workgroup> sh_q: array<f16, {{ tile_rows * (depth + 8) }}>;
+var<workgroup> sh_kv: array<f16, {{ keys * (dims + 8) }}>;
+// Scores; then, as wide, a part of o on its way to the rows' owners.
+var<workgroup> sh_s: array<f32, {{ tile_rows * (keys + 4) }}>;
+var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
+var<workgroup> sh_lo: array<f16, {{ tile_rows * (keys + 8) }}>;
+var<workgroup> sh_row: array<f32, {{ threads }}>;
+// The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no reset, so
+// no further barrier.
+var<workgroup> sh_bad: array<u32, {{ keys }}>;
+var<workgroup> sh_any: u32;
+var<workgroup> sh_moved: u32;
+
+{% if emulated %}
+// Of A an invocation holds its row, of C its part of that row; B stays where it stands until it is multiplied. The loops have bounds
+// that no driver sees through: unrolled, each of their loads at each place of use, they take minutes to compile.
+alias MatrixA = array<f32, {{ size }}>;
+alias MatrixC = array<f32, {{ own }}>;
+var<private> own_row: u32;
+var<private> own_column: u32;
+var<private> size: u32;
+var<private> own_size: u32;
+
+{% for array, row in [("sh_q", "Q_ROW"), ("sh_hi", "P_ROW"), ("sh_lo", "P_ROW")] %}
+fn a_{{ array }}(at: u32) -> MatrixA {
+    var a: MatrixA;
+    for (var i = 0u; i < size; i++) {
+        a[i] = f32({{ array }}[at + own_row * {{ row }} + i]);
+    }
+    return a;
+}
+
+{% endfor %}
+{% for of, place in [("k", "(own_column + j) * KV_ROW + i"), ("v", "i * KV_ROW + own_column + j")] %}
+fn multiply_{{ of }}(a: MatrixA, at: u32, c: MatrixC) -> MatrixC {
+    var row = a;
+    var sum = c;
+    for (var i = 0u; i < size; i++) {
+        for (var j = 0u; j < own_size; j++) {
+            sum[j] += row[i] * f32(sh_kv[at + {{ place }}]);
+        }
+    }
+    return sum;
+}
+
+{% endfor %}
+fn load_c(at: u32) -> MatrixC {
+    var c: MatrixC;
+    for (var j = 0u; j < own_size; j++) {
+        c[j] = sh_s[at + own_row * S_ROW + own_column + j];
+    }
+    return c;
+}
+
+fn store_c(c: MatrixC, at: u32) {
+    var own = c;
+    for (var j = 0u; j < own_size; j++) {
+        sh_s[at + own_row * S_ROW + own_column + j] = own[j];
+    }
+}
+{% else %}
+alias MatrixA = coop_mat{{ size }}x{{ size }}<f16, A>;
+alias MatrixB = coop_mat{{ size }}x{{ size }}<f16, B>;
+alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
+{% endif %}
+{# The operations, in both forms. A load without T takes the other order: rows of k are columns of kᵀ. #}
+{% macro load_a(array, at, row) %}{% if emulated %}a_{{ array }}({{ at }}){% else %}coopLoadT<MatrixA>(&{{ array }}[{{ at }}], {{ row }}){% endif %}{% endmacro %}
+{% macro load_k(at) %}{% if emulated %}{{ at }}{% else %}coopLoad<MatrixB>(&sh_kv[{{ at }}], KV_ROW){% endif %}{% endmacro %}
+{% macro load_v(at) %}{% if emulated %}{{ at }}{% else %}coopLoadT<MatrixB>(&sh_kv[{{ at }}], KV_ROW){% endif %}{% endmacro %}
+{% macro multiply(of, a, b, c) %}{% if emulated %}multiply_{{ of }}({{ a }}, {{ b }}, {{ c }}){% else %}coopMultiplyAdd({{ a }}, {{ b }}, {{ c }}){% endif %}{% endmacro %}
+{% macro load_c(at) %}{% if emulated %}load_c({{ at }}){% else %}coopLoadT<MatrixC>(&sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
+{% macro store_c(c, at) %}{% if emulated %}store_c({{ c }}, {{ at }}){% else %}coopStoreT({{ c }}, &sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
+{# What a subgroup does for its n-th block, if it has one. #}
+{% macro for_block(n) %}{% if varying %}if (block_{{ n }} < BLOCKS) {% endif %}{% endmacro %}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+{% if not emulated %}
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+{% endif %}
+) {
+    let here = place(workgroup, grid);
+    if (!here.inside) {
+        return;
+    }
+    let batch = here.batch;
+    let head = here.head;
+    let seq = sequence(batch);
+    let row_first = params.row0 + here.row_tile * TILE_Q;
+    let row_end = min(params.row_end, seq.rows);
+    if (row_first >= row_end) {
+        return;
+    }
+    let row_last = row_end - 1u;
+    let tile_last = min(row_first + TILE_Q - 1u, row_last);
+    let range = tile_range(seq, row_first, tile_last);
+    // Between these every row of the tile sees every key by range.
+    let all_first = key_range(seq, tile_last).x;
+    let all_end = key_range(seq, row_first).y;
+    let key_end = min(range.y, seq.stored);
+    let dim_first = here.col_tile * DIMS;
+    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let k_at = params.k_base + (head / params.group) * params.k_head;
+    let v_at = params.v_base + (head / params.group) * params.v_head;
+
+    // This invocation's row, and its first key or dim there.
+    let line = thread / PER_ROW;
+    let column = thread % PER_ROW;
+    let row = row_first + line;
+    let row_there = min(row, row_last);
+    let s_at = line * S_ROW + column;
+    let p_at = line * P_ROW + column;
+{% if emulated %}
+    let subgroup = thread / {{ lanes }}u;
+    let subgroups = {{ threads // lanes }}u;
+    own_row = thread % {{ lanes }}u / {{ lanes // size }}u;
+    own_column = thread % {{ lanes // size }}u * {{ own }}u;
+    size = select(0u, SIZE, params.heads > 0u);
+    own_size = select(0u, {{ own }}u, params.heads > 0u);
+{% endif %}
+{% for n in range(per) %}
+    let block_{{ n }} = subgroup + {{ n }}u * subgroups;
+{% endfor %}
+
+    // Zeros come from memory: what a constructor makes of a matrix is not the same in all languages.
+    for (var i = thread; i < SIZE * S_ROW; i += THREADS) {
+        sh_s[i] = 0.0;
+    }
+    if (thread < TILE_KV) {
+        sh_bad[thread] = 0u;
+    }
+    if (thread == 0u) {
+        sh_any = 0u;
+        sh_moved = 0u;
+    }
+{% if resident %}
+    for (var part = thread; part < TILE_Q * (DEPTH / 4u); part += THREADS) {
+        let i = part / (DEPTH / 4u);
+        let d = part % (DEPTH / 4u) * 4u;
+        var x = vec4<f32>();
+        if (d < params.head_dim) {
+            x = load_q(q_at + min(row_first + i, row_last) * params.q_row + d, params.head_dim - d);
+        }
+        let at = i * Q_ROW + d;
+{% for c in "xyzw" %}
+        sh_q[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+{% endfor %}
+    }
+{% endif %}
+    workgroupBarrier();
+    let zero = {{ load_c("0u") }};
+{% for n in range(per) %}
+{% for t in range(dims // size) %}
+    var o_{{ n }}_{{ t }} = zero;
+{% endfor %}
+{% endfor %}
+    var m = HIDDEN;
+    var l = 0.0;
+    var poisoned = false;
+    var stage = 0u;
+    for (var key = range.x; key < key_end; key += TILE_KV) {
+        stage += 1u;
+{% for n in range(per) %}
+{% for t in range(keys // size) %}
+        var s_{{ n }}_{{ t }} = zero;
+{% endfor %}
+{% endfor %}
+        for (var dim = 0u; dim < params.head_dim; dim += DEPTH) {
+            workgroupBarrier();
+{% if not resident %}
+            for (var part = thread; part < TILE_Q * (DEPTH / 4u); part += THREADS) {
+                let i = part / (DEPTH / 4u);
+                let d = part % (DEPTH / 4u) * 4u;
+                var x = vec4<f32>();
+                if (dim + d < params.head_dim) {
+                    x = load_q(q_at + min(row_first + i, row_last) * params.q_row + dim + d, params.head_dim - dim - d);
+                }
+                let at = i * Q_ROW + d;
+{% for c in "xyzw" %}
+                sh_q[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+{% endfor %}
+            }
+{% endif %}
+            for (var part = thread; part < TILE_KV * (DEPTH / 4u); part += THREADS) {
+                let j = part / (DEPTH / 4u);
+                let d = part % (DEPTH / 4u) * 4u;
+                var x = vec4<f32>();
+                if (dim + d < params.head_dim) {
+                    let at = stored_at(seq, batch, min(key + j, key_end - 1u));
+                    x = load_k(k_at + at.x * params.k_batch + at.y * params.k_row + dim + d, params.head_dim - dim - d);
+                }
+                let at = j * KV_ROW + d;
+{% for c in "xyzw" %}
+                sh_kv[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+{% endfor %}
+            }
+            workgroupBarrier();
+            // Dims beyond the last were staged as 0, so that the last matrices are whole.
+            let depth = min(DEPTH, params.head_dim - dim);
+            for (var d = 0u; d < depth; d += SIZE) {
+{% for t in range(keys // size) %}
+                let k_{{ t }} = {{ load_k("%su * KV_ROW + d" | format(t * size)) }};
+{% endfor %}
+{% for n in range(per) %}
+                {{ for_block(n) }}{
+                    let a = {{ load_a("sh_q", "block_%s * (SIZE * Q_ROW) + d" | format(n), "Q_ROW") }};
+{% for t in range(keys // size) %}
+                    s_{{ n }}_{{ t }} = {{ multiply("k", "a", "k_%s" | format(t), "s_%s_%s" | format(n, t)) }};
+{% endfor %}
+                }
+{% endfor %}
+            }
+        }
+{% for n in range(per) %}
+        {{ for_block(n) }}{
+{% for t in range(keys // size) %}
+            {{ store_c("s_%s_%s" | format(n, t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+{% endfor %}
+        }
+{% endfor %}
+        workgroupBarrier();
+        // k was read: v takes its place.
+        for (var part = thread; part < TILE_KV * (DIMS / 4u); part += THREADS) {
+            let j = part / (DIMS / 4u);
+            let d = part % (DIMS / 4u) * 4u;
+            var x = vec4<f32>();
+            if (key + j < key_end && dim_first + d < params.value_dim) {
+                let at = stored_at(seq, batch, key + j);
+                x = load_v(v_at + at.x * params.v_batch + at.y * params.v_row + dim_first + d, params.value_dim - dim_first - d);
+            }
+            if (!finite(x)) {
+                x = vec4<f32>();
+                sh_bad[j] = stage;
+                sh_any = stage;
+            }
+            let at = j * KV_ROW + d;
+{% for c in "xyzw" %}
+            sh_kv[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+{% endfor %}
+        }
+{% if full %}
+        // Each invocation its own words, so that the transform stands once in the text.
+        for (var i = 0u; i < EACH; i++) {
+            let at = s_at + i * PER_ROW;
+            sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, scaled(sh_s[at]));
+        }
+{% for i in range(each) %}
+        let s_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
+{% endfor %}
+{% else %}
+{% for i in range(each) %}
+        var s_{{ i }} = scaled(sh_s[s_at + {{ i * per_row }}u]);
+{% endfor %}
+        if (key < all_first || key + TILE_KV > all_end) {
+            let seen = key_range(seq, row_there);
+{% for i in range(each) %}
+            let j_{{ i }} = key + column + {{ i * per_row }}u;
+            s_{{ i }} = select(HIDDEN, s_{{ i }}, j_{{ i }} >= seen.x && j_{{ i }} < seen.y);
+{% endfor %}
+        }
+{% endif %}
+        var top = s_0;
+{% for i in range(1, each) %}
+        top = max(top, s_{{ i }});
+{% endfor %}
+        sh_row[thread] = top;
+        workgroupBarrier();
+{% for c in range(per_row) %}
+        top = max(top, sh_row[line * PER_ROW + {{ c }}u]);
+{% endfor %}
+        var shrink = 1.0;
+        if (top - m > LAZY) {
+            shrink = exp(max(m - top, -150.0));
+            l *= shrink;
+            // Before its first visible key a row has nothing to multiply.
+            if (m > HIDDEN) {
+                sh_moved = stage;
+            }
+            m = top;
+        }
+        // Its own sum first: equal weights that are small beside l would all round the same way.
+        var sum = 0.0;
+{% for i in range(each) %}
+        let p_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -150.0)), s_{{ i }} > HIDDEN);
+        let hi_{{ i }} = f16(p_{{ i }} * P_SCALE);
+        sh_hi[p_at + {{ i * per_row }}u] = hi_{{ i }};
+        sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - f32(hi_{{ i }}));
+        sum += p_{{ i }};
+{% endfor %}
+        l += sum;
+        // Between two barriers of its own: the same for all, and the weights and v are there.
+        if (workgroupUniformLoad(&sh_moved) == stage) {
+{% for first in range(0, dims, keys) %}
+{% for n in range(per) %}
+            {{ for_block(n) }}{
+{% for t in range(keys // size) %}
+                {{ store_c("o_%s_%s" | format(n, first // size + t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+{% endfor %}
+            }
+{% endfor %}
+            workgroupBarrier();
+            for (var i = 0u; i < EACH; i++) {
+                sh_s[s_at + i * PER_ROW] *= shrink;
+            }
+            workgroupBarrier();
+{% for n in range(per) %}
+            {{ for_block(n) }}{
+{% for t in range(keys // size) %}
+                o_{{ n }}_{{ first // size + t }} = {{ load_c("block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+{% endfor %}
+            }
+{% endfor %}
+{% endfor %}
+        }
+        for (var j = 0u; j < TILE_KV; j += SIZE) {
+{% for n in range(per) %}
+            {{ for_block(n) }}{
+                let hi = {{ load_a("sh_hi", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+                let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+{% for t in range(dims // size) %}
+                let v_{{ t }} = {{ load_v("j * KV_ROW + %su" | format(t * size)) }};
+                o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+                o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+{% endfor %}
+            }
+{% endfor %}
+        }
+        if (sh_any == stage) {
+{% for i in range(each) %}
+            poisoned = poisoned || (p_{{ i }} != 0.0 && sh_bad[column + {{ i * per_row }}u] == stage);
+{% endfor %}
+        }
+    }
+
+    workgroupBarrier();
+    sh_row[thread] = l;
+    workgroupBarrier();
+    l = 0.0;
+{% for c in range(per_row) %}
+    l += sh_row[line * PER_ROW + {{ c }}u];
+{% endfor %}
+    workgroupBarrier();
+    sh_row[thread] = select(0.0, 1.0, poisoned);
+    workgroupBarrier();
+{% for c in range(per_row) %}
+    poisoned = poisoned || sh_row[line * PER_ROW + {{ c }}u] != 0.0;
+{% endfor %}
+    var shrink = 1.0;
+{% if lists %}
+    if ((params.flags & SINKS) != 0u) {
+        let sink = bitcast<f32>(lists[params.list_sinks + head]);
+        let higher = max(m, sink);
+        shrink = exp(max(m - higher, -150.0));
+        l = l * shrink + exp(max(sink - higher, -150.0));
+        m = higher;
+    }
+    if ((params.flags & LSE) != 0u && row <= row_last && column == 0u && here.col_tile == 0u) {
+        let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
+        store_lse(at, m, l);
+    }
+{% endif %}
+    let factor = select(0.0, shrink / l, l > 0.0) / P_SCALE;
+    let out_at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_there) * params.out_row;
+{% for first in range(0, dims, keys) %}
+    workgroupBarrier();
+{% for n in range(per) %}
+    {{ for_block(n) }}{
+{% for t in range(keys // size) %}
+        {{ store_c("o_%s_%s" | format(n, first // size + t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+{% endfor %}
+    }
+{% endfor %}
+    workgroupBarrier();
+    for (var i = column * 4u; i < TILE_KV; i += PER_ROW * 4u) {
+        let d = dim_first + {{ first }}u + i;
+        if (row <= row_last && d < params.value_dim) {
+            let at = line * S_ROW + i;
+            let x = vec4<f32>(sh_s[at], sh_s[at + 1u], sh_s[at + 2u], sh_s[at + 3u]) * factor;
+            store_out(out_at + d, params.value_dim - d, select(bitcast<vec4<u32>>(x), vec4<u32>(0x7fc00000u), poisoned));
+        }
+    }
+{% endfor %}
+}

@@ -1,0 +1,152 @@
+//! Host side of `shaders/matrix.wgsl`: attention in one kernel, its products by cooperative matrices.
+
+use std::fmt;
+
+use minijinja::{Value, context};
+use serde::{Deserialize, Serialize};
+
+use super::flash::Operands;
+use super::{Format, Slot};
+use crate::problem::Element;
+use crate::tuning;
+
+/// A variant of `matrix`. q, k and v are f16, read with the adapter's own type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Matrix {
+    /// Tile parameters.
+    pub tile: Tile,
+    /// A subgroup has any number of lanes up to [`MOST_LANES`]; otherwise exactly [`LANES`].
+    pub varying: bool,
+    /// Matrices are emulated by plain arithmetic, see [`crate::Form::Emulated`].
+    pub emulated: bool,
+    /// Every row of q, k, v and out starts at a multiple of four elements and has a multiple of four of them.
+    pub vector: bool,
+    /// Operands bound.
+    pub operands: Operands,
+}
+
+/// Tile parameters of `matrix`. The table lives in [`crate::tuning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Tile {
+    /// Rows and columns of a matrix, one of [`SIZES`].
+    pub size: u32,
+    /// Value dims of a workgroup.
+    pub dims: u32,
+    /// Dims of q and k staged at once, at most `dims`.
+    pub depth: u32,
+    /// q is staged once and stays; head_dim fits `depth`.
+    pub resident: bool,
+}
+
+/// Sizes of matrices that there are variants for; rows, columns and summed axis are the same.
+pub const SIZES: [u32; 2] = [16, 8];
+
+/// Invocations of a workgroup.
+pub const THREADS: u32 = 128;
+
+/// Keys of a tile.
+const KEYS: u32 = 32;
+
+/// Matrices below each other in a tile of rows.
+const BLOCKS: u32 = 4;
+
+/// Lanes of a subgroup where that is fixed: as many subgroups as blocks.
+pub const LANES: u32 = 32;
+
+/// Most lanes of a subgroup.
+pub const MOST_LANES: u32 = 64;
+
+/// How far a row's maximum may rise before its sums are rescaled.
+const LAZY: f32 = 4.0;
+
+/// Factor of the weights as f16: `exp(LAZY)` times this is below 65504, f16's largest number.
+const P_SCALE: f32 = 1024.0;
+
+impl Tile {
+    /// Rows of a workgroup.
+    pub fn tile_rows(&self) -> u32 {
+        BLOCKS * self.size
+    }
+}
+
+impl Matrix {
+    pub(crate) fn all() -> impl Iterator<Item = Matrix> {
+        let forms = tuning::matrix_tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
+        let forms = forms.flat_map(|(tile, varying)| [false, true].map(|emulated| (tile, varying, emulated)));
+        let forms = forms.filter(|&(tile, _, emulated)| !emulated || tuning::emulates(&tile));
+        forms.flat_map(|(tile, varying, emulated)| {
+            let vectors = [true, false].into_iter();
+            vectors.flat_map(move |vector| {
+                Operands::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
+            })
+        })
+    }
+
+    /// How its operands are read.
+    pub fn format(&self) -> Format {
+        Format { element: Element::F16, native: true, vector: self.vector }
+    }
+
+    /// Type of the output: f16 where whole vectors are written, else f32, scratch for `pack`.
+    pub fn out(&self) -> Element {
+        if self.vector { Element::F16 } else { Element::F32 }
+    }
+
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        self.operands.bindings()
+    }
+
+    pub(crate) fn threads(&self) -> u32 {
+        THREADS
+    }
+
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        let Tile { dims, depth, .. } = self.tile;
+        let rows = self.tile.tile_rows();
+        let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
+        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + KEYS + 2)
+    }
+
+    /// Invocations that stand for a subgroup: so many that with one size of matrices a subgroup owns two blocks, with the other
+    /// some own none.
+    fn emulated_lanes(&self) -> u32 {
+        match (self.varying, self.tile.size) {
+            (false, _) => LANES,
+            (true, 16) => MOST_LANES,
+            (true, _) => 16,
+        }
+    }
+
+    pub(crate) fn context(&self) -> Value {
+        let Tile { size, dims, depth, resident } = self.tile;
+        let Format { element, native, vector } = self.format();
+        let (rows, lanes) = (self.tile.tile_rows(), self.emulated_lanes());
+        let per_row = THREADS / rows;
+        context! {
+            element => element.to_string(), native, vector, out => self.out().to_string(),
+            lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
+            size, dims, depth, resident, keys => KEYS, blocks => BLOCKS, threads => THREADS, tile_rows => rows,
+            per_row, each => KEYS / per_row, lazy => format!("{LAZY:?}"), p_scale => format!("{P_SCALE:?}"),
+            // Blocks of a subgroup, at the fewest subgroups that there may be.
+            varying => self.varying, per => if self.varying { BLOCKS * MOST_LANES / THREADS } else { 1 },
+            emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
+        }
+    }
+}
+
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { size, dims, depth, resident } = self.tile;
+        let resident = if resident { ", q resident" } else { "" };
+        let lanes = if self.varying { "any lanes" } else { "32 lanes" };
+        let emulated = if self.emulated { ", emulated" } else { "" };
+        let operands = match self.operands {
+            Operands::Bare => " bare",
+            Operands::Lists => "",
+            Operands::Full => " full",
+        };
+        let rows = self.tile.tile_rows();
+        write!(f, "matrix[{rows}×{KEYS}×{depth} by {size}×{size}, {dims} dims{resident}, {lanes}{emulated}; ")?;
+        write!(f, "{}{operands}]", self.format())
+    }
+}
