@@ -183,8 +183,8 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
         Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
             Some("so many rows fill the tiles of flash")
         }
-        Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
-        Kernel::Matrix if shape.seq_q < tuning::MATRIX_ROWS => Some("so few queries leave its matrices mostly empty"),
+        // Emulated matrices prove its text, not what drivers make of cooperative ones; `tune` checks its results before it takes it.
+        Kernel::Matrix => Some("no graphics card is known to run it rightly: a tuned row takes it, or who asks for it"),
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
         _ => None,
     }

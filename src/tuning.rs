@@ -130,9 +130,6 @@ pub(crate) fn emulates(tile: &matrix::Tile) -> bool {
     tile.dims == MATRIX[0].0
 }
 
-/// Fewest query rows for which `matrix` is preferred: with fewer its matrices are mostly empty.
-pub const MATRIX_ROWS: u32 = 17;
-
 /// Rows of the table of `split`: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
 /// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.
 const SPLIT: [(u32, u32, u32, u32); 5] =
