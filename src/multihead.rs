@@ -8,7 +8,7 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operation::Operation;
-use crate::plan::{Bound, Options};
+use crate::plan::{Bound, Options, Step};
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
 use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
@@ -64,6 +64,7 @@ pub struct PreparedLayer {
     /// Zeros, for positions and sinks.
     zeros: wgpu::Buffer,
     zero_attn: bool,
+    reasons: Vec<String>,
 }
 
 /// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`.
@@ -331,8 +332,8 @@ impl<'a> Preparation<'a> {
         if self.call.cache { self.problem.seq_q } else { self.problem.seq_kv }
     }
 
-    /// The projections and rotations before attention, and what goes into the cache.
-    fn before(&self, steps: &mut Steps<'_>) -> Result<()> {
+    /// The projections and rotations before attention, and what goes into the cache; says why rotations are where they are.
+    fn before(&self, steps: &mut Steps<'_>) -> Result<Vec<String>> {
         let (layer, shape) = (&self.of.layer, self.problem.check()?);
         let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs];
         let (seq_q, keys, [k, v]) = (self.problem.seq_q, self.keys(), self.fresh);
@@ -344,6 +345,7 @@ impl<'a> Preparation<'a> {
             (&layer.value, self.of.places.value, value_source, Slot::V, v, keys, nq + nk, layer.value_dim),
         ];
         let total = nq + nk + nv;
+        let (mut rotations, mut reasons) = (Vec::new(), Vec::new());
         for (n, (linear, bias, source, to, y, rows, column, dim)) in parts.into_iter().enumerate() {
             if self.fused && n > 0 {
                 break;
@@ -365,21 +367,39 @@ impl<'a> Preparation<'a> {
             } else {
                 p.head_columns = dim;
             }
+            if let Some(rotary) = layer.rotary.filter(|_| n < 2) {
+                // In one buffer, the heads of the keys follow those of the queries.
+                let (names, columns) = if self.fused { ("q and k", nq + nk) } else { (to.name(), outputs) };
+                let turn = projection::Turn {
+                    columns,
+                    head_dim: dim,
+                    rotary_dim: rotary.dim,
+                    interleaved: rotary.interleaved,
+                    table_rows: rotary.positions,
+                    batch: self.problem.batch,
+                    rows,
+                };
+                match p.turn_obstacle(self.caps, &turn) {
+                    None => {
+                        p.turn = Some(turn);
+                        reasons.push(format!("rotary embedding of {names}: in the projection, which saves a pass"));
+                    }
+                    Some(why) => {
+                        let mut r = Rotation::new(self.problem.batch, columns / dim, rows, dim, rotary.positions);
+                        (r.rotary_dim, r.interleaved, r.positions) =
+                            (rotary.dim, rotary.interleaved, Positions::Starts);
+                        (r.x, r.slots) = (y, rotation::Slots { x: to, y: to });
+                        rotations.push(r);
+                        reasons.push(format!("rotary embedding of {names}: not in the projection: {why}"));
+                    }
+                }
+            }
             p.plan(self.caps, self.options, steps)?;
         }
-        let [k_slot, v_slot] = if self.fused { [Slot::Q; 2] } else { [Slot::K, Slot::V] };
-        if let Some(rotary) = layer.rotary {
-            let q = shape.q().strides;
-            let apart = [(layer.heads, seq_q, Slot::Q, q), (layer.kv_heads, keys, k_slot, k)];
-            // In one buffer, the heads of the keys follow those of the queries.
-            let together = [(layer.heads + layer.kv_heads, seq_q, Slot::Q, q)];
-            for (heads, rows, slot, x) in if self.fused { &together[..] } else { &apart[..] }.iter().copied() {
-                let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
-                (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
-                (r.x, r.slots) = (x, rotation::Slots { x: slot, y: slot });
-                r.plan(self.caps, steps)?;
-            }
+        for rotation in rotations {
+            rotation.plan(self.caps, steps)?;
         }
+        let [k_slot, v_slot] = if self.fused { [Slot::Q; 2] } else { [Slot::K, Slot::V] };
         if self.call.cache {
             let appended = [(k_slot, Slot::KeyCache, k, layer.key_dim), (v_slot, Slot::ValueCache, v, layer.value_dim)];
             for (x, cache, strides, dim) in appended {
@@ -388,7 +408,7 @@ impl<'a> Preparation<'a> {
                 a.push(self.caps, steps)?;
             }
         }
-        Ok(())
+        Ok(reasons)
     }
 
     /// The added key, the output projection and the weights, after attention.
@@ -518,7 +538,7 @@ impl<'a> Preparation<'a> {
 
     fn prepare(self, attention: &Attention) -> Result<PreparedLayer> {
         let (mut before, mut after) = (Steps::new(self.caps, self.options), Steps::new(self.caps, self.options));
-        self.before(&mut before)?;
+        let reasons = self.before(&mut before)?;
         self.after(&mut after)?;
         let before = Operation::new(attention, before)?;
         let inner = attention.prepare(&attention.plan_with(&self.problem, self.options)?)?;
@@ -577,6 +597,7 @@ impl<'a> Preparation<'a> {
             weights,
             zeros: zeros.expect(made),
             zero_attn: layer.zero_attn,
+            reasons,
         })
     }
 }
@@ -585,6 +606,16 @@ impl PreparedLayer {
     /// The plan of the attention inside.
     pub fn plan(&self) -> &crate::Plan {
         self.attention.plan()
+    }
+
+    /// The dispatches of the whole layer in order.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.before.steps().chain(self.attention.plan().steps()).chain(self.after.steps())
+    }
+
+    /// Why the steps around attention are as they are, a sentence each; [`PreparedLayer::plan`] has those of attention.
+    pub fn reasons(&self) -> &[String] {
+        &self.reasons
     }
 
     /// How many slices there are.

@@ -24,6 +24,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/score.wgsl",
         "shared/element.wgsl",
         "shared/value.wgsl",
+        "shared/turn.wgsl",
         "scores.wgsl",
         "logits.wgsl",
         "softmax.wgsl",

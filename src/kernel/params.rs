@@ -174,6 +174,10 @@ params! {
     col_end: u32,
     /// Output columns of a head.
     col_head: u32,
+    /// End of the columns that turn in `project`.
+    turn_end: u32,
+    /// Columns of a head of those.
+    turn_head: u32,
     /// Partial log-sum-exps of `merge`: base; other strides are those of `lse`.
     partial_base: u32,
     /// From one partial log-sum-exp to the next.
@@ -217,4 +221,6 @@ flags! {
     ADD = 16,
     LSE = 17,
     CIRCULAR = 18,
+    TURN = 19,
+    HALVES = 20,
 }
