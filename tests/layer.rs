@@ -528,6 +528,7 @@ fn rotary_embedding_takes_no_pass_of_its_own_where_pairs_are_whole_vectors() {
     let cases = [
         ((16, 16, 16), 20, Order::OutIn, halves, Sources::Query, [1, 0], "which saves a pass"),
         ((24, 8, 8), 20, Order::OutIn, halves, Sources::Query, [1, 0], "which saves a pass"),
+        ((32, 16, 32), 20, Order::OutIn, halves, Sources::Key, [2, 0], "which saves a pass"),
         ((72, 16, 48), 36, Order::OutIn, halves, Sources::Each, [2, 0], "which saves a pass"),
         ((24, 16, 16), 20, Order::OutIn, pairs, Sources::Query, [1, 0], "which saves a pass"),
         ((24, 8, 16), 20, Order::InOut, pairs, Sources::Query, [1, 0], "which saves a pass"),
@@ -560,6 +561,34 @@ fn rotary_embedding_takes_no_pass_of_its_own_where_pairs_are_whole_vectors() {
             }
         }
     }
+}
+
+#[test]
+fn inputs_that_are_shared_are_projected_at_once() {
+    let gpu = &gpus()[0];
+    let projections = |sources, widths, change: &dyn Fn(&mut Layer)| {
+        let mut layer = layer(&mut Random(48), [4, 2, 8, 6], widths, Order::OutIn, true);
+        change(&mut layer);
+        let (problem, mut call) = (layer.problem(2, 9, 9), Call::default());
+        call.sources = sources;
+        check_layer(gpu, &layer, &problem, &call, Element::F32, &Options::default());
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+        let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).expect("valid");
+        prepared.steps().filter(|step| matches!(step.variant, Variant::Project(_))).count()
+    };
+    // Each with the one of the output.
+    for order in [Order::InOut, Order::OutIn] {
+        let alike = |layer: &mut Layer| {
+            let parts = [&mut layer.query, &mut layer.key, &mut layer.value];
+            parts.into_iter().for_each(|linear| linear.order = order);
+        };
+        assert_eq!(projections(Sources::Query, [20; 4], &alike), 2);
+        assert_eq!(projections(Sources::Key, [20; 4], &alike), 3);
+        assert_eq!(projections(Sources::Key, [24, 20, 20, 20], &alike), 3);
+        assert_eq!(projections(Sources::Each, [20; 4], &alike), 4);
+    }
+    assert_eq!(projections(Sources::Query, [20; 4], &|layer| layer.query.order = Order::InOut), 3);
+    assert_eq!(projections(Sources::Key, [20; 4], &|layer| layer.value.order = Order::InOut), 4);
 }
 
 #[test]
