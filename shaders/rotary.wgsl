@@ -1,6 +1,7 @@
 {% from "shared/element.wgsl" import rounding %}
+{% from "shared/turn.wgsl" import turn %}
 // Rotary:  each pair (a, b) of the first params.head_dim elements of a row turns by the angle of its position:
-//   y_a = cos · a − sin · b,  y_b = sin · a + cos · b.
+//   y_a = cos · a − sin · b,  y_b = sin · a + cos · b  (shared/turn.wgsl).
 {% if interleaved %}
 // Pairs are neighbours: (0, 1), (2, 3), …
 {% else %}
@@ -10,9 +11,8 @@
 //
 // Grid:      rows = {{ threads }} items of (row, pair{{ "s of one word" if packed else "" }}), then heads and batches (shared/params.wgsl).
 // Memory:    no workgroup memory.
-// Given:     a table row holds the cosines, then the sines of a position; positions beyond the table take its last row.
 {% if packed %}
-//            Rows begin and end at whole words{{ "" if interleaved else ", and so does each half of the rotation" }}.
+// Given:     rows begin and end at whole words{{ "" if interleaved else ", and so does each half of the rotation" }}.
 {% endif %}
 // Reference: src/reference/rotary.rs
 {% include "shared/params.wgsl" %}
@@ -30,6 +30,7 @@
 @group(0) @binding(4) var<storage, read> x: array<{{ "u32" if packed else "f32" }}>;
 {% endif %}
 
+{{ turn("vec2<f32>" if packed and not interleaved else "f32") }}
 {% if packed %}
 {{ rounding(element) }}
 
@@ -62,7 +63,6 @@ fn main(
     if (!here.inside || row >= params.row_end) {
         return;
     }
-    let listed = positions[params.k_base + here.batch * params.k_batch + row * params.k_row];
     let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row;
     let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
     if (item >= turning) {
@@ -77,20 +77,19 @@ fn main(
 {% endif %}
         return;
     }
-    let position = min(listed + row * params.k_head, params.total_kv - 1u);
-    let angle = position * params.head_dim;
+    let angle = position(here.batch, row) * params.head_dim;
 {% if packed and interleaved %}
     let a = widened({{ x }}[(source >> 1u) + item]);
     let cosine = table[angle + item];
     let sine = table[angle + half + item];
-    y[(target_at >> 1u) + item] = packed(vec2<f32>(cosine * a.x - sine * a.y, sine * a.x + cosine * a.y));
+    y[(target_at >> 1u) + item] = packed(vec2<f32>(turn_first(a.x, a.y, cosine, sine), turn_second(a.x, a.y, cosine, sine)));
 {% elif packed %}
     let a = widened({{ x }}[(source >> 1u) + item]);
     let b = widened({{ x }}[(source >> 1u) + turning + item]);
     let cosine = vec2<f32>(table[angle + item * 2u], table[angle + item * 2u + 1u]);
     let sine = vec2<f32>(table[angle + half + item * 2u], table[angle + half + item * 2u + 1u]);
-    y[(target_at >> 1u) + item] = packed(cosine * a - sine * b);
-    y[(target_at >> 1u) + turning + item] = packed(sine * a + cosine * b);
+    y[(target_at >> 1u) + item] = packed(turn_first(a, b, cosine, sine));
+    y[(target_at >> 1u) + turning + item] = packed(turn_second(a, b, cosine, sine));
 {% else %}
     let first = {{ "item * 2u" if interleaved else "item" }};
     let second = {{ "item * 2u + 1u" if interleaved else "half + item" }};
@@ -98,7 +97,7 @@ fn main(
     let b = {{ x }}[source + second];
     let cosine = table[angle + item];
     let sine = table[angle + half + item];
-    y[target_at + first] = cosine * a - sine * b;
-    y[target_at + second] = sine * a + cosine * b;
+    y[target_at + first] = turn_first(a, b, cosine, sine);
+    y[target_at + second] = turn_second(a, b, cosine, sine);
 {% endif %}
 }

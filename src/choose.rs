@@ -218,14 +218,19 @@ fn scores_again(shape: &Shape, caps: &Caps, options: &Options) -> bool {
     !caps.cpu && 4 * shape.scores_len() > options.scratch_budget
 }
 
+/// What keeps a kernel that binds so many storage buffers from running.
+pub(crate) fn too_many_bindings(caps: &Caps, buffers: u32) -> Option<String> {
+    let l = &caps.limits;
+    let most = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
+    (most < buffers).then(|| format!("it binds {buffers} storage buffers, the device {most}"))
+}
+
 /// What keeps any fused kernel with these operands from running.
 fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Option<String> {
-    let l = &caps.limits;
     if shape.logits.is_some() {
         Some("logits need the score matrix".into())
-    } else if l.max_storage_buffers_per_shader_stage < buffers || l.max_bindings_per_bind_group <= buffers {
-        let most = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
-        Some(format!("it binds {buffers} storage buffers, the device {most}"))
+    } else if let Some(why) = too_many_bindings(caps, buffers) {
+        Some(why)
     } else if key_step < shape.seq_kv {
         Some("keys or values of one head exceed a binding".into())
     } else {

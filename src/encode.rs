@@ -39,6 +39,10 @@ impl Program {
         Ok(Program { device: device.clone(), steps: compiled, params })
     }
 
+    pub(crate) fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.steps.iter().map(|(step, _)| step)
+    }
+
     /// Records a range of the steps in one compute pass. `buffer` gives the buffer of a slot, and where the operand starts in it.
     pub(crate) fn record<'a>(
         &self,

@@ -61,7 +61,7 @@ pub enum Slot {
     Key,
     /// The layer's value input.
     Value,
-    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key, 2 value, 3 output.
+    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
     Matrix(u8),
     /// The layer's biases, one after the other.
     Shifts,

@@ -1,5 +1,7 @@
 //! The layer on the GPU: weights that stay there, and calls recorded into the caller's encoder.
 
+use std::cmp::Ordering;
+
 use crate::append::{self, Append};
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Prepared, allocate};
@@ -8,7 +10,7 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operation::Operation;
-use crate::plan::{Bound, Options};
+use crate::plan::{Bound, Options, Step};
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
 use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
@@ -21,10 +23,10 @@ pub struct MultiHeadAttention {
     /// Without its weights, which are only on the device.
     layer: Layer,
     element: Element,
-    /// Query, key, value and output, or query, key and value together and output.
+    /// Query, key, value and output, the first three apart or together.
     matrices: Vec<wgpu::Buffer>,
-    /// Query, key and value weights are one matrix.
-    packed: bool,
+    /// Of query (0), key and value weights those from this one on are one matrix.
+    packed: usize,
     /// Biases and added key and value, and where they begin.
     shifts: Vec<f32>,
     places: Places,
@@ -64,6 +66,7 @@ pub struct PreparedLayer {
     /// Zeros, for positions and sinks.
     zeros: wgpu::Buffer,
     zero_attn: bool,
+    reasons: Vec<String>,
 }
 
 /// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`.
@@ -114,7 +117,7 @@ fn encoded(values: &[f32], element: Element) -> Vec<u8> {
 }
 
 /// Matrices with the same rows of x as one, their columns side by side.
-fn together(parts: [&Linear; 3]) -> Vec<f32> {
+fn together(parts: &[&Linear]) -> Vec<f32> {
     match parts[0].order {
         Order::OutIn => parts.iter().flat_map(|part| part.weight.iter().copied()).collect(),
         Order::InOut => (0..parts[0].inputs as usize)
@@ -133,10 +136,13 @@ impl MultiHeadAttention {
         caps.check()?;
         let parts = [&layer.query, &layer.key, &layer.value];
         let bytes = |parts: &[&Linear]| parts.iter().map(|p| p.weight.len() as u64).sum::<u64>() * element.bytes();
-        let alike = parts.iter().all(|p| (p.inputs, p.order) == (layer.query.inputs, layer.query.order));
-        let packed = alike && bytes(&parts) <= caps.limits.max_buffer_size;
-        let mut hosts: Vec<Vec<f32>> =
-            if packed { vec![together(parts)] } else { parts.iter().map(|p| p.weight.clone()).collect() };
+        let packs = |&from: &usize| {
+            let alike = |p: &&Linear| (p.inputs, p.order) == (parts[from].inputs, parts[from].order);
+            parts[from..].iter().all(alike) && bytes(&parts[from..]) <= caps.limits.max_buffer_size
+        };
+        let packed = (0..2).find(packs).unwrap_or(2);
+        let mut hosts: Vec<Vec<f32>> = parts[..packed].iter().map(|p| p.weight.clone()).collect();
+        hosts.push(together(&parts[packed..]));
         hosts.push(layer.out.weight.clone());
         let limit = caps.limits.max_buffer_size;
         if let Some(value) = hosts.iter().map(|m| m.len() as u64 * element.bytes()).find(|&size| size > limit) {
@@ -274,8 +280,8 @@ struct Preparation<'a> {
     options: &'a Options,
     problem: Problem,
     call: Call,
-    /// Query, key and value are projected in one dispatch, into one buffer.
-    fused: bool,
+    /// Of query (0), key and value those from this one on are projected in one dispatch, into one buffer.
+    joint: usize,
     /// Where projected keys and values stand: the rows that are new, where there is a cache.
     fresh: [Strides; 2],
     scale: f32,
@@ -290,25 +296,28 @@ impl<'a> Preparation<'a> {
         options: &'a Options,
     ) -> Result<Self> {
         let (caps, layer) = (attention.caps(), &of.layer);
-        let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs].map(u64::from);
-        let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
-        let fused =
-            of.packed && call.sources == Sources::Query && 4 * rows * (nq + nk + nv) <= caps.limits.max_buffer_size;
+        let widths = [&layer.query, &layer.key, &layer.value].map(|linear| u64::from(linear.outputs));
+        let keys = u64::from(if call.cache { problem.seq_q } else { problem.seq_kv });
+        let joins = |&from: &usize| {
+            let shared = if from == 0 { call.sources == Sources::Query } else { call.sources != Sources::Each };
+            let bytes = 4 * u64::from(problem.batch) * keys * widths[from..].iter().sum::<u64>();
+            shared && of.packed <= from && bytes <= caps.limits.max_buffer_size
+        };
+        let joint = (0..2).find(joins).unwrap_or(2);
         let mut inner = problem.clone().with_layout(Layout::Bshd);
         let direct = call.weights == Some(Weights::Heads) && layer.weight_columns(0) == 0;
         inner.weights = call.weights.is_some();
         inner.lse = layer.bias_kv.is_some() || (call.weights.is_some() && !direct);
         inner.sinks |= layer.zero_attn;
-        let seq_q = u64::from(problem.seq_q);
-        let keys = if call.cache { seq_q } else { u64::from(problem.seq_kv) };
-        let [key_head, value_head] = [layer.key_dim, layer.value_dim].map(u64::from);
-        let dense = |head: u64, row: u64| Strides { offset: 0, batch: keys * row, head, row };
-        let mut fresh = [dense(key_head, nk), dense(value_head, nv)];
-        if fused {
-            let row = nq + nk + nv;
-            let part = |offset, head| Strides { offset, batch: seq_q * row, head, row };
-            inner.q = Layout::Strided(part(0, key_head));
-            fresh = [part(nq, key_head), part(nq + nk, value_head)];
+        let heads = [layer.key_dim, layer.key_dim, layer.value_dim].map(u64::from);
+        // Where a part stands in the rows of those that begin with `from`; a call with queries among them has as many of these as keys.
+        let place = |n: usize, from: usize, to: usize| {
+            let row = widths[from..to].iter().sum();
+            Strides { offset: widths[from..n].iter().sum(), batch: keys * row, head: heads[n], row }
+        };
+        let fresh = [1, 2].map(|n| if n < joint { place(n, n, n + 1) } else { place(n, joint, 3) });
+        if joint == 0 {
+            inner.q = Layout::Strided(place(0, 0, 3));
         }
         if call.cache {
             (inner.k, inner.v, inner.causal) = (Layout::Bhsd, Layout::Bhsd, Causal::Offset);
@@ -316,7 +325,7 @@ impl<'a> Preparation<'a> {
             (inner.k, inner.v) = (Layout::Strided(fresh[0]), Layout::Strided(fresh[1]));
         }
         let scale = inner.check()?.scale();
-        Ok(Preparation { of, caps, options, problem: inner, call, fused, fresh, scale })
+        Ok(Preparation { of, caps, options, problem: inner, call, joint, fresh, scale })
     }
 
     /// Strides of an input or the output of the layer.
@@ -331,55 +340,71 @@ impl<'a> Preparation<'a> {
         if self.call.cache { self.problem.seq_q } else { self.problem.seq_kv }
     }
 
-    /// The projections and rotations before attention, and what goes into the cache.
-    fn before(&self, steps: &mut Steps<'_>) -> Result<()> {
+    /// The projections and rotations before attention, and what goes into the cache; says why rotations are where they are.
+    fn before(&self, steps: &mut Steps<'_>) -> Result<Vec<String>> {
         let (layer, shape) = (&self.of.layer, self.problem.check()?);
         let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs];
         let (seq_q, keys, [k, v]) = (self.problem.seq_q, self.keys(), self.fresh);
         let key_source = if self.call.sources == Sources::Query { Slot::Query } else { Slot::Key };
         let value_source = if self.call.sources == Sources::Each { Slot::Value } else { key_source };
         let parts = [
-            (&layer.query, self.of.places.query, Slot::Query, Slot::Q, shape.q().strides, seq_q, 0, layer.key_dim),
-            (&layer.key, self.of.places.key, key_source, Slot::K, k, keys, nq, layer.key_dim),
-            (&layer.value, self.of.places.value, value_source, Slot::V, v, keys, nq + nk, layer.value_dim),
+            (&layer.query, self.of.places.query, Slot::Query, Slot::Q, shape.q().strides, seq_q, layer.key_dim),
+            (&layer.key, self.of.places.key, key_source, Slot::K, k, keys, layer.key_dim),
+            (&layer.value, self.of.places.value, value_source, Slot::V, v, keys, layer.value_dim),
         ];
-        let total = nq + nk + nv;
-        for (n, (linear, bias, source, to, y, rows, column, dim)) in parts.into_iter().enumerate() {
-            if self.fused && n > 0 {
-                break;
-            }
-            let outputs = if self.fused { total } else { linear.outputs };
+        let widths = [nq, nk, nv];
+        let (mut rotations, mut reasons) = (Vec::new(), Vec::new());
+        for (n, (linear, bias, source, to, y, rows, dim)) in parts.into_iter().enumerate().take(self.joint + 1) {
+            let outputs = if n < self.joint { widths[n] } else { widths[n..].iter().sum() };
             let mut p = Projection::new(rows, linear.inputs, outputs, linear.order, self.of.element);
             (p.batch, p.x, p.bias, p.y) = (self.problem.batch, self.outer(linear.inputs, rows), bias, y);
-            p.slots = projection::Slots { x: source, matrix: Slot::Matrix(0), y: to };
-            if self.of.packed {
+            let matrix = self.of.packed.min(n);
+            p.slots = projection::Slots { x: source, matrix: Slot::Matrix(matrix as u8), y: to };
+            if n >= self.of.packed {
+                let column = u64::from(widths[matrix..n].iter().sum::<u32>());
                 (p.weight_offset, p.weight_row) = match linear.order {
-                    Order::OutIn => (u64::from(column) * u64::from(linear.inputs), linear.inputs.into()),
-                    Order::InOut => (column.into(), total.into()),
+                    Order::OutIn => (column * u64::from(linear.inputs), linear.inputs.into()),
+                    Order::InOut => (column, widths[matrix..].iter().sum::<u32>().into()),
                 };
-            } else {
-                p.slots.matrix = Slot::Matrix(n as u8);
             }
-            if self.fused {
-                (p.y.head, p.head_columns) = (0, total);
+            if n == self.joint && n < 2 {
+                (p.y.head, p.head_columns) = (0, outputs);
             } else {
                 p.head_columns = dim;
             }
+            if let Some(rotary) = layer.rotary.filter(|_| n < 2) {
+                // In one buffer, the heads of the keys follow those of the queries.
+                let (names, columns) = if self.joint == 0 { ("q and k", nq + nk) } else { (to.name(), widths[n]) };
+                let turn = projection::Turn {
+                    columns,
+                    head_dim: dim,
+                    rotary_dim: rotary.dim,
+                    interleaved: rotary.interleaved,
+                    table_rows: rotary.positions,
+                    batch: self.problem.batch,
+                    rows,
+                };
+                match p.turn_obstacle(self.caps, &turn) {
+                    None => {
+                        p.turn = Some(turn);
+                        reasons.push(format!("rotary embedding of {names}: in the projection, which saves a pass"));
+                    }
+                    Some(why) => {
+                        let mut r = Rotation::new(self.problem.batch, columns / dim, rows, dim, rotary.positions);
+                        (r.rotary_dim, r.interleaved, r.positions) =
+                            (rotary.dim, rotary.interleaved, Positions::Starts);
+                        (r.x, r.slots) = (y, rotation::Slots { x: to, y: to });
+                        rotations.push(r);
+                        reasons.push(format!("rotary embedding of {names}: not in the projection: {why}"));
+                    }
+                }
+            }
             p.plan(self.caps, self.options, steps)?;
         }
-        let [k_slot, v_slot] = if self.fused { [Slot::Q; 2] } else { [Slot::K, Slot::V] };
-        if let Some(rotary) = layer.rotary {
-            let q = shape.q().strides;
-            let apart = [(layer.heads, seq_q, Slot::Q, q), (layer.kv_heads, keys, k_slot, k)];
-            // In one buffer, the heads of the keys follow those of the queries.
-            let together = [(layer.heads + layer.kv_heads, seq_q, Slot::Q, q)];
-            for (heads, rows, slot, x) in if self.fused { &together[..] } else { &apart[..] }.iter().copied() {
-                let mut r = Rotation::new(self.problem.batch, heads, rows, layer.key_dim, rotary.positions);
-                (r.rotary_dim, r.interleaved, r.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
-                (r.x, r.slots) = (x, rotation::Slots { x: slot, y: slot });
-                r.plan(self.caps, steps)?;
-            }
+        for rotation in rotations {
+            rotation.plan(self.caps, steps)?;
         }
+        let [k_slot, v_slot] = [1, 2].map(|n: usize| [Slot::Q, Slot::K, Slot::V][n.min(self.joint)]);
         if self.call.cache {
             let appended = [(k_slot, Slot::KeyCache, k, layer.key_dim), (v_slot, Slot::ValueCache, v, layer.value_dim)];
             for (x, cache, strides, dim) in appended {
@@ -388,7 +413,7 @@ impl<'a> Preparation<'a> {
                 a.push(self.caps, steps)?;
             }
         }
-        Ok(())
+        Ok(reasons)
     }
 
     /// The added key, the output projection and the weights, after attention.
@@ -518,7 +543,7 @@ impl<'a> Preparation<'a> {
 
     fn prepare(self, attention: &Attention) -> Result<PreparedLayer> {
         let (mut before, mut after) = (Steps::new(self.caps, self.options), Steps::new(self.caps, self.options));
-        self.before(&mut before)?;
+        let reasons = self.before(&mut before)?;
         self.after(&mut after)?;
         let before = Operation::new(attention, before)?;
         let inner = attention.prepare(&attention.plan_with(&self.problem, self.options)?)?;
@@ -526,14 +551,19 @@ impl<'a> Preparation<'a> {
         let (p, layer) = (&self.problem, &self.of.layer);
         let shape = inner.plan().shape();
         let batch = u64::from(p.batch);
-        let [nq, nk, nv] = [layer.query.outputs, layer.key.outputs, layer.value.outputs].map(u64::from);
+        let widths = [&layer.query, &layer.key, &layer.value].map(|linear| u64::from(linear.outputs));
         let (rows, keys) = (batch * u64::from(p.seq_q), batch * u64::from(self.keys()));
-        let own = !self.fused;
+        // Columns of the buffer that begins with a part, if one does.
+        let columns = |n: usize| match n.cmp(&self.joint) {
+            Ordering::Less => Some(widths[n]),
+            Ordering::Equal => Some(widths[n..].iter().sum::<u64>()),
+            Ordering::Greater => None,
+        };
         let scores = self.averages().then(|| 4 * shape.scores_len());
         let sizes = [
-            ("projected queries", Some(4 * rows * if self.fused { nq + nk + nv } else { nq })),
-            ("projected keys", own.then_some(4 * keys * nk)),
-            ("projected values", own.then_some(4 * keys * nv)),
+            ("projected queries", columns(0).map(|columns| 4 * rows * columns)),
+            ("projected keys", columns(1).map(|columns| 4 * keys * columns)),
+            ("projected values", columns(2).map(|columns| 4 * keys * columns)),
             ("merged heads", Some(4 * shape.out().extent())),
             ("log-sum-exp", p.lse.then(|| self.lse_bytes())),
             ("weights of heads", scores),
@@ -577,6 +607,7 @@ impl<'a> Preparation<'a> {
             weights,
             zeros: zeros.expect(made),
             zero_attn: layer.zero_attn,
+            reasons,
         })
     }
 }
@@ -585,6 +616,16 @@ impl PreparedLayer {
     /// The plan of the attention inside.
     pub fn plan(&self) -> &crate::Plan {
         self.attention.plan()
+    }
+
+    /// The dispatches of the whole layer in order.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.before.steps().chain(self.attention.plan().steps()).chain(self.after.steps())
+    }
+
+    /// Why the steps around attention are as they are, a sentence each; [`PreparedLayer::plan`] has those of attention.
+    pub fn reasons(&self) -> &[String] {
+        &self.reasons
     }
 
     /// How many slices there are.
@@ -675,7 +716,10 @@ impl PreparedLayer {
         let q = self.q.slice(..);
         let (k, v) = match &buffers.cache {
             Some(cache) => (cache.k, cache.v),
-            None => (whole(&self.k).unwrap_or(q), whole(&self.v).unwrap_or(q)),
+            None => {
+                let k = whole(&self.k).unwrap_or(q);
+                (k, whole(&self.v).unwrap_or(k))
+            }
         };
         let mut inner = Buffers { q, k, v, out: self.context.slice(..), ..buffers.operands };
         inner.lse = self.lse.as_ref().map(|lse| lse.slice(..));

@@ -55,6 +55,11 @@ impl Operation {
         self.needs.iter().map(|need| (need.slot, need.bytes))
     }
 
+    /// The dispatches in order.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.program.steps()
+    }
+
     /// Records everything. Nothing is submitted or waited for. A buffer that the operation does not use may be given.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
         self.record(0..self.slices.last().map_or(0, |slice| slice.end), encoder, buffers)

@@ -50,6 +50,26 @@ pub struct Projection {
     /// Where element (b, head, r, c) of y stands.
     pub y: Strides,
     pub(crate) slots: Slots,
+    /// Rotary position embedding before y is stored, as [`Projection::turn_obstacle`] allows it.
+    pub(crate) turn: Option<Turn>,
+}
+
+/// Rotary position embedding of a projection's first columns. Row `r` of batch `b` stands at `positions[b] + r`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Turn {
+    /// End of the columns that belong to turning heads.
+    pub(crate) columns: u32,
+    /// Columns of such a head.
+    pub(crate) head_dim: u32,
+    /// How many of them turn, from the first on.
+    pub(crate) rotary_dim: u32,
+    /// Pairs are neighbours rather than `rotary_dim / 2` apart.
+    pub(crate) interleaved: bool,
+    /// Rows of the table.
+    pub(crate) table_rows: u32,
+    /// Batches, and rows of one, whatever the projection makes of them.
+    pub(crate) batch: u32,
+    pub(crate) rows: u32,
 }
 
 /// Which buffers a projection reads and writes.
@@ -90,6 +110,7 @@ impl Projection {
             head_columns: outputs,
             y: Strides { row: outputs.into(), ..Strides::default() },
             slots: Slots { x: Slot::Query, matrix: Slot::Matrix(0), y: Slot::Result },
+            turn: None,
         }
     }
 
@@ -176,7 +197,28 @@ impl Projection {
 
     fn variant(&self, tile: Tile) -> project::Project {
         let transposed = self.order == Order::OutIn;
-        project::Project { tile, element: self.element, transposed, vector: self.vector() }
+        project::Project { tile, element: self.element, transposed, vector: self.vector(), turned: self.turn.is_some() }
+    }
+
+    /// What keeps the columns from turning before they are stored.
+    pub(crate) fn turn_obstacle(&self, caps: &Caps, turn: &Turn) -> Option<String> {
+        let eights = [self.outputs, turn.columns, turn.head_dim, turn.rotary_dim].iter().all(|n| n.is_multiple_of(8));
+        // Parts end where a head does.
+        let head = match self.order {
+            Order::OutIn => u64::from(turn.head_dim) * self.weight_row * self.element.bytes(),
+            Order::InOut => 0,
+        };
+        let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
+        let largest = head.max(table).max(4 * u64::from(turn.batch)) + caps.alignment();
+        if !eights || !self.flat().vector() {
+            Some("widths, heads or their turning part are not whole vectors".into())
+        } else if self.order == Order::InOut && !turn.interleaved {
+            Some("the columns of a pair stand apart in [in, out] weights".into())
+        } else if largest > caps.binding() {
+            Some("the weights of one head, the table or the positions exceed a binding".into())
+        } else {
+            choose::too_many_bindings(caps, 6)
+        }
     }
 
     /// Appends the dispatches.
@@ -203,7 +245,11 @@ impl Projection {
         let (mut low, mut high) = (part.clone(), part.clone());
         // Along inputs the halves add up in order, so columns go first wherever they help.
         let columns = |low: &mut Part, high: &mut Part| {
-            split(&mut low.columns, &mut high.columns, variant.tile.tile_cols, if variant.vector { 4 } else { 1 })
+            let [step, least] = match &self.turn {
+                Some(turn) => [turn.head_dim; 2],
+                None => [variant.tile.tile_cols, if variant.vector { 4 } else { 1 }],
+            };
+            split(&mut low.columns, &mut high.columns, step, least)
         };
         let inputs = |low: &mut Part, high: &mut Part| split(&mut low.inputs, &mut high.inputs, 4, 4);
         let cut = if w > limit {
@@ -258,10 +304,21 @@ impl Projection {
         let (x_offset, x_size, x_base) = bind(caps, self.x_span(part), 4, self.x.offset);
         let (w_offset, w_size, w_base) = bind(caps, self.w_span(part), self.element.bytes(), self.weight_offset);
         let (y_offset, y_size, out_base) = bind(caps, self.y_span(part), 4, self.y.offset);
-        let first = part.inputs.start == 0;
+        let (first, last) = (part.inputs.start == 0, part.inputs.end == self.inputs);
         // A shader that can take a bias binds something even where there is none.
         let biases = self.bias.map_or((0, 4), |at| (at, at + u64::from(self.outputs)));
         let (b_offset, b_size, b_base) = bind(caps, biases, 4, self.bias.unwrap_or(0));
+        let turning = self.turn.map_or(Params::default(), |turn| Params {
+            flags: if last { flags::TURN } else { 0 } | if turn.interleaved { 0 } else { flags::HALVES },
+            turn_end: turn.columns,
+            turn_head: turn.head_dim,
+            head_dim: turn.rotary_dim,
+            total_kv: turn.table_rows,
+            seq_q: turn.rows,
+            k_batch: 1,
+            k_head: 1,
+            ..Params::default()
+        });
         let params = Params {
             row_tiles,
             col_tiles,
@@ -274,7 +331,7 @@ impl Projection {
             col0: part.columns.start,
             col_end: part.columns.end,
             col_head: self.head_columns,
-            flags: if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
+            flags: turning.flags | if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
             x_base,
             x_batch: self.x.batch as u32,
             x_row: self.x.row as u32,
@@ -285,14 +342,19 @@ impl Projection {
             out_batch: self.y.batch as u32,
             out_head: self.y.head as u32,
             out_row: self.y.row as u32,
-            ..Params::default()
+            ..turning
         };
-        let bindings = vec![
+        let mut bindings = vec![
             Bound { slot: self.slots.x, offset: x_offset, size: x_size, written: false },
             Bound { slot: self.slots.matrix, offset: w_offset, size: w_size, written: false },
             Bound { slot: Slot::Shifts, offset: b_offset, size: b_size, written: false },
             Bound { slot: self.slots.y, offset: y_offset, size: y_size, written: true },
         ];
+        if let Some(turn) = &self.turn {
+            let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
+            bindings.push(Bound { slot: Slot::Angles, offset: 0, size: table, written: false });
+            bindings.push(Bound { slot: Slot::Positions, offset: 0, size: 4 * u64::from(turn.batch), written: false });
+        }
         let workgroups = small("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * u64::from(batch))?;
         let flops = 2.0 * f64::from(batch) * f64::from(rows) * f64::from(inputs) * f64::from(columns);
         steps.push(Variant::Project(*variant), params, bindings, workgroups, flops)

@@ -26,6 +26,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/element.wgsl",
         "shared/value.wgsl",
         "shared/total.wgsl",
+        "shared/turn.wgsl",
         "scores.wgsl",
         "logits.wgsl",
         "softmax.wgsl",

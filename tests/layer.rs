@@ -3,12 +3,12 @@
 mod support;
 
 use support::{Data, Random, floor, gpus, small};
-use wgpu_attention::kernel::Slot;
+use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Inputs, Layer, LayerBuffers,
-    LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, Problem, Projection, Rotation,
-    Sources, Strides, Weights, Window, reference, wgpu,
+    LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, PreparedLayer, Problem, Projection,
+    Rotation, Sources, Strides, Weights, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -454,18 +454,180 @@ fn layers_run_under_small_limits() {
     }
 }
 
+/// Dispatches of projections that turn, and of rotations of their own.
+fn turning(prepared: &PreparedLayer) -> [usize; 2] {
+    let count = |wanted: fn(&Variant) -> bool| prepared.steps().filter(|step| wanted(&step.variant)).count();
+    [count(|v| matches!(v, Variant::Project(p) if p.turned)), count(|v| matches!(v, Variant::Rotary(_)))]
+}
+
+/// Runs a layer on two batches of odd length and two of one row, and gives what turns in it, and why.
+fn check_turning(
+    gpu: &Gpu,
+    layer: &Layer,
+    element: Element,
+    options: &Options,
+    sources: Sources,
+) -> ([usize; 2], String) {
+    let mut call = Call::default();
+    call.sources = sources;
+    let mut found = ([0, 0], String::new());
+    for rows in [1, 19] {
+        let mut problem = layer.problem(2, rows, if sources == Sources::Query { rows } else { 11 });
+        problem.causal = Causal::TopLeft;
+        check_layer(gpu, layer, &problem, &call, element, options);
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
+        let prepared = resident.prepare(gpu.library(), &problem, &call, options).expect("valid");
+        found = (turning(&prepared), prepared.reasons().join("; "));
+    }
+    found
+}
+
+/// The keys that a layer of self-attention puts into its cache, element by element: attention would not see the columns of
+/// queries and keys change places alike.
+fn check_cached_keys(gpu: &Gpu, layer: &Layer, element: Element, options: &Options) {
+    let (starts, rows, room, width) = ([3u32, 0], 19, 24, layer.query.inputs);
+    let (kv_heads, dk, dv) = (layer.kv_heads, layer.key_dim, layer.value_dim);
+    let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
+    let mut call = Call::default();
+    call.cache = true;
+    let prepared = resident.prepare(gpu.library(), &layer.problem(2, rows, room), &call, options).expect("valid");
+    let x = Random(47).signed_vec((2 * rows * width) as usize, 1.0);
+    let nan = |n: u32| upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; n as usize]));
+    let (query, result) = (upload(gpu, bytemuck::cast_slice(&x)), nan(2 * rows * layer.out.outputs));
+    let (k, v) = (nan(2 * kv_heads * room * dk), nan(2 * kv_heads * room * dv));
+    let starts_buffer = upload(gpu, bytemuck::cast_slice(&starts));
+    let mut buffers = LayerBuffers::new(query.slice(..), result.slice(..));
+    buffers.cache = Some(CacheBuffers { k: k.slice(..), v: v.slice(..), starts: starts_buffer.slice(..) });
+    let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    prepared.encode(&mut encoder, &buffers).expect("valid");
+    gpu.queue().submit([encoder.finish()]);
+    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(k.slice(..)).expect("read"));
+
+    let (linear, rotary) = (&layer.key, layer.rotary.expect("turns"));
+    let mut p = Projection::new(2 * rows, width, linear.outputs, linear.order, Element::F32);
+    p.bias = linear.bias.as_ref().map(|_| 0);
+    let bias = linear.bias.as_deref().unwrap_or_default();
+    let keys = reference::project::<f64>(&p, &x, Elements::F32(&linear.weight), bias).0;
+    let keys: Vec<f32> = keys.into_iter().map(|x| x as f32).collect();
+    let mut turn = Rotation::new(2, kv_heads, rows, dk, rotary.positions);
+    (turn.rotary_dim, turn.interleaved, turn.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
+    turn.x = Strides { offset: 0, batch: (rows * kv_heads * dk).into(), head: dk.into(), row: (kv_heads * dk).into() };
+    let table = Rotation::table(rotary.positions, rotary.dim, rotary.base);
+    let want = reference::rotary::<f64>(&turn, Elements::F32(&keys), &table, &starts).0;
+    let line = (rows * dk) as usize;
+    for (n, want) in want.chunks_exact(line).enumerate() {
+        let at = (n * room as usize + starts[n / kv_heads as usize] as usize) * dk as usize;
+        assert_close(&got[at..][..line], want, 2e-5, &format!("keys of batch and head {n}, {element} {options:?}"));
+    }
+}
+
+#[test]
+fn rotary_embedding_takes_no_pass_of_its_own_where_pairs_are_whole_vectors() {
+    // Columns of a key and a value, elements that turn, width, order, interleaved, sources; then what turns the rows.
+    let (halves, pairs) = (false, true);
+    let cases = [
+        ((16, 16, 16), 20, Order::OutIn, halves, Sources::Query, [1, 0], "which saves a pass"),
+        ((24, 8, 8), 20, Order::OutIn, halves, Sources::Query, [1, 0], "which saves a pass"),
+        ((32, 16, 32), 20, Order::OutIn, halves, Sources::Key, [2, 0], "which saves a pass"),
+        ((72, 16, 48), 36, Order::OutIn, halves, Sources::Each, [2, 0], "which saves a pass"),
+        ((24, 16, 16), 20, Order::OutIn, pairs, Sources::Query, [1, 0], "which saves a pass"),
+        ((24, 8, 16), 20, Order::InOut, pairs, Sources::Query, [1, 0], "which saves a pass"),
+        ((40, 16, 40), 36, Order::InOut, pairs, Sources::Each, [2, 0], "which saves a pass"),
+        ((16, 16, 16), 20, Order::InOut, halves, Sources::Query, [0, 1], "stand apart in [in, out] weights"),
+        ((16, 16, 16), 22, Order::OutIn, halves, Sources::Query, [0, 1], "not whole vectors"),
+        ((16, 16, 12), 20, Order::OutIn, pairs, Sources::Query, [0, 1], "not whole vectors"),
+        ((12, 16, 8), 20, Order::OutIn, pairs, Sources::Each, [0, 2], "not whole vectors"),
+    ];
+    let all = [Element::F32, Element::F16, Element::Bf16];
+    let elements = if small("rotary embedding in the projection with 16-bit weights") { &all[..1] } else { &all[..] };
+    for gpu in gpus() {
+        let floor = &floor(gpu, 128 << 10, 64);
+        for (n, ((dk, dv, dim), width, order, interleaved, sources, want, why)) in cases.into_iter().enumerate() {
+            let mut layer = layer(&mut Random(45 + n as u64), [6, 2, dk, dv], [width; 4], order, n % 2 == 0);
+            layer.rotary = Some(RotaryEmbedding { dim, interleaved, base: 100.0, positions: 30 });
+            for form in FORMS {
+                for &element in elements {
+                    let (found, reasons) = check_turning(gpu, &layer, element, &forced(form), sources);
+                    assert!(found == want && reasons.contains(why), "{n} {form:?} {element}: {found:?}, {reasons}");
+                    if sources == Sources::Query {
+                        check_cached_keys(gpu, &layer, element, &forced(form));
+                    }
+                }
+                // Four bindings do not hold table and positions.
+                let (found, reasons) = check_turning(floor, &layer, Element::F32, &forced(form), sources);
+                let passes = [0, want[0] + want[1]];
+                assert_eq!(found, passes, "{n} {form:?} {reasons}");
+                assert!(want[0] == 0 || reasons.contains("it binds 6 storage buffers, the device 4"), "{reasons}");
+            }
+        }
+    }
+}
+
+#[test]
+fn inputs_that_are_shared_are_projected_at_once() {
+    let gpu = &gpus()[0];
+    let projections = |sources, widths, change: &dyn Fn(&mut Layer)| {
+        let mut layer = layer(&mut Random(48), [4, 2, 8, 6], widths, Order::OutIn, true);
+        change(&mut layer);
+        let (problem, mut call) = (layer.problem(2, 9, 9), Call::default());
+        call.sources = sources;
+        check_layer(gpu, &layer, &problem, &call, Element::F32, &Options::default());
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+        let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).expect("valid");
+        prepared.steps().filter(|step| matches!(step.variant, Variant::Project(_))).count()
+    };
+    // Each with the one of the output.
+    for order in [Order::InOut, Order::OutIn] {
+        let alike = |layer: &mut Layer| {
+            let parts = [&mut layer.query, &mut layer.key, &mut layer.value];
+            parts.into_iter().for_each(|linear| linear.order = order);
+        };
+        assert_eq!(projections(Sources::Query, [20; 4], &alike), 2);
+        assert_eq!(projections(Sources::Key, [20; 4], &alike), 3);
+        assert_eq!(projections(Sources::Key, [24, 20, 20, 20], &alike), 3);
+        assert_eq!(projections(Sources::Each, [20; 4], &alike), 4);
+    }
+    assert_eq!(projections(Sources::Query, [20; 4], &|layer| layer.query.order = Order::InOut), 3);
+    assert_eq!(projections(Sources::Key, [20; 4], &|layer| layer.value.order = Order::InOut), 4);
+}
+
+#[test]
+fn projections_that_turn_are_split_under_small_limits() {
+    for gpu in gpus() {
+        let gpu = &gpu.limited_to(Some(wgpu::Features::empty()), |limits| {
+            limits.max_compute_workgroups_per_dimension = 3;
+            limits.max_storage_buffer_binding_size = 12 << 10;
+        });
+        // Columns in two orders, and inputs: then the last part turns what the others have summed.
+        for (order, interleaved) in [(Order::OutIn, false), (Order::OutIn, true), (Order::InOut, true)] {
+            let mut layer = layer(&mut Random(46), [4, 2, 40, 16], [68; 4], order, true);
+            layer.rotary = Some(RotaryEmbedding { dim: 40, interleaved, base: 100.0, positions: 30 });
+            for form in FORMS {
+                let problem = layer.problem(2, 25, 25);
+                check_layer(gpu, &layer, &problem, &Call::default(), Element::F32, &forced(form));
+                let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+                let prepared = resident.prepare(gpu.library(), &problem, &Call::default(), &forced(form));
+                let [turned, apart] = turning(&prepared.expect("valid"));
+                assert!(turned > 5 && apart == 0, "{turned} {apart}");
+            }
+        }
+    }
+}
+
 /// Prompts of different lengths into the cache, then token by token; each output as if everything had been given at once.
 #[test]
 fn decoding_with_a_cache_matches_whole_sequences() {
-    // One projection for query, key and value together, and one for each.
-    for (gpu, alike) in gpus().iter().flat_map(|gpu| [(gpu, true), (gpu, false)]) {
+    // One projection for query, key and value together, and one for each; columns of a value and those of a key that turn, and
+    // whether that is in the projection.
+    let kinds = [(true, 6, 4, [0, 1]), (false, 6, 4, [0, 2]), (true, 8, 8, [1, 0]), (false, 8, 8, [2, 0])];
+    for (gpu, (alike, dv, dim, turns)) in gpus().iter().flat_map(|gpu| kinds.map(|kind| (gpu, kind))) {
         let (lengths, room, width, new) = ([5u32, 2, 7], 12u32, 20u32, 3u32);
-        let mut layer = layer(&mut Random(42), [4, 2, 8, 6], [width; 4], Order::OutIn, true);
+        let mut layer = layer(&mut Random(42), [4, 2, 8, dv], [width; 4], Order::OutIn, true);
         if !alike {
             // The same numbers as the weights of another matrix: three matrices that cannot be one.
             layer.value.order = Order::InOut;
         }
-        layer.rotary = Some(RotaryEmbedding { dim: 4, interleaved: false, base: 100.0, positions: 32 });
+        layer.rotary = Some(RotaryEmbedding { dim, interleaved: false, base: 100.0, positions: 32 });
         let mut r = Random(43);
         let sequences: Vec<Vec<f32>> =
             lengths.iter().map(|n| r.signed_vec(((n + new) * width) as usize, 1.0)).collect();
@@ -481,7 +643,7 @@ fn decoding_with_a_cache_matches_whole_sequences() {
         let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
         causal.cache = true;
         let nan = |n: u32| upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; n as usize]));
-        let (k, v, starts) = (nan(3 * 2 * room * 8), nan(3 * 2 * room * 6), upload(gpu, &[0; 12]));
+        let (k, v, starts) = (nan(3 * 2 * room * 8), nan(3 * 2 * room * dv), upload(gpu, &[0; 12]));
         let mut have = [0u32; 3];
         // The prompt padded to 7 rows, of which only the first count; then one row a step.
         for step in 0..=new {
@@ -489,6 +651,7 @@ fn decoding_with_a_cache_matches_whole_sequences() {
             let prepared = resident
                 .prepare(gpu.library(), &layer.problem(3, rows, room), &causal, &Options::default())
                 .expect("valid");
+            assert_eq!(turning(&prepared), turns, "{:?}", prepared.reasons());
             let mut x = vec![0.5f32; (3 * rows * width) as usize];
             for (b, sequence) in sequences.iter().enumerate() {
                 let n = (if step == 0 { lengths[b] } else { 1 } * width) as usize;

@@ -182,6 +182,10 @@ params! {
     col_end: u32,
     /// Output columns of a head.
     col_head: u32,
+    /// End of the columns that turn in `project`.
+    turn_end: u32,
+    /// Columns of a head of those.
+    turn_head: u32,
     /// Partial log-sum-exps of `merge`: base; other strides are those of `lse`.
     partial_base: u32,
     /// From one partial log-sum-exp to the next.
@@ -227,4 +231,6 @@ flags! {
     CIRCULAR = 18,
     TOTALS = 19,
     PAGED = 20,
+    TURN = 21,
+    HALVES = 22,
 }

@@ -19,24 +19,36 @@ pub struct Project {
     pub transposed: bool,
     /// Every row of x, w and y starts at a multiple of four elements and has a multiple of four of them.
     pub vector: bool,
+    /// Pairs of columns turn by the position of their row, once they are summed; needs `vector`.
+    pub turned: bool,
 }
 
 impl Project {
     pub(crate) fn all() -> impl Iterator<Item = Project> {
-        tuning::project_tiles().flat_map(|tile| {
+        // Transposed, vector, turned.
+        let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
+        let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
+        tuning::project_tiles().flat_map(move |tile| {
+            let kinds = kinds.clone();
             [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
-                [(false, false), (false, true), (true, false), (true, true)].map(|(transposed, vector)| Project {
+                kinds.clone().map(move |(transposed, vector, turned)| Project {
                     tile,
                     element,
                     transposed,
                     vector,
+                    turned,
                 })
             })
         })
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        vec![(Slot::Query, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Result, true)]
+        let mut slots =
+            vec![(Slot::Query, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Result, true)];
+        if self.turned {
+            slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
+        }
+        slots
     }
 
     pub(crate) fn threads(&self) -> u32 {
@@ -53,6 +65,7 @@ impl Project {
     pub(crate) fn context(&self) -> Value {
         context! {
             element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
+            turned => self.turned,
             workgroup_bytes => self.workgroup_bytes(),
             ..self.tile.context(self.threads())
         }
@@ -64,6 +77,11 @@ impl fmt::Display for Project {
         let Tile { body, rows, tile_rows, tile_cols, .. } = self.tile;
         let order = if self.transposed { "[out, in]" } else { "[in, out]" };
         let vector = if self.vector { "" } else { " unaligned" };
-        write!(f, "project[{body}; {tile_rows}×{tile_cols}, {rows} rows each; {} {order}{vector}]", self.element)
+        let turned = if self.turned { ", turned" } else { "" };
+        write!(
+            f,
+            "project[{body}; {tile_rows}×{tile_cols}, {rows} rows each; {} {order}{vector}{turned}]",
+            self.element
+        )
     }
 }
