@@ -38,12 +38,13 @@ fn s_place(batch: u32, head: u32, row: u32) -> u32 {
 
 {% if lanes %}
 // Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and keeps {{ dims }} dims of each in registers;
-// four keys are loaded once per subgroup, spread over its lanes, and broadcast.
+// four keys are loaded once per subgroup, spread over its lanes, and broadcast. All query heads of a key/value head are rows of one tile.
 // The workgroup is one subgroup; it runs over {{ tile_cols }} keys. Head dims beyond {{ dims }} take further passes that add to the scratch.
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
 const KEYS: u32 = {{ tile_cols }}u;
+{% include "shared/lines.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -53,23 +54,23 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     let batch = here.batch;
-    let head = here.head;
+    let kv_head = here.head * params.group;
     let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
-    let row_end = min(params.row_end, seq.rows);
-    let row_last = max(row_end, 1u) - 1u;
-    let range = tile_range(seq, row_first, min(row_first + LANES * ROWS - 1u, row_last));
+    let line_first = here.row_tile * (LANES * ROWS);
+    let line_end = (max(params.row0, min(params.row_end, seq.rows)) - params.row0) * (params.group_end - params.group0);
+    let line_last = max(line_end, 1u) - 1u;
+    let range = tile_range(seq, line_row(min(line_first, line_last)), line_row(min(line_first + LANES * ROWS - 1u, line_last)));
     let key_first = params.key0 + here.col_tile * KEYS;
     let key_begin = max(key_first, range.x & ~3u);
     let key_stop = min(min(key_first + KEYS, params.key_end), min(range.y, seq.stored));
     // No early return: a CPU driver would run all that follows under a mask. Without work the loop is empty.
-    let key_end = select(0u, key_stop, here.inside && row_first < row_end);
+    let key_end = select(0u, key_stop, here.inside && line_first < line_end);
     let key_last = max(seq.stored, 1u) - 1u;
 {% for r in range(rows) %}
-    let owned_{{ r }} = row_first + {{ r * lanes }}u + lane <= row_last;
-    let row_{{ r }} = min(row_first + {{ r * lanes }}u + lane, row_last);
-    let q_{{ r }} = q_place(batch, head, seq, row_{{ r }});
-    let s_{{ r }} = s_place(batch, head, row_{{ r }});
+    let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
+    let line_{{ r }} = min(line_first + {{ r * lanes }}u + lane, line_last);
+    let q_{{ r }} = q_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }}));
+    let s_{{ r }} = s_place(batch, line_head(here.head, line_{{ r }}), line_row(line_{{ r }}));
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
@@ -98,7 +99,7 @@ fn main(
 {% for t in range(dims // lanes) %}
             let k_{{ t }} = select(
                 vec4<f32>(),
-                load_k(k_place(batch, head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }}),
+                load_k(k_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }}),
                 dim_{{ t }} < valid,
             );
 {% endfor %}
@@ -114,7 +115,7 @@ fn main(
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
 {% if not subgroup %}
-            let place_{{ j }} = k_place(batch, head, seq, min(key + {{ j }}u, key_last)) + dim;
+            let place_{{ j }} = k_place(batch, kv_head, seq, min(key + {{ j }}u, key_last)) + dim;
 {% endif %}
 {% for c in range(dims // 4) %}
 {% set part = j * (dims // 4) + c %}

@@ -88,10 +88,13 @@ fn main(
         lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
     }
 {% endif %}
-    // The rows of the tile that `values` reads together, the last of a sequence cut off.
-    let tile = params.row0 + (here.row_tile / params.values_rows) * params.values_rows;
-    let tile_last = min(tile + params.values_rows, min(params.row_end, max(seq.rows, 1u))) - 1u;
-    let written = tile_range(seq, min(tile, tile_last), tile_last);
+    // The rows of the tile that `values` reads together, the last of a sequence cut off. A row counts for as many lines as there are heads
+    // in such a tile.
+    let each = params.values_each;
+    let line_own = here.row_tile * each + select(0u, here.head % params.group - params.group0, each > 1u);
+    let line_first = line_own / params.values_rows * params.values_rows;
+    let tile_last = min(params.row0 + (line_first + params.values_rows - 1u) / each, min(params.row_end, max(seq.rows, 1u)) - 1u);
+    let written = tile_range(seq, min(params.row0 + line_first / each, tile_last), tile_last);
     for (var key = (written.x & ~3u) + thread * 4u; key < written.y; key += THREADS * 4u) {
         let at = line + (key >> 2u);
         s[at] = weigh(in_range(range, key, s[at]), m) * inverse;

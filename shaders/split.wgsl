@@ -15,6 +15,7 @@
 // Given:     1 ≤ head_dim, value_dim ≤ {{ dims }}; no packed sequences. No key outside the range of the tile is read.
 // Reference: src/reference.rs (attention)
 {% include "shared/params.wgsl" %}
+{% include "shared/lines.wgsl" %}
 
 @group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
 @group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
@@ -80,16 +81,14 @@ fn main(
     let lane = thread % ACROSS;
     let stream = thread / ACROSS;
 
-    // Line n of this part's rows is head `group0 + n % each` of the group in row `row0 + n / each`.
-    let each = params.group_end - params.group0;
     let row_end = max(params.row0, select(params.row0, min(params.row_end, seq.rows), here.inside));
     let line_first = here.row_tile * ROWS;
-    let line_end = (row_end - params.row0) * each;
+    let line_end = (row_end - params.row0) * (params.group_end - params.group0);
     let turns = min(ROWS, max(line_end, line_first) - line_first);
     let line_last = max(line_end, 1u) - 1u;
 {% for r in range(rows) %}
-    let row_{{ r }} = params.row0 + min(line_first + {{ r }}u, line_last) / each;
-    let head_{{ r }} = here.head * params.group + params.group0 + min(line_first + {{ r }}u, line_last) % each;
+    let row_{{ r }} = line_row(min(line_first + {{ r }}u, line_last));
+    let head_{{ r }} = line_head(here.head, min(line_first + {{ r }}u, line_last));
 {% endfor %}
     let range = tile_range(seq, row_0, row_{{ rows - 1 }});
     let visible = select(0u, range.y - range.x, turns > 0u);
@@ -175,8 +174,8 @@ fn main(
 {% if full %}
             for (var r = 0u; r < turns; r++) {
                 let line = line_first + r;
-                let row = params.row0 + line / each;
-                let head = here.head * params.group + params.group0 + line % each;
+                let row = line_row(line);
+                let head = line_head(here.head, line);
 {% for j in range(keys) %}
                 var x_{{ j }} = s_0_{{ j }};
 {% for r in range(1, rows) %}
@@ -249,8 +248,8 @@ fn main(
     // One row after the other, so that each store stands once in the text.
     for (var r = 0u; r < ROWS; r++) {
         let line = min(line_first + r, line_last);
-        let row = params.row0 + line / each;
-        let head = here.head * params.group + params.group0 + line % each;
+        let row = line_row(line);
+        let head = line_head(here.head, line);
 {% macro pick(name) %}{% for r in range(1, rows) %}select({% endfor %}{{ name | replace("#", "0") }}{% for r in range(1, rows) %}, {{ name | replace("#", r) }}, r == {{ r }}u){% endfor %}{% endmacro %}
         let own = {{ pick("m_#") }};
         let poisoned = {% if streams > 1 %}atomicLoad(&spoilt[r]) != 0u{% else %}subgroupAny({{ pick("poisoned_#") }}){% endif %};

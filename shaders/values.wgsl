@@ -55,10 +55,12 @@ fn give(at: u32, valid: u32, sum: vec4<f32>, poisoned: bool) {
 
 {% if lanes %}
 // Lane-per-row form, for CPU adapters: a lane owns {{ rows }} rows and {{ dims }} dims of each in registers; values of four keys are loaded
-// once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup.
+// once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup. All query heads of a key/value head are rows of
+// one tile.
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
+{% include "shared/lines.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -71,15 +73,15 @@ fn main(
         return;
     }
     let batch = here.batch;
-    let head = here.head;
+    let kv_head = here.head * params.group;
     let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
+    let line_first = here.row_tile * (LANES * ROWS);
+    let line_end = (max(params.row0, min(params.row_end, seq.rows)) - params.row0) * (params.group_end - params.group0);
+    if (line_first >= line_end) {
         return;
     }
-    let row_last = row_end - 1u;
-    let range = tile_range(seq, row_first, min(row_first + LANES * ROWS - 1u, row_last));
+    let line_last = line_end - 1u;
+    let range = tile_range(seq, line_row(line_first), line_row(min(line_first + LANES * ROWS - 1u, line_last)));
     let key_begin = max(params.key0, range.x & ~3u);
     let key_end = min(params.key_end, range.y);
     let key_last = max(seq.stored, 1u) - 1u;
@@ -87,9 +89,9 @@ fn main(
     let valid = params.value_dim - dim;
     let last = (valid - 1u) & ~3u;
 {% for r in range(rows) %}
-    let owned_{{ r }} = row_first + {{ r * lanes }}u + lane <= row_last;
-    let row_{{ r }} = min(row_first + {{ r * lanes }}u + lane, row_last);
-    let s_{{ r }} = s_place(batch, head, row_{{ r }});
+    let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
+    let line_{{ r }} = min(line_first + {{ r * lanes }}u + lane, line_last);
+    let s_{{ r }} = s_place(batch, line_head(here.head, line_{{ r }}), line_row(line_{{ r }}));
     var poisoned_{{ r }} = false;
 {% for c in range(dims // 4) %}
     var sum_{{ r }}_{{ c }} = vec4<f32>();
@@ -107,7 +109,7 @@ fn main(
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
-        let raw_{{ t }} = load_v(v_place(batch, head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }});
+        let raw_{{ t }} = load_v(v_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }});
         let good_{{ t }} = finite(raw_{{ t }});
         let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
 {% endfor %}
@@ -132,7 +134,7 @@ fn main(
 {% else %}
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
-        let place_{{ j }} = v_place(batch, head, seq, min(key + {{ j }}u, key_last)) + dim;
+        let place_{{ j }} = v_place(batch, kv_head, seq, min(key + {{ j }}u, key_last)) + dim;
         var good_{{ j }} = true;
 {% for c in range(dims // 4) %}
         let raw_{{ j }}_{{ c }} = load_v(place_{{ j }} + min({{ c * 4 }}u, last), valid - min({{ c * 4 }}u, last));
@@ -151,7 +153,7 @@ fn main(
     }
 {% for r in range(rows) %}
     if (owned_{{ r }}) {
-        let at = out_place(batch, head, seq, row_{{ r }}) + dim;
+        let at = out_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }})) + dim;
 {% for c in range(dims // 4) %}
         if ({{ c * 4 }}u < valid) {
             give(at + {{ c * 4 }}u, valid - {{ c * 4 }}u, sum_{{ r }}_{{ c }}, poisoned_{{ r }});

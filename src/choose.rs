@@ -440,7 +440,7 @@ fn lane_tile(tile: fn(Body, u32, u32) -> Tile, body: Body, shape: &Shape, dim: u
     let Body::Lanes { lanes, .. } = body else { unreachable!("called for lane bodies") };
     let [one, many] = tuning::LANE_ROWS;
     let [narrow, wide] = tuning::LANE_DIMS;
-    let rows = if shape.seq_q <= lanes { one } else { many };
+    let rows = if lines(shape) <= u64::from(lanes) { one } else { many };
     let dims = if dim <= narrow && format.vector { narrow } else { wide };
     tile(body, rows, dims)
 }

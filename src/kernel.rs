@@ -333,6 +333,16 @@ impl Variant {
         }
     }
 
+    /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
+    pub fn takes_group(&self) -> bool {
+        match self {
+            Variant::Scores(x) => x.tile.body != Body::Tiled,
+            Variant::Values(x) => x.tile.body != Body::Tiled,
+            Variant::Split(_) => true,
+            _ => false,
+        }
+    }
+
     /// Storage bindings 1, 2, … in order, and whether the kernel writes them.
     pub fn bindings(&self) -> Vec<(Slot, bool)> {
         each!(self, x => x.bindings())

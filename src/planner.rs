@@ -310,8 +310,11 @@ impl<'a> Planner<'a> {
             let at = half(&part.batch, 1);
             (low.batch.end, high.batch.start) = (at, at);
         } else if count(&part.heads) > 1 {
-            // `split` takes the query heads of a key/value head together.
-            let at = half(&part.heads, if matches!(self.fused, Some(Variant::Split(_))) { s_group } else { 1 });
+            // Some kernels take the query heads of a key/value head together.
+            let scores = self.fused.is_none() || self.shape.weights;
+            let together = self.fused.is_some_and(|fused| fused.takes_group())
+                || scores && Variant::Scores(self.scores).takes_group();
+            let at = half(&part.heads, if together { s_group } else { 1 });
             (low.heads.end, high.heads.start) = (at, at);
         } else if count(&part.rows) > 1 {
             let at = half(&part.rows, self.scores.tile.tile_rows.max(self.values.tile.tile_rows));
@@ -494,12 +497,12 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         let (row_tiles, col_tiles, flops_per_score) = match &variant {
             Variant::Scores(x) => (
-                count(&part.rows).div_ceil(x.tile.tile_rows.into()),
+                self.tile_lines(&variant, part).div_ceil(x.tile.tile_rows.into()),
                 count(keys).div_ceil(x.tile.tile_cols.into()),
                 2.0 * f64::from(s.head_dim),
             ),
             Variant::Values(x) => (
-                count(&part.rows).div_ceil(x.tile.tile_rows.into()),
+                self.tile_lines(&variant, part).div_ceil(x.tile.tile_rows.into()),
                 u64::from(s.value_dim.div_ceil(x.tile.tile_cols)),
                 2.0 * f64::from(s.value_dim),
             ),
@@ -524,7 +527,7 @@ impl<'a> Planner<'a> {
                 (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
             }
             Variant::Split(x) => (
-                (count(&part.rows) * count(&self.group(part))).div_ceil(x.tile.rows.into()),
+                self.tile_lines(&variant, part).div_ceil(x.tile.rows.into()),
                 self.partials.max(1).into(),
                 2.0 * f64::from(s.head_dim + s.value_dim),
             ),
@@ -532,15 +535,13 @@ impl<'a> Planner<'a> {
         };
         let mut params = self.params(part, keys, extra_flags);
         let mut planes = part.planes();
-        if matches!(variant, Variant::Split(_)) {
-            let group = self.group(part);
+        if variant.takes_group() {
             params.head0 = part.heads.start / s.group;
             params.heads = (part.heads.end - 1) / s.group + 1 - params.head0;
             planes = count(&part.batch) * u64::from(params.heads);
-            (params.group0, params.group_end) = (group.start, group.end);
-            if self.partials > 0 {
-                params.flags &= !flags::SINKS;
-            }
+        }
+        if self.partials > 0 && matches!(variant, Variant::Split(_)) {
+            params.flags &= !flags::SINKS;
         }
         params.row_tiles = small("row tiles", row_tiles)?;
         params.col_tiles = small("column tiles", col_tiles)?;
@@ -554,6 +555,11 @@ impl<'a> Planner<'a> {
         self.steps.push(variant, params, bindings, workgroups, flops)
     }
 
+    /// Lines of a part that a kernel's tiles divide: rows, of each head or of all query heads of a key/value head.
+    fn tile_lines(&self, variant: &Variant, part: &Part) -> u64 {
+        count(&part.rows) * if variant.takes_group() { count(&self.group(part)) } else { 1 }
+    }
+
     /// The query heads of a key/value head that a part has: all, unless it lies within one group.
     fn group(&self, part: &Part) -> Range<u32> {
         let group = self.shape.group;
@@ -565,6 +571,7 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         let l = self.lists;
         let rows = u64::from(part.rows.end - part.rows.start);
+        let group = self.group(part);
         let row = u64::from(s.score_row());
         let s_head = rows * row;
         let s_batch = count(&part.heads) * s_head;
@@ -594,7 +601,10 @@ impl<'a> Planner<'a> {
             softcap: s.softcap.unwrap_or(0.0),
             window_left: s.window.left.unwrap_or(0),
             window_right: s.window.right.unwrap_or(0),
+            group0: group.start,
+            group_end: group.end,
             values_rows: self.values.tile.tile_rows,
+            values_each: if Variant::Values(self.values).takes_group() { group.end - group.start } else { 1 },
             s_base: 0u64.wrapping_sub(origin) as u32,
             s_batch: s_batch as u32,
             s_head: s_head as u32,

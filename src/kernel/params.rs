@@ -70,8 +70,10 @@ params! {
     window_left: u32,
     /// Keys visible after the position.
     window_right: u32,
-    /// Rows of a tile of `values`.
+    /// Lines of a tile of `values`, see shaders/shared/lines.wgsl; where its heads stand apart, rows.
     values_rows: u32,
+    /// Lines of a row there: query heads that share a tile.
+    values_each: u32,
     /// q: base and strides.
     q_base: u32,
     /// Stride.

@@ -29,7 +29,7 @@ pub fn every_workgroup_once(plan: &Plan) {
         assert!(p.end.is_multiple_of(tiles), "{variant} ends inside a head");
         if !matches!(variant, Variant::Pack(_) | Variant::Merge(_)) {
             let keys = if matches!(variant, Variant::Softmax(_)) { s.seq_kv } else { p.key_end - p.key0 };
-            let each = if matches!(variant, Variant::Split(_)) { p.group_end - p.group0 } else { 1 };
+            let each = if variant.takes_group() { p.group_end - p.group0 } else { 1 };
             let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * u64::from(each) * u64::from(keys);
             *pairs.entry(*variant).or_default() += count;
         }
@@ -57,18 +57,28 @@ pub struct Place {
 /// The workgroups of a step as shaders/shared/params.wgsl numbers them.
 pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Place> + 'a> {
     let p = &step.params;
-    if let Variant::Split(x) = &step.variant {
+    if step.variant.takes_group() {
+        let (tile, tile_cols, cols) = match &step.variant {
+            Variant::Split(x) => (x.tile.rows, None, 0..p.value_dim),
+            Variant::Scores(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), p.key0..p.key_end),
+            Variant::Values(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), 0..p.value_dim),
+            other => panic!("{other} is not known here"),
+        };
         let each = p.group_end - p.group0;
         let lines = (p.row_end - p.row0) * each;
         return Box::new((p.first..p.end).flat_map(move |index| {
-            let (line, part) = (index / p.col_tiles, index % p.col_tiles);
-            let (plane, tile) = (line / p.row_tiles, line % p.row_tiles);
-            let first = tile * x.tile.rows;
-            (first..lines.min(first + x.tile.rows)).map(move |n| Place {
+            let (line, col) = (index / p.col_tiles, index % p.col_tiles);
+            let (plane, first) = (line / p.row_tiles, line % p.row_tiles * tile);
+            // `split` shares out keys, the others columns.
+            let (cols, part) = match tile_cols {
+                None => (cols.clone(), col),
+                Some(wide) => (cols.start + col * wide..cols.end.min(cols.start + (col + 1) * wide), 0),
+            };
+            (first..lines.min(first + tile)).map(move |n| Place {
                 batch: p.batch0 + plane / p.heads,
                 head: (p.head0 + plane % p.heads) * p.group + p.group0 + n % each,
                 rows: p.row0 + n / each..p.row0 + n / each + 1,
-                cols: 0..p.value_dim,
+                cols: cols.clone(),
                 part,
             })
         }));
