@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::flash::Operands;
 use super::{Body, Format, Slot};
 use crate::problem::Element;
 use crate::tuning;
@@ -60,18 +61,7 @@ impl Rows {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = vec![
-            (Slot::Q, false),
-            (Slot::K, false),
-            (Slot::V, false),
-            (Slot::Out, true),
-            (Slot::Lse, true),
-            (Slot::Lists, false),
-        ];
-        if self.full {
-            slots.extend([(Slot::Mask, false), (Slot::Bias, false)]);
-        }
-        slots
+        if self.full { Operands::Full } else { Operands::Lists }.bindings()
     }
 
     pub(crate) fn threads(&self) -> u32 {
