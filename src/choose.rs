@@ -177,7 +177,7 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
         Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
             Some("so few queries leave its lanes idle")
         }
-        Kernel::Split if caps.cpu && caps.lanes().is_some_and(|lanes| shape.seq_q > lanes) => {
+        Kernel::Split if caps.cpu && matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q > lanes) => {
             Some("so many queries would read the keys again and again")
         }
         Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {

@@ -160,11 +160,13 @@ fn a_maximum_that_rises_is_rescaled_exactly() {
 
 #[test]
 fn values_that_cancel_keep_the_digits_of_f32() {
-    // One heavy key of value 0, and hundreds that weigh less than f16's last place: their sum is all that is left of them.
-    let p = halves([1, 1, 33, 1000, 8], |p| p.scale = Some(1.0));
+    // One heavy key of value 0, and hundreds that weigh less than f16's last place: their sum is all that is left of them. lavapipe
+    // ends all loops of an invocation after 2^16 turns together, which emulated matrices reach with a thousand keys when checks
+    // keep their loops from being unrolled.
+    let p = halves([1, 1, 33, 400, 8], |p| p.scale = Some(1.0));
     for depth in [9.0, 12.0, 16.0] {
         let mut operands = Data::random(&p, 11, 1.0);
-        let (rows, keys) = (33 * 8, 1000 * 8);
+        let (rows, keys) = (33 * 8, 400 * 8);
         (0..rows).for_each(|n| operands.q.set(n, if n % 8 == 0 { 1.0 } else { 0.0 }));
         (0..keys).for_each(|n| operands.k.set(n, if n % 8 == 0 && n > 0 { -depth } else { 0.0 }));
         (0..keys).for_each(|n| operands.v.set(n, if n < 8 { 0.0 } else { 1.0 }));
