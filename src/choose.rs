@@ -199,7 +199,7 @@ fn variants(
     options: &Options,
     key_step: u32,
 ) -> std::result::Result<Vec<Variant>, String> {
-    match kernel {
+    let found = match kernel {
         Kernel::Unfused if shape.paged.is_some() => Err("it reads no keys in pages".into()),
         Kernel::Unfused => Ok(Vec::new()),
         _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
@@ -209,6 +209,33 @@ fn variants(
         Kernel::Split => split(shape, caps, options, key_step),
         Kernel::Flash => flash(shape, caps, options, key_step),
         Kernel::Matrix => matrix(shape, caps, options, key_step),
+    }?;
+    let turns = |variant: &Variant| if caps.cpu { turns(variant, shape, caps, options) } else { 0 };
+    match found.iter().map(turns).min() {
+        Some(least) if least > tuning::CPU_TURNS => {
+            Err(format!("its loops take {least} turns, and those of a CPU adapter {} at most", tuning::CPU_TURNS))
+        }
+        _ => Ok(found.into_iter().filter(|variant| turns(variant) <= tuning::CPU_TURNS).collect()),
+    }
+}
+
+/// Turns that the loops of an invocation of a fused kernel take together, at most.
+fn turns(variant: &Variant, shape: &Shape, caps: &Caps, options: &Options) -> u64 {
+    let all = u64::from(shape.seq_kv);
+    // Page by page, where there are any.
+    let steps = |keys: u64, step: u32| {
+        let page = shape.paged.map_or(keys, |paged| u64::from(paged.page_size).min(keys)).max(1);
+        keys.div_ceil(page) * (page.div_ceil(step.into()) + 1)
+    };
+    match variant {
+        Variant::Rows(x) => steps(all, x.tile.keys) * if x.full { 1 + u64::from(x.tile.rows) } else { 1 },
+        Variant::Split(x) => {
+            let keys = all.div_ceil(partials(shape, caps, options, x).max(1).into());
+            steps(keys, x.tile.keys * x.tile.streams) * if x.full { 1 + u64::from(x.tile.rows) } else { 1 }
+        }
+        Variant::Flash(x) => steps(all, x.tile.tile_keys()) * u64::from(x.turns(shape.head_dim)),
+        Variant::Matrix(x) => steps(all, matrix::KEYS) * u64::from(x.turns(shape.head_dim)),
+        _ => 0,
     }
 }
 

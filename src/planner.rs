@@ -108,6 +108,14 @@ impl<'a> Planner<'a> {
         let mut reasons = Vec::new();
         let key_step = key_step(shape, caps)?;
         let fused = choose_fused(shape, caps, options, tuning, key_step, &mut reasons)?;
+        let key_step = match (&fused, caps.cpu && shape.seq_kv > tuning::CPU_KEYS) {
+            (None, true) if shape.packed.is_some() => {
+                let limit = tuning::CPU_KEYS.into();
+                return Err(Error::TooLarge { field: "seq_kv", value: shape.seq_kv.into(), limit });
+            }
+            (None, true) => key_step.min(tuning::CPU_KEYS),
+            _ => key_step,
+        };
         let (mut body, why) = choose_body(caps, options);
         if fused.is_none() {
             reasons.push(format!("scores and values in the form: {body} ({why})"));
@@ -154,7 +162,9 @@ impl<'a> Planner<'a> {
             }
         }
         if key_step < shape.seq_kv {
-            reasons.push(format!("keys or values of one head exceed a binding: {key_step} keys a dispatch"));
+            reasons.push(format!(
+                "{key_step} keys a dispatch: those of one head exceed a binding, or what loops on a CPU adapter take"
+            ));
         }
         let direct = match &fused {
             Some(Variant::Rows(x)) => x.format.vector,
@@ -189,6 +199,8 @@ impl<'a> Planner<'a> {
         let out = if unpacked { Element::F32 } else { shape.element };
         let values = values::Values { tile: values_tile(shape, caps, body, vo)?, format: vo, out };
         let threads = match (caps.cpu, shape.seq_kv) {
+            // Two turns for 32 keys of a row.
+            (true, keys) if u64::from(keys / 16) > tuning::CPU_TURNS => tuning::SOFTMAX_THREADS[2],
             (true, _) => tuning::SOFTMAX_THREADS[0],
             (false, ..=512) => tuning::SOFTMAX_THREADS[1],
             (false, _) => tuning::SOFTMAX_THREADS[2],

@@ -127,6 +127,16 @@ impl Flash {
         ACROSS * DOWN
     }
 
+    /// Turns that the loops of an invocation take together for a tile of keys.
+    pub(crate) fn turns(&self, head_dim: u32) -> u32 {
+        let Tile { dims, rows, depth, value_keys, resident, .. } = self.tile;
+        let each = |vectors: u32| vectors.div_ceil(self.threads());
+        let q = if resident { 0 } else { each(self.tile.tile_rows() * depth / 4) };
+        let scores = head_dim.div_ceil(depth) * (1 + q + each(self.tile.tile_keys() * depth / 4));
+        let values = self.tile.tile_keys() / value_keys * (1 + each(value_keys * dims / 4));
+        1 + scores + rows + values
+    }
+
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         let Tile { value_keys, shuffle, .. } = self.tile;
         let weights = 4 * self.tile.tile_rows() * self.tile.tile_keys();

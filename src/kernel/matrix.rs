@@ -45,7 +45,7 @@ pub const SIZES: [u32; 2] = [16, 8];
 pub const THREADS: u32 = 128;
 
 /// Keys of a tile.
-const KEYS: u32 = 32;
+pub const KEYS: u32 = 32;
 
 /// Matrices below each other in a tile of rows.
 const BLOCKS: u32 = 4;
@@ -98,6 +98,15 @@ impl Matrix {
 
     pub(crate) fn threads(&self) -> u32 {
         THREADS
+    }
+
+    /// Turns that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
+    pub(crate) fn turns(&self, head_dim: u32) -> u32 {
+        let Tile { size, dims, depth, .. } = self.tile;
+        let staged = self.tile.tile_rows() + 2 * KEYS;
+        head_dim.div_ceil(depth) * (2 + depth / size + staged * depth / 4 / THREADS)
+            + KEYS * (dims / 4 + 2) / THREADS
+            + KEYS
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {

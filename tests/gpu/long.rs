@@ -1,6 +1,6 @@
 //! A long problem: no score matrix, no scratch at all, many slices, and right in rows from the first to the last.
 
-use wgpu_attention::{Causal, Problem, Window};
+use wgpu_attention::{Causal, Kernel, Options, Problem, Window};
 
 use crate::support::{Case, Data, Tensor, gpus, small};
 
@@ -47,6 +47,28 @@ fn long_causal_problems_need_no_scratch_and_run_in_slices() {
             let got = &out[*first as usize * 64..][..7 * 64];
             let found = part.budget.compare_out(&part.problem.check().unwrap(), got, &part.want.out);
             assert!(found.passed(), "rows from {first} on: {found}\n{plan}");
+        }
+    }
+}
+
+#[test]
+fn more_keys_than_the_loops_of_a_cpu_driver_take_are_not_dropped() {
+    if small("more_keys_than_the_loops_of_a_cpu_driver_take_are_not_dropped, which are llvmpipe's") {
+        return;
+    }
+    // With one query row a lane and several; with a term that gives each step loops of its own.
+    for (seq_q, seq_kv, alibi) in [(1, 300_000, false), (17, 300_000, false), (17, 40_000, true)] {
+        let mut p = Problem::new(1, 1, seq_q, seq_kv, 4);
+        (p.alibi, p.scale) = (alibi, Some(0.1));
+        let case = Case::random(p.clone(), 4);
+        for gpu in gpus() {
+            case.check(gpu, &Options::default());
+            case.check(gpu, &Options { kernel: Some(Kernel::Unfused), ..Options::default() });
+            let rows = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+            if gpu.library().caps().cpu {
+                let error = gpu.library().plan_with(&p, &rows).unwrap_err().to_string();
+                assert!(error.contains("its loops take"), "{error}");
+            }
         }
     }
 }

@@ -504,3 +504,25 @@ fn the_emulated_form_runs_only_when_asked_for() {
         }
     }
 }
+
+#[test]
+fn loops_on_a_cpu_adapter_stay_below_what_its_driver_takes() {
+    let cpu = Caps { cpu: true, ..roomy() };
+    let plan = |p: &Problem, caps: &Caps| planned(p, caps, &Options::default());
+    let long = Problem::new(1, 1, 64, 300_000, 64);
+    let own = plan(&long, &cpu);
+    assert_eq!(own.kernel(), "scores+softmax+values", "{own}");
+    let most = own
+        .steps()
+        .iter()
+        .filter(|step| step.variant.kernel() == "values")
+        .map(|step| step.params.key_end - step.params.key0);
+    assert!(most.max().unwrap() <= tuning::CPU_KEYS, "{own}");
+    assert!(own.reasons().iter().any(|reason| reason.contains("its loops take")), "{own}");
+    // A GPU has no such limit, and shorter problems none on a CPU.
+    assert!(!plan(&long, &roomy()).kernel().contains("softmax"));
+    let mut packed = long.clone();
+    packed.packed = Some(wgpu_attention::Packed { total_q: 64, total_kv: 300_000 });
+    let error = Plan::new(&packed.check().unwrap(), &cpu, &Options::default()).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { field: "seq_kv", value: 300_000, .. }), "{error}");
+}
