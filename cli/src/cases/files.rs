@@ -33,23 +33,30 @@ pub enum Loaded {
     },
 }
 
-/// Every case file of the given folders and files, in order, each once.
+/// The case files of a folder and of the folders in it, in order. Links to folders are not followed: they may lead back.
+fn in_folder(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut entries: Vec<_> = std::fs::read_dir(folder)?.collect::<std::io::Result<_>>()?;
+    entries.sort_by_key(|entry| entry.path());
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            files.extend(in_folder(&path)?);
+        } else if path.extension().is_some_and(|ending| ending == "safetensors") {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Every case file of the given folders, with those in them, and files, in order, each once.
 pub fn sources(paths: &[PathBuf]) -> Result<Vec<Source>> {
     let mut found = Vec::new();
     let mut folders = BTreeSet::new();
     for path in paths {
         let at = |source| Error::File { path: path.clone(), source };
-        let mut files = vec![path.clone()];
-        if std::fs::metadata(path).map_err(at)?.is_dir() {
-            files.clear();
-            for entry in std::fs::read_dir(path).map_err(at)? {
-                let file = entry.map_err(at)?.path();
-                if file.extension().is_some_and(|ending| ending == "safetensors") {
-                    files.push(file);
-                }
-            }
-            files.sort();
-        }
+        let folder = std::fs::metadata(path).map_err(at)?.is_dir();
+        let files = if folder { in_folder(path).map_err(at)? } else { vec![path.clone()] };
         for file in files {
             let folder = file.parent().unwrap_or(Path::new("")).to_path_buf();
             if !minilm::is_part(&file, &folder) {
