@@ -113,6 +113,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn folders_in_a_folder_are_searched() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases");
+        let entries = std::fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path());
+        let parts: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
+        let all = sources(&[root]).unwrap();
+        assert!(parts.len() > 5 && all.len() > 200);
+        assert_eq!(all.len(), sources(&parts).unwrap().len());
+    }
+
+    #[test]
     fn folders_and_files_are_listed_once_and_unknown_ones_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("test_flexattention.safetensors");
