@@ -507,6 +507,12 @@ impl<'a> Planner<'a> {
     /// One kernel over a part and a range of keys, in as many dispatches as the limits need.
     fn step(&mut self, variant: Variant, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Result<()> {
         let s = self.shape;
+        // Each block of value dims forms the scores again.
+        let blocked = |tile_rows: u32, dims: u32| {
+            let blocks = s.value_dim.div_ceil(dims);
+            let flops = 2.0 * f64::from(blocks * s.head_dim + s.value_dim);
+            (count(&part.rows).div_ceil(tile_rows.into()), blocks.into(), flops)
+        };
         let (row_tiles, col_tiles, flops_per_score) = match &variant {
             Variant::Scores(x) => (
                 self.tile_lines(&variant, part).div_ceil(x.tile.tile_rows.into()),
@@ -519,22 +525,8 @@ impl<'a> Planner<'a> {
                 2.0 * f64::from(s.value_dim),
             ),
             Variant::Softmax(_) => (count(&part.rows), 1, 32.0),
-            Variant::Flash(x) => {
-                let blocks = s.value_dim.div_ceil(x.tile.dims);
-                (
-                    count(&part.rows).div_ceil(x.tile.tile_rows().into()),
-                    blocks.into(),
-                    2.0 * f64::from(blocks * s.head_dim + s.value_dim),
-                )
-            }
-            Variant::Matrix(x) => {
-                let blocks = s.value_dim.div_ceil(x.tile.dims);
-                (
-                    count(&part.rows).div_ceil(x.tile.tile_rows().into()),
-                    blocks.into(),
-                    2.0 * f64::from(blocks * s.head_dim + s.value_dim),
-                )
-            }
+            Variant::Flash(x) => blocked(x.tile.tile_rows(), x.tile.dims),
+            Variant::Matrix(x) => blocked(x.tile.tile_rows(), x.tile.dims),
             Variant::Rows(x) => {
                 (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
             }
