@@ -1,7 +1,7 @@
 //! What a device can do, as pure data.
 
 use crate::kernel::{SUBGROUP_SIZES, matrix};
-use crate::{Error, Result};
+use crate::{Error, Kernel, Result};
 
 /// What the planner needs to know of a device.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +52,11 @@ impl Caps {
             matrices: adapter.filter(|_| cooperative).map_or(Vec::new(), matrix_sizes),
             limits: device.limits(),
         })
+    }
+
+    /// Whether the device's driver takes minutes to compile a kernel: `rows` on CPU adapters of four lanes.
+    pub fn takes_minutes(&self, kernel: Kernel) -> bool {
+        kernel == Kernel::Rows && self.cpu && self.lanes().is_some_and(|lanes| lanes < 8)
     }
 
     /// The subgroup size, where lane-per-row bodies are rendered for it.

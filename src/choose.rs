@@ -143,7 +143,7 @@ pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
     let (options, key_step) = (Options::default(), key_step(shape, caps)?);
     let own = choose_fused(shape, caps, &options, &Tuning::default(), key_step, &mut Vec::new())?;
     let mut choices = vec![own.as_ref().map_or(Choice::Unfused, Choice::of)];
-    for kernel in Kernel::ALL.into_iter().filter(|&kernel| !takes_minutes(kernel, caps)) {
+    for kernel in Kernel::ALL.into_iter().filter(|&kernel| !caps.takes_minutes(kernel)) {
         // A kernel that cannot run is no candidate.
         let variants = variants(kernel, shape, caps, &options, key_step).unwrap_or_default();
         choices.extend(variants.iter().map(Choice::of));
@@ -161,11 +161,6 @@ pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
     Ok(choices)
 }
 
-/// Whether a driver takes minutes to compile a kernel.
-fn takes_minutes(kernel: Kernel, caps: &Caps) -> bool {
-    kernel == Kernel::Rows && caps.cpu && caps.lanes().is_some_and(|lanes| lanes < 8)
-}
-
 /// Why a kernel that can run is expected to be slower than another one.
 fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Option<&'static str> {
     match kernel {
@@ -173,7 +168,7 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
             Some("for the weights the scores would be formed twice")
         }
         Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
-        Kernel::Rows if takes_minutes(kernel, caps) => Some("a driver of four lanes takes minutes to compile it"),
+        Kernel::Rows if caps.takes_minutes(kernel) => Some("a driver of four lanes takes minutes to compile it"),
         Kernel::Rows if matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q <= lanes) => {
             Some("so few queries leave its lanes idle")
         }

@@ -172,7 +172,7 @@ impl Subject {
             row.verdict = verdict;
             Some(row)
         };
-        if kernel == Kernel::Rows && gpu.library().caps().subgroup_size.is_some_and(|size| size < 8) {
+        if gpu.library().caps().takes_minutes(kernel) {
             return without_result(format!("{NOT_RUN}: a driver of four lanes takes minutes to compile it"));
         }
         let options = Options { kernel: Some(kernel), ..Options::default() };
