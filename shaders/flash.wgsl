@@ -1,4 +1,4 @@
-{% from "shared/element.wgsl" import storage, staged, stage, widen, store, output %}
+{% from "shared/element.wgsl" import storage, staged, stage, widen, staged_finite, store, output %}
 // Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
 // 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
@@ -6,7 +6,9 @@
 //
 // Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
 // scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; where its weight is not 0 the whole row is NaN.
+// NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
+// weight is not 0, as that of a visible key never is (shared/weight.wgsl).
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -33,6 +35,8 @@ enable f16;
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
+{% include "shared/weight.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
 {% endif %}
@@ -41,6 +45,7 @@ enable f16;
 {{ stage("k", element, native, vector) }}
 {{ stage("v", element, native, vector) }}
 {{ widen(element, native) }}
+{{ staged_finite(element, native) }}
 {{ store("out", out, vector) }}
 {% set kept = staged(element, native) %}
 {# Maxima and sums of the columns are f32: they share a place with f32 operands only. #}
@@ -68,10 +73,14 @@ var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
 // The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
+// The last tile of keys, counted from 1, in which key j held NaN or an infinity; not 0: the row does; the last tile with either.
+var<workgroup> sh_k_bad: array<u32, TILE_KV>;
+var<workgroup> sh_q_bad: array<u32, TILE_Q>;
+var<workgroup> sh_qk_any: u32;
 
-// exp(x − m), as low as f32 can tell from 0.
+// exp(x − m), and no less than f32 can tell from 0.
 fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return exp(max(x - m, vec4<f32>(-150.0)));
+    return exp(max(x - m, vec4<f32>(-87.0)));
 }
 
 fn highest(x: vec4<f32>) -> f32 {
@@ -123,7 +132,9 @@ fn main(
 {% for r in range(rows) %}
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    var poisoned_{{ r }} = false;
+{% for w in range((parts + 3) // 4) %}
+    var class_{{ r }}_{{ w }} = 0u;
+{% endfor %}
 {% for c in range(parts) %}
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
@@ -133,7 +144,15 @@ fn main(
     }
     if (thread == 0u) {
         sh_any = 0u;
+        sh_qk_any = 0u;
     }
+    if (thread < TILE_KV) {
+        sh_k_bad[thread] = 0u;
+    }
+    if (thread < TILE_Q) {
+        sh_q_bad[thread] = 0u;
+    }
+    workgroupBarrier();
 {% if resident %}
     for (var part = thread; part < TILE_Q * {{ dims // 4 }}u; part += THREADS) {
         let row = part / {{ dims // 4 }}u;
@@ -142,11 +161,16 @@ fn main(
         if (d < params.head_dim) {
             x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
         }
+        if (!finite(widen(x))) {
+            sh_q_bad[row] = 1u;
+        }
         sh_q[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
     }
 {% endif %}
     var stage = 0u;
+    var tile = 0u;
     for (var key = range.x; key < key_end; key += TILE_KV) {
+        tile += 1u;
 {% for r in range(rows) %}
         var s_{{ r }} = vec4<f32>();
 {% endfor %}
@@ -159,6 +183,9 @@ fn main(
                 if (d < params.head_dim) {
                     x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
                 }
+                if (!finite(widen(x))) {
+                    sh_q_bad[row] = 1u;
+                }
                 sh_q[(part % DEPTH) * TILE_Q + row] = x;
             }
 {% endif %}
@@ -169,6 +196,10 @@ fn main(
                 if (d < params.head_dim) {
                     let at = stored_at(seq, batch, min(key + j, key_end - 1u));
                     x = stage_k(k_at + at.x * params.k_batch + at.y * params.k_row + d, params.head_dim - d);
+                }
+                if (!finite(widen(x))) {
+                    sh_k_bad[j] = tile;
+                    sh_qk_any = tile;
                 }
                 // The four keys of a column stand ACROSS apart.
                 sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
@@ -191,8 +222,18 @@ fn main(
         }
         let key_own = key + column * 4u;
 {% for r in range(rows) %}
-        s_{{ r }} = vec4<f32>(scaled(s_{{ r }}.x), scaled(s_{{ r }}.y), scaled(s_{{ r }}.z), scaled(s_{{ r }}.w));
+        let dots_{{ r }} = s_{{ r }};
+        s_{{ r }} = vec4<f32>(scaled(dots_{{ r }}.x), scaled(dots_{{ r }}.y), scaled(dots_{{ r }}.z), scaled(dots_{{ r }}.w));
+        let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
 {% endfor %}
+        if (sh_qk_any == tile || {% for r in range(rows) %}{{ " || " if not loop.first }}q_bad_{{ r }}{% endfor %}) {
+{% for c in "xyzw" %}
+            let bad_{{ c }} = sh_k_bad[column * 4u + {{ loop.index0 }}u] == tile;
+{% for r in range(rows) %}
+            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, scaled_code(dots_{{ r }}.{{ c }}), bad_{{ c }} || q_bad_{{ r }});
+{% endfor %}
+{% endfor %}
+        }
         let p_at = column * TILE_Q + line;
 {% if full %}
         // Through workgroup memory, each invocation its own words, so that the transform stands four times in the text.
@@ -217,7 +258,7 @@ fn main(
             let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
 {% for r in range(rows) %}
             let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
-            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, keys >= vec4<u32>(range_{{ r }}.x) & keys < vec4<u32>(range_{{ r }}.y));
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, (keys >= vec4<u32>(range_{{ r }}.x)) & (keys < vec4<u32>(range_{{ r }}.y)));
 {% endfor %}
         }
 {% endif %}
@@ -237,7 +278,10 @@ fn main(
         let higher_{{ r }} = max(m_{{ r }}, top.{{ "xyzw"[r] }});
         let shrink_{{ r }} = exp(max(m_{{ r }} - higher_{{ r }}, -150.0));
         m_{{ r }} = higher_{{ r }};
-        let p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
+        var p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
+        if (any(s_{{ r }} == vec4<f32>(MINUS))) {
+            p_{{ r }} = select(p_{{ r }}, vec4<f32>(NOTHING), s_{{ r }} == vec4<f32>(MINUS));
+        }
         l_{{ r }} = l_{{ r }} * shrink_{{ r }} + (p_{{ r }}.x + p_{{ r }}.y) + (p_{{ r }}.z + p_{{ r }}.w);
         sh_p[p_at + {{ r * down }}u] = p_{{ r }};
 {% for c in range(parts) %}
@@ -256,7 +300,7 @@ fn main(
                     x = stage_v(v_at + at.x * params.v_batch + at.y * params.v_row + d, params.value_dim - d);
                 }
                 if (!finite(widen(x))) {
-                    x = {{ kept }}();
+                    x = {{ "finite_or_zero(x)" if element == "f32" else "staged_finite(x)" }};
                     sh_bad[part / DIMS] = stage;
                     sh_any = stage;
                 }
@@ -277,13 +321,24 @@ fn main(
 {% endfor %}
 {% endfor %}
             if (sh_any == stage) {
-{% for j in range(value_keys) %}
-                if (sh_bad[{{ j }}] == stage) {
+                for (var j = 0u; j < min(KEYS, key_end - min(key_end, key + skip)); j++) {
+                    if (sh_bad[j] == stage) {
+                        let at = stored_at(seq, batch, key + skip + j);
+                        let v_row = v_at + at.x * params.v_batch + at.y * params.v_row;
 {% for r in range(rows) %}
-                    poisoned_{{ r }} = poisoned_{{ r }} || w_{{ j // 4 }}_{{ r }}.{{ "xyzw"[j % 4] }} != 0.0;
+                        let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + line + {{ r * down }}u][j % 4u];
 {% endfor %}
+{% for c in range(parts) %}
+                        let d_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
+                        if (d_{{ c }} < params.value_dim) {
+                            let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
+{% for r in range(rows) %}
+                            class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), weight_{{ r }} == NOTHING), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
+{% endfor %}
+                        }
+{% endfor %}
+                    }
                 }
-{% endfor %}
             }
             workgroupBarrier();
         }
@@ -311,11 +366,10 @@ fn main(
         var shrink = 1.0;
 {% if lists %}
         if ((params.flags & SINKS) != 0u) {
-            let sink = bitcast<f32>(lists[params.list_sinks + head]);
-            let higher = max(m, sink);
-            shrink = exp(max(m - higher, -150.0));
-            l = l * shrink + exp(max(sink - higher, -150.0));
-            m = higher;
+            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+            shrink = with_sink.shrink;
+            l = with_sink.l;
+            m = with_sink.m;
         }
         if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
             let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
@@ -323,11 +377,12 @@ fn main(
         }
 {% endif %}
         let factor = select(0.0, shrink / l, l > 0.0);
+        let all_nan = select(0u, 0xffu, broken(m));
         let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_{{ r }}) * params.out_row;
 {% for c in range(parts) %}
         let dim_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
         if (dim_{{ c }} < params.value_dim) {
-            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, select(bitcast<vec4<u32>>(o_{{ r }}_{{ c }} * factor), vec4<u32>(0x7fc00000u), poisoned_{{ r }}));
+            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, result_bits(o_{{ r }}_{{ c }} * factor, all_nan | (class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
         }
 {% endfor %}
     }

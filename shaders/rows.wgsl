@@ -8,7 +8,9 @@
 {% else %}
 // Without subgroup operations every lane loads every key and value.
 {% endif %}
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+// NaN and infinities are found by their bits when they are loaded. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl). What they
+// cost beyond the tests stands in loops of one iteration or none: unlike a branch, drivers on the CPU skip those.
 //
 // Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup is one subgroup.
 // Memory:    no workgroup memory.
@@ -30,6 +32,7 @@
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 {% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
@@ -46,8 +49,17 @@ fn weigh(x: f32, m: f32) -> f32 {
     return exp(max(x - m, -150.0));
 }
 
+{# Each row that sees key j keeps the classes of its values of group g. #}
+{% macro see(j, g) %}
+{% for r in range(rows) %}
+                class_{{ r }}_{{ g }} |= select(0u, select(class_of_{{ j }}_{{ g }}, classes_of_zero(class_of_{{ j }}_{{ g }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+{% endmacro %}
 {% set parts = dims // 4 %}
 {% set loads = keys * parts // lanes %}
+{# Classes of the values of a row or key: 32-bit words of four vectors each. Of what a lane loads of a block: words likewise. #}
+{% set groups = parts // 4 %}
+{% set words = (loads + 3) // 4 %}
 @compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -75,7 +87,9 @@ fn main(
 {% endif %}
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    var poisoned_{{ r }} = false;
+{% for g in range(groups) %}
+    var class_{{ r }}_{{ g }} = 0u;
+{% endfor %}
 {% for c in range(parts) %}
     var q_{{ r }}_{{ c }} = vec4<f32>();
     var o_{{ r }}_{{ c }} = vec4<f32>();
@@ -83,6 +97,8 @@ fn main(
 {% endfor %}
     // One row after the other, so that each load stands once in the text: drivers that compile on the CPU pay for each place.
     let q_last = (params.head_dim - 1u) & ~3u;
+    // Bit r: row r of this lane holds NaN or an infinity in q.
+    var q_bad = 0u;
     for (var r = 0u; r < turns; r++) {
         let row = min(row_first + r * LANES + lane, row_last);
         let at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (seq.token_q + row) * params.q_row;
@@ -92,6 +108,8 @@ fn main(
         q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
+        let good = {% for c in range(parts) %}{{ " && " if not loop.first }}finite(x_{{ c }}){% endfor %};
+        q_bad |= select(1u << r, 0u, good);
     }
 
     let v_last = (params.value_dim - 1u) & ~3u;
@@ -122,8 +140,12 @@ fn main(
                 dim_{{ t }} < params.head_dim,
             );
 {% endfor %}
+            let k_own = {% for t in range(loads) %}{{ " | " if not loop.first }}select({{ 2 ** (t // (loads // keys)) }}u, 0u, finite(k_{{ t }})){% endfor %};
+            // Bit j: key j holds NaN or an infinity.
+            let k_bad = {% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(k_own, {{ n }}u){% endfor %};
 {% endif %}
 {% if not subgroup %}
+            var k_bad = 0u;
 {% for j in range(keys) %}
             let k_place_{{ j }} = k_at + min(key + {{ j }}u, end - 1u) * params.k_row;
 {% endfor %}
@@ -137,6 +159,7 @@ fn main(
             let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
             let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
+            k_bad |= select({{ 2 ** j }}u, 0u, finite(k_{{ j }}_{{ c }}));
 {% endif %}
 {% for r in range(rows) %}
             let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
@@ -146,33 +169,45 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+            var x_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
+{% endfor %}
+{% endfor %}
+            for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, scaled_code(s_{{ r }}_{{ j }}), ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
+{% endfor %}
+{% endfor %}
+            }
 {% if full %}
             for (var r = 0u; r < turns; r++) {
                 let row = min(row_first + r * LANES + lane, row_last);
 {% for j in range(keys) %}
-                var x_{{ j }} = s_0_{{ j }};
+                var x_{{ j }} = x_0_{{ j }};
 {% for r in range(1, rows) %}
-                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+                x_{{ j }} = select(x_{{ j }}, x_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < end);
+                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, x_{{ j }}), key + {{ j }}u < end);
 {% for r in range(rows) %}
-                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
             }
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
+            x_{{ r }}_{{ j }} = select(HIDDEN, x_{{ r }}_{{ j }}, key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let higher_{{ r }} = {% for j in range(keys) %}max(x_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
             m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
-            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+            let p_{{ r }}_{{ j }} = select(0.0, weigh(x_{{ r }}_{{ j }}, higher_{{ r }}), x_{{ r }}_{{ j }} > MINUS);
 {% endfor %}
             l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
 {% endfor %}
@@ -180,20 +215,34 @@ fn main(
 {% for t in range(loads) %}
             let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
             let good_{{ t }} = finite(raw_{{ t }});
-            let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
+            let v_{{ t }} = finite_or_zero(raw_{{ t }});
 {% endfor %}
-            if (subgroupAny(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
+{% for w in range(words) %}
+            var v_own_{{ w }} = 0u;
+{% endfor %}
+            for (var once = u32(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %})); once > 0u; once--) {
+{% for t in range(loads) %}
+                v_own_{{ t // 4 }} |= classes(raw_{{ t }}) << {{ t % 4 * 8 }}u;
+{% endfor %}
+            }
+            // The classes that each lane found, so that all know whether there are any.
+{% for w in range(words) %}
+{% for n in range(lanes) %}
+            let v_of_{{ w }}_{{ n }} = subgroupBroadcast(v_own_{{ w }}, {{ n }}u);
+{% endfor %}
+{% endfor %}
+            let v_bad = {% for w in range(words) %}{{ " | " if not loop.first }}({% for n in range(lanes) %}{{ " | " if not loop.first }}v_of_{{ w }}_{{ n }}{% endfor %}){% endfor %};
+            for (var once = u32(v_bad != 0u); once > 0u; once--) {
 {% for j in range(keys) %}
-                let bad_{{ j }} = subgroupAny(!({% for t in range(loads // keys) %}{{ " && " if not loop.first }}good_{{ j * (loads // keys) + t }}{% endfor %}));
-{% for r in range(rows) %}
-                poisoned_{{ r }} = poisoned_{{ r }} || (bad_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+{% for g in range(groups) %}
+                let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{% set part = j * parts + g * 4 + c %}{{ " | " if not loop.first }}(((v_of_{{ part // lanes // 4 }}_{{ part % lanes }} >> {{ part // lanes % 4 * 8 }}u) & 0xffu) << {{ c * 8 }}u){% endfor %};
+{{ see(j, g) }}
 {% endfor %}
 {% endfor %}
             }
 {% else %}
 {% for j in range(keys) %}
             let v_place_{{ j }} = v_at + min(key + {{ j }}u, end - 1u) * params.v_row;
-            var good_{{ j }} = true;
 {% endfor %}
 {% endif %}
 {% for c in range(parts) %}
@@ -203,9 +252,8 @@ fn main(
             let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
             let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last));
-            let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-            let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
-            good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
+            let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+            let v_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
 {% endif %}
 {% endfor %}
 {% for r in range(rows) %}
@@ -213,11 +261,14 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% if not subgroup %}
+            for (var once = u32(!({% for j in range(keys) %}{{ " && " if not loop.first }}{% for c in range(parts) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
 {% for j in range(keys) %}
-{% for r in range(rows) %}
-            poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
+{% for g in range(groups) %}
+                let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+{{ see(j, g) }}
 {% endfor %}
 {% endfor %}
+            }
 {% endif %}
         }
         first = end;
@@ -226,20 +277,24 @@ fn main(
     for (var r = 0u; r < turns; r++) {
         var m = m_0;
         var l = l_0;
-        var poisoned = poisoned_0;
+{% for g in range(groups) %}
+        var class_{{ g }} = class_0_{{ g }};
+{% endfor %}
 {% for r in range(1, rows) %}
         m = select(m, m_{{ r }}, r == {{ r }}u);
         l = select(l, l_{{ r }}, r == {{ r }}u);
-        poisoned = select(poisoned, poisoned_{{ r }}, r == {{ r }}u);
+{% for g in range(groups) %}
+        class_{{ g }} = select(class_{{ g }}, class_{{ r }}_{{ g }}, r == {{ r }}u);
+{% endfor %}
 {% endfor %}
         var shrink = 1.0;
         if ((params.flags & SINKS) != 0u) {
-            let sink = bitcast<f32>(lists[params.list_sinks + head]);
-            let higher = max(m, sink);
-            shrink = weigh(m, higher);
-            l = l * shrink + weigh(sink, higher);
-            m = higher;
+            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+            shrink = with_sink.shrink;
+            l = with_sink.l;
+            m = with_sink.m;
         }
+        let all_nan = select(0u, 0xffu, broken(m));
         let factor = select(0.0, shrink / l, l > 0.0);
         let row = row_first + r * LANES + lane;
         if (row < row_end) {
@@ -254,7 +309,7 @@ fn main(
 {% for r in range(1, rows) %}
                 y = select(y, o_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, select(bitcast<vec4<u32>>(y * factor), vec4<u32>(0x7fc00000u), poisoned));
+                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, result_bits(y * factor, all_nan | (class_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
             }
 {% endfor %}
         }

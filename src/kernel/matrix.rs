@@ -113,7 +113,7 @@ impl Matrix {
         let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();
         let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
-        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + KEYS + 2)
+        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
     }
 
     /// Invocations that stand for a subgroup: so many that with one size of matrices a subgroup owns two blocks, with the other

@@ -13,6 +13,7 @@ mod layouts;
 mod limits;
 mod long;
 mod matrix;
+mod nonfinite;
 mod operands;
 mod paged;
 mod stages;
