@@ -8,7 +8,7 @@
 // scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
 // NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/score.wgsl); in v they count
 // as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
-// weight is not 0, as that of a visible key never is (shared/weight.wgsl).
+// weight is not 0, as that of a visible key never is.
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -36,7 +36,6 @@ enable f16;
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
-{% include "shared/weight.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
 {% endif %}
@@ -73,10 +72,16 @@ var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
 // The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
-// The last tile of keys, counted from 1, in which key j held NaN or an infinity; not 0: the row does; the last tile with either.
+// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any) does. Not 0: the row sees
+// a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
 var<workgroup> sh_k_bad: array<u32, TILE_KV>;
+var<workgroup> sh_k_any: u32;
 var<workgroup> sh_q_bad: array<u32, TILE_Q>;
-var<workgroup> sh_qk_any: u32;
+var<workgroup> sh_q_any: u32;
+var<workgroup> sh_minus: array<u32, TILE_Q>;
+
+// The weight of a key whose logit may be −∞: what is as low as `weigh` gives.
+const FAINT: f32 = 1.7e-38;
 
 // exp(x − m), and no less than f32 can tell from 0.
 fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
@@ -144,13 +149,15 @@ fn main(
     }
     if (thread == 0u) {
         sh_any = 0u;
-        sh_qk_any = 0u;
+        sh_k_any = 0u;
+        sh_q_any = 0u;
     }
     if (thread < TILE_KV) {
         sh_k_bad[thread] = 0u;
     }
     if (thread < TILE_Q) {
         sh_q_bad[thread] = 0u;
+        sh_minus[thread] = 0u;
     }
     workgroupBarrier();
 {% if resident %}
@@ -161,12 +168,14 @@ fn main(
         if (d < params.head_dim) {
             x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
         }
-        if (!finite(widen(x))) {
+        for (var once = u32(!finite(widen(x))); once > 0u; once--) {
             sh_q_bad[row] = 1u;
+            sh_q_any = 1u;
         }
         sh_q[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
     }
 {% endif %}
+    // Loops of one iteration or none stand for branches below: drivers on the CPU run both sides of a branch, but skip a loop.
     var stage = 0u;
     var tile = 0u;
     for (var key = range.x; key < key_end; key += TILE_KV) {
@@ -183,8 +192,9 @@ fn main(
                 if (d < params.head_dim) {
                     x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
                 }
-                if (!finite(widen(x))) {
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
                     sh_q_bad[row] = 1u;
+                    sh_q_any = 1u;
                 }
                 sh_q[(part % DEPTH) * TILE_Q + row] = x;
             }
@@ -197,9 +207,9 @@ fn main(
                     let at = stored_at(seq, batch, min(key + j, key_end - 1u));
                     x = stage_k(k_at + at.x * params.k_batch + at.y * params.k_row + d, params.head_dim - d);
                 }
-                if (!finite(widen(x))) {
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
                     sh_k_bad[j] = tile;
-                    sh_qk_any = tile;
+                    sh_k_any = tile;
                 }
                 // The four keys of a column stand ACROSS apart.
                 sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
@@ -224,16 +234,7 @@ fn main(
 {% for r in range(rows) %}
         let dots_{{ r }} = s_{{ r }};
         s_{{ r }} = vec4<f32>(scaled(dots_{{ r }}.x), scaled(dots_{{ r }}.y), scaled(dots_{{ r }}.z), scaled(dots_{{ r }}.w));
-        let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
 {% endfor %}
-        if (sh_qk_any == tile || {% for r in range(rows) %}{{ " || " if not loop.first }}q_bad_{{ r }}{% endfor %}) {
-{% for c in "xyzw" %}
-            let bad_{{ c }} = sh_k_bad[column * 4u + {{ loop.index0 }}u] == tile;
-{% for r in range(rows) %}
-            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, scaled_code(dots_{{ r }}.{{ c }}), bad_{{ c }} || q_bad_{{ r }});
-{% endfor %}
-{% endfor %}
-        }
         let p_at = column * TILE_Q + line;
 {% if full %}
         // Through workgroup memory, each invocation its own words, so that the transform stands four times in the text.
@@ -262,6 +263,21 @@ fn main(
 {% endfor %}
         }
 {% endif %}
+        for (var once = sh_q_any | u32(sh_k_any == tile); once > 0u; once--) {
+{% for c in "xyzw" %}
+            let bad_{{ c }} = sh_k_bad[column * 4u + {{ loop.index0 }}u] == tile;
+{% endfor %}
+{% for r in range(rows) %}
+            let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
+{% for c in "xyzw" %}
+            let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} || q_bad_{{ r }});
+            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, code_{{ r }}_{{ c }} >= PLUS);
+            if (code_{{ r }}_{{ c }} == MINUS) {
+                sh_minus[line + {{ r * down }}u] = 1u;
+            }
+{% endfor %}
+{% endfor %}
+        }
         var top = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "highest(s_%s)" | format(r) if r < rows else "HIDDEN" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}
@@ -278,10 +294,7 @@ fn main(
         let higher_{{ r }} = max(m_{{ r }}, top.{{ "xyzw"[r] }});
         let shrink_{{ r }} = exp(max(m_{{ r }} - higher_{{ r }}, -150.0));
         m_{{ r }} = higher_{{ r }};
-        var p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
-        if (any(s_{{ r }} == vec4<f32>(MINUS))) {
-            p_{{ r }} = select(p_{{ r }}, vec4<f32>(NOTHING), s_{{ r }} == vec4<f32>(MINUS));
-        }
+        let p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
         l_{{ r }} = l_{{ r }} * shrink_{{ r }} + (p_{{ r }}.x + p_{{ r }}.y) + (p_{{ r }}.z + p_{{ r }}.w);
         sh_p[p_at + {{ r * down }}u] = p_{{ r }};
 {% for c in range(parts) %}
@@ -299,7 +312,7 @@ fn main(
                     let at = stored_at(seq, batch, j);
                     x = stage_v(v_at + at.x * params.v_batch + at.y * params.v_row + d, params.value_dim - d);
                 }
-                if (!finite(widen(x))) {
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
                     x = {{ "finite_or_zero(x)" if element == "f32" else "staged_finite(x)" }};
                     sh_bad[part / DIMS] = stage;
                     sh_any = stage;
@@ -320,24 +333,22 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-            if (sh_any == stage) {
-                for (var j = 0u; j < min(KEYS, key_end - min(key_end, key + skip)); j++) {
-                    if (sh_bad[j] == stage) {
-                        let at = stored_at(seq, batch, key + skip + j);
-                        let v_row = v_at + at.x * params.v_batch + at.y * params.v_row;
+            for (var j = 0u; j < select(0u, min(KEYS, key_end - min(key_end, key + skip)), sh_any == stage); j++) {
+                if (sh_bad[j] == stage) {
+                    let at = stored_at(seq, batch, key + skip + j);
+                    let v_row = v_at + at.x * params.v_batch + at.y * params.v_row;
 {% for r in range(rows) %}
-                        let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + line + {{ r * down }}u][j % 4u];
+                    let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + line + {{ r * down }}u][j % 4u];
 {% endfor %}
 {% for c in range(parts) %}
-                        let d_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
-                        if (d_{{ c }} < params.value_dim) {
-                            let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
+                    let d_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
+                    if (d_{{ c }} < params.value_dim) {
+                        let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
 {% for r in range(rows) %}
-                            class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), weight_{{ r }} == NOTHING), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
-{% endfor %}
-                        }
+                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), sh_minus[line + {{ r * down }}u] != 0u && weight_{{ r }} <= FAINT), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
 {% endfor %}
                     }
+{% endfor %}
                 }
             }
             workgroupBarrier();
@@ -361,7 +372,7 @@ fn main(
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + line + {{ r * down }}u;
     if (row_{{ r }} <= row_last) {
-        var m = m_{{ r }};
+        var m = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && sh_minus[line + {{ r * down }}u] != 0u);
         var l = sums.{{ "xyzw"[r] }};
         var shrink = 1.0;
 {% if lists %}

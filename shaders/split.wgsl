@@ -130,6 +130,8 @@ fn main(
     let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
+    // It sees a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
+    var minus_{{ r }} = false;
 {% for w in range(words) %}
     var class_{{ r }}_{{ w }} = 0u;
 {% endfor %}
@@ -217,14 +219,6 @@ fn main(
             var x_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
 {% endfor %}
 {% endfor %}
-            // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
-            for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
-{% for r in range(rows) %}
-{% for j in range(keys) %}
-                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, scaled_code(s_{{ r }}_{{ j }}), ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
-{% endfor %}
-{% endfor %}
-            }
 {% if full %}
             for (var r = 0u; r < turns; r++) {
                 let line = line_first + r;
@@ -248,6 +242,16 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endif %}
+            // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
+            for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+                let code_{{ r }}_{{ j }} = outcome(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
+                m_{{ r }} = max(m_{{ r }}, select(code_{{ r }}_{{ j }}, HIDDEN, code_{{ r }}_{{ j }} == MINUS));
+                minus_{{ r }} = minus_{{ r }} || code_{{ r }}_{{ j }} == MINUS;
+{% endfor %}
+{% endfor %}
+            }
 {% for r in range(rows) %}
             let higher_{{ r }} = {% for j in range(keys) %}max(x_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
@@ -279,7 +283,7 @@ fn main(
 {% for w in range(words) %}
                 let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
 {% for r in range(rows) %}
-                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
+                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} <= LOWEST), x_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -287,11 +291,14 @@ fn main(
         }
         first = end;
     }
+{% for r in range(rows) %}
+    m_{{ r }} = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && minus_{{ r }});
+{% endfor %}
 {% if streams > 1 %}
 
     if (lane == 0u) {
 {% for r in range(rows) %}
-        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, l_{{ r }});
+        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, select(l_{{ r }}, 0.0, m_{{ r }} == MINUS));
 {% endfor %}
     }
     workgroupBarrier();

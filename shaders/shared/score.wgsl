@@ -76,6 +76,36 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
     visible = visible && key >= range.x && key < range.y;
     return select(HIDDEN, x, visible);
 }
+
+{% if quick is defined %}
+// The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit` what comes of it.
+fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
+    var x = scaled;
+    if ((params.flags & SOFTCAP) != 0u) {
+        x = params.softcap * tanh_exact(x / params.softcap);
+    }
+    if ((params.flags & ALIBI) != 0u) {
+        let distance = abs(i32(row) + s.offset - i32(key));
+        x -= bitcast<f32>(lists[params.list_slopes + head]) * f32(distance);
+    }
+    var visible = mask_allows(batch, head, row, key);
+    var ended = false;
+    if ((params.flags & BIAS) != 0u) {
+        let bits = bias_bits(batch, head, row, key);
+        visible = visible && bits != 0xff800000u;
+        ended = (bits & 0x7f800000u) == 0x7f800000u;
+        x += bitcast<f32>(select(bits, 0u, ended));
+    }
+    let range = key_range(s, row);
+    visible = visible && key >= range.x && key < range.y;
+    return select(HIDDEN, select(clamp(x, LOWEST, HIGHEST), UNDEFINED, ended), visible);
+}
+
+// Whether a slope is NaN or an infinity, which `quick_logit` does not see.
+fn slope_ends(head: u32) -> bool {
+    return (params.flags & ALIBI) != 0u && (lists[params.list_slopes + head] & 0x7f800000u) == 0x7f800000u;
+}
+{% endif %}
 {% endif %}
 
 // Step 1 alone, of finite q and k. What is beyond f32 is clamped and stays visible.
@@ -98,4 +128,13 @@ fn scale_code(code: f32) -> f32 {
 
 fn scaled_code(dot_product: f32) -> f32 {
     return scale_code(code_of(dot_product));
+}
+
+// What a pair of which q or k holds NaN or an infinity makes of its row, where the row sees it and x is its logit as arithmetic clamped it:
+// PLUS, UNDEFINED, MINUS or, where a soft cap makes a number of it, HIDDEN for nothing.
+fn outcome(x: f32, dot_product: f32, bad: bool) -> f32 {
+    let code = scaled_code(dot_product);
+    let capped = (params.flags & SOFTCAP) != 0u && code != UNDEFINED;
+    let shown = select(code, UNDEFINED, code == MINUS && x >= PLUS);
+    return select(shown, HIDDEN, !bad || x <= HIDDEN || capped);
 }

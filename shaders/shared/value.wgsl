@@ -38,3 +38,13 @@ fn result_bits(x: vec4<f32>, all: u32) -> vec4<u32> {
     let one = select(select(bitcast<vec4<u32>>(x), vec4<u32>(0x7f800000u), plus), vec4<u32>(0xff800000u), minus);
     return select(one, vec4<u32>(0x7fc00000u), plus & minus);
 }
+
+// The larger sizes of bits, component by component: for one test of many vectors, see `any_ends`.
+fn larger(sizes: vec4<u32>, x: vec4<f32>) -> vec4<u32> {
+    return max(sizes, bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu));
+}
+
+// Whether one of them is that of NaN or an infinity.
+fn any_ends(sizes: vec4<u32>) -> bool {
+    return max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)) >= 0x7f800000u;
+}

@@ -78,7 +78,7 @@ impl Rows {
         context! {
             lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
-            full => self.full, lanes, subgroup, wide, rows, keys, dims,
+            full => self.full, quick => true, carry => false, lanes, subgroup, wide, rows, keys, dims,
         }
     }
 }
