@@ -166,9 +166,7 @@ impl Subject {
         let judgements = [oracle.logits(staged), oracle.weights(staged), Some(oracle.out(&staged.out))];
         let stages = STAGES.iter().zip(judgements).zip(times).zip(self.flops);
         let mut rows: Vec<Row> = stages
-            .map(|(((&(stage, _), judgement), &ms), flops)| {
-                self.row(engine, stage, judgement, None, Some((ms, flops)))
-            })
+            .map(|(((&(stage, _), judgement), &ms), flops)| self.row(engine, stage, judgement, None, Some((ms, flops))))
             .collect();
         rows.push(self.whole(engine, "whole", oracle, whole));
         rows

@@ -162,8 +162,13 @@ mod tests {
     fn wrong_input_is_refused() {
         let file = Builder::default().f32s("weights", &[1, 1, 2, 2], &[0.5; 4]);
         let error = |tokens, options: &[&str]| draw_of(&file, tokens, options).unwrap_err().to_string();
-        assert!(error(Some("a\nb\nc\n"), &[]).contains("tokens.txt: the number of tokens is 3; it must be from 1 to 2"));
-        assert!(error(None, &["--batch", "1"]).contains("x.safetensors: batch is 1; it is counted from 0, and must be below 1"));
+        assert!(
+            error(Some("a\nb\nc\n"), &[]).contains("tokens.txt: the number of tokens is 3; it must be from 1 to 2")
+        );
+        assert!(
+            error(None, &["--batch", "1"])
+                .contains("x.safetensors: batch is 1; it is counted from 0, and must be below 1")
+        );
         assert!(error(None, &["--tensor", "probs"]).contains("tensor \"probs\" is missing"));
         let keys = Builder::default().f32s("k", &[1, 1, 1, 1], &[0.0]);
         assert!(draw_of(&keys, None, &[]).unwrap_err().to_string().contains("tensor \"q\" is missing"));
