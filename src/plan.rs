@@ -247,9 +247,11 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "{} dispatches in {} slices, {} bytes of scratch, estimated {:.1} ms",
+            "{} dispatch{} in {} slice{}, {} bytes of scratch, estimated {:.1} ms",
             self.steps.len(),
+            if self.steps.len() == 1 { "" } else { "es" },
             self.slices.len(),
+            if self.slices.len() == 1 { "" } else { "s" },
             self.scratch_bytes(),
             self.estimate().as_secs_f64() * 1e3
         )?;
