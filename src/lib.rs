@@ -30,7 +30,7 @@ pub mod tuning;
 
 pub use append::Append;
 pub use caps::Caps;
-pub use encode::{Attention, Buffers, Prepared};
+pub use encode::{Attention, Buffers, Prepared, Recording};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
 pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};

@@ -161,7 +161,7 @@ impl Merge {
             }
         }
         if unpacked > 0 {
-            planner::pack(caps, self.element, out.extent(), steps)?;
+            planner::pack(caps, self.element, &out, None, steps)?;
         }
         Ok(scratch)
     }

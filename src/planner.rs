@@ -287,7 +287,10 @@ impl<'a> Planner<'a> {
                 let limit = self.caps.limits.max_buffer_size;
                 return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
             }
-            pack(self.caps, s.element, s.out.extent(), &mut self.steps)?;
+            let whole = Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q };
+            let params = Params { item_count: s.batch, ..self.params(&whole, &(0..s.seq_kv), 0) };
+            let packed = s.packed.map(|_| (params, self.lists.bytes()));
+            pack(self.caps, s.element, &s.out, packed, &mut self.steps)?;
             scratch.push((Slot::Unpacked, unpacked));
         }
         let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
@@ -715,26 +718,42 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Rounds the f32 scratch of an output of `total` elements to its 16-bit type, in dispatches that each fit a binding.
-pub(crate) fn pack(caps: &Caps, element: Element, total: u64, steps: &mut Steps<'_>) -> Result<()> {
-    let variant = Variant::Pack(pack::Pack { element });
+/// Rounds the f32 scratch of a dense output to its 16-bit type, in dispatches that each fit a binding. Of a packed batch, given by its
+/// parameters and the bytes of its lists, only the tokens that a sequence owns: for the others the scratch holds an earlier call's results.
+pub(crate) fn pack(
+    caps: &Caps,
+    element: Element,
+    out: &Tensor,
+    packed: Option<(Params, u64)>,
+    steps: &mut Steps<'_>,
+) -> Result<()> {
+    let variant = Variant::Pack(pack::Pack { element, packed: packed.is_some() });
+    let total = out.extent();
+    // From one token to the next; a single one may have any stride.
+    let row = if out.sizes[2] > 1 { out.strides.row } else { total };
     // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
     let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
     let mut first = 0;
     while first < total {
         let elements = step.min(total - first);
         let words = elements.div_ceil(2);
-        let params = Params {
+        let mut params = Params {
             row_tiles: 1,
             col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
             heads: 1,
             pack_count: small("elements", elements)?,
-            ..Params::default()
+            ..packed.map_or(Params::default(), |(params, _)| params)
         };
-        let bindings = vec![
+        let mut bindings = vec![
             Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
             Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
         ];
+        if let Some((of, lists)) = packed {
+            params.x_base = small("elements between tokens", first % row)?;
+            params.x_row = small("elements between tokens", row)?;
+            params.row0 = (first / row % u64::from(of.total_q)) as u32;
+            bindings.push(Bound { slot: Slot::Lists, offset: 0, size: lists, written: false });
+        }
         steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
         first += elements;
     }

@@ -145,7 +145,10 @@ impl Flash {
             Element::F32 => (16, 0),
             _ => (8, if shuffle { 0 } else { 16 * ACROSS * DOWN }),
         };
-        bytes * (self.tile.staged_q() + self.staged_kv()) + maxima + weights + 4 * (value_keys + self.tile.tile_keys() + 2 * self.tile.tile_rows() + 3)
+        bytes * (self.tile.staged_q() + self.staged_kv())
+            + maxima
+            + weights
+            + 4 * (value_keys + self.tile.tile_keys() + 2 * self.tile.tile_rows() + 3)
     }
 
     /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.

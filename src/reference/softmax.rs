@@ -16,9 +16,7 @@ use crate::problem::Inputs;
 /// If `inputs` do not pass [`Shape::check_inputs`] or `logits` has another length.
 pub fn softmax<T: Real>(shape: &Shape, inputs: &Inputs<'_>, logits: &[T]) -> (Vec<T>, Vec<T>) {
     assert_eq!(logits.len() as u64, shape.scores_len(), "length of logits");
-    let one = |row: &Row<'_>, (): &()| {
-        self::row(&logits[row.matrix()..][..row.keys()], |j| row.visible(j), row.sink())
-    };
+    let one = |row: &Row<'_>, (): &()| self::row(&logits[row.matrix()..][..row.keys()], |j| row.visible(j), row.sink());
     let mut lse = vec![T::zero(); shape.lse_len() as usize];
     let weights = rows::map(shape, inputs, |_, _| (), one).into_iter().map(|(row, (weights, sum))| {
         lse[row.place()] = sum;

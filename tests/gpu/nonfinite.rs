@@ -37,7 +37,8 @@ fn shows(case: &Case) -> usize {
 fn one_element_of_q_k_or_v_shows_in_its_rows() {
     for softcap in [None, Some(2.0)] {
         let p = causal(Element::F32, 20, |p| p.softcap = softcap);
-        for (operand, row, dim) in [("q", 5, 19), ("q", 36, 0), ("k", 0, 3), ("k", 20, 18), ("v", 9, 0), ("v", 33, 19)] {
+        for (operand, row, dim) in [("q", 5, 19), ("q", 36, 0), ("k", 0, 3), ("k", 20, 18), ("v", 9, 0), ("v", 33, 19)]
+        {
             for x in KINDS {
                 let mut data = Data::random(&p, 3, 1.0);
                 put(&p, &mut data, operand, 1, row, dim, x);
@@ -139,7 +140,11 @@ fn sinks_and_slopes_on_the_gpu_show() {
                     let mut values = if slopes { &data.slopes } else { &data.sinks }.clone().unwrap();
                     values[1] = x;
                     let buffer = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&values)));
-                    if slopes { staged.slopes = buffer } else { staged.sinks = buffer }
+                    if slopes {
+                        staged.slopes = buffer
+                    } else {
+                        staged.sinks = buffer
+                    }
                     let mut encoder = gpu.device().create_command_encoder(&Default::default());
                     gpu.library().prepare(&plan).unwrap().encode(&mut encoder, &staged.buffers()).unwrap();
                     gpu.queue().submit([encoder.finish()]);

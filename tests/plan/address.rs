@@ -19,7 +19,7 @@ pub fn inside(plan: &Plan) {
                 Slot::Lists => lists(plan, step, bound),
                 // Stands for an output that is not asked for; nothing is written.
                 Slot::Spare => {}
-                _ if matches!(step.variant, Variant::Pack(_)) => packing(step, bound),
+                _ if matches!(step.variant, Variant::Pack(_)) => packing(plan, step, bound),
                 _ => places(plan, step).for_each(|place| corners(plan, step, bound, &place)),
             }
         }
@@ -211,16 +211,23 @@ fn lists(plan: &Plan, step: &Step, bound: &Bound) {
     assert!(taken.iter().all(|range| 4 * u64::from(range.end) <= bound.size), "{} lists", step.variant);
 }
 
-fn packing(step: &Step, bound: &Bound) {
+fn packing(plan: &Plan, step: &Step, bound: &Bound) {
     let count = u64::from(step.params.pack_count);
     let (bytes, words) =
         if bound.slot == Slot::Unpacked { (4 * count, count) } else { (4 * count.div_ceil(2), count.div_ceil(2)) };
     assert!(bytes <= bound.size && words > 0, "{bound:?}");
     // Both sides begin at the same element.
     let element = if bound.slot == Slot::Unpacked { bound.offset / 4 } else { bound.offset / 2 };
-    assert!(
-        step.bindings
-            .iter()
-            .all(|other| { element == if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 } })
-    );
+    let first = |other: &Bound| if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 };
+    assert!(step.bindings.iter().filter(|other| other.slot != Slot::Lists).all(|other| element == first(other)));
+    let (p, out) = (&step.params, plan.shape().out());
+    if let Some(packed) = plan.shape().packed {
+        for n in [0, count - 1] {
+            let token = (u64::from(p.x_base) + n) / u64::from(p.x_row) + u64::from(p.row0);
+            let token = (token % u64::from(packed.total_q)) as u32;
+            let starts = (0..out.sizes[1]).map(|head| out.at(0, head, token));
+            let dim = u64::from(out.dim);
+            assert!(starts.into_iter().any(|at| (at..at + dim).contains(&(element + n))), "{n} of {step:?}");
+        }
+    }
 }

@@ -114,6 +114,13 @@ impl Staged {
         buffers
     }
 
+    /// The bytes of out, lse, weights and logits.
+    pub fn bytes(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> [Option<Vec<u8>>; 4] {
+        let rest = [&self.lse, &self.weights, &self.logits].map(|x| x.as_ref().map(|x| x.read(device, queue)));
+        let [lse, weights, logits] = rest;
+        [Some(self.out.read(device, queue)), lse, weights, logits]
+    }
+
     /// Outputs of an f32 problem.
     pub fn outputs(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> Outputs {
         let read = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, f32>(&guarded.read(device, queue));

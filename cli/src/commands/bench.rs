@@ -212,9 +212,10 @@ pub fn call(
     progress: &mut dyn FnMut(usize, usize),
 ) -> wgpu_attention::Result<f64> {
     let buffers = resident.buffers();
+    let recording = prepared.begin()?;
     let slices = 0..prepared.slices();
     let time = |slice| {
-        let ms = timer.time(|encoder| prepared.encode_slice(slice, encoder, &buffers));
+        let ms = timer.time(|encoder| recording.encode_slice(slice, encoder, &buffers));
         progress(slice + 1, prepared.slices());
         ms
     };

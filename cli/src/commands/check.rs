@@ -299,11 +299,12 @@ fn median(mut run: impl FnMut() -> wgpu_attention::Result<f64>) -> wgpu_attentio
 fn stage(gpu: &Gpu, prepared: &Prepared, resident: &Resident, kernels: &[&str]) -> wgpu_attention::Result<f64> {
     let mut encoder = gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("stage") });
     let belongs = |step: &Step| kernels.contains(&step.variant.kernel());
+    let recording = prepared.begin()?;
     let mut first = 0;
     for steps in prepared.plan().steps().chunk_by(|a, b| belongs(a) == belongs(b)) {
         let end = first + steps.len();
         if belongs(&steps[0]) {
-            prepared.encode_steps(first..end, &mut encoder, &resident.buffers())?;
+            recording.encode_steps(first..end, &mut encoder, &resident.buffers())?;
         }
         first = end;
     }
