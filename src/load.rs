@@ -309,7 +309,8 @@ mod tests {
             })
             .collect();
         let view = |((name, shape), data)| (name, TensorView::new(Dtype::F32, shape, data).expect("fits"));
-        let views = tensors.iter().map(|&(name, shape)| (name, shape.to_vec())).zip(&data).map(view);
+        let views = tensors.iter().map(|&(name, shape)| (name, shape.to_vec()));
+        let views = views.zip(data.iter().map(Vec::as_slice)).map(view);
         safetensors::serialize(views, None).expect("valid")
     }
 
