@@ -80,6 +80,8 @@ const Q_ROW: u32 = {{ depth + 8 }}u;
 const KV_ROW: u32 = {{ dims + 8 }}u;
 const S_ROW: u32 = {{ keys + 4 }}u;
 const P_ROW: u32 = {{ keys + 8 }}u;
+// Scores beyond this are formed again, see `large_dot`.
+const LARGE: f32 = 4096.0;
 const LAZY: f32 = {{ lazy }};
 const P_SCALE: f32 = {{ p_scale }};
 
@@ -161,6 +163,20 @@ alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
 {% macro store_c(c, at) %}{% if emulated %}store_c({{ c }}, {{ at }}){% else %}coopStoreT({{ c }}, &sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
 {# What a subgroup does for its n-th block, if it has one. #}
 {% macro for_block(n) %}{% if varying %}if (block_{{ n }} < BLOCKS) {% endif %}{% endmacro %}
+
+// A dot product so large that its rounding shows: matrices add up one product after the other, which rounds equal terms all the same way.
+// Sums of four vectors each, added up, do not.
+fn large_dot(q_from: u32, k_from: u32) -> f32 {
+    var s = 0.0;
+    for (var d = 0u; d < params.head_dim; d += 16u) {
+        var sum = 0.0;
+        for (var i = d; i < min(d + 16u, params.head_dim); i += 4u) {
+            sum += dot(load_q(q_from + i, params.head_dim - i), load_k(k_from + i, params.head_dim - i));
+        }
+        s += sum;
+    }
+    return s;
+}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -354,7 +370,12 @@ fn main(
         for (var i = 0u; i < EACH; i++) {
             let at = s_at + i * PER_ROW;
             let bad = q_bad || sh_k_bad[column + i * PER_ROW] == stage;
-            let x = select(scaled(sh_s[at]), scaled_code(sh_s[at]), bad);
+            var dot_product = sh_s[at];
+            if (abs(dot_product * params.scale) > LARGE && !bad) {
+                let k_row = stored_at(seq, batch, min(key + column + i * PER_ROW, key_end - 1u));
+                dot_product = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+            }
+            let x = select(scaled(dot_product), scaled_code(dot_product), bad);
             sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, x);
         }
 {% for i in range(each) %}
@@ -362,8 +383,12 @@ fn main(
 {% endfor %}
 {% else %}
 {% for i in range(each) %}
-        let dot_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
+        var dot_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
         let bad_{{ i }} = q_bad || sh_k_bad[column + {{ i * per_row }}u] == stage;
+        if (abs(dot_{{ i }} * params.scale) > LARGE && !bad_{{ i }}) {
+            let k_row = stored_at(seq, batch, min(key + column + {{ i * per_row }}u, key_end - 1u));
+            dot_{{ i }} = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+        }
         var s_{{ i }} = select(scaled(dot_{{ i }}), scaled_code(dot_{{ i }}), bad_{{ i }});
 {% endfor %}
         if (key < all_first || key + TILE_KV > all_end) {

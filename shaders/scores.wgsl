@@ -254,6 +254,7 @@ fn main(
             sh_k[key * PITCH + part % (DIMS / 4u)] = x;
         }
         workgroupBarrier();
+        // Two pairs of vectors and then their sum, as `rows` and `split` have it: `weights` compares these scores with the maximum of theirs.
 {% for d in range(dims // 4) %}
 {% for r in range(rows) %}
         let q_{{ d }}_{{ r }} = sh_q[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ d }}u];
@@ -261,13 +262,13 @@ fn main(
 {% for c in range(cols) %}
         let k_{{ d }}_{{ c }} = sh_k[(across + {{ c * (tile_cols // cols) }}u) * PITCH + {{ d }}u];
 {% for r in range(rows) %}
-        {{ "var" if d == 0 else "" }} part_{{ r }}_{{ c }} {{ "" if d == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
+        {{ "var" if d < 4 and d % 2 == 0 else "" }} part_{{ r }}_{{ c }}_{{ d // 2 % 2 }} {{ "" if d < 4 and d % 2 == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
 {% endfor %}
 {% endfor %}
 {% endfor %}
 {% for r in range(rows) %}
 {% for c in range(cols) %}
-        sum_{{ r }}_{{ c }} += part_{{ r }}_{{ c }};
+        sum_{{ r }}_{{ c }} += part_{{ r }}_{{ c }}_0 + part_{{ r }}_{{ c }}_1;
 {% endfor %}
 {% endfor %}
         workgroupBarrier();
