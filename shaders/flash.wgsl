@@ -7,6 +7,9 @@
 // Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
 // scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
 // A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; where its weight is not 0 the whole row is NaN.
+{% if carry %}
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+{% endif %}
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -28,6 +31,10 @@ enable f16;
 {% if full %}
 @group(0) @binding(7) var<storage, read> mask: array<u32>;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+{% if carry %}
+// Of each invocation m, l and poison of its rows, then o.
+@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<f32>>;
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
@@ -112,7 +119,13 @@ fn main(
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
+{% if carry %}
+    let key_first = max(range.x, params.key0);
+    let key_end = min(min(range.y, params.key_end), seq.stored);
+{% else %}
+    let key_first = range.x;
     let key_end = min(range.y, seq.stored);
+{% endif %}
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
@@ -128,6 +141,24 @@ fn main(
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
+{% if carry %}
+    let plane = (batch - params.batch0) * params.heads + head - params.head0;
+    let number = (plane * params.row_tiles + here.row_tile) * params.col_tiles + here.col_tile;
+    let state_at = number * {{ state_vectors * across * down }}u + thread;
+    if ((params.flags & ADD) != 0u) {
+        let kept_m = state[state_at];
+        let kept_l = state[state_at + THREADS];
+        let kept_poison = state[state_at + 2u * THREADS];
+{% for r in range(rows) %}
+        m_{{ r }} = kept_m.{{ "xyzw"[r] }};
+        l_{{ r }} = kept_l.{{ "xyzw"[r] }};
+        poisoned_{{ r }} = kept_poison.{{ "xyzw"[r] }} != 0.0;
+{% for c in range(parts) %}
+        o_{{ r }}_{{ c }} = state[state_at + {{ 3 + r * parts + c }}u * THREADS];
+{% endfor %}
+{% endfor %}
+    }
+{% endif %}
     if (thread < KEYS) {
         sh_bad[thread] = 0u;
     }
@@ -146,7 +177,7 @@ fn main(
     }
 {% endif %}
     var stage = 0u;
-    for (var key = range.x; key < key_end; key += TILE_KV) {
+    for (var key = key_first; key < key_end; key += TILE_KV) {
 {% for r in range(rows) %}
         var s_{{ r }} = vec4<f32>();
 {% endfor %}
@@ -221,6 +252,14 @@ fn main(
 {% endfor %}
         }
 {% endif %}
+{% if carry %}
+        if (key + TILE_KV > params.key_end) {
+            let own = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u) < vec4<u32>(params.key_end);
+{% for r in range(rows) %}
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, own);
+{% endfor %}
+        }
+{% endif %}
         var top = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "highest(s_%s)" | format(r) if r < rows else "HIDDEN" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}
@@ -289,6 +328,19 @@ fn main(
         }
     }
 
+{% if carry %}
+    if (params.key_end < params.seq_kv) {
+        state[state_at] = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "m_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
+        state[state_at + THREADS] = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
+        state[state_at + 2u * THREADS] = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "select(0.0, 1.0, poisoned_%s)" | format(r) if r < rows else "0.0" }}{% endfor %});
+{% for r in range(rows) %}
+{% for c in range(parts) %}
+        state[state_at + {{ 3 + r * parts + c }}u * THREADS] = o_{{ r }}_{{ c }};
+{% endfor %}
+{% endfor %}
+        return;
+    }
+{% endif %}
     var sums = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}

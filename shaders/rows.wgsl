@@ -9,6 +9,9 @@
 // Without subgroup operations every lane loads every key and value.
 {% endif %}
 // A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+{% if carry %}
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+{% endif %}
 //
 // Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup is one subgroup.
 // Memory:    no workgroup memory.
@@ -25,6 +28,10 @@
 {% if full %}
 @group(0) @binding(7) var<storage, read> mask: array<u32>;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+{% if carry %}
+// Of each row m, l and whether it is poisoned, then o.
+@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<f32>>;
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
@@ -67,7 +74,16 @@ fn main(
     let turns = min(ROWS, (max(row_end, row_first) - row_first + LANES - 1u) / LANES);
     let row_last = max(row_end, 1u) - 1u;
     let range = tile_range(seq, min(row_first, row_last), min(row_first + LANES * ROWS - 1u, row_last));
+{% if carry %}
+    let key_first = max(range.x, params.key0);
+    let key_end = select(0u, min(min(range.y, params.key_end), seq.stored), turns > 0u);
+    // Of this lane's first row and vector; of the next vectors and then rows {{ lanes }} further each.
+    let number = ((batch - params.batch0) * params.heads + head - params.head0) * params.row_tiles + row_tile;
+    let state_at = number * {{ (1 + dims // 4) * rows * lanes }}u + lane;
+{% else %}
+    let key_first = range.x;
     let key_end = select(0u, min(range.y, seq.stored), turns > 0u);
+{% endif %}
 
 {% for r in range(rows) %}
 {% if not full %}
@@ -92,6 +108,23 @@ fn main(
         q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
+{% if carry %}
+        if ((params.flags & ADD) != 0u) {
+            let from_place = state_at + r * {{ (1 + parts) * lanes }}u;
+            let kept = state[from_place];
+{% for c in range(parts) %}
+            let kept_{{ c }} = state[from_place + {{ (1 + c) * lanes }}u];
+{% endfor %}
+{% for r in range(rows) %}
+            m_{{ r }} = select(m_{{ r }}, kept.x, r == {{ r }}u);
+            l_{{ r }} = select(l_{{ r }}, kept.y, r == {{ r }}u);
+            poisoned_{{ r }} = select(poisoned_{{ r }}, kept.z != 0.0, r == {{ r }}u);
+{% for c in range(parts) %}
+            o_{{ r }}_{{ c }} = select(o_{{ r }}_{{ c }}, kept_{{ c }}, r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+        }
+{% endif %}
     }
 
     let v_last = (params.value_dim - 1u) & ~3u;
@@ -102,7 +135,7 @@ fn main(
 {% endfor %}
 {% endif %}
     // Page by page; without pages all keys stand in one.
-    var first = range.x;
+    var first = key_first;
     while (first < key_end) {
         let end = page_end(first, key_end);
         let at = stored_at(seq, batch, first);
@@ -232,6 +265,20 @@ fn main(
         l = select(l, l_{{ r }}, r == {{ r }}u);
         poisoned = select(poisoned, poisoned_{{ r }}, r == {{ r }}u);
 {% endfor %}
+{% if carry %}
+        let more = params.key_end < params.seq_kv;
+        if (more) {
+            let to_place = state_at + r * {{ (1 + parts) * lanes }}u;
+            state[to_place] = vec4<f32>(m, l, select(0.0, 1.0, poisoned), 0.0);
+{% for c in range(parts) %}
+            var kept_{{ c }} = o_0_{{ c }};
+{% for r in range(1, rows) %}
+            kept_{{ c }} = select(kept_{{ c }}, o_{{ r }}_{{ c }}, r == {{ r }}u);
+{% endfor %}
+            state[to_place + {{ (1 + c) * lanes }}u] = kept_{{ c }};
+{% endfor %}
+        }
+{% endif %}
         var shrink = 1.0;
         if ((params.flags & SINKS) != 0u) {
             let sink = bitcast<f32>(lists[params.list_sinks + head]);
@@ -242,7 +289,7 @@ fn main(
         }
         let factor = select(0.0, shrink / l, l > 0.0);
         let row = row_first + r * LANES + lane;
-        if (row < row_end) {
+        if (row < row_end{{ " && !more" if carry }}) {
             if ((params.flags & LSE) != 0u) {
                 let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
                 store_lse(at, m, l);
