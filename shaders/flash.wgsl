@@ -9,6 +9,9 @@
 // NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/score.wgsl); in v they count
 // as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
 // weight is not 0, as that of a visible key never is.
+{% if carry %}
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+{% endif %}
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -30,6 +33,10 @@ enable f16;
 {% if full %}
 @group(0) @binding(7) var<storage, read> mask: array<u32>;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
+{% endif %}
+{% if carry %}
+// Of each invocation m, l and whether its rows see a logit of −∞, then o, in which NaN and infinities stand for the classes of values seen.
+@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
@@ -126,7 +133,13 @@ fn main(
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
+{% if carry %}
+    let key_first = max(range.x, params.key0);
+    let key_end = min(min(range.y, params.key_end), seq.stored);
+{% else %}
+    let key_first = range.x;
     let key_end = min(range.y, seq.stored);
+{% endif %}
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
@@ -160,6 +173,28 @@ fn main(
         sh_minus[thread] = 0u;
     }
     workgroupBarrier();
+{% if carry %}
+    let plane = (batch - params.batch0) * params.heads + head - params.head0;
+    let number = (plane * params.row_tiles + here.row_tile) * params.col_tiles + here.col_tile;
+    let state_at = number * {{ state_vectors * across * down }}u + thread;
+    if ((params.flags & ADD) != 0u) {
+        let kept_m = bitcast<vec4<f32>>(state[state_at]);
+        let kept_l = bitcast<vec4<f32>>(state[state_at + THREADS]);
+        let kept_minus = state[state_at + 2u * THREADS];
+{% for r in range(rows) %}
+        m_{{ r }} = kept_m.{{ "xyzw"[r] }};
+        l_{{ r }} = kept_l.{{ "xyzw"[r] }};
+        if (kept_minus.{{ "xyzw"[r] }} != 0u) {
+            sh_minus[line + {{ r * down }}u] = 1u;
+        }
+{% for c in range(parts) %}
+        let kept_{{ r }}_{{ c }} = bitcast<vec4<f32>>(state[state_at + {{ 3 + r * parts + c }}u * THREADS]);
+        class_{{ r }}_{{ c // 4 }} |= classes(kept_{{ r }}_{{ c }}) << {{ c % 4 * 8 }}u;
+        o_{{ r }}_{{ c }} = finite_or_zero(kept_{{ r }}_{{ c }});
+{% endfor %}
+{% endfor %}
+    }
+{% endif %}
 {% if resident %}
     for (var part = thread; part < TILE_Q * {{ dims // 4 }}u; part += THREADS) {
         let row = part / {{ dims // 4 }}u;
@@ -178,7 +213,7 @@ fn main(
     // Loops of one iteration or none stand for branches below: drivers on the CPU run both sides of a branch, but skip a loop.
     var stage = 0u;
     var tile = 0u;
-    for (var key = range.x; key < key_end; key += TILE_KV) {
+    for (var key = key_first; key < key_end; key += TILE_KV) {
         tile += 1u;
 {% for r in range(rows) %}
         var s_{{ r }} = vec4<f32>();
@@ -260,6 +295,14 @@ fn main(
 {% for r in range(rows) %}
             let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
             s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, (keys >= vec4<u32>(range_{{ r }}.x)) & (keys < vec4<u32>(range_{{ r }}.y)));
+{% endfor %}
+        }
+{% endif %}
+{% if carry %}
+        if (key + TILE_KV > params.key_end) {
+            let own = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u) < vec4<u32>(params.key_end);
+{% for r in range(rows) %}
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, own);
 {% endfor %}
         }
 {% endif %}
@@ -355,6 +398,19 @@ fn main(
         }
     }
 
+{% if carry %}
+    if (params.key_end < params.seq_kv) {
+        state[state_at] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(m_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
+        state[state_at + THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(l_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
+        state[state_at + 2u * THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "sh_minus[line + %su]" | format(r * down) if r < rows else "0u" }}{% endfor %});
+{% for r in range(rows) %}
+{% for c in range(parts) %}
+        state[state_at + {{ 3 + r * parts + c }}u * THREADS] = result_bits(o_{{ r }}_{{ c }}, class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+{% endfor %}
+{% endfor %}
+        return;
+    }
+{% endif %}
     var sums = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}

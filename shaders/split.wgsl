@@ -110,7 +110,9 @@ fn main(
     let row_{{ r }} = line_row(min(line_first + {{ r }}u, line_last));
     let head_{{ r }} = line_head(here.head, min(line_first + {{ r }}u, line_last));
 {% endfor %}
-    let range = tile_range(seq, row_0, row_{{ rows - 1 }});
+    let seen = tile_range(seq, row_0, row_{{ rows - 1 }});
+    // Those of this dispatch.
+    let range = clamp(seen, vec2<u32>(params.key0), vec2<u32>(params.key_end));
     let visible = select(0u, range.y - range.x, turns > 0u);
     let share = (visible + params.col_tiles - 1u) / params.col_tiles;
     let key_first = range.x + min(visible, here.col_tile * share);

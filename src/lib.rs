@@ -27,6 +27,7 @@ pub mod shape;
 mod steps;
 mod tuned;
 pub mod tuning;
+mod walk;
 
 pub use append::Append;
 pub use caps::Caps;

@@ -107,6 +107,8 @@ impl Matrix {
         head_dim.div_ceil(depth) * (2 + depth / size + staged * depth / 4 / THREADS)
             + KEYS * (dims / 4 + 2) / THREADS
             + KEYS
+            // Values of NaN and infinities, and very large scores, of all keys that an invocation has.
+            + KEYS * self.tile.tile_rows() / THREADS * (dims / 4 + 1 + 5 * head_dim.div_ceil(16))
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {

@@ -83,7 +83,8 @@ fn values_at_keys_of_several_dispatches_are_summed_and_stay_spoilt() {
             for case in [Case::new(p.clone(), case.operands), Case::random(p, 3)] {
                 for way in ways(&device, &case.problem) {
                     let (_, plan) = case.check(&device, &way);
-                    assert!(count(&plan, "values") > 1, "{plan}");
+                    // Or in parts, some for each dispatch over the keys.
+                    assert!(count(&plan, "values") > 1 || count(&plan, "split") > 1, "{plan}");
                 }
             }
         }

@@ -6,7 +6,7 @@ use wgpu_attention::plan::{Bound, Step};
 use wgpu_attention::shape::Tensor;
 use wgpu_attention::{Broadcast, Plan};
 
-use crate::coverage::{Place, places};
+use crate::coverage::{Place, parts_before, places};
 
 pub fn inside(plan: &Plan) {
     for step in plan.steps() {
@@ -19,6 +19,7 @@ pub fn inside(plan: &Plan) {
                 Slot::Lists => lists(plan, step, bound),
                 // Stands for an output that is not asked for; nothing is written.
                 Slot::Spare => {}
+                Slot::State => state(step, bound),
                 _ if matches!(step.variant, Variant::Pack(_)) => packing(plan, step, bound),
                 _ => places(plan, step).for_each(|place| corners(plan, step, bound, &place)),
             }
@@ -92,14 +93,14 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                 }
                 Slot::PartialOut => {
                     let (part, last) = (place.part, s.value_dim - 1);
-                    let want = s.batch * part + place.batch;
+                    let want = s.batch * (parts_before(plan, step) + part) + place.batch;
                     let want = dense([1, s.heads, s.seq_q, s.value_dim], [want, place.head, row, last]);
                     let line = [(place.batch, p.out_batch), (place.head, p.out_head), (row, p.out_row), (last, 1)];
                     hits(step, bound, 4, sum(p.out_base.wrapping_add(part * p.partial_out), line), want);
                 }
                 Slot::PartialLse => {
-                    let want =
-                        dense([1, s.heads, s.seq_q, 1], [s.batch * place.part + place.batch, place.head, row, 0]);
+                    let want = s.batch * (parts_before(plan, step) + place.part) + place.batch;
+                    let want = dense([1, s.heads, s.seq_q, 1], [want, place.head, row, 0]);
                     let part =
                         [(place.part, p.partial_lse), (place.batch, p.lse_batch), (place.head, p.lse_head), (row, 1)];
                     hits(step, bound, 4, sum(p.lse_base, part), want);
@@ -133,7 +134,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let at = [place.batch, place.head, row, key];
                     broadcast(step, bound, bias.shape, (p.bias_base, strides, p.bias_keys), bias.element.bytes(), at);
                 }
-                Slot::Lists | Slot::Spare => unreachable!("handled before"),
+                Slot::Lists | Slot::Spare | Slot::State => unreachable!("handled before"),
                 _ => unreachable!("attention binds no operand of the layer"),
             }
         }
@@ -209,6 +210,19 @@ fn lists(plan: &Plan, step: &Step, bound: &Bound) {
     taken.sort_by_key(|range| range.start);
     assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start), "lists overlap");
     assert!(taken.iter().all(|range| 4 * u64::from(range.end) <= bound.size), "{} lists", step.variant);
+}
+
+/// Of every workgroup what waits between dispatches, vectors of four: `rows` keeps m and l, then o, of each
+/// row; `flash` three vectors and then o of each invocation.
+fn state(step: &Step, bound: &Bound) {
+    let (carried, each) = match &step.variant {
+        Variant::Rows(x) => (x.carry, x.tile.tile_rows() * (1 + x.tile.dims / 4)),
+        Variant::Flash(x) => (x.carry, 128 * (3 + x.tile.rows * x.tile.dims / 32)),
+        other => panic!("{other} keeps no state"),
+    };
+    assert!(carried && bound.offset == 0, "{bound:?}");
+    assert!(16 * u64::from(step.params.end) * u64::from(each) <= bound.size, "{bound:?}");
+    assert!(step.params.key0 == 0 || step.params.flags & (1 << 16) != 0, "{} starts anew", step.variant);
 }
 
 fn packing(plan: &Plan, step: &Step, bound: &Bound) {
