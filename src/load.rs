@@ -374,7 +374,8 @@ mod tests {
             let shapes: [&[usize]; 2] = [&[4, 4], &[4]];
             numbered(&names.into_iter().zip(shapes.into_iter().cycle()).collect::<Vec<_>>())
         };
-        let file = ["wq.kernel", "wq.bias", "wk.kernel", "wk.bias", "wv.kernel", "wv.bias", "dense.kernel", "dense.bias"];
+        let file =
+            ["wq.kernel", "wq.bias", "wk.kernel", "wk.bias", "wv.kernel", "wv.bias", "dense.kernel", "dense.bias"];
         holds(&tensorflow_tutorial(&square(file), "", 2).expect("valid"), Order::InOut, pairs);
         let file = [
             "self.query.weight",
@@ -419,16 +420,20 @@ mod tests {
             ),
             (
                 Dtype::F64,
-                [1.0, -2.5, 1.0 / 3.0, f64::from(f32::MAX), 2f64.powi(-149)].iter().flat_map(|x| x.to_le_bytes()).collect(),
+                [1.0, -2.5, 1.0 / 3.0, f64::from(f32::MAX), 2f64.powi(-149)]
+                    .iter()
+                    .flat_map(|x| x.to_le_bytes())
+                    .collect(),
                 [third, f32::MAX, f32::from_bits(1)],
             ),
         ];
         for (dtype, bytes, [third, largest, least]) in cases {
             let names = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"];
             let shapes = [[1, 5], [1, 5], [1, 5], [5, 1]];
-            let views = names.into_iter().zip(shapes).map(|(name, shape)| {
-                (name, TensorView::new(dtype, shape.to_vec(), &bytes).expect("fits"))
-            });
+            let views = names
+                .into_iter()
+                .zip(shapes)
+                .map(|(name, shape)| (name, TensorView::new(dtype, shape.to_vec(), &bytes).expect("fits")));
             let layer = llama(&safetensors::serialize(views, None).expect("valid"), "", 1, 1).expect("valid");
             for part in [&layer.query, &layer.key, &layer.value, &layer.out] {
                 assert_eq!(part.weight, [1.0, -2.5, third, largest, least], "{dtype:?}");

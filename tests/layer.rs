@@ -315,7 +315,14 @@ fn turned_rows_of_sixteen_bits_are_rounded_to_the_nearest_and_ties_to_even() {
         // Ties below and above an even number, and around each; the last one that is finite, and the first that is not.
         let cosines = match element {
             Element::F16 => [1.000_488_3, 1.001_464_8, 65519.996, 65520.0, 5.0 * 2f32.powi(-25), 7.0 * 2f32.powi(-25)],
-            _ => [one(0x3f80_8000), one(0x3f81_8000), one(0x7f7f_7fff), one(0x7f7f_8000), one(0x4000_8001), one(0x0081_8000)],
+            _ => [
+                one(0x3f80_8000),
+                one(0x3f81_8000),
+                one(0x7f7f_7fff),
+                one(0x7f7f_8000),
+                one(0x4000_8001),
+                one(0x0081_8000),
+            ],
         };
         let numbers: Vec<f32> =
             cosines.iter().flat_map(|x| [-1, 0, 1].map(|n| one(x.to_bits().wrapping_add_signed(n)))).collect();

@@ -529,11 +529,14 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
         };
         let budget = budget(&p, &Inputs { q: one, k: q, v, ..Inputs::default() }).unwrap();
         // e = 4u A + 2u · 4 of each key moves out by Σ p e |v − out| = e, and a weight by p (e + Σ p e) = e.
-        let (e, [rounding, tiny]) = (12.0 * u, match element {
-            Element::F32 => [0.0, 0.0],
-            Element::F16 => [2f64.powi(-11), 2f64.powi(-24)],
-            Element::Bf16 => [2f64.powi(-8), 0.0],
-        });
+        let (e, [rounding, tiny]) = (
+            12.0 * u,
+            match element {
+                Element::F32 => [0.0, 0.0],
+                Element::F16 => [2f64.powi(-11), 2f64.powi(-24)],
+                Element::Bf16 => [2f64.powi(-8), 0.0],
+            },
+        );
         close(&budget.out.atol, e + sum * u + tiny);
         close(&[budget.out.rtol], 4.0 * u + 1.01 * rounding);
         close(&budget.lse.atol, 4.0 * u + u * (2.0 * (1.0 + 2f64.ln()) + 16.0 + 2.0 * 2f64.sqrt()));
@@ -549,8 +552,7 @@ fn the_budget_of_a_low_key_counts_its_distance_and_its_small_weight() {
     // Scores 0 and −8: the weight of the second key is 1 / (1 + e⁸), its exponential may be off by 2u (4 + 2 · 8).
     let p = problem([1, 1, 1, 2, 1], |p| p.scale = Some(1.0));
     let (k, v) = ([0.0, -8.0], [0.0, 1.0]);
-    let inputs =
-        Inputs { q: (&[1.0][..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
+    let inputs = Inputs { q: (&[1.0][..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
     let got = budget(&p, &inputs).unwrap();
     let u = 2f64.powi(-24);
     let low = 1.0 / (1.0 + 8f64.exp());
