@@ -30,7 +30,7 @@ use num_traits::Float;
 
 pub use append::append;
 pub use average::average;
-pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
+pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget, regression_limit};
 pub use extra::extra;
 pub use layer::layer;
 pub use logits::logits;

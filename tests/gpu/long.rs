@@ -5,6 +5,7 @@ use std::time::Duration;
 use wgpu_attention::{Broadcast, Causal, Element, Kernel, Options, Packed, Problem, Window, wgpu};
 
 use crate::support::{Case, Data, Tensor, gpus, small};
+use crate::ways;
 
 /// The case of some neighbouring rows of a causal problem of one head: the same keys at the same positions.
 fn rows(p: &Problem, operands: &Data, first: u32, count: u32) -> Case {
@@ -50,6 +51,20 @@ fn long_causal_problems_need_no_scratch_and_run_in_slices() {
             let got = &out[*first as usize * 64..][..7 * 64];
             let found = part.budget.compare_out(&part.problem.check().unwrap(), got, &part.want.out);
             assert!(found.passed(), "rows from {first} on: {found}\n{plan}");
+        }
+    }
+}
+
+/// Weights of half the digits would still be within the error budget of so many keys.
+#[test]
+fn weights_of_many_keys_keep_the_digits_of_f32() {
+    let case = Case::random(Problem::new(1, 2, 3, 8192, 32), 6);
+    let loose = case.want.out.iter().map(|x| x.abs()).fold(0.0, f64::max) * 2f64.powi(-11);
+    let widest = |x: &[f64]| x.iter().copied().fold(0.0, f64::max);
+    assert!(widest(&case.limit.out.atol) < loose / 4.0, "{:?} of {loose}", case.limit.out.atol);
+    for gpu in gpus() {
+        for way in ways(gpu, &case.problem) {
+            case.check(gpu, &way);
         }
     }
 }

@@ -7,6 +7,7 @@ mod claims;
 mod composed;
 mod decode;
 mod device;
+mod differential;
 mod edges;
 mod hidden;
 mod layouts;

@@ -15,7 +15,9 @@ use proptest::prelude::*;
 use wgpu_attention::kernel::matrix::Matrix;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
-use wgpu_attention::{Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, tuning, wgpu};
+use wgpu_attention::{
+    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, tuning, wgpu,
+};
 
 use strategy::{caps, options, problem};
 
@@ -266,6 +268,41 @@ fn large_problems_keep_to_the_limits() {
             assert!(check(&p, &caps, &Options::default()), "{p:?}");
         }
     }
+}
+
+/// A problem of which one operand alone is larger than a binding: it is cut into parts, whatever the kernel.
+#[test]
+fn each_operand_is_held_to_the_binding_limit() {
+    let mut caps = roomy();
+    caps.limits.max_storage_buffer_binding_size = 20_000;
+    caps.limits.max_storage_buffers_per_shader_stage = 8;
+    let wide = Problem::new(1, 1, 500, 64, 4);
+    type Set = fn(&mut Problem);
+    let operands: [(Slot, &Problem, Set); 7] = [
+        (Slot::Mask, &wide, |p| p.mask = Some(Broadcast([1, 1, 500, 64]))),
+        (Slot::Bias, &wide, |p| p.bias = Some(Bias { shape: Broadcast([1, 1, 500, 64]), element: Element::Bf16 })),
+        (Slot::Q, &wide, |p| p.head_dim = 16),
+        (Slot::Out, &wide, |p| p.value_dim = 16),
+        (Slot::Lse, &wide, |p| (p.seq_q, p.head_dim, p.value_dim, p.element, p.lse) = (8000, 1, 1, Element::F16, true)),
+        (Slot::Weights, &wide, |p| p.weights = true),
+        (Slot::Logits, &wide, |p| p.logits = Some(Logits::Masked)),
+    ];
+    for (slot, problem, set) in operands {
+        let mut p = problem.clone();
+        set(&mut p);
+        let kernels = [None, Some(Kernel::Unfused), Some(Kernel::Rows), Some(Kernel::Flash)];
+        for kernel in kernels {
+            let matrix = p.logits.is_some() && !matches!(kernel, None | Some(Kernel::Unfused));
+            let options = Options { kernel, ..Options::default() };
+            assert_eq!(check(&p, &caps, &options), !matrix, "{slot:?} by {kernel:?}");
+        }
+    }
+    // One row of a bias that no part holds.
+    let mut p = Problem::new(1, 1, 2, 9000, 1);
+    (p.element, p.bias) = (Element::F16, Some(Bias { shape: Broadcast([1, 1, 1, 9000]), element: Element::F32 }));
+    let options = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+    let error = Plan::new(&p.check().unwrap(), &caps, &options).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { field: "bias", value, .. } if value >= 36_000), "{error}");
 }
 
 #[test]
