@@ -178,6 +178,8 @@ fn a_full_disk_leaves_the_file_that_was_there() {
 fn cases_that_stands_still_has_told_what_failed_and_tells_where_it_stands() {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
+    use std::sync::mpsc;
+    use std::time::Duration;
     let folder = tempfile::tempdir().unwrap();
     let [broken, endless] = ["broken.safetensors", "endless.safetensors"].map(|name| folder.path().join(name));
     std::fs::write(&broken, "").unwrap();
@@ -186,10 +188,13 @@ fn cases_that_stands_still_has_told_what_failed_and_tells_where_it_stands() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
     command.args(["cases", "--cpu", case(CASE).to_str().unwrap()]).args([&broken, &endless]);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-    let failure = lines.next().unwrap();
+    let (send, lines) = mpsc::channel();
+    let stderr = BufReader::new(child.stderr.take().unwrap());
+    std::thread::spawn(move || stderr.lines().map(Result::unwrap).try_for_each(|line| send.send(line)));
+    let next = || lines.recv_timeout(Duration::from_secs(60)).expect("a line within a minute");
+    let failure = next();
     assert!(failure.starts_with(&format!("error: {}: ", broken.display())), "{failure}");
-    let stands = lines.next().unwrap();
+    let stands = next();
     assert!(stands.starts_with("2 of 3 after "), "{stands}");
     assert!(stands.ends_with(&format!(" s: reading {}", endless.display())), "{stands}");
     assert_eq!(child.try_wait().unwrap(), None);
