@@ -61,8 +61,8 @@ impl Program {
             let copied = copies.iter().map(|copy| (copy.field, copy.from.buffer()));
             match copied.chain(bound).find(|(_, buffer)| attempt(&self.device, || touch(&self.device, buffer)).is_err())
             {
-                Some((field, _)) if !matches!(error, Error::DeviceLost(_)) => Error::OtherDevice { field },
-                _ => error,
+                Some((field, _)) => Error::OtherDevice { field },
+                None => error,
             }
         })?;
         let record = || {
@@ -127,7 +127,7 @@ pub(crate) fn allocate<T>(device: &wgpu::Device, create: impl FnOnce() -> T) -> 
     // What there was no memory for is invalid afterwards.
     match pollster::block_on(memory.pop()).or(validation) {
         None => Ok(created),
-        Some(error) => Err(lost(device).unwrap_or_else(|| error.into())),
+        Some(error) => Err(error.into()),
     }
 }
 
@@ -160,19 +160,6 @@ fn touch(device: &wgpu::Device, buffer: &wgpu::Buffer) {
     drop(device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries }));
 }
 
-/// The error of a lost device. wgpu tells of the loss only where the device's owner listens, and calls what is made afterwards invalid.
-pub(crate) fn lost(device: &wgpu::Device) -> Option<Error> {
-    let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation].map(|f| device.push_error_scope(f));
-    let (size, usage) = (4, wgpu::BufferUsages::COPY_SRC);
-    let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: true };
-    let mapped = device.create_buffer(&descriptor).get_mapped_range_mut(..).map(drop);
-    let captured = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).count();
-    match mapped {
-        Err(error) if captured == 0 => Some(Error::DeviceLost(error.to_string())),
-        _ => None,
-    }
-}
-
 /// A buffer that holds these bytes, a multiple of four, and never changes.
 pub(crate) fn constant(
     device: &wgpu::Device,
@@ -183,7 +170,9 @@ pub(crate) fn constant(
     let descriptor =
         wgpu::BufferDescriptor { label: Some(label), size: bytes.len() as u64, usage, mapped_at_creation: true };
     let buffer = allocate(device, || device.create_buffer(&descriptor))?;
-    buffer.get_mapped_range_mut(..).map_err(|error| Error::DeviceLost(error.to_string()))?.copy_from_slice(bytes);
+    // wgpu tells only the device's owner of a loss, and calls what is made afterwards invalid, without an error.
+    let lost = |_| Error::DeviceLost(format!("the buffer {label:?} cannot be made on it any more"));
+    buffer.get_mapped_range_mut(..).map_err(lost)?.copy_from_slice(bytes);
     buffer.unmap();
     Ok(buffer)
 }

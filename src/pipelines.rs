@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use crate::encode::lost;
 use crate::kernel::Variant;
 use crate::{Error, Result, shader};
 
@@ -120,10 +119,7 @@ impl Pipelines {
         match errors.into_iter().flatten().next() {
             None => Ok(Pipeline { compute, layout }),
             Some(error @ wgpu::Error::OutOfMemory { .. }) => Err(error.into()),
-            Some(error) => {
-                let refused = || Error::Pipeline { variant: label, message: error.to_string() };
-                Err(lost(&self.device).unwrap_or_else(refused))
-            }
+            Some(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
         }
     }
 }

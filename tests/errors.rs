@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use support::staged::Staged;
 use support::{Data, gpus};
+use wgpu_attention::kernel::Slot;
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer,
@@ -346,6 +347,35 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
             let error = other.run(&prepared, &theirs, &mut |_, _| ()).unwrap_err();
             says(error, Error::OtherDevice { field: "prepared" }, &["prepared"]);
         }
+        let projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+        let operation = one.library().project(&projection, &Options::default()).unwrap();
+        let usage = wgpu::BufferUsages::STORAGE;
+        let make = |gpu: &Gpu| {
+            let descriptor = wgpu::BufferDescriptor { label: None, size: 1024, usage, mapped_at_creation: false };
+            gpu.device().create_buffer(&descriptor)
+        };
+        let buffers = [make(&one), make(&two), make(&one), make(&one)];
+        let slots = [Slot::Query, Slot::Matrix(0), Slot::Shifts, Slot::Result];
+        let slices: Vec<_> = slots.into_iter().zip(&buffers).map(|(slot, buffer)| (slot, buffer.slice(..))).collect();
+        let error = operation.encode(&mut one.device().create_command_encoder(&Default::default()), &slices);
+        says(error.unwrap_err(), Error::OtherDevice { field: "weight matrix" }, &["weight matrix"]);
+
+        let linear = || Linear { inputs: 8, outputs: 8, weight: vec![0.5; 64], order: Order::OutIn, bias: None };
+        let layer = Layer::new(2, 2, [(); 4].map(|()| linear())).unwrap();
+        let resident_layer = MultiHeadAttention::new(one.library(), one.queue(), &layer, Element::F32).unwrap();
+        let prepare = |gpu: &Gpu| {
+            let options = Options::default();
+            resident_layer.prepare(gpu.library(), &layer.problem(1, 3, 3), &Call::default(), &options)
+        };
+        for other in [&two, &third] {
+            says(prepare(other).unwrap_err(), Error::OtherDevice { field: "layer" }, &["layer"]);
+        }
+        let (x, result) = (make(&two), make(&one));
+        let buffers = LayerBuffers::new(x.slice(..), result.slice(..));
+        let mut encoder = one.device().create_command_encoder(&Default::default());
+        let error = prepare(&one).unwrap().encode(&mut encoder, &buffers).unwrap_err();
+        says(error, Error::OtherDevice { field: "query" }, &["query"]);
+
         // What the caller's own `Attention` on the same device prepared is at home.
         let own = wgpu_attention::Attention::new(one.device());
         let prepared = own.prepare(&own.plan(&p).unwrap()).unwrap();
