@@ -299,20 +299,21 @@ fn most_turning(variant: &Variant, shape: &Shape, caps: &Caps) -> u64 {
 /// What keys of a dispatch are a multiple of: whole steps of every kernel, and whole vectors of weights.
 const KEY_TILE: u64 = 64;
 
-/// Turns that the loops of an invocation of a fused kernel take together for so many keys, wherever they begin, at most.
+/// Turns that the loops of an invocation of a fused kernel take together for so many keys, wherever they begin, at most. The test that ends
+/// a loop counts as a turn of it.
 fn turns(variant: &Variant, shape: &Shape, keys: u64) -> u64 {
     // Page by page, where there are any: each may begin and end in the middle of a step.
     let steps = |step: u32| {
         let (step, page) = (u64::from(step), shape.paged.map_or(keys, |paged| paged.page_size.into()));
         match page < keys {
-            false => keys.div_ceil(step) + 2,
+            false => keys.div_ceil(step) + 4,
             true => {
-                let whole = (keys.div_ceil(page) + 1) * (page.div_ceil(step) + 1);
-                whole.min(keys / step + 2 * (keys / page + 2))
+                let whole = (keys.div_ceil(page) + 1) * (page.div_ceil(step) + 2);
+                whole.min(keys / step + 3 * (keys / page + 2))
             }
         }
     };
-    let rows = |full: bool, rows: u32| if full { 1 + u64::from(rows) } else { 1 };
+    let rows = |full: bool, rows: u32| if full { 2 + u64::from(rows) } else { 1 };
     match variant {
         // A second walk, key by key, where there are NaN or infinities, with its loops over rows.
         Variant::Rows(x) => {
@@ -320,13 +321,14 @@ fn turns(variant: &Variant, shape: &Shape, keys: u64) -> u64 {
         }
         Variant::Split(x) => {
             let split::Tile { keys: each, streams, shuffle, .. } = x.tile;
-            let sums = if shuffle { 0 } else { u64::from((x.tile.rows * each).div_ceil(split::ACROSS)) };
-            let blocks = if streams == 1 { steps(each) } else { keys.div_ceil((each * streams).into()) + 1 };
-            // Two loops that run where there are NaN or infinities.
-            blocks * (2 + rows(x.full, x.tile.rows) + sums)
+            let sums = if shuffle { 0 } else { 1 + u64::from((x.tile.rows * each).div_ceil(split::ACROSS)) };
+            let blocks = if streams == 1 { steps(each) } else { keys.div_ceil((each * streams).into()) + 4 };
+            // Two loops that run once where there are NaN or infinities, with the tests that end them.
+            blocks * (4 + rows(x.full, x.tile.rows) + sums)
         }
-        Variant::Flash(x) => keys.div_ceil(x.tile.tile_keys().into()) * u64::from(x.turns(shape.head_dim)),
-        Variant::Matrix(x) => keys.div_ceil(matrix::KEYS.into()) * u64::from(x.turns(shape.head_dim)),
+        Variant::Flash(x) => (keys.div_ceil(x.tile.tile_keys().into()) + 1) * u64::from(x.turns(shape.head_dim)),
+        // Of loops of two turns and more.
+        Variant::Matrix(x) => (keys.div_ceil(matrix::KEYS.into()) + 1) * 3 / 2 * u64::from(x.turns(shape.head_dim)),
         _ => 0,
     }
 }

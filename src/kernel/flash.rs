@@ -149,17 +149,17 @@ impl Flash {
         ACROSS * DOWN
     }
 
-    /// Turns that the loops of an invocation take together for a tile of keys.
+    /// Turns that the loops of an invocation take together for a tile of keys, the test that ends each among them.
     pub(crate) fn turns(&self, head_dim: u32) -> u32 {
         let Tile { dims, rows, depth, value_keys, resident, .. } = self.tile;
-        let each = |vectors: u32| vectors.div_ceil(self.threads());
+        let each = |vectors: u32| vectors.div_ceil(self.threads()) + 1;
         let q = if resident { 0 } else { each(self.tile.tile_rows() * depth / 4) };
-        let scores = head_dim.div_ceil(depth) * (1 + q + each(self.tile.tile_keys() * depth / 4));
-        let values = self.tile.tile_keys() / value_keys * (1 + each(value_keys * dims / 4));
+        let scores = head_dim.div_ceil(depth) * (1 + q + each(self.tile.tile_keys() * depth / 4)) + 1;
+        let values = self.tile.tile_keys() / value_keys * (1 + each(value_keys * dims / 4)) + 1;
         // With NaN and infinities everywhere: a loop for each vector staged, one for the codes, and one over the keys of v.
-        let codes =
-            scores + 1 + self.tile.tile_keys() + self.tile.tile_keys() / value_keys * each(value_keys * dims / 4);
-        1 + scores + rows + values + codes
+        let classes =
+            self.tile.tile_keys() + self.tile.tile_keys() / value_keys * (1 + 2 * each(value_keys * dims / 4));
+        1 + scores + rows + 1 + values + 2 * scores + 2 + classes
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {

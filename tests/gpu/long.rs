@@ -164,3 +164,33 @@ fn a_value_that_is_not_finite_spoils_its_rows_in_whatever_dispatch_it_is_seen() 
         }
     }
 }
+
+#[test]
+fn the_longest_walk_of_one_dispatch_drops_no_key() {
+    if small("the_longest_walk_of_one_dispatch_drops_no_key, whose loops are llvmpipe's") {
+        return;
+    }
+    for gpu in gpus().iter().filter(|gpu| gpu.library().caps().cpu) {
+        // On OpenGL `flash` takes seconds to compile.
+        let flash = gpu.info().backend != wgpu::Backend::Gl;
+        for kernel in [Some(Kernel::Rows), flash.then_some(Kernel::Flash)].into_iter().flatten() {
+            let options = Options { kernel: Some(kernel), ..Options::default() };
+            let problem = |keys: u32| {
+                let mut p = Problem::new(1, 1, 64, keys, 4);
+                (p.mask, p.scale) = (Some(Broadcast([1, 1, 1, keys])), Some(0.1));
+                p
+            };
+            let carries = |keys: u32| {
+                let plan = gpu.library().plan_with(&problem(keys), &options).unwrap();
+                plan.steps().iter().any(|step| step.params.key0 > 0)
+            };
+            let (mut low, mut high) = (1000, 300_000);
+            while low + 1 < high {
+                let middle = (low + high) / 2;
+                (low, high) = if carries(middle) { (low, middle) } else { (middle, high) };
+            }
+            assert!(low > 5000 && high < 300_000, "{low}");
+            Case::random(problem(low), 8).check(gpu, &options);
+        }
+    }
+}

@@ -58,13 +58,14 @@ fn range(p: &Problem, row: u32) -> (i64, i64) {
     (first, p.window.right.map_or(end, |right| end.min((position + i64::from(right) + 1).clamp(0, keys))))
 }
 
-/// Turns that the loops of the busiest invocation of a dispatch of a fused kernel take, counted tile by tile.
+/// Turns that the loops of the busiest invocation of a dispatch of a fused kernel take, counted tile by tile, with the test that ends
+/// each.
 fn turns(p: &Problem, step: &Step) -> u64 {
-    let per_step = |full: bool, rows: u32| if full { 1 + u64::from(rows) } else { 1 };
+    let per_step = |full: bool, rows: u32| if full { 2 + u64::from(rows) } else { 1 };
     let (rows, keys, each, shares) = match &step.variant {
         Variant::Rows(x) => (x.tile.tile_rows(), x.tile.keys, per_step(x.full, x.tile.rows), 1),
         Variant::Split(x) => {
-            let sums = if x.tile.shuffle { 0 } else { 1 };
+            let sums = if x.tile.shuffle { 0 } else { 2 };
             (1, x.tile.keys * x.tile.streams, per_step(x.full, x.tile.rows) + sums, step.params.col_tiles)
         }
         _ => return 0,
