@@ -618,7 +618,7 @@ impl Prepared {
     /// device's buffer for another's.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
         self.check(buffers)?;
-        self.record(0..self.plan.dispatches(), encoder, buffers, &*self.scratch.shared()?)
+        self.record(0..self.plan.dispatches(), encoder, buffers, &self.scratch.shared()?)
     }
 
     /// Begins a call that is recorded slice by slice.

@@ -10,7 +10,7 @@ pub const ELEMENTWISE: u32 = 64;
 pub const CPU_TURNS: u64 = 65_000;
 
 /// Most keys of a dispatch of `values` on a CPU adapter, so that its loops stay below that.
-pub const CPU_KEYS: u32 = 1 << 17;
+pub const CPU_KEYS: u32 = 1 << 15;
 
 /// Invocations that share a row in `softmax`: CPU adapters, short rows, long rows.
 pub const SOFTMAX_THREADS: [u32; 3] = [8, 64, 256];
