@@ -308,9 +308,9 @@ mod tests {
                 (0..shape.iter().product()).flat_map(|i| (1000.0 * n as f32 + i as f32).to_le_bytes()).collect()
             })
             .collect();
-        let views = tensors.iter().zip(&data).map(|(&(name, shape), data)| {
-            (name, TensorView::new(Dtype::F32, shape.to_vec(), data).expect("fits"))
-        });
+        let view = |((name, shape), data)| (name, TensorView::new(Dtype::F32, shape, data).expect("fits"));
+        let views = tensors.iter().map(|&(name, shape)| (name, shape.to_vec()));
+        let views = views.zip(data.iter().map(Vec::as_slice)).map(view);
         safetensors::serialize(views, None).expect("valid")
     }
 

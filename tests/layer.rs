@@ -2,6 +2,7 @@
 
 mod support;
 
+use support::staged::Guarded;
 use support::{Data, Random, floor, gpus, small};
 use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::layer::RotaryEmbedding;
@@ -63,9 +64,10 @@ fn upload(gpu: &Gpu, bytes: &[u8]) -> wgpu::Buffer {
 /// Runs an operation on buffers and reads the last of them.
 fn run(gpu: &Gpu, operation: &Operation, buffers: &[(Slot, &wgpu::Buffer)]) -> Vec<u8> {
     let slices: Vec<_> = buffers.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
+    let recording = operation.begin().expect("nothing to allocate");
     for slice in 0..operation.slices() {
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        operation.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
+        recording.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
         gpu.queue().submit([encoder.finish()]);
     }
     gpu.wait().expect("computed");
@@ -508,6 +510,55 @@ fn an_extra_key_keeps_its_weight_however_light_or_heavy_it_is() {
                 assert!((f64::from(x) - 2.0).abs() < 1e-3, "{x} for scores {distance} apart on {}", gpu.info().name);
             }
         }
+    }
+}
+
+#[test]
+fn calls_of_one_layer_take_turns() {
+    let mut r = Random(46);
+    let mut layer = layer(&mut r, [4, 2, 8, 8], [24; 4], Order::OutIn, true);
+    layer.bias_kv = Some((r.signed_vec(16, 1.0), r.signed_vec(16, 1.0)));
+    let problem = layer.problem(2, 19, 19);
+    let mut call = Call::default();
+    call.weights = Some(Weights::Mean);
+    for gpu in gpus() {
+        let (device, queue) = (gpu.device(), gpu.queue());
+        let resident = MultiHeadAttention::new(gpu.library(), queue, &layer, Element::F32).expect("fits");
+        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        let prepared = resident.prepare(gpu.library(), &problem, &call, &options).expect("valid");
+        assert!(prepared.slices() > 5);
+        let guarded = |values: &[f32]| Guarded::new(device, bytemuck::cast_slice(values));
+        let stage = |seed| {
+            let x = Random(seed).signed_vec(2 * 19 * 24, 1.0);
+            [guarded(&x), guarded(&[f32::NAN; 2 * 19 * 24]), guarded(&[f32::NAN; 2 * 19 * 20])]
+        };
+        fn buffers(staged: &[Guarded; 3]) -> LayerBuffers<'_> {
+            let mut buffers = LayerBuffers::new(staged[0].slice(), staged[1].slice());
+            buffers.weights = Some(staged[2].slice());
+            buffers
+        }
+        let read = |staged: &[Guarded; 3]| [1, 2].map(|n| staged[n].read(device, queue));
+        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            record(&mut encoder);
+            queue.submit([encoder.finish()]);
+        };
+        let want = [1, 2].map(|seed| {
+            let staged = stage(seed);
+            submit(&|encoder| prepared.encode(encoder, &buffers(&staged)).expect("valid"));
+            read(&staged)
+        });
+        let finite = |bytes: &[u8]| bytemuck::pod_collect_to_vec::<_, f32>(bytes).iter().all(|x| x.is_finite());
+        assert!(want.iter().flatten().all(|bytes| finite(bytes)) && want[0] != want[1]);
+        let staged = [stage(1), stage(2)];
+        let calls = [(); 2].map(|()| prepared.begin().expect("fits"));
+        for slice in 0..prepared.slices() {
+            for (call, staged) in calls.iter().zip(&staged) {
+                submit(&|encoder| call.encode_slice(slice, encoder, &buffers(staged)).expect("valid"));
+            }
+            submit(&|encoder| prepared.encode(encoder, &buffers(&staged[1])).expect("valid"));
+        }
+        assert_eq!(staged.each_ref().map(read), want);
     }
 }
 

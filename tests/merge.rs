@@ -3,6 +3,7 @@
 mod support;
 
 use half::{bf16, f16};
+use support::staged::Guarded;
 use support::{Data, Random, floor, gpus};
 use wgpu_attention::kernel::Slot;
 use wgpu_attention::reference::{self, Partial};
@@ -298,6 +299,52 @@ fn parts_of_the_keys_merge_into_the_whole() {
         assert!(compared.passed(), "out: {compared}");
         let compared = budget.lse.check(&got.lse.expect("asked for"), &want.lse.expect("asked for"));
         assert!(compared.passed(), "lse: {compared}");
+    }
+}
+
+#[test]
+fn calls_of_one_merge_take_turns() {
+    let mut merge = Merge::new(4, 2, 3, 33, 7);
+    (merge.element, merge.sinks) = (Element::Bf16, true);
+    let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+    for gpu in gpus() {
+        let (device, queue) = (gpu.device(), gpu.queue());
+        let operation = gpu.library().merge(&merge, &options).expect("compiles");
+        assert!(operation.slices() > 2);
+        let stage = |seed| {
+            let parts = Parts::random(&merge, seed, 4.0);
+            let staged = |bytes: &[u8]| Guarded::new(device, bytes);
+            [
+                (Slot::PartialOut, staged(bytemuck::cast_slice(&parts.out))),
+                (Slot::PartialLse, staged(bytemuck::cast_slice(&parts.lse))),
+                (Slot::Sinks, staged(bytemuck::cast_slice(&parts.sinks.expect("asked for")))),
+                (Slot::Out, staged(&[0xff; 2 * 2 * 3 * 33 * 7])),
+                (Slot::Lse, staged(&[0xff; 4 * 2 * 3 * 33])),
+            ]
+        };
+        fn slots(staged: &[(Slot, Guarded); 5]) -> [(Slot, wgpu::BufferSlice<'_>); 5] {
+            staged.each_ref().map(|(slot, guarded)| (*slot, guarded.slice()))
+        }
+        let read = |staged: &[(Slot, Guarded); 5]| [3, 4].map(|n| staged[n].1.read(device, queue));
+        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            record(&mut encoder);
+            queue.submit([encoder.finish()]);
+        };
+        let want = [1, 2].map(|seed| {
+            let staged = stage(seed);
+            submit(&|encoder| operation.encode(encoder, &slots(&staged)).expect("valid"));
+            read(&staged)
+        });
+        let staged = [stage(1), stage(2)];
+        let calls = [(); 2].map(|()| operation.begin().expect("fits"));
+        for slice in 0..operation.slices() {
+            for (call, staged) in calls.iter().zip(&staged) {
+                submit(&|encoder| call.encode_slice(slice, encoder, &slots(staged)).expect("valid"));
+            }
+            submit(&|encoder| operation.encode(encoder, &slots(&staged[1])).expect("valid"));
+        }
+        assert_eq!(staged.each_ref().map(read), want);
     }
 }
 

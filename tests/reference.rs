@@ -385,17 +385,18 @@ fn nothing_leaks_from_hidden_keys() {
         o.v[8..].fill(garbage);
         assert_eq!(attention::<f64>(&p, &o.inputs()).unwrap(), want);
     }
-    // Key 1 is hidden from row 0 only; one bad value there spoils the whole of the other rows, and nothing else of them.
+    // Key 1 is hidden from row 0 only; one bad value there shows in its element of the other rows, and nowhere else.
     o.v[6] = f32::INFINITY;
     let got = attention::<f64>(&p, &o.inputs()).unwrap();
     assert_eq!((&got.out[..4], &got.lse, &got.weights), (&want.out[..4], &want.lse, &want.weights));
-    assert!(got.out[4..].iter().all(|x| x.is_nan()));
+    let shows = |got: &[f64]| (0..12).all(|n| (got[n] == f64::INFINITY) == (n > 3 && n % 4 == 2));
+    assert!(shows(&got.out), "{:?}", got.out);
     // Even where its weight underflows.
     o.k[4..8].copy_from_slice(&[-1e6, -1e6, -1e6, -1e6]);
     o.q.fill(1.0);
     let got = attention::<f64>(&p, &o.inputs()).unwrap();
-    assert_eq!(got.weights.as_ref().unwrap()[6], 0.0);
-    assert!(got.out[4..].iter().all(|x| x.is_nan()));
+    assert!(got.weights.as_ref().unwrap()[6] < 1e-300);
+    assert!(shows(&got.out), "{:?}", got.out);
 }
 
 #[test]

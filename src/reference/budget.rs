@@ -27,6 +27,7 @@ const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 ///   largest (`g ≥ 1`), the output may be anywhere between the values: `|Δo_d| ≤ max_j |v_jd − o_d|`, `|Δp_j| ≤ 1`.
 /// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ per term.
 /// - The output of a row with no visible key must be exactly 0.
+/// - What is NaN or an infinity in the reference must be just that. Elements of `out` that are have no share in the bound of their row.
 ///
 /// | tensor | absolute | relative |
 /// |---|---|---|
@@ -282,7 +283,10 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
     let sink_growth = sink.map_or(0.0, |z| growth((z - of.lse).exp(), z - of.lse, exp_error(z)));
     let g = growths.iter().map(|&(_, g)| g).sum::<f64>() + sink_growth;
     // Per element of the row: Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|, and how far the values reach.
-    let apart = |value: f64, o: f64, growth: f64| (growth * (value - o).abs(), (value - o).abs());
+    let apart = |value: f64, o: f64, growth: f64| match (value - o).abs() {
+        reach if reach.is_finite() => (growth * reach, reach),
+        _ => (0.0, 0.0),
+    };
     let mut moved: Vec<(f64, f64)> =
         of.out.iter().map(|&o| if sink.is_some() { apart(0.0, o, sink_growth) } else { (0.0, 0.0) }).collect();
     for &(j, g) in &growths {
@@ -320,7 +324,7 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
         _ => 0.0,
     };
     Bounds {
-        out: if growths.is_empty() { 0.0 } else { out },
+        out: if (0..row.keys()).any(|j| row.visible(j)) { out } else { 0.0 },
         lse: shift + U * (2.0 * lse + 16.0 + 2.0 * keys.sqrt()),
         weights,
         logits: if shape.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },

@@ -24,7 +24,7 @@ use crate::support::{Adapter, Case, Data, Oracle, Random, Tensor, floor, gpus};
 use crate::{KERNELS, obstacle};
 
 /// Whether NaN and infinities stand where they must show.
-const VISIBLE_SPECIALS: bool = false;
+const VISIBLE_SPECIALS: bool = true;
 
 /// Problems of a family.
 const FAMILY: u64 = 8;
@@ -367,8 +367,9 @@ impl Trial {
             let staged = Staged::between(gpu.device(), &plan, &data, margins);
             let together = r.once_in(2);
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            let call = prepared.begin().unwrap();
             for slice in 0..prepared.slices() {
-                prepared.encode_slice(slice, &mut encoder, &staged.buffers()).unwrap();
+                call.encode_slice(slice, &mut encoder, &staged.buffers()).unwrap();
                 if !together {
                     gpu.queue().submit([encoder.finish()]);
                     encoder = gpu.device().create_command_encoder(&Default::default());

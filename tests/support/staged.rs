@@ -78,8 +78,8 @@ pub struct Staged {
     bias: Option<Guarded>,
     pub key_lengths: Option<Guarded>,
     pub offsets: Option<Guarded>,
-    slopes: Option<Guarded>,
-    sinks: Option<Guarded>,
+    pub slopes: Option<Guarded>,
+    pub sinks: Option<Guarded>,
     pub cu_q: Option<Guarded>,
     pub cu_kv: Option<Guarded>,
     pub block_table: Option<Guarded>,
@@ -142,6 +142,13 @@ impl Staged {
         buffers.weights = slice(&self.weights);
         buffers.logits = slice(&self.logits);
         buffers
+    }
+
+    /// The bytes of out, lse, weights and logits.
+    pub fn bytes(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> [Option<Vec<u8>>; 4] {
+        let rest = [&self.lse, &self.weights, &self.logits].map(|x| x.as_ref().map(|x| x.read(device, queue)));
+        let [lse, weights, logits] = rest;
+        [Some(self.out.read(device, queue)), lse, weights, logits]
     }
 
     /// Asserts that nobody wrote to an operand.
