@@ -128,8 +128,8 @@ impl<'a> Oracle<'a> {
         };
         mask && j < s.length
             && !(self.p.causal != Causal::None && key > at)
-            && !self.p.window.left.is_some_and(|left| key < at - i64::from(left))
-            && !self.p.window.right.is_some_and(|right| key > at + i64::from(right))
+            && self.p.window.left.is_none_or(|left| key >= at - i64::from(left))
+            && self.p.window.right.is_none_or(|right| key <= at + i64::from(right))
     }
 
     fn bias(&self, at: [usize; 4]) -> f64 {
