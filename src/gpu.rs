@@ -425,9 +425,16 @@ impl Gpu {
 
     /// Waits until the device is idle.
     pub fn wait(&self) -> Result<()> {
-        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
-        self.fault()?;
-        polled.map(|_| ()).map_err(|error| Error::DeviceLost(error.to_string()))
+        loop {
+            let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+            self.fault()?;
+            match polled {
+                Ok(_) => return Ok(()),
+                // OpenGL waits two seconds at most, however long it is asked to: nothing is lost.
+                Err(wgpu::PollError::Timeout) => {}
+                Err(error) => return Err(Error::DeviceLost(error.to_string())),
+            }
+        }
     }
 
     /// What went wrong on this thread, told once, or that the device is lost, told every time.
