@@ -57,6 +57,12 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
             archive.wrong_shape("value", format!("of {batch} batches, {keys} rows and {} columns", layer.value.inputs))
         );
     }
+    // Masks are widened to the whole score matrix.
+    let scores = [batch, layer.heads, rows, keys].iter().map(|&n| u128::from(n)).product::<u128>();
+    if !usize::try_from(scores).is_ok_and(|scores| Vec::<f32>::new().try_reserve_exact(scores).is_ok()) {
+        let what = format!("a mask of {scores} elements of 4 bytes on the host");
+        return Err(archive.problem(wgpu_attention::Error::OutOfMemory(what)));
+    }
     let mut call = LayerCall::default();
     (call.sources, call.seq_first) = (sources, seq_first);
     let f32s = |name| Ok::<_, Error>(archive.f32s(name)?.to_vec());
@@ -360,5 +366,16 @@ mod tests {
         assert!(error(mean().f32s("attn_mask", &[2, 2], &[0.0; 4])).contains("tensor \"attn_mask\" has shape [2, 2]"));
         assert!(error(mean().text("num_heads", "0")).contains("heads is 0"));
         assert!(error(mean().text("tol", "{}")).contains("metadata \"tol\""));
+    }
+
+    #[test]
+    fn a_mask_that_cannot_be_held_is_refused() {
+        // Megabytes of inputs, and a mask beyond any address space.
+        let (shape, zeros) = ([1, 6_000_000, 1], vec![0.0; 6_000_000]);
+        let file = ["query", "key", "value"].into_iter().fold(mean(), |file, name| file.f32s(name, &shape, &zeros));
+        let padding = vec![0; 6_000_000];
+        let file = file.tensor("key_padding_mask", Dtype::BOOL, &[1, 6_000_000], &padding);
+        let error = loaded(&file, torch).unwrap_err().to_string();
+        assert!(error.contains("out of memory: a mask of 36000000000000 elements of 4 bytes"), "{error}");
     }
 }
