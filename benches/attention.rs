@@ -105,10 +105,11 @@ fn stages(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem) {
     for (stage, each) in [("scores", 2.0 * head_dim), ("softmax", SOFTMAX_FLOPS), ("values", 2.0 * value_dim)] {
         measure(criterion, gpu, &problem, stage, each * ready.pairs, || {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            let recording = ready.prepared.begin().expect("the run before left its scratch");
             for (i, step) in ready.prepared.plan().steps().iter().enumerate() {
                 if step.variant.kernel() == stage {
                     let buffers = ready.resident.buffers();
-                    ready.prepared.encode_steps(i..i + 1, &mut encoder, &buffers).expect("the run before passed");
+                    recording.encode_steps(i..i + 1, &mut encoder, &buffers).expect("the run before passed");
                 }
             }
             gpu.queue().submit([encoder.finish()]);

@@ -9,7 +9,7 @@
 
 @group(0) @binding(1) var<storage, read> w: array<f32>;
 @group(0) @binding(2) var<storage, read> lse: array<f32>;
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(3) var<storage, read_write> y: array<u32>;
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -24,21 +24,28 @@ fn main(
         return;
     }
     var sum = 0.0;
+    // By the bits: NaN in one head makes the mean NaN.
+    var undefined = false;
     for (var n = 0u; n < params.in_end; n++) {
         let line = params.lse_base + here.batch * params.lse_batch + (here.head + n) * params.lse_head + row;
         var keep = 1.0;
         var extra = 0.0;
         if ((params.flags & BIAS) != 0u) {
             extra = lse[line + params.total_q];
+            undefined = undefined || (bitcast<u32>(extra) & 0x7fffffffu) > 0x7f800000u;
             keep = 1.0 - extra;
         }
         if (key < params.seq_kv) {
-            sum += keep * w[params.s_base + here.batch * params.s_batch + (here.head + n) * params.s_head + row * params.s_row + key];
+            let weight = w[params.s_base + here.batch * params.s_batch + (here.head + n) * params.s_head + row * params.s_row + key];
+            undefined = undefined || (bitcast<u32>(weight) & 0x7fffffffu) > 0x7f800000u;
+            sum += keep * weight;
         } else if (key == params.seq_kv && (params.flags & BIAS) != 0u) {
             sum += extra;
         } else {
+            let bits = bitcast<u32>(lse[line]) & 0x7fffffffu;
+            undefined = undefined || bits > 0x7f800000u || bitcast<u32>(lse[line]) == 0x7f800000u;
             sum += keep * exp(-lse[line]);
         }
     }
-    y[params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key] = sum * params.scale;
+    y[params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key] = select(bitcast<u32>(sum * params.scale), 0x7fc00000u, undefined);
 }

@@ -1,4 +1,4 @@
-// Export:  scores from the scratch to an f32 output of the caller: weights as they are, logits with −inf for hidden keys.
+// Export:  scores from the scratch to an f32 output of the caller: weights and logits, with the numbers that codes stand for.
 //
 // Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a score.
 // Memory:    no workgroup memory.
@@ -12,6 +12,7 @@
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/weight.wgsl" %}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -28,14 +29,19 @@ fn main(
     let seq = sequence(here.batch);
     let from_place = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
     let to_place = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key;
-    var bits = bitcast<u32>(s[from_place]);
+    let x = s[from_place];
+    var bits = bitcast<u32>(x);
     let nowhere = row >= seq.rows || key >= seq.stored;
     if ((params.flags & EXPORT_LOGITS) != 0u) {
-        // The lowest f32 stands for hidden keys in the scratch, and the next one for it.
-        bits = select(bits, bitcast<u32>(HIDDEN), s[from_place] == LOWEST);
-        bits = select(bits, 0xff800000u, nowhere || s[from_place] == HIDDEN);
-    } else if (nowhere) {
-        bits = 0u;
+        // The ends of the range of f32 stand for codes in the scratch, and the next numbers for the ends.
+        bits = select(bits, 0xff7fffffu, x == LOWEST);
+        bits = select(bits, 0x7f7fffffu, x == HIGHEST);
+        bits = select(bits, 0x7f800000u, x == PLUS);
+        bits = select(bits, 0x7fc00000u, x == UNDEFINED);
+        bits = select(bits, 0xff800000u, nowhere || x < LOWEST);
+    } else {
+        bits = select(bits, 0u, nowhere || x == LEAST || x == NOTHING);
+        bits = select(bits, 0x7fc00000u, x == NO_RESULT && !nowhere);
     }
     out[to_place] = bits;
 }

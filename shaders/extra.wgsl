@@ -1,17 +1,23 @@
 // Extra:  one more key k', with value v', that every row sees whatever its masks say, joined to finished rows of attention:
 //   s = scale · q k';  w = exp(s) / (exp(lse) + exp(s));  out = (1 − w) out + w v'.
-// (PyTorch's `bias_k` and `bias_v`. The merge of two softmax states, of which the second has one key.)
+// Where either score is NaN or +∞, the row and w are NaN. (PyTorch's `bias_k` and `bias_v`. The merge of two softmax states, of which the second has one key.)
 //
 // Grid:      rows = {{ threads }} query rows, then heads and batches (shared/params.wgsl); an invocation owns a row.
 // Memory:    no workgroup memory.
 // Given:     lse holds params.lse_head rows of log-sum-exp per head, then as many places again, where w goes.
 // Reference: src/reference/extra.rs
 {% include "shared/params.wgsl" %}
+{% include "shared/code.wgsl" %}
 
 @group(0) @binding(1) var<storage, read> q: array<f32>;
 @group(0) @binding(2) var<storage, read> shifts: array<f32>;
 @group(0) @binding(3) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+@group(0) @binding(4) var<storage, read_write> out: array<u32>;
+
+// Whether the bits are those of NaN or an infinity.
+fn ends(bits: u32) -> bool {
+    return (bits & 0x7f800000u) == 0x7f800000u;
+}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -26,21 +32,35 @@ fn main(
     }
     let kv_head = here.head / params.group;
     let q_at = params.q_base + here.batch * params.q_batch + here.head * params.q_head + row * params.q_row;
-    var s = 0.0;
+    var dot_product = 0.0;
+    var bad = false;
     for (var d = 0u; d < params.head_dim; d++) {
-        s += q[q_at + d] * shifts[params.k_base + kv_head * params.head_dim + d];
+        let x = q[q_at + d];
+        let k = shifts[params.k_base + kv_head * params.head_dim + d];
+        bad = bad || ends(bitcast<u32>(x)) || ends(bitcast<u32>(k));
+        dot_product += x * k;
     }
-    s *= params.scale;
+    let s = dot_product * params.scale;
     let line = params.lse_base + here.batch * params.lse_batch + here.head * params.lse_head + row;
     // −inf: the row saw no key so far.
     let bits = lse[line];
     let hidden = bits == 0xff800000u;
+    // Arithmetic gives a code its sign; a compiler that assumes that it cannot be gives anything else, which counts as NaN.
+    let s_bits = bitcast<u32>(s);
+    let own = select(s, select(UNDEFINED, coded(s_bits), (s_bits & 0x7fffffffu) == 0x7f800000u), bad);
+    let undefined = broken(max(select(coded(bits), HIDDEN, hidden), own));
     // exp(lse − s), where it is neither 0 nor infinite in f32; beyond, one of the two weights is 0 to all its digits.
     let e = select(exp(clamp(bitcast<f32>(select(bits, 0u, hidden)) - s, -80.0, 80.0)), 0.0, hidden);
-    let w = 1.0 / (1.0 + e);
-    lse[line + params.total_q] = bitcast<u32>(w);
+    let w = select(1.0 / (1.0 + e), 0.0, own == MINUS);
+    let keep = select(e * w, 1.0, own == MINUS);
+    lse[line + params.total_q] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
     let out_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
     for (var d = 0u; d < params.value_dim; d++) {
-        out[out_at + d] = e * w * out[out_at + d] + w * shifts[params.v_base + kv_head * params.value_dim + d];
+        let before = out[out_at + d];
+        let value = shifts[params.v_base + kv_head * params.value_dim + d];
+        let sum = bitcast<u32>(keep * bitcast<f32>(before) + w * value);
+        // What is NaN or an infinity before makes the sum one, as arithmetic has it or else NaN.
+        let special = ends(before) || ends(bitcast<u32>(value));
+        out[out_at + d] = select(sum, 0x7fc00000u, undefined || (special && !ends(sum)));
     }
 }

@@ -1,4 +1,4 @@
-{% from "shared/element.wgsl" import storage, staged, stage, widen, store, output %}
+{% from "shared/element.wgsl" import storage, staged, stage, widen, staged_finite, store, output %}
 // Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
 // 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
@@ -6,7 +6,12 @@
 //
 // Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
 // scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; where its weight is not 0 the whole row is NaN.
+// NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
+// weight is not 0, as that of a visible key never is.
+{% if carry %}
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+{% endif %}
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -29,10 +34,15 @@ enable f16;
 @group(0) @binding(7) var<storage, read> mask: array<u32>;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
 {% endif %}
+{% if carry %}
+// Of each invocation m, l and whether its rows see a logit of −∞, then o, in which NaN and infinities stand for the classes of values seen.
+@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
+{% endif %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
 {% endif %}
@@ -41,6 +51,7 @@ enable f16;
 {{ stage("k", element, native, vector) }}
 {{ stage("v", element, native, vector) }}
 {{ widen(element, native) }}
+{{ staged_finite(element, native) }}
 {{ store("out", out, vector) }}
 {% set kept = staged(element, native) %}
 {# Maxima and sums of the columns are f32: they share a place with f32 operands only. #}
@@ -68,10 +79,20 @@ var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
 // The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
+// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any) does. Not 0: the row sees
+// a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
+var<workgroup> sh_k_bad: array<u32, TILE_KV>;
+var<workgroup> sh_k_any: u32;
+var<workgroup> sh_q_bad: array<u32, TILE_Q>;
+var<workgroup> sh_q_any: u32;
+var<workgroup> sh_minus: array<u32, TILE_Q>;
 
-// exp(x − m), as low as f32 can tell from 0.
+// The weight of a key whose logit may be −∞: what is as low as `weigh` gives.
+const FAINT: f32 = 1.7e-38;
+
+// exp(x − m), and no less than f32 can tell from 0.
 fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return exp(max(x - m, vec4<f32>(-150.0)));
+    return exp(max(x - m, vec4<f32>(-87.0)));
 }
 
 fn highest(x: vec4<f32>) -> f32 {
@@ -112,7 +133,13 @@ fn main(
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
+{% if carry %}
+    let key_first = max(range.x, params.key0);
+    let key_end = min(min(range.y, params.key_end), seq.stored);
+{% else %}
+    let key_first = range.x;
     let key_end = min(range.y, seq.stored);
+{% endif %}
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
@@ -123,7 +150,9 @@ fn main(
 {% for r in range(rows) %}
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    var poisoned_{{ r }} = false;
+{% for w in range((parts + 3) // 4) %}
+    var class_{{ r }}_{{ w }} = 0u;
+{% endfor %}
 {% for c in range(parts) %}
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
@@ -133,7 +162,39 @@ fn main(
     }
     if (thread == 0u) {
         sh_any = 0u;
+        sh_k_any = 0u;
+        sh_q_any = 0u;
     }
+    if (thread < TILE_KV) {
+        sh_k_bad[thread] = 0u;
+    }
+    if (thread < TILE_Q) {
+        sh_q_bad[thread] = 0u;
+        sh_minus[thread] = 0u;
+    }
+    workgroupBarrier();
+{% if carry %}
+    let plane = (batch - params.batch0) * params.heads + head - params.head0;
+    let number = (plane * params.row_tiles + here.row_tile) * params.col_tiles + here.col_tile;
+    let state_at = number * {{ state_vectors * across * down }}u + thread;
+    if ((params.flags & ADD) != 0u) {
+        let kept_m = bitcast<vec4<f32>>(state[state_at]);
+        let kept_l = bitcast<vec4<f32>>(state[state_at + THREADS]);
+        let kept_minus = state[state_at + 2u * THREADS];
+{% for r in range(rows) %}
+        m_{{ r }} = kept_m.{{ "xyzw"[r] }};
+        l_{{ r }} = kept_l.{{ "xyzw"[r] }};
+        if (kept_minus.{{ "xyzw"[r] }} != 0u) {
+            sh_minus[line + {{ r * down }}u] = 1u;
+        }
+{% for c in range(parts) %}
+        let kept_{{ r }}_{{ c }} = bitcast<vec4<f32>>(state[state_at + {{ 3 + r * parts + c }}u * THREADS]);
+        class_{{ r }}_{{ c // 4 }} |= classes(kept_{{ r }}_{{ c }}) << {{ c % 4 * 8 }}u;
+        o_{{ r }}_{{ c }} = finite_or_zero(kept_{{ r }}_{{ c }});
+{% endfor %}
+{% endfor %}
+    }
+{% endif %}
 {% if resident %}
     for (var part = thread; part < TILE_Q * {{ dims // 4 }}u; part += THREADS) {
         let row = part / {{ dims // 4 }}u;
@@ -142,11 +203,18 @@ fn main(
         if (d < params.head_dim) {
             x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
         }
+        for (var once = u32(!finite(widen(x))); once > 0u; once--) {
+            sh_q_bad[row] = 1u;
+            sh_q_any = 1u;
+        }
         sh_q[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
     }
 {% endif %}
+    // Loops of one iteration or none stand for branches below: drivers on the CPU run both sides of a branch, but skip a loop.
     var stage = 0u;
-    for (var key = range.x; key < key_end; key += TILE_KV) {
+    var tile = 0u;
+    for (var key = key_first; key < key_end; key += TILE_KV) {
+        tile += 1u;
 {% for r in range(rows) %}
         var s_{{ r }} = vec4<f32>();
 {% endfor %}
@@ -159,6 +227,10 @@ fn main(
                 if (d < params.head_dim) {
                     x = stage_q(q_at + min(row_first + row, row_last) * params.q_row + d, params.head_dim - d);
                 }
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
+                    sh_q_bad[row] = 1u;
+                    sh_q_any = 1u;
+                }
                 sh_q[(part % DEPTH) * TILE_Q + row] = x;
             }
 {% endif %}
@@ -169,6 +241,10 @@ fn main(
                 if (d < params.head_dim) {
                     let at = stored_at(seq, batch, min(key + j, key_end - 1u));
                     x = stage_k(k_at + at.x * params.k_batch + at.y * params.k_row + d, params.head_dim - d);
+                }
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
+                    sh_k_bad[j] = tile;
+                    sh_k_any = tile;
                 }
                 // The four keys of a column stand ACROSS apart.
                 sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
@@ -191,7 +267,8 @@ fn main(
         }
         let key_own = key + column * 4u;
 {% for r in range(rows) %}
-        s_{{ r }} = vec4<f32>(scaled(s_{{ r }}.x), scaled(s_{{ r }}.y), scaled(s_{{ r }}.z), scaled(s_{{ r }}.w));
+        let dots_{{ r }} = s_{{ r }};
+        s_{{ r }} = vec4<f32>(scaled(dots_{{ r }}.x), scaled(dots_{{ r }}.y), scaled(dots_{{ r }}.z), scaled(dots_{{ r }}.w));
 {% endfor %}
         let p_at = column * TILE_Q + line;
 {% if full %}
@@ -217,10 +294,33 @@ fn main(
             let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
 {% for r in range(rows) %}
             let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
-            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, keys >= vec4<u32>(range_{{ r }}.x) & keys < vec4<u32>(range_{{ r }}.y));
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, (keys >= vec4<u32>(range_{{ r }}.x)) & (keys < vec4<u32>(range_{{ r }}.y)));
 {% endfor %}
         }
 {% endif %}
+{% if carry %}
+        if (key + TILE_KV > params.key_end) {
+            let own = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u) < vec4<u32>(params.key_end);
+{% for r in range(rows) %}
+            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, own);
+{% endfor %}
+        }
+{% endif %}
+        for (var once = sh_q_any | u32(sh_k_any == tile); once > 0u; once--) {
+{% for c in "xyzw" %}
+            let bad_{{ c }} = sh_k_bad[column * 4u + {{ loop.index0 }}u] == tile;
+{% endfor %}
+{% for r in range(rows) %}
+            let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
+{% for c in "xyzw" %}
+            let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} || q_bad_{{ r }});
+            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, code_{{ r }}_{{ c }} >= PLUS);
+            if (code_{{ r }}_{{ c }} == MINUS) {
+                sh_minus[line + {{ r * down }}u] = 1u;
+            }
+{% endfor %}
+{% endfor %}
+        }
         var top = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "highest(s_%s)" | format(r) if r < rows else "HIDDEN" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}
@@ -255,8 +355,8 @@ fn main(
                     let at = stored_at(seq, batch, j);
                     x = stage_v(v_at + at.x * params.v_batch + at.y * params.v_row + d, params.value_dim - d);
                 }
-                if (!finite(widen(x))) {
-                    x = {{ kept }}();
+                for (var once = u32(!finite(widen(x))); once > 0u; once--) {
+                    x = {{ "finite_or_zero(x)" if element == "f32" else "staged_finite(x)" }};
                     sh_bad[part / DIMS] = stage;
                     sh_any = stage;
                 }
@@ -276,19 +376,41 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-            if (sh_any == stage) {
-{% for j in range(value_keys) %}
-                if (sh_bad[{{ j }}] == stage) {
+            for (var j = 0u; j < select(0u, min(KEYS, key_end - min(key_end, key + skip)), sh_any == stage); j++) {
+                if (sh_bad[j] == stage) {
+                    let at = stored_at(seq, batch, key + skip + j);
+                    let v_row = v_at + at.x * params.v_batch + at.y * params.v_row;
 {% for r in range(rows) %}
-                    poisoned_{{ r }} = poisoned_{{ r }} || w_{{ j // 4 }}_{{ r }}.{{ "xyzw"[j % 4] }} != 0.0;
+                    let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + line + {{ r * down }}u][j % 4u];
+{% endfor %}
+{% for c in range(parts) %}
+                    let d_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
+                    if (d_{{ c }} < params.value_dim) {
+                        let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
+{% for r in range(rows) %}
+                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), sh_minus[line + {{ r * down }}u] != 0u && weight_{{ r }} <= FAINT), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
+{% endfor %}
+                    }
 {% endfor %}
                 }
-{% endfor %}
             }
             workgroupBarrier();
         }
     }
 
+{% if carry %}
+    if (params.key_end < params.seq_kv) {
+        state[state_at] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(m_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
+        state[state_at + THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(l_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
+        state[state_at + 2u * THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "sh_minus[line + %su]" | format(r * down) if r < rows else "0u" }}{% endfor %});
+{% for r in range(rows) %}
+{% for c in range(parts) %}
+        state[state_at + {{ 3 + r * parts + c }}u * THREADS] = result_bits(o_{{ r }}_{{ c }}, class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+{% endfor %}
+{% endfor %}
+        return;
+    }
+{% endif %}
     var sums = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
 {% if shuffle %}
 {% for step in shuffles %}
@@ -306,16 +428,15 @@ fn main(
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + line + {{ r * down }}u;
     if (row_{{ r }} <= row_last) {
-        var m = m_{{ r }};
+        var m = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && sh_minus[line + {{ r * down }}u] != 0u);
         var l = sums.{{ "xyzw"[r] }};
         var shrink = 1.0;
 {% if lists %}
         if ((params.flags & SINKS) != 0u) {
-            let sink = bitcast<f32>(lists[params.list_sinks + head]);
-            let higher = max(m, sink);
-            shrink = exp(max(m - higher, -150.0));
-            l = l * shrink + exp(max(sink - higher, -150.0));
-            m = higher;
+            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+            shrink = with_sink.shrink;
+            l = with_sink.l;
+            m = with_sink.m;
         }
         if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
             let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
@@ -323,11 +444,12 @@ fn main(
         }
 {% endif %}
         let factor = select(0.0, shrink / l, l > 0.0);
+        let all_nan = select(0u, 0xffu, broken(m));
         let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_{{ r }}) * params.out_row;
 {% for c in range(parts) %}
         let dim_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
         if (dim_{{ c }} < params.value_dim) {
-            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, select(bitcast<vec4<u32>>(o_{{ r }}_{{ c }} * factor), vec4<u32>(0x7fc00000u), poisoned_{{ r }}));
+            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, result_bits(o_{{ r }}_{{ c }} * factor, all_nan | (class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
         }
 {% endfor %}
     }

@@ -12,14 +12,15 @@
 //
 // Numbers: q, k and v are f16 as they stand (q is scaled after the product, in f32), products of f16 are exact in f32, sums are f32. p is not
 // f16: rounded, it would cost 2⁻¹¹ Σ p |v|, which exceeds the 2⁻¹¹ |out| of the final rounding wherever values cancel. So p goes in as
-// two matrices, hi = f16({{ p_scale }} p) and lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
+// two matrices, hi = the leading 11 bits of {{ p_scale }} p and lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
 // ((8 + √keys) u max |v|, u = 2⁻²⁴). At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's largest number, and what is too small for
 // f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each key.)
 //
 // Who:       a subgroup owns {{ size }} rows ({{ "as many times as there are fewer subgroups than that: it may have any number of lanes up to 64" if varying else "it has 32 lanes" }}) for both products, its o
 //            stays in registers; for softmax, staging and stores {{ per_row }} invocations own a row, wherever they run. They meet in workgroup memory
-//            behind workgroup barriers, never by lane. A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden
-//            key; where its weight is not 0 the whole row is NaN.
+//            behind workgroup barriers, never by lane. NaN and infinities are found by their bits when they are staged:
+//            in q or k they make codes of logits (shared/score.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
+//            key, and each invocation keeps the classes of those its row sees (shared/value.wgsl) until they meet at the end.
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory. Rows of matrices there begin at multiples of 16 bytes, as Vulkan wants.
 // Given:     {{ threads }} invocations, in full subgroups{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of keys that no row sees by range are not read.
@@ -51,6 +52,8 @@ diagnostic(off, derivative_uniformity);
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
+{% include "shared/weight.wgsl" %}
 {% include "shared/value.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
@@ -77,6 +80,8 @@ const Q_ROW: u32 = {{ depth + 8 }}u;
 const KV_ROW: u32 = {{ dims + 8 }}u;
 const S_ROW: u32 = {{ keys + 4 }}u;
 const P_ROW: u32 = {{ keys + 8 }}u;
+// Scores beyond this are formed again, see `large_dot`.
+const LARGE: f32 = 4096.0;
 const LAZY: f32 = {{ lazy }};
 const P_SCALE: f32 = {{ p_scale }};
 
@@ -86,11 +91,15 @@ var<workgroup> sh_kv: array<f16, {{ keys * (dims + 8) }}>;
 var<workgroup> sh_s: array<f32, {{ tile_rows * (keys + 4) }}>;
 var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
 var<workgroup> sh_lo: array<f16, {{ tile_rows * (keys + 8) }}>;
-var<workgroup> sh_row: array<f32, {{ threads }}>;
+// Of each invocation f32 numbers, as bits, and in the end classes.
+var<workgroup> sh_row: array<u32, {{ threads }}>;
 // The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no reset, so
 // no further barrier.
 var<workgroup> sh_bad: array<u32, {{ keys }}>;
 var<workgroup> sh_any: u32;
+// The last tile of keys, counted from 1, in which key j held NaN or an infinity in k; not 0: the row does in q.
+var<workgroup> sh_k_bad: array<u32, {{ keys }}>;
+var<workgroup> sh_q_bad: array<u32, {{ tile_rows }}>;
 var<workgroup> sh_moved: u32;
 
 {% if emulated %}
@@ -154,6 +163,20 @@ alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
 {% macro store_c(c, at) %}{% if emulated %}store_c({{ c }}, {{ at }}){% else %}coopStoreT({{ c }}, &sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
 {# What a subgroup does for its n-th block, if it has one. #}
 {% macro for_block(n) %}{% if varying %}if (block_{{ n }} < BLOCKS) {% endif %}{% endmacro %}
+
+// A dot product so large that its rounding shows: matrices add up one product after the other, which rounds equal terms all the same way.
+// Sums of four vectors each, added up, do not.
+fn large_dot(q_from: u32, k_from: u32) -> f32 {
+    var s = 0.0;
+    for (var d = 0u; d < params.head_dim; d += 16u) {
+        var sum = 0.0;
+        for (var i = d; i < min(d + 16u, params.head_dim); i += 4u) {
+            sum += dot(load_q(q_from + i, params.head_dim - i), load_k(k_from + i, params.head_dim - i));
+        }
+        s += sum;
+    }
+    return s;
+}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -219,6 +242,13 @@ fn main(
         sh_any = 0u;
         sh_moved = 0u;
     }
+    if (thread < TILE_KV) {
+        sh_k_bad[thread] = 0u;
+    }
+    if (thread < TILE_Q) {
+        sh_q_bad[thread] = 0u;
+    }
+    workgroupBarrier();
 {% if resident %}
     for (var part = thread; part < TILE_Q * (DEPTH / 4u); part += THREADS) {
         let i = part / (DEPTH / 4u);
@@ -226,6 +256,9 @@ fn main(
         var x = vec4<f32>();
         if (d < params.head_dim) {
             x = load_q(q_at + min(row_first + i, row_last) * params.q_row + d, params.head_dim - d);
+        }
+        if (!finite(x)) {
+            sh_q_bad[i] = 1u;
         }
         let at = i * Q_ROW + d;
 {% for c in "xyzw" %}
@@ -242,7 +275,8 @@ fn main(
 {% endfor %}
     var m = HIDDEN;
     var l = 0.0;
-    var poisoned = false;
+    // The classes of the values that this invocation's keys show its row, eight bits for each vector.
+    var seen: array<u32, {{ dims // 16 }}>;
     var stage = 0u;
     for (var key = range.x; key < key_end; key += TILE_KV) {
         stage += 1u;
@@ -261,6 +295,9 @@ fn main(
                 if (dim + d < params.head_dim) {
                     x = load_q(q_at + min(row_first + i, row_last) * params.q_row + dim + d, params.head_dim - dim - d);
                 }
+                if (!finite(x)) {
+                    sh_q_bad[i] = 1u;
+                }
                 let at = i * Q_ROW + d;
 {% for c in "xyzw" %}
                 sh_q[at + {{ loop.index0 }}u] = f16(x.{{ c }});
@@ -274,6 +311,9 @@ fn main(
                 if (dim + d < params.head_dim) {
                     let at = stored_at(seq, batch, min(key + j, key_end - 1u));
                     x = load_k(k_at + at.x * params.k_batch + at.y * params.k_row + dim + d, params.head_dim - dim - d);
+                }
+                if (!finite(x)) {
+                    sh_k_bad[j] = stage;
                 }
                 let at = j * KV_ROW + d;
 {% for c in "xyzw" %}
@@ -305,6 +345,7 @@ fn main(
         }
 {% endfor %}
         workgroupBarrier();
+        let q_bad = sh_q_bad[line] != 0u;
         // k was read: v takes its place.
         for (var part = thread; part < TILE_KV * (DIMS / 4u); part += THREADS) {
             let j = part / (DIMS / 4u);
@@ -315,7 +356,7 @@ fn main(
                 x = load_v(v_at + at.x * params.v_batch + at.y * params.v_row + dim_first + d, params.value_dim - dim_first - d);
             }
             if (!finite(x)) {
-                x = vec4<f32>();
+                x = finite_or_zero(x);
                 sh_bad[j] = stage;
                 sh_any = stage;
             }
@@ -328,14 +369,27 @@ fn main(
         // Each invocation its own words, so that the transform stands once in the text.
         for (var i = 0u; i < EACH; i++) {
             let at = s_at + i * PER_ROW;
-            sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, scaled(sh_s[at]));
+            let bad = q_bad || sh_k_bad[column + i * PER_ROW] == stage;
+            var dot_product = sh_s[at];
+            if (abs(dot_product * params.scale) > LARGE && !bad) {
+                let k_row = stored_at(seq, batch, min(key + column + i * PER_ROW, key_end - 1u));
+                dot_product = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+            }
+            let x = select(scaled(dot_product), scaled_code(dot_product), bad);
+            sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, x);
         }
 {% for i in range(each) %}
         let s_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
 {% endfor %}
 {% else %}
 {% for i in range(each) %}
-        var s_{{ i }} = scaled(sh_s[s_at + {{ i * per_row }}u]);
+        var dot_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
+        let bad_{{ i }} = q_bad || sh_k_bad[column + {{ i * per_row }}u] == stage;
+        if (abs(dot_{{ i }} * params.scale) > LARGE && !bad_{{ i }}) {
+            let k_row = stored_at(seq, batch, min(key + column + {{ i * per_row }}u, key_end - 1u));
+            dot_{{ i }} = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+        }
+        var s_{{ i }} = select(scaled(dot_{{ i }}), scaled_code(dot_{{ i }}), bad_{{ i }});
 {% endfor %}
         if (key < all_first || key + TILE_KV > all_end) {
             let seen = key_range(seq, row_there);
@@ -349,10 +403,10 @@ fn main(
 {% for i in range(1, each) %}
         top = max(top, s_{{ i }});
 {% endfor %}
-        sh_row[thread] = top;
+        sh_row[thread] = bitcast<u32>(top);
         workgroupBarrier();
 {% for c in range(per_row) %}
-        top = max(top, sh_row[line * PER_ROW + {{ c }}u]);
+        top = max(top, bitcast<f32>(sh_row[line * PER_ROW + {{ c }}u]));
 {% endfor %}
         var shrink = 1.0;
         if (top - m > LAZY) {
@@ -367,10 +421,11 @@ fn main(
         // Its own sum first: equal weights that are small beside l would all round the same way.
         var sum = 0.0;
 {% for i in range(each) %}
-        let p_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -150.0)), s_{{ i }} > HIDDEN);
-        let hi_{{ i }} = f16(p_{{ i }} * P_SCALE);
-        sh_hi[p_at + {{ i * per_row }}u] = hi_{{ i }};
-        sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - f32(hi_{{ i }}));
+        let p_{{ i }} = select(select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN), NOTHING, s_{{ i }} == MINUS);
+        // The bits that f16 has: compilers take f32(f16(x)) for x, and x − x for 0, but they cannot see through a mask.
+        let hi_{{ i }} = bitcast<f32>(bitcast<u32>(p_{{ i }} * P_SCALE) & 0xffffe000u);
+        sh_hi[p_at + {{ i * per_row }}u] = f16(hi_{{ i }});
+        sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
         sum += p_{{ i }};
 {% endfor %}
         l += sum;
@@ -413,32 +468,38 @@ fn main(
         }
         if (sh_any == stage) {
 {% for i in range(each) %}
-            poisoned = poisoned || (p_{{ i }} != 0.0 && sh_bad[column + {{ i * per_row }}u] == stage);
+            if (p_{{ i }} != 0.0 && sh_bad[column + {{ i * per_row }}u] == stage) {
+                let at = stored_at(seq, batch, key + column + {{ i * per_row }}u);
+                let v_row = v_at + at.x * params.v_batch + at.y * params.v_row + dim_first;
+                for (var d = 0u; d < min(DIMS, params.value_dim - dim_first); d += 4u) {
+                    let all = classes(load_v(v_row + d, params.value_dim - dim_first - d));
+                    seen[d / 16u] |= select(all, classes_of_zero(all), p_{{ i }} == NOTHING) << (d / 4u % 4u * 8u);
+                }
+            }
 {% endfor %}
         }
     }
 
     workgroupBarrier();
-    sh_row[thread] = l;
+    sh_row[thread] = bitcast<u32>(l);
     workgroupBarrier();
     l = 0.0;
 {% for c in range(per_row) %}
-    l += sh_row[line * PER_ROW + {{ c }}u];
+    l += bitcast<f32>(sh_row[line * PER_ROW + {{ c }}u]);
 {% endfor %}
-    workgroupBarrier();
-    sh_row[thread] = select(0.0, 1.0, poisoned);
-    workgroupBarrier();
-{% for c in range(per_row) %}
-    poisoned = poisoned || sh_row[line * PER_ROW + {{ c }}u] != 0.0;
-{% endfor %}
+    for (var i = 0u; i < {{ dims // 16 }}u; i++) {
+        workgroupBarrier();
+        sh_row[thread] = seen[i];
+        workgroupBarrier();
+        seen[i] = {% for c in range(per_row) %}{{ " | " if not loop.first }}sh_row[line * PER_ROW + {{ c }}u]{% endfor %};
+    }
     var shrink = 1.0;
 {% if lists %}
     if ((params.flags & SINKS) != 0u) {
-        let sink = bitcast<f32>(lists[params.list_sinks + head]);
-        let higher = max(m, sink);
-        shrink = exp(max(m - higher, -150.0));
-        l = l * shrink + exp(max(sink - higher, -150.0));
-        m = higher;
+        let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+        shrink = with_sink.shrink;
+        l = with_sink.l;
+        m = with_sink.m;
     }
     if ((params.flags & LSE) != 0u && row <= row_last && column == 0u && here.col_tile == 0u) {
         let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
@@ -446,6 +507,7 @@ fn main(
     }
 {% endif %}
     let factor = select(0.0, shrink / l, l > 0.0) / P_SCALE;
+    let all_nan = select(0u, 0xffu, broken(m));
     let out_at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_there) * params.out_row;
 {% for first in range(0, dims, keys) %}
     workgroupBarrier();
@@ -462,7 +524,7 @@ fn main(
         if (row <= row_last && d < params.value_dim) {
             let at = line * S_ROW + i;
             let x = vec4<f32>(sh_s[at], sh_s[at + 1u], sh_s[at + 2u], sh_s[at + 3u]) * factor;
-            store_out(out_at + d, params.value_dim - d, select(bitcast<vec4<u32>>(x), vec4<u32>(0x7fc00000u), poisoned));
+            store_out(out_at + d, params.value_dim - d, result_bits(x, all_nan | (seen[({{ first }}u + i) / 16u] >> (({{ first }}u + i) / 4u % 4u * 8u))));
         }
     }
 {% endfor %}

@@ -1,7 +1,8 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 // Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
 //   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
-// A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. A NaN lse makes its row NaN.
+// A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row NaN; a NaN or an
+// infinity in out shows in its element. m may be a code (shared/score.wgsl).
 // (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
 {% if totals %}
 // This pass: m and l of each row{{ ", and its lse" if lse }}. With ADD it goes on from those of the partials before.
@@ -12,11 +13,10 @@
 // Grid:      columns = tiles of {{ threads }} items, an item being a row{{ "" if totals else " and four of its elements" }}. No other axis.
 // Memory:    no workgroup memory.
 // Given:     partials params.key0 .. params.key_end are bound; items number params.batch0 .., params.head0 .., params.row0 .. through.
-{% if not totals %}
-//            l < 0 marks a NaN row.
-{% endif %}
 // Reference: src/reference/merge.rs
 {% include "shared/params.wgsl" %}
+{% include "shared/code.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 
 {% if totals %}
 @group(0) @binding(1) var<storage, read> partial_lse: array<u32>;
@@ -25,7 +25,7 @@
 @group(0) @binding(3) var<storage, read_write> lse: array<u32>;
 {% endif %}
 {% if sinks %}
-@group(0) @binding({{ 4 if lse else 3 }}) var<storage, read> sinks: array<f32>;
+@group(0) @binding({{ 4 if lse else 3 }}) var<storage, read> sinks: array<u32>;
 {% endif %}
 {% else %}
 @group(0) @binding(1) var<storage, read> partial_out: {{ storage("f32", false, vector) }};
@@ -33,13 +33,19 @@
 @group(0) @binding(3) var<storage, read> totals: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read_write> out: {{ output(element, vector) }};
 
+{% include "shared/value.wgsl" %}
 {{ load("partial_out", "f32", false, vector) }}
 {{ store("out", element, vector) }}
 {% endif %}
 
 const EMPTY: u32 = 0xff800000u;
-// Below every lse, so that the first partial that is not empty sets the maximum.
-const NONE: f32 = -3.40282346638528859812e+38f;
+// What `split` leaves of a row whose visible logits are all −∞, the bits of that code: no weight, but not empty.
+const ONLY_MINUS: u32 = 0xff7ffffeu;
+
+// The number or code of a partial's lse.
+fn lse_of(bits: u32) -> f32 {
+    return select(select(coded(bits), HIDDEN, bits == EMPTY), MINUS, bits == ONLY_MINUS);
+}
 
 // exp(x − m), as low as f32 can tell from 0.
 fn weigh(x: f32, m: f32) -> f32 {
@@ -72,35 +78,30 @@ fn main(
     // Of lse, totals and, from partial_base on, of each partial's lse.
     let at = batch * params.lse_batch + head * params.lse_head + row;
 {% if totals %}
-    var m = NONE;
+    var m = HIDDEN;
     var l = 0.0;
     if ((params.flags & ADD) != 0u) {
         m = totals[params.lse_base + at].x;
         l = totals[params.lse_base + at].y;
     }
     let before = m;
-    var poisoned = l < 0.0;
     for (var n = params.key0; n < params.key_end; n++) {
-        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
-        poisoned = poisoned || (bits & 0x7fffffffu) > 0x7f800000u;
-        m = select(max(m, bitcast<f32>(bits)), m, bits == EMPTY);
+        m = max(m, lse_of(partial_lse[params.partial_base + n * params.partial_lse + at]));
     }
-{% if sinks %}
-    m = max(m, sinks[head]);
-{% endif %}
     l *= weigh(before, m);
     for (var n = params.key0; n < params.key_end; n++) {
-        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
-        l += select(weigh(bitcast<f32>(bits), m), 0.0, bits == EMPTY);
+        let x = lse_of(partial_lse[params.partial_base + n * params.partial_lse + at]);
+        l += select(0.0, weigh(x, m), x > MINUS);
     }
 {% if sinks %}
-    l += weigh(sinks[head], m);
+    let with_sink = join_sink(m, l, coded(sinks[head]));
+    m = with_sink.m;
+    l = with_sink.l;
 {% endif %}
 {% if lse %}
-    let sum = select(EMPTY, bitcast<u32>(m + log(l)), l > 0.0);
-    lse[params.lse_base + at] = select(sum, 0x7fc00000u, poisoned);
+    lse[params.lse_base + at] = lse_bits(m, l);
 {% endif %}
-    totals[params.lse_base + at] = vec2<f32>(m, select(l, -1.0, poisoned));
+    totals[params.lse_base + at] = vec2<f32>(m, l);
 {% else %}
     let total = totals[params.lse_base + at];
     let inverse = select(0.0, 1.0 / total.y, total.y > 0.0);
@@ -108,6 +109,7 @@ fn main(
     let to = params.out_base + batch * params.out_batch + head * params.out_head + row * params.out_row + dim;
     let from_place = params.x_base + batch * params.x_batch + head * params.x_head + row * params.x_row + dim;
     var sum = vec4<f32>();
+    var all = select(0u, 0xffu, broken(total.x));
 {% if element == "f32" %}
     if ((params.flags & ADD) != 0u) {
 {% if vector %}
@@ -117,15 +119,18 @@ fn main(
             sum[i] = bitcast<f32>(out[to + i]);
         }
 {% endif %}
+        all |= classes(sum);
     }
 {% endif %}
     for (var n = params.key0; n < params.key_end; n++) {
         let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
-        if (bits != EMPTY) {
-            let weight = weigh(bitcast<f32>(bits), total.x) * inverse;
-            sum += weight * load_partial_out(from_place + n * params.partial_out, valid);
+        let x = lse_of(bits);
+        if (x > MINUS) {
+            let part = load_partial_out(from_place + n * params.partial_out, valid);
+            all |= classes(part);
+            sum += weigh(x, total.x) * inverse * part;
         }
     }
-    store_out(to, valid, select(bitcast<vec4<u32>>(sum), vec4<u32>(0x7fc00000u), total.y < 0.0));
+    store_out(to, valid, result_bits(sum, all));
 {% endif %}
 }

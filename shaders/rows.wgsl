@@ -8,7 +8,11 @@
 {% else %}
 // Without subgroup operations every lane loads every key and value.
 {% endif %}
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+// NaN and infinities: the walk over the keys only notes whether it met any, by the bits of what it loaded. If so, each row is walked once more
+// key by key, with codes for its logits (shared/score.wgsl) and classes for the values that it sees (shared/value.wgsl).
+{% if carry %}
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+{% endif %}
 //
 // Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup is one subgroup.
 // Memory:    no workgroup memory.
@@ -26,10 +30,15 @@
 @group(0) @binding(7) var<storage, read> mask: array<u32>;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
 {% endif %}
+{% if carry %}
+// Of each row m and l, then o, in which NaN and infinities stand for the classes of values seen.
+@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
+{% endif %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 {% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
@@ -46,8 +55,169 @@ fn weigh(x: f32, m: f32) -> f32 {
     return exp(max(x - m, -150.0));
 }
 
+{# Every state of the rows as it is before the first key of this dispatch. #}
+{% macro restore() %}
+{% for r in range(rows) %}
+    m_{{ r }} = HIDDEN;
+    l_{{ r }} = 0.0;
+{% for c in range(parts) %}
+    o_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+{% if carry %}
+    for (var r = 0u; r < select(0u, turns, (params.flags & ADD) != 0u); r++) {
+        let from_place = state_at + r * {{ (1 + parts) * lanes }}u;
+        let kept = bitcast<vec4<f32>>(state[from_place]);
+{% for c in range(parts) %}
+        let kept_{{ c }} = bitcast<vec4<f32>>(state[from_place + {{ (1 + c) * lanes }}u]);
+{% endfor %}
+{% for g in range(groups) %}
+        let class_of_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(kept_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+{% endfor %}
+{% for r in range(rows) %}
+        m_{{ r }} = select(m_{{ r }}, kept.x, r == {{ r }}u);
+        l_{{ r }} = select(l_{{ r }}, kept.y, r == {{ r }}u);
+{% for g in range(groups) %}
+        class_{{ r }}_{{ g }} = select(class_{{ r }}_{{ g }}, class_of_{{ g }}, r == {{ r }}u);
+{% endfor %}
+{% for c in range(parts) %}
+        o_{{ r }}_{{ c }} = select(o_{{ r }}_{{ c }}, finite_or_zero(kept_{{ c }}), r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+    }
+{% endif %}
+{% endmacro %}
+
+{# Four dims of a key, which a lane loads for itself. #}
+{% macro k_vector(j, c) %}select(vec4<f32>(), load_k(k_at + min(key + {{ j }}u, end - 1u) * params.k_row + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim){% endmacro %}
+{% macro v_vector(j, c) %}load_v(v_at + min(key + {{ j }}u, end - 1u) * params.v_row + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last)){% endmacro %}
+
+{# All keys, in blocks. `spread`: loaded once per subgroup and broadcast. `careful`: with codes and classes; otherwise `sizes` notes whether
+   that is needed. #}
+{% macro walk(keys, spread, careful) %}
+    // Page by page; without pages all keys stand in one.
+    var first = key_first;
+    while (first < key_end) {
+        let end = page_end(first, key_end);
+        let at = stored_at(seq, batch, first);
+        let k_at = params.k_base + at.x * params.k_batch + (head / params.group) * params.k_head + (at.y - first) * params.k_row;
+        let v_at = params.v_base + at.x * params.v_batch + (head / params.group) * params.v_head + (at.y - first) * params.v_row;
+{% if not full %}
+{% for r in range(rows) %}
+        let end_{{ r }} = min(range_{{ r }}.y, end);
+{% endfor %}
+{% endif %}
+        for (var key = first; key < end; key += {{ keys }}u) {
+{% if spread %}
+{% for t in range(loads) %}
+            let k_{{ t }} = select(
+                vec4<f32>(),
+                load_k(k_at + min(key + key_{{ t }}, end - 1u) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
+                dim_{{ t }} < params.head_dim,
+            );
+            sizes = larger(sizes, k_{{ t }});
+{% endfor %}
+{% elif careful %}
+            var k_bad = false;
+{% endif %}
+            // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
+            // of equal terms would round (f16's largest, say).
+{% for c in range(parts) %}
+{% for j in range(keys) %}
+{% set part = j * parts + c %}
+{% if spread %}
+            let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
+{% else %}
+            let k_{{ j }}_{{ c }} = {{ k_vector(j, c) }};
+            {{ "k_bad = k_bad || !finite(k_%s_%s)" | format(j, c) if careful else "sizes = larger(sizes, k_%s_%s)" | format(j, c) }};
+{% endif %}
+{% for r in range(rows) %}
+            let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
+{% if c % 4 == 3 %}
+            {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
+{% endif %}
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+{% if careful %}
+            s_{{ r }}_{{ j }} = select(scaled(s_{{ r }}_{{ j }}), scaled_code(s_{{ r }}_{{ j }}), k_bad || (q_bad & {{ 2 ** r }}u) != 0u);
+{% else %}
+            s_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
+{% endif %}
+{% endfor %}
+{% endfor %}
+{% if full %}
+            for (var r = 0u; r < turns; r++) {
+                let row = min(row_first + r * LANES + lane, row_last);
+{% for j in range(keys) %}
+                var x_{{ j }} = s_0_{{ j }};
+{% for r in range(1, rows) %}
+                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+{% endfor %}
+                x_{{ j }} = select(HIDDEN, {{ "logit" if careful else "quick_logit" }}(batch, head, row, key + {{ j }}u, seq, x_{{ j }}), key + {{ j }}u < end);
+{% for r in range(rows) %}
+                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+{% endfor %}
+{% endfor %}
+            }
+{% else %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+            s_{{ r }}_{{ j }} = select(HIDDEN, s_{{ r }}_{{ j }}, key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% for r in range(rows) %}
+            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
+            m_{{ r }} = higher_{{ r }};
+{% for j in range(keys) %}
+            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > MINUS);
+{% endfor %}
+            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+{% endfor %}
+{% if spread %}
+{% for t in range(loads) %}
+            let v_{{ t }} = load_v(v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
+            sizes = larger(sizes, v_{{ t }});
+{% endfor %}
+{% endif %}
+{% for c in range(parts) %}
+{% for j in range(keys) %}
+{% set part = j * parts + c %}
+{% if spread %}
+            let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
+{% elif careful %}
+            let raw_{{ j }}_{{ c }} = {{ v_vector(j, c) }};
+            let v_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
+{% else %}
+            let v_{{ j }}_{{ c }} = {{ v_vector(j, c) }};
+            sizes = larger(sizes, v_{{ j }}_{{ c }});
+{% endif %}
+{% endfor %}
+{% for r in range(rows) %}
+            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+{% endfor %}
+{% endfor %}
+{% if careful %}
+{% for g in range(groups) %}
+            let class_of_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_0_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+{% for r in range(rows) %}
+            class_{{ r }}_{{ g }} |= select(0u, select(class_of_{{ g }}, classes_of_zero(class_of_{{ g }}), s_{{ r }}_0 == MINUS), s_{{ r }}_0 > HIDDEN);
+{% endfor %}
+{% endfor %}
+{% endif %}
+        }
+        first = end;
+    }
+{% endmacro %}
+
 {% set parts = dims // 4 %}
 {% set loads = keys * parts // lanes %}
+{# Classes of the values that a row sees: 32-bit words of four vectors each. #}
+{% set groups = parts // 4 %}
 @compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -67,7 +237,16 @@ fn main(
     let turns = min(ROWS, (max(row_end, row_first) - row_first + LANES - 1u) / LANES);
     let row_last = max(row_end, 1u) - 1u;
     let range = tile_range(seq, min(row_first, row_last), min(row_first + LANES * ROWS - 1u, row_last));
+{% if carry %}
+    let key_first = max(range.x, params.key0);
+    let key_end = select(0u, min(min(range.y, params.key_end), seq.stored), turns > 0u);
+    // Of this lane's first row and vector; of the next vectors and then rows {{ lanes }} further each.
+    let number = ((batch - params.batch0) * params.heads + head - params.head0) * params.row_tiles + row_tile;
+    let state_at = number * {{ (1 + dims // 4) * rows * lanes }}u + lane;
+{% else %}
+    let key_first = range.x;
     let key_end = select(0u, min(range.y, seq.stored), turns > 0u);
+{% endif %}
 
 {% for r in range(rows) %}
 {% if not full %}
@@ -75,7 +254,9 @@ fn main(
 {% endif %}
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    var poisoned_{{ r }} = false;
+{% for g in range(groups) %}
+    var class_{{ r }}_{{ g }} = 0u;
+{% endfor %}
 {% for c in range(parts) %}
     var q_{{ r }}_{{ c }} = vec4<f32>();
     var o_{{ r }}_{{ c }} = vec4<f32>();
@@ -83,6 +264,8 @@ fn main(
 {% endfor %}
     // One row after the other, so that each load stands once in the text: drivers that compile on the CPU pay for each place.
     let q_last = (params.head_dim - 1u) & ~3u;
+    // Bit r: row r of this lane holds NaN or an infinity in q.
+    var q_bad = 0u;
     for (var r = 0u; r < turns; r++) {
         let row = min(row_first + r * LANES + lane, row_last);
         let at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (seq.token_q + row) * params.q_row;
@@ -92,6 +275,8 @@ fn main(
         q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
+        let good = {% for c in range(parts) %}{{ " && " if not loop.first }}finite(x_{{ c }}){% endfor %};
+        q_bad |= select(1u << r, 0u, good);
     }
 
     let v_last = (params.value_dim - 1u) & ~3u;
@@ -101,148 +286,58 @@ fn main(
     let dim_{{ t }} = ((lane + {{ t * lanes }}u) % {{ parts }}u) * 4u;
 {% endfor %}
 {% endif %}
-    // Page by page; without pages all keys stand in one.
-    var first = range.x;
-    while (first < key_end) {
-        let end = page_end(first, key_end);
-        let at = stored_at(seq, batch, first);
-        let k_at = params.k_base + at.x * params.k_batch + (head / params.group) * params.k_head + (at.y - first) * params.k_row;
-        let v_at = params.v_base + at.x * params.v_batch + (head / params.group) * params.v_head + (at.y - first) * params.v_row;
-{% if not full %}
-{% for r in range(rows) %}
-        let end_{{ r }} = min(range_{{ r }}.y, end);
-{% endfor %}
+{% if carry %}
+{{ restore() }}
 {% endif %}
-        for (var key = first; key < end; key += KEYS) {
-{% if subgroup %}
-{% for t in range(loads) %}
-            let k_{{ t }} = select(
-                vec4<f32>(),
-                load_k(k_at + min(key + key_{{ t }}, end - 1u) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
-                dim_{{ t }} < params.head_dim,
-            );
-{% endfor %}
-{% endif %}
-{% if not subgroup %}
-{% for j in range(keys) %}
-            let k_place_{{ j }} = k_at + min(key + {{ j }}u, end - 1u) * params.k_row;
-{% endfor %}
-{% endif %}
-            // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
-            // of equal terms would round (f16's largest, say).
-{% for c in range(parts) %}
-{% for j in range(keys) %}
-{% set part = j * parts + c %}
-{% if subgroup %}
-            let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
-{% else %}
-            let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
-{% endif %}
-{% for r in range(rows) %}
-            let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
-{% if c % 4 == 3 %}
-            {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
-{% endif %}
-{% endfor %}
-{% endfor %}
-{% endfor %}
-{% if full %}
-            for (var r = 0u; r < turns; r++) {
-                let row = min(row_first + r * LANES + lane, row_last);
-{% for j in range(keys) %}
-                var x_{{ j }} = s_0_{{ j }};
-{% for r in range(1, rows) %}
-                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
-{% endfor %}
-                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < end);
-{% for r in range(rows) %}
-                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
-{% endfor %}
-{% endfor %}
-            }
-{% else %}
-{% for r in range(rows) %}
-{% for j in range(keys) %}
-            s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
-{% endfor %}
-{% endfor %}
-{% endif %}
-{% for r in range(rows) %}
-            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
-            let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
-            m_{{ r }} = higher_{{ r }};
-{% for j in range(keys) %}
-            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
-{% endfor %}
-            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
-{% endfor %}
-{% if subgroup %}
-{% for t in range(loads) %}
-            let raw_{{ t }} = load_v(v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
-            let good_{{ t }} = finite(raw_{{ t }});
-            let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
-{% endfor %}
-            if (subgroupAny(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
-{% for j in range(keys) %}
-                let bad_{{ j }} = subgroupAny(!({% for t in range(loads // keys) %}{{ " && " if not loop.first }}good_{{ j * (loads // keys) + t }}{% endfor %}));
-{% for r in range(rows) %}
-                poisoned_{{ r }} = poisoned_{{ r }} || (bad_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
-{% endfor %}
-{% endfor %}
-            }
-{% else %}
-{% for j in range(keys) %}
-            let v_place_{{ j }} = v_at + min(key + {{ j }}u, end - 1u) * params.v_row;
-            var good_{{ j }} = true;
-{% endfor %}
-{% endif %}
-{% for c in range(parts) %}
-{% for j in range(keys) %}
-{% set part = j * parts + c %}
-{% if subgroup %}
-            let v_{{ j }}_{{ c }} = subgroupBroadcast(v_{{ part // lanes }}, {{ part % lanes }}u);
-{% else %}
-            let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last));
-            let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-            let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
-            good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
-{% endif %}
-{% endfor %}
-{% for r in range(rows) %}
-            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
-{% endfor %}
-{% endfor %}
-{% if not subgroup %}
-{% for j in range(keys) %}
-{% for r in range(rows) %}
-            poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
-{% endfor %}
-{% endfor %}
-{% endif %}
-        }
-        first = end;
+    // The largest exponents of what this lane loaded of keys and values.
+    var sizes = vec4<u32>();
+{{ walk(keys, subgroup, false) }}
+    let own = u32(any_ends(sizes) || q_bad != 0u{% if full %} || slope_ends(head){% for r in range(rows) %} || m_{{ r }} == UNDEFINED{% endfor %}{% endif %});
+    let again = {% if subgroup %}{% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(own, {{ n }}u){% endfor %}{% else %}own{% endif %};
+    // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
+    for (var once = again; once > 0u; once--) {
+{{ restore() }}
+{{ walk(1, false, true) }}
     }
 
     for (var r = 0u; r < turns; r++) {
         var m = m_0;
         var l = l_0;
-        var poisoned = poisoned_0;
+{% for g in range(groups) %}
+        var class_{{ g }} = class_0_{{ g }};
+{% endfor %}
 {% for r in range(1, rows) %}
         m = select(m, m_{{ r }}, r == {{ r }}u);
         l = select(l, l_{{ r }}, r == {{ r }}u);
-        poisoned = select(poisoned, poisoned_{{ r }}, r == {{ r }}u);
+{% for g in range(groups) %}
+        class_{{ g }} = select(class_{{ g }}, class_{{ r }}_{{ g }}, r == {{ r }}u);
 {% endfor %}
+{% endfor %}
+{% if carry %}
+        let more = params.key_end < params.seq_kv;
+        if (more) {
+            let to_place = state_at + r * {{ (1 + parts) * lanes }}u;
+            state[to_place] = vec4<u32>(bitcast<u32>(m), bitcast<u32>(l), 0u, 0u);
+{% for c in range(parts) %}
+            var kept_{{ c }} = o_0_{{ c }};
+{% for r in range(1, rows) %}
+            kept_{{ c }} = select(kept_{{ c }}, o_{{ r }}_{{ c }}, r == {{ r }}u);
+{% endfor %}
+            state[to_place + {{ (1 + c) * lanes }}u] = result_bits(kept_{{ c }}, class_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+{% endfor %}
+        }
+{% endif %}
         var shrink = 1.0;
         if ((params.flags & SINKS) != 0u) {
-            let sink = bitcast<f32>(lists[params.list_sinks + head]);
-            let higher = max(m, sink);
-            shrink = weigh(m, higher);
-            l = l * shrink + weigh(sink, higher);
-            m = higher;
+            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+            shrink = with_sink.shrink;
+            l = with_sink.l;
+            m = with_sink.m;
         }
+        let all_nan = select(0u, 0xffu, broken(m));
         let factor = select(0.0, shrink / l, l > 0.0);
         let row = row_first + r * LANES + lane;
-        if (row < row_end) {
+        if (row < row_end{{ " && !more" if carry }}) {
             if ((params.flags & LSE) != 0u) {
                 let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
                 store_lse(at, m, l);
@@ -254,7 +349,7 @@ fn main(
 {% for r in range(1, rows) %}
                 y = select(y, o_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, select(bitcast<vec4<u32>>(y * factor), vec4<u32>(0x7fc00000u), poisoned));
+                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, result_bits(y * factor, all_nan | (class_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
             }
 {% endfor %}
         }

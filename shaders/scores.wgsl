@@ -1,6 +1,8 @@
 {% from "shared/element.wgsl" import storage, load %}
 // Scores:  s = scale · q kᵀ  (with `full`: the whole logit, hidden keys marked), f32, into the score scratch.
 //
+// A NaN or an infinity in q or k is found by its bits when it is loaded and makes codes of scores (shared/score.wgsl).
+//
 // Grid:      columns = tiles of keys, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
 // Given:     1 ≤ rows, keys; scratch rows start at multiples of four; key tiles too. Tiles that no row sees are not written.
@@ -21,11 +23,12 @@ enable f16;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/value.wgsl" %}
 {{ load("q", element, native, vector, wide) }}
 {{ load("k", element, native, vector, wide) }}
 
 fn q_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
-    return params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (sequence.token_q + row) * params.q_row;
+    return params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (sequence.token_q + min(row, max(sequence.rows, 1u) - 1u)) * params.q_row;
 }
 
 fn k_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
@@ -45,6 +48,15 @@ const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
 const KEYS: u32 = {{ tile_cols }}u;
 {% include "shared/lines.wgsl" %}
+
+// A score with what may be a code of the dims before, and one of these dims where q or k holds NaN or an infinity there.
+fn with_codes(x: f32, before: f32, dot_product: f32, bad: bool, scales: bool) -> f32 {
+    let own = select(0.0, code_of(dot_product), bad);
+    let ends = abs(before) > HIGHEST;
+    let both = ends && bad && own != before;
+    let code = select(select(own, before, ends), UNDEFINED, both);
+    return select(x, select(code, scale_code(code), scales), ends || bad);
+}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -79,6 +91,8 @@ fn main(
 {% endfor %}
 {% endif %}
     for (var dim = 0u; dim < params.head_dim; dim += DIMS) {
+        // Bit r: row r of this lane holds NaN or an infinity in these dims.
+        var q_bad = 0u;
         let valid = params.head_dim - dim;
         let last = (valid - 1u) & ~3u;
 {% for c in range(dims // 4) %}
@@ -87,6 +101,7 @@ fn main(
         let left_{{ c }} = valid - min({{ c * 4 }}u, last);
 {% for r in range(rows) %}
         let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_{{ r }} + at_{{ c }}, left_{{ c }}), held_{{ c }});
+        q_bad |= select({{ 2 ** r }}u, 0u, finite(q_{{ r }}_{{ c }}));
 {% endfor %}
 {% endfor %}
 {% if subgroup %}
@@ -103,15 +118,15 @@ fn main(
                 dim_{{ t }} < valid,
             );
 {% endfor %}
+            let k_own = {% for t in range(dims // lanes) %}{{ " | " if not loop.first }}select({{ 2 ** (t // (dims // lanes // 4)) }}u, 0u, finite(k_{{ t }})){% endfor %};
+            // Bit j: key j holds NaN or an infinity.
+            let k_bad = {% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(k_own, {{ n }}u){% endfor %};
+{% else %}
+            var k_bad = 0u;
 {% endif %}
 {% for r in range(rows) %}
             var sum_{{ r }} = vec4<f32>();
 {% endfor %}
-            if (dim > 0u) {
-{% for r in range(rows) %}
-                sum_{{ r }} = s[(s_{{ r }} + key) >> 2u];
-{% endfor %}
-            }
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
 {% if not subgroup %}
@@ -123,6 +138,7 @@ fn main(
             let b_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
             let b_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}), held_{{ c }});
+            k_bad |= select({{ 2 ** j }}u, 0u, finite(b_{{ j }}_{{ c }}));
 {% endif %}
 {% if c % 4 == 3 %}
 {% for r in range(rows) %}
@@ -131,17 +147,28 @@ fn main(
 {% endif %}
 {% endfor %}
 {% endfor %}
-            if (valid <= DIMS) {
+            // What the dims before left: a sum, or a code.
+            let more = dim > 0u;
+            let scale = select(1.0, params.scale, valid <= DIMS);
+{% for r in range(rows) %}
+            var before_{{ r }} = vec4<f32>();
+            if (more) {
+                before_{{ r }} = s[(s_{{ r }} + key) >> 2u];
+            }
+            var x_{{ r }} = clamp((before_{{ r }} + sum_{{ r }}) * scale, vec4<f32>(LOWEST), vec4<f32>(HIGHEST));
+{% endfor %}
+            // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
+            for (var once = u32((q_bad | k_bad) != 0u || {% for r in range(rows) %}{{ " || " if not loop.first }}any(abs(before_{{ r }}) > vec4<f32>(HIGHEST)){% endfor %}); once > 0u; once--) {
 {% for r in range(rows) %}
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
-                sum_{{ r }}.{{ component }} = scaled(sum_{{ r }}.{{ component }});
+                x_{{ r }}.{{ component }} = with_codes(x_{{ r }}.{{ component }}, before_{{ r }}.{{ component }}, sum_{{ r }}.{{ component }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u, valid <= DIMS);
 {% endfor %}
 {% endfor %}
             }
 {% for r in range(rows) %}
             if (owned_{{ r }}) {
-                s[(s_{{ r }} + key) >> 2u] = sum_{{ r }};
+                s[(s_{{ r }} + key) >> 2u] = x_{{ r }};
             }
 {% endfor %}
         }
@@ -158,6 +185,9 @@ const PITCH: u32 = {{ dims // 4 + 1 }}u;
 
 var<workgroup> sh_q: array<vec4<f32>, {{ tile_rows * (dims // 4 + 1) }}>;
 var<workgroup> sh_k: array<vec4<f32>, {{ tile_cols * (dims // 4 + 1) }}>;
+// Not 0: the row, or the key, holds NaN or an infinity.
+var<workgroup> sh_q_bad: array<u32, {{ tile_rows }}>;
+var<workgroup> sh_k_bad: array<u32, {{ tile_cols }}>;
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -191,6 +221,13 @@ fn main(
     var sum_{{ r }}_{{ c }} = 0.0;
 {% endfor %}
 {% endfor %}
+    for (var i = thread; i < TILE_Q; i += THREADS) {
+        sh_q_bad[i] = 0u;
+    }
+    for (var i = thread; i < TILE_KV; i += THREADS) {
+        sh_k_bad[i] = 0u;
+    }
+    workgroupBarrier();
     for (var dim = 0u; dim < params.head_dim; dim += DIMS) {
         for (var part = thread; part < TILE_Q * (DIMS / 4u); part += THREADS) {
             let row = part / (DIMS / 4u);
@@ -198,6 +235,9 @@ fn main(
             var x = vec4<f32>();
             if (d < params.head_dim) {
                 x = load_q(q_place(batch, head, seq, min(row_first + row, row_last)) + d, params.head_dim - d);
+            }
+            if (!finite(x)) {
+                sh_q_bad[row] = 1u;
             }
             sh_q[row * PITCH + part % (DIMS / 4u)] = x;
         }
@@ -208,9 +248,13 @@ fn main(
             if (d < params.head_dim) {
                 x = load_k(k_place(batch, head, seq, min(key_first + key, key_last)) + d, params.head_dim - d);
             }
+            if (!finite(x)) {
+                sh_k_bad[key] = 1u;
+            }
             sh_k[key * PITCH + part % (DIMS / 4u)] = x;
         }
         workgroupBarrier();
+        // Two pairs of vectors and then their sum, as `rows` and `split` have it: `weights` compares these scores with the maximum of theirs.
 {% for d in range(dims // 4) %}
 {% for r in range(rows) %}
         let q_{{ d }}_{{ r }} = sh_q[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ d }}u];
@@ -218,13 +262,13 @@ fn main(
 {% for c in range(cols) %}
         let k_{{ d }}_{{ c }} = sh_k[(across + {{ c * (tile_cols // cols) }}u) * PITCH + {{ d }}u];
 {% for r in range(rows) %}
-        {{ "var" if d == 0 else "" }} part_{{ r }}_{{ c }} {{ "" if d == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
+        {{ "var" if d < 4 and d % 2 == 0 else "" }} part_{{ r }}_{{ c }}_{{ d // 2 % 2 }} {{ "" if d < 4 and d % 2 == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
 {% endfor %}
 {% endfor %}
 {% endfor %}
 {% for r in range(rows) %}
 {% for c in range(cols) %}
-        sum_{{ r }}_{{ c }} += part_{{ r }}_{{ c }};
+        sum_{{ r }}_{{ c }} += part_{{ r }}_{{ c }}_0 + part_{{ r }}_{{ c }}_1;
 {% endfor %}
 {% endfor %}
         workgroupBarrier();
@@ -236,7 +280,9 @@ fn main(
 {% for c in range(cols) %}
         let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
         if (key_{{ c }} < params.key_end) {
-            s[line + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, scaled(sum_%s_%s))" | format(r, c, r, c) if full else "scaled(sum_%s_%s)" | format(r, c) }};
+            let bad = (sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]) != 0u;
+            let x = select(scaled(sum_{{ r }}_{{ c }}), scaled_code(sum_{{ r }}_{{ c }}), bad);
+            s[line + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, x)" | format(r, c) if full else "x" }};
         }
 {% endfor %}
     }

@@ -1,6 +1,7 @@
 // Softmax:  row of logits -> row of weights, in place;  w[j] = exp(x[j] − m) / l,  l = Σ exp(x[j] − m) (+ exp(sink − m)),  lse = m + ln l.
 // Two passes over the row: one keeps a running (m, l) per invocation, merged over the workgroup; one writes.
-// Keys outside the row's range and HIDDEN ones weigh 0; a row with no visible key is all 0 with lse −inf.
+// Keys outside the row's range and HIDDEN ones weigh 0; a row with no visible key is all 0 with lse −inf. Logits may be codes
+// (shared/score.wgsl), weights too (shared/weight.wgsl).
 //
 // Grid:      rows = single query rows, then heads and batches; a workgroup owns one row, of any length.
 // Memory:    {{ 8 * threads }} bytes of workgroup memory.
@@ -17,6 +18,8 @@
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
+{% include "shared/weight.wgsl" %}
 
 const THREADS: u32 = {{ threads }}u;
 
@@ -25,12 +28,12 @@ var<workgroup> sh_sum: array<f32, {{ threads }}>;
 
 fn in_range(range: vec2<u32>, key: u32, x: vec4<f32>) -> vec4<f32> {
     let keys = vec4<u32>(key, key + 1u, key + 2u, key + 3u);
-    return select(vec4<f32>(HIDDEN), x, keys >= vec4<u32>(range.x) & keys < vec4<u32>(range.y));
+    return select(vec4<f32>(HIDDEN), x, (keys >= vec4<u32>(range.x)) & (keys < vec4<u32>(range.y)));
 }
 
-// exp(x − m), 0 for hidden keys. The difference may be as low as −inf in f32; it is clamped where exp is 0 already.
+// exp(x − m), 0 for hidden keys and for logits of −∞. The difference may be as low as −inf in f32; it is clamped where exp is 0 already.
 fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return select(vec4<f32>(), exp(max(x - m, vec4<f32>(-150.0))), x > vec4<f32>(HIDDEN));
+    return select(vec4<f32>(), exp(max(x - m, vec4<f32>(-150.0))), x > vec4<f32>(MINUS));
 }
 
 @compute @workgroup_size({{ threads }})
@@ -76,16 +79,15 @@ fn main(
     m = sh_max[0];
     l = sh_sum[0];
     if ((params.flags & SINKS) != 0u) {
-        let sink = bitcast<f32>(lists[params.list_sinks + here.head]);
-        let higher = max(m, sink);
-        l = l * exp(max(m - higher, -150.0)) + exp(max(sink - higher, -150.0));
-        m = higher;
+        let with_sink = join_sink(m, l, coded(lists[params.list_sinks + here.head]));
+        m = with_sink.m;
+        l = with_sink.l;
     }
     let inverse = select(0.0, 1.0 / l, l > 0.0);
 {% if lse %}
     if (thread == 0u && row < seq.rows) {
         let at = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
-        lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+        lse[at] = lse_bits(m, l);
     }
 {% endif %}
     // The rows of the tile that `values` reads together, the last of a sequence cut off. A row counts for as many lines as there are heads
@@ -97,6 +99,9 @@ fn main(
     let written = tile_range(seq, min(params.row0 + line_first / each, tile_last), tile_last);
     for (var key = (written.x & ~3u) + thread * 4u; key < written.y; key += THREADS * 4u) {
         let at = line + (key >> 2u);
-        s[at] = weigh(in_range(range, key, s[at]), m) * inverse;
+        let x = in_range(range, key, s[at]);
+        let finite_weight = select(max(weigh(x, m) * inverse, vec4<f32>(LEAST)), vec4<f32>(NOTHING), x == vec4<f32>(MINUS));
+        let weight = select(finite_weight, vec4<f32>(NO_RESULT), broken(m));
+        s[at] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
     }
 }

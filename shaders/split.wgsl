@@ -7,7 +7,8 @@
 // At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where several
 // workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al., Flash-Decoding, 2023.)
 // Lanes of a stream sum their parts of a dot product by {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}.
-// A non-finite value counts as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+// NaN and infinities are found by their bits when they are loaded. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// as 0, so that 0 · NaN cannot leak from a hidden key, and each lane keeps the classes of its dims of what a row sees (shared/value.wgsl).
 //
 // Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the group), then key/value
 //            heads (counted by head0 and heads) and batches (shared/params.wgsl).
@@ -31,6 +32,7 @@
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 {% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
@@ -48,13 +50,14 @@ const KEYS: u32 = {{ keys }}u;
 // Of each row and key of a stream the lanes' parts, then their sum.
 var<workgroup> parts: array<f32, {{ threads * pairs }}>;
 var<workgroup> sums: array<f32, {{ streams * pairs }}>;
+var<workgroup> marks: array<u32, {{ threads }}>;
 {% endif %}
 {% if streams > 1 %}
 // Of each row and stream: maximum and sum. Of one row and each stream: the output, relative to the common maximum.
 var<workgroup> totals: array<vec2<f32>, {{ rows * streams }}>;
 var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
-// Of each row: not 0 where a visible value is not finite.
-var<workgroup> spoilt: array<atomic<u32>, {{ rows }}>;
+// Of one row: the classes of each vector of dims.
+var<workgroup> row_classes: array<atomic<u32>, {{ dims // 4 }}>;
 {% endif %}
 
 // exp(x − m), as low as f32 can tell from 0.
@@ -63,12 +66,29 @@ fn weigh(x: f32, m: f32) -> f32 {
 }
 
 // Writes four elements of a row of out.
-fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, poisoned: bool) {
+fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, all: u32) {
     let at = params.out_base + part * params.partial_out + batch * params.out_batch + head * params.out_head + row * params.out_row;
-    store_out(at + dim, params.value_dim - dim, select(bitcast<vec4<u32>>(y), vec4<u32>(0x7fc00000u), poisoned));
+    store_out(at + dim, params.value_dim - dim, result_bits(y, all));
 }
 
+{# The union of what the lanes of a stream have marked. #}
+{% macro union(mark) -%}
+{% if streams == 1 %}{% for n in range(across) %}{{ " | " if not loop.first }}subgroupBroadcast({{ mark }}, {{ n }}u){% endfor %}
+{%- else %}marked({{ mark }}){% endif %}
+{%- endmacro %}
+{% if streams > 1 and shuffle %}
+fn marked(mark: u32) -> u32 {
+    var all = mark;
+    all |= subgroupShuffleXor(all, 1u);
+    all |= subgroupShuffleXor(all, 2u);
+    all |= subgroupShuffleXor(all, 4u);
+    return all;
+}
+{% endif %}
+
 {% set chunks = dims // (4 * across) %}
+{# Classes of a lane's dims of a row: 32-bit words of four vectors each. #}
+{% set words = (chunks + 3) // 4 %}
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -90,7 +110,9 @@ fn main(
     let row_{{ r }} = line_row(min(line_first + {{ r }}u, line_last));
     let head_{{ r }} = line_head(here.head, min(line_first + {{ r }}u, line_last));
 {% endfor %}
-    let range = tile_range(seq, row_0, row_{{ rows - 1 }});
+    let seen = tile_range(seq, row_0, row_{{ rows - 1 }});
+    // Those of this dispatch.
+    let range = clamp(seen, vec2<u32>(params.key0), vec2<u32>(params.key_end));
     let visible = select(0u, range.y - range.x, turns > 0u);
     let share = (visible + params.col_tiles - 1u) / params.col_tiles;
     let key_first = range.x + min(visible, here.col_tile * share);
@@ -110,12 +132,27 @@ fn main(
     let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    var poisoned_{{ r }} = false;
+    // It sees a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
+    var minus_{{ r }} = false;
+{% for w in range(words) %}
+    var class_{{ r }}_{{ w }} = 0u;
+{% endfor %}
 {% for c in range(chunks) %}
     let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_at_{{ r }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
+
+    // Bit r: row r holds NaN or an infinity in q.
+    let q_own = {% for r in range(rows) %}{{ " | " if not loop.first }}select({{ 2 ** r }}u, 0u, {% for c in range(chunks) %}{{ " && " if not loop.first }}finite(q_{{ r }}_{{ c }}){% endfor %}){% endfor %};
+{% if streams > 1 and not shuffle %}
+    marks[thread] = q_own;
+    workgroupBarrier();
+    let q_bad = {% for n in range(across) %}{{ " | " if not loop.first }}marks[stream * ACROSS + {{ n }}u]{% endfor %};
+    workgroupBarrier();
+{% else %}
+    let q_bad = {{ union("q_own") }};
+{% endif %}
 
     let k_at = params.k_base + here.head * params.k_head;
     let v_at = params.v_base + here.head * params.v_head;
@@ -146,6 +183,13 @@ fn main(
             let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
 {% endfor %}
 {% endfor %}
+            let k_own = {% for j in range(keys) %}{{ " | " if not loop.first }}select({{ 2 ** j }}u, 0u, {% for c in range(chunks) %}{{ " && " if not loop.first }}finite(k_{{ j }}_{{ c }}){% endfor %}){% endfor %};
+            // Bit j: key j holds NaN or an infinity.
+{% if shuffle %}
+            let k_bad = {{ union("k_own") }};
+{% else %}
+            marks[thread] = k_own;
+{% endif %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
             var s_{{ r }}_{{ j }} = {% for c in range(chunks) %}{{ " + " if not loop.first }}dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}){% endfor %};
@@ -164,6 +208,7 @@ fn main(
                 let at = (stream * {{ pairs }}u + pair) * ACROSS;
                 sums[stream * {{ pairs }}u + pair] = ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u])) + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
             }
+            let k_bad = {% for n in range(across) %}{{ " | " if not loop.first }}marks[stream * ACROSS + {{ n }}u]{% endfor %};
             workgroupBarrier();
 {% for r in range(rows) %}
 {% for j in range(keys) %}
@@ -171,35 +216,50 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endif %}
+{% for r in range(rows) %}
+{% for j in range(keys) %}
+            var x_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
+{% endfor %}
+{% endfor %}
 {% if full %}
             for (var r = 0u; r < turns; r++) {
                 let line = line_first + r;
                 let row = line_row(line);
                 let head = line_head(here.head, line);
 {% for j in range(keys) %}
-                var x_{{ j }} = s_0_{{ j }};
+                var x_{{ j }} = x_0_{{ j }};
 {% for r in range(1, rows) %}
-                x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
+                x_{{ j }} = select(x_{{ j }}, x_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, scaled(x_{{ j }})), key + {{ j }}u < end);
+                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, x_{{ j }}), key + {{ j }}u < end);
 {% for r in range(rows) %}
-                s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
+                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
             }
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            s_{{ r }}_{{ j }} = select(HIDDEN, scaled(s_{{ r }}_{{ j }}), key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, end));
+            x_{{ r }}_{{ j }} = select(HIDDEN, x_{{ r }}_{{ j }}, key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, end));
 {% endfor %}
 {% endfor %}
 {% endif %}
+            // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
+            for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
 {% for r in range(rows) %}
-            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+{% for j in range(keys) %}
+                let code_{{ r }}_{{ j }} = outcome(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
+                m_{{ r }} = max(m_{{ r }}, select(code_{{ r }}_{{ j }}, HIDDEN, code_{{ r }}_{{ j }} == MINUS));
+                minus_{{ r }} = minus_{{ r }} || code_{{ r }}_{{ j }} == MINUS;
+{% endfor %}
+{% endfor %}
+            }
+{% for r in range(rows) %}
+            let higher_{{ r }} = {% for j in range(keys) %}max(x_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
             m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
-            let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > HIDDEN);
+            let p_{{ r }}_{{ j }} = select(0.0, weigh(x_{{ r }}_{{ j }}, higher_{{ r }}), x_{{ r }}_{{ j }} > MINUS);
 {% endfor %}
             l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
 {% endfor %}
@@ -212,37 +272,37 @@ fn main(
 {% for c in range(chunks) %}
             let raw_{{ j }}_{{ c }} = load_v(v_place_{{ j }} + v_dim_{{ c }}, params.value_dim - v_dim_{{ c }});
             let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-            let v_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, good_{{ j }}_{{ c }});
+            let v_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
 {% endfor %}
-            let good_{{ j }} = {% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% for r in range(rows) %}
-{% for j in range(keys) %}
-            poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && s_{{ r }}_{{ j }} > HIDDEN);
-{% endfor %}
 {% for c in range(chunks) %}
             o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% endfor %}
+            for (var once = u32(!({% for j in range(keys) %}{{ " && " if not loop.first }}{% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+{% for j in range(keys) %}
+{% for w in range(words) %}
+                let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
+{% for r in range(rows) %}
+                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} <= LOWEST), x_{{ r }}_{{ j }} > HIDDEN);
+{% endfor %}
+{% endfor %}
+{% endfor %}
+            }
         }
         first = end;
     }
+{% for r in range(rows) %}
+    m_{{ r }} = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && minus_{{ r }});
+{% endfor %}
 {% if streams > 1 %}
 
-    if (thread < ROWS) {
-        atomicStore(&spoilt[thread], 0u);
-    }
     if (lane == 0u) {
 {% for r in range(rows) %}
-        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, l_{{ r }});
+        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, select(l_{{ r }}, 0.0, m_{{ r }} == MINUS));
 {% endfor %}
     }
-    workgroupBarrier();
-{% for r in range(rows) %}
-    if (poisoned_{{ r }}) {
-        atomicOr(&spoilt[{{ r }}], 1u);
-    }
-{% endfor %}
     workgroupBarrier();
 {% endif %}
     // One row after the other, so that each store stands once in the text.
@@ -252,7 +312,6 @@ fn main(
         let head = line_head(here.head, line);
 {% macro pick(name) %}{% for r in range(1, rows) %}select({% endfor %}{{ name | replace("#", "0") }}{% for r in range(1, rows) %}, {{ name | replace("#", r) }}, r == {{ r }}u){% endfor %}{% endmacro %}
         let own = {{ pick("m_#") }};
-        let poisoned = {% if streams > 1 %}atomicLoad(&spoilt[r]) != 0u{% else %}subgroupAny({{ pick("poisoned_#") }}){% endif %};
         var m = own;
         var l = {{ pick("l_#") }};
 {% if streams > 1 %}
@@ -266,24 +325,39 @@ fn main(
 {% endif %}
         var shrink = 1.0;
         if ((params.flags & SINKS) != 0u) {
-            let sink = bitcast<f32>(lists[params.list_sinks + head]);
-            let higher = max(m, sink);
-            shrink = weigh(m, higher);
-            l = l * shrink + weigh(sink, higher);
-            m = higher;
+            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
+            shrink = with_sink.shrink;
+            l = with_sink.l;
+            m = with_sink.m;
         }
+        let all_nan = select(0u, 0xffu, broken(m));
         let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
         if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
             let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
-            store_lse(at, m, l);
+            if (params.partial_lse != 0u && m == MINUS) {
+                // For `merge`, which must tell this from a row that sees no key.
+                lse[at] = bitcast<u32>(m);
+            } else {
+                store_lse(at, m, l);
+            }
         }
+{% if streams > 1 %}
+        for (var i = thread; i < {{ dims // 4 }}u; i += {{ threads }}u) {
+            atomicStore(&row_classes[i], all_nan);
+        }
+        workgroupBarrier();
+{% endif %}
 {% for c in range(chunks) %}
+        let own_{{ c }} = ({{ pick("class_#_" ~ c // 4) }} >> {{ c % 4 * 8 }}u) & 0xffu;
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
+        if (own_{{ c }} != 0u) {
+            atomicOr(&row_classes[lane + {{ c * across }}u], own_{{ c }});
+        }
 {% else %}
         if (r < turns && dim_{{ c }} < params.value_dim) {
-            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, poisoned);
+            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | own_{{ c }});
         }
 {% endif %}
 {% endfor %}
@@ -294,7 +368,7 @@ fn main(
             for (var n = 0u; n < STREAMS; n++) {
                 sum += outputs[n * {{ dims // 4 }}u + thread];
             }
-            write(batch, head, row, here.col_tile, thread * 4u, sum, poisoned);
+            write(batch, head, row, here.col_tile, thread * 4u, sum, atomicLoad(&row_classes[thread]));
         }
         workgroupBarrier();
 {% endif %}

@@ -1,6 +1,7 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 // Values:  out = w v,  weights from the scratch; added to what `out` holds where the keys come in several dispatches.
-// A non-finite value is staged as 0, so that 0 · NaN cannot leak from a hidden key; at a visible key it makes the whole row NaN.
+// A value of NaN or an infinity counts as 0, so that 0 · NaN cannot leak from a hidden key; each row keeps the classes of those it sees
+// (shared/value.wgsl). Weights may be codes (shared/weight.wgsl).
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -18,6 +19,7 @@ enable f16;
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/value.wgsl" %}
+{% include "shared/weight.wgsl" %}
 {{ load("s", "f32", false, true, wide) }}
 {{ load("v", element, native, vector, wide) }}
 {{ store("out", out, vector) }}
@@ -34,10 +36,10 @@ fn out_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
     return params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (sequence.token_q + row) * params.out_row;
 }
 
-// Four dims of one row: the sum so far where the keys are split, the bits of NaN where a non-finite value is visible.
-fn give(at: u32, valid: u32, sum: vec4<f32>, poisoned: bool) {
+// Four dims of one row: the sum so far where the keys are split, and the classes of the values.
+fn give(at: u32, valid: u32, sum: vec4<f32>, own: u32) {
     var total = sum;
-    var bad = poisoned;
+    var all = own;
 {% if out == "f32" %}
     if ((params.flags & ADD) != 0u) {
 {% if vector %}
@@ -47,10 +49,15 @@ fn give(at: u32, valid: u32, sum: vec4<f32>, poisoned: bool) {
         let before = bitcast<vec4<f32>>(vec4<u32>(out[at], out[at + min(1u, last)], out[at + min(2u, last)], out[at + min(3u, last)]));
 {% endif %}
         total += before;
-        bad = bad || !finite(before);
+        all |= classes(before);
     }
 {% endif %}
-    store_out(at, valid, select(bitcast<vec4<u32>>(total), vec4<u32>(0x7fc00000u), bad));
+    store_out(at, valid, result_bits(total, all));
+}
+
+// The classes of a value for a row that gives its key this weight.
+fn seen(all: u32, weight: f32) -> u32 {
+    return select(0u, select(all, classes_of_zero(all), weight == NOTHING), weight != 0.0);
 }
 
 {% if lanes %}
@@ -61,6 +68,16 @@ const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
 {% include "shared/lines.wgsl" %}
+{% set parts = dims // 4 %}
+{# Classes of the values of a row or key: 32-bit words of four vectors each. Of what a lane loads of four keys: words likewise. #}
+{% set groups = parts // 4 %}
+{% set loads = dims // lanes %}
+{% set words = (loads + 3) // 4 %}
+{% macro see(j, g) %}
+{% for r in range(rows) %}
+            class_{{ r }}_{{ g }} |= seen(class_of_{{ j }}_{{ g }}, w_{{ r }}.{{ "xyzw"[j] }});
+{% endfor %}
+{% endmacro %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -92,7 +109,10 @@ fn main(
     let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
     let line_{{ r }} = min(line_first + {{ r * lanes }}u + lane, line_last);
     let s_{{ r }} = s_place(batch, line_head(here.head, line_{{ r }}), line_row(line_{{ r }}));
-    var poisoned_{{ r }} = false;
+    var broken_{{ r }} = false;
+{% for g in range(groups) %}
+    var class_{{ r }}_{{ g }} = 0u;
+{% endfor %}
 {% for c in range(dims // 4) %}
     var sum_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
@@ -106,19 +126,36 @@ fn main(
     for (var key = key_begin; key < key_end; key += 4u) {
 {% for r in range(rows) %}
         let w_{{ r }} = load_s((s_{{ r }} + (key >> 2u)) << 2u, 4u);
+        broken_{{ r }} = broken_{{ r }} || any(w_{{ r }} < vec4<f32>());
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
         let raw_{{ t }} = load_v(v_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }});
         let good_{{ t }} = finite(raw_{{ t }});
-        let v_{{ t }} = select(vec4<f32>(), raw_{{ t }}, good_{{ t }});
+        let v_{{ t }} = finite_or_zero(raw_{{ t }});
 {% endfor %}
-        if (subgroupAny(!({% for t in range(dims // lanes) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %}))) {
+        // In loops of one iteration or none: unlike a branch, drivers on the CPU skip those.
+{% for w in range(words) %}
+        var own_{{ w }} = 0u;
+{% endfor %}
+        for (var once = u32(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %})); once > 0u; once--) {
+{% for t in range(loads) %}
+            own_{{ t // 4 }} |= classes(raw_{{ t }}) << {{ t % 4 * 8 }}u;
+{% endfor %}
+        }
+        // The classes that each lane found, so that all know whether there are any.
+{% for w in range(words) %}
+{% for n in range(lanes) %}
+        let of_{{ w }}_{{ n }} = subgroupBroadcast(own_{{ w }}, {{ n }}u);
+{% endfor %}
+{% endfor %}
+        let bad = {% for w in range(words) %}{{ " | " if not loop.first }}({% for n in range(lanes) %}{{ " | " if not loop.first }}of_{{ w }}_{{ n }}{% endfor %}){% endfor %};
+        for (var once = u32(bad != 0u); once > 0u; once--) {
 {% for j in range(4) %}
-            let bad_{{ j }} = subgroupAny(!({% for t in range(dims // lanes // 4) %}{{ " && " if not loop.first }}good_{{ j * (dims // lanes // 4) + t }}{% endfor %}));
+{% for g in range(groups) %}
+            let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{% set part = j * parts + g * 4 + c %}{{ " | " if not loop.first }}(((of_{{ part // lanes // 4 }}_{{ part % lanes }} >> {{ part // lanes % 4 * 8 }}u) & 0xffu) << {{ c * 8 }}u){% endfor %};
+{{ see(j, g) }}
 {% endfor %}
-{% for r in range(rows) %}
-            poisoned_{{ r }} = poisoned_{{ r }} || any(w_{{ r }} * vec4<f32>(vec4<bool>(bad_0, bad_1, bad_2, bad_3)) != vec4<f32>());
 {% endfor %}
         }
 {% for j in range(4) %}
@@ -135,20 +172,23 @@ fn main(
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
         let place_{{ j }} = v_place(batch, kv_head, seq, min(key + {{ j }}u, key_last)) + dim;
-        var good_{{ j }} = true;
 {% for c in range(dims // 4) %}
         let raw_{{ j }}_{{ c }} = load_v(place_{{ j }} + min({{ c * 4 }}u, last), valid - min({{ c * 4 }}u, last));
-        let finite_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
-        let b_{{ j }}_{{ c }} = select(vec4<f32>(), raw_{{ j }}_{{ c }}, finite_{{ j }}_{{ c }});
-        good_{{ j }} = good_{{ j }} && finite_{{ j }}_{{ c }};
+        let good_{{ j }}_{{ c }} = finite(raw_{{ j }}_{{ c }});
+        let b_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
 {% for r in range(rows) %}
         sum_{{ r }}_{{ c }} += w_{{ r }}.{{ component }} * b_{{ j }}_{{ c }};
 {% endfor %}
 {% endfor %}
-{% for r in range(rows) %}
-        poisoned_{{ r }} = poisoned_{{ r }} || (!good_{{ j }} && w_{{ r }}.{{ component }} != 0.0);
+{% endfor %}
+        for (var once = u32(!({% for j in range(4) %}{{ " && " if not loop.first }}{% for c in range(parts) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+{% for j in range(4) %}
+{% for g in range(groups) %}
+            let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+{{ see(j, g) }}
 {% endfor %}
 {% endfor %}
+        }
 {% endif %}
     }
 {% for r in range(rows) %}
@@ -156,7 +196,7 @@ fn main(
         let at = out_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }})) + dim;
 {% for c in range(dims // 4) %}
         if ({{ c * 4 }}u < valid) {
-            give(at + {{ c * 4 }}u, valid - {{ c * 4 }}u, sum_{{ r }}_{{ c }}, poisoned_{{ r }});
+            give(at + {{ c * 4 }}u, valid - {{ c * 4 }}u, sum_{{ r }}_{{ c }}, select(class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u, 0xffu, broken_{{ r }}));
         }
 {% endfor %}
     }
@@ -203,7 +243,9 @@ fn main(
     let across = thread % {{ tile_cols // 4 // cols }}u;
     let down = thread / {{ tile_cols // 4 // cols }}u;
 {% for r in range(rows) %}
-    var poisoned_{{ r }} = false;
+    var broken_{{ r }} = false;
+    // The classes of the values seen, eight bits for each vector.
+    var class_{{ r }} = 0u;
 {% for c in range(cols) %}
     var sum_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
@@ -235,7 +277,7 @@ fn main(
                 x = load_v(v_place(batch, head, seq, key + j) + d, params.value_dim - d);
             }
             if (!finite(x)) {
-                x = vec4<f32>();
+                x = finite_or_zero(x);
                 sh_bad[j] = stage;
                 sh_any = stage;
             }
@@ -245,6 +287,7 @@ fn main(
 {% for j4 in range(dims // 4) %}
 {% for r in range(rows) %}
         let w_{{ j4 }}_{{ r }} = sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ j4 }}u];
+        broken_{{ r }} = broken_{{ r }} || any(w_{{ j4 }}_{{ r }} < vec4<f32>());
 {% endfor %}
 {% for c in range(cols) %}
 {% for j in range(4) %}
@@ -256,13 +299,19 @@ fn main(
 {% endfor %}
 {% endfor %}
         if (sh_any == stage) {
-{% for j in range(dims) %}
-            if (sh_bad[{{ j }}] == stage) {
+            for (var j = 0u; j < min(KEYS, key_end - key); j++) {
+                if (sh_bad[j] == stage) {
+{% for c in range(cols) %}
+                    let dim_{{ c }} = dim_first + (across + {{ c * (tile_cols // 4 // cols) }}u) * 4u;
+                    if (dim_{{ c }} < params.value_dim) {
+                        let all = classes(load_v(v_place(batch, head, seq, key + j) + dim_{{ c }}, params.value_dim - dim_{{ c }}));
 {% for r in range(rows) %}
-                poisoned_{{ r }} = poisoned_{{ r }} || w_{{ j // 4 }}_{{ r }}.{{ "xyzw"[j % 4] }} != 0.0;
+                        class_{{ r }} |= seen(all, sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + j / 4u][j % 4u]) << {{ c * 8 }}u;
 {% endfor %}
+                    }
+{% endfor %}
+                }
             }
-{% endfor %}
         }
         workgroupBarrier();
     }
@@ -273,7 +322,7 @@ fn main(
 {% for c in range(cols) %}
         let dim_{{ r }}_{{ c }} = dim_first + (across + {{ c * (tile_cols // 4 // cols) }}u) * 4u;
         if (dim_{{ r }}_{{ c }} < params.value_dim) {
-            give(at + dim_{{ r }}_{{ c }}, params.value_dim - dim_{{ r }}_{{ c }}, sum_{{ r }}_{{ c }}, poisoned_{{ r }});
+            give(at + dim_{{ r }}_{{ c }}, params.value_dim - dim_{{ r }}_{{ c }}, sum_{{ r }}_{{ c }}, select(class_{{ r }} >> {{ c * 8 }}u, 0xffu, broken_{{ r }}));
         }
 {% endfor %}
     }

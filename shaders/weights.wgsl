@@ -8,7 +8,7 @@
 // Reference: src/reference/weights.rs
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read_write> s: array<f32>;
+@group(0) @binding(1) var<storage, read_write> s: array<u32>;
 @group(0) @binding(2) var<storage, read> totals: array<vec2<f32>>;
 @group(0) @binding(3) var<storage, read> lists: array<u32>;
 @group(0) @binding(4) var<storage, read_write> lse: array<u32>;
@@ -17,6 +17,7 @@
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/score.wgsl" %}
+{% include "shared/normaliser.wgsl" %}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -32,19 +33,20 @@ fn main(
     }
     let seq = sequence(here.batch);
     let at = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
-    var weight = 0.0;
+    var bits = 0u;
     if (row < seq.rows) {
         let line = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
         let m = totals[line].x;
         let l = totals[line].y;
         let range = key_range(seq, row);
         if (key >= range.x && key < range.y) {
-            let x = logit(here.batch, here.head, row, key, seq, s[at]);
-            weight = select(0.0, exp(max(x - m, -150.0)) / l, x > HIDDEN && l > 0.0);
+            let x = logit(here.batch, here.head, row, key, seq, bitcast<f32>(s[at]));
+            bits = bitcast<u32>(select(0.0, exp(max(x - m, -150.0)) / l, x > MINUS && l > 0.0));
+            bits = select(bits, 0x7fc00000u, broken(m) && x > HIDDEN);
         }
         if ((params.flags & LSE) != 0u && key == 0u) {
-            lse[line] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+            lse[line] = lse_bits(m, l);
         }
     }
-    s[at] = weight;
+    s[at] = bits;
 }

@@ -6,6 +6,7 @@ use crate::plan::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
 use crate::tuned::{Choice, Class, Tuning};
+use crate::walk::most_keys;
 use crate::{Error, Result, tuning};
 
 fn lane_body(caps: &Caps) -> Body {
@@ -200,36 +201,134 @@ fn variants(
         _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
             Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into())
         }
-        Kernel::Rows => rows(shape, caps, options, key_step),
-        Kernel::Split => split(shape, caps, options, key_step),
-        Kernel::Flash => flash(shape, caps, options, key_step),
-        Kernel::Matrix => matrix(shape, caps, options, key_step),
+        Kernel::Rows => rows(shape, caps, options),
+        Kernel::Split => split(shape, caps, options),
+        Kernel::Flash => flash(shape, caps, options),
+        Kernel::Matrix => matrix(shape, caps, options),
     }?;
-    let turns = |variant: &Variant| if caps.cpu { turns(variant, shape, caps, options) } else { 0 };
-    match found.iter().map(turns).min() {
-        Some(least) if least > tuning::CPU_TURNS => {
-            Err(format!("its loops take {least} turns, and those of a CPU adapter {} at most", tuning::CPU_TURNS))
+    let mut able = Vec::new();
+    let mut why = None;
+    for variant in found {
+        match within(variant, shape, caps, options, key_step) {
+            Ok(variant) => able.push(variant),
+            Err(obstacle) => why = why.or(Some(obstacle)),
         }
-        _ => Ok(found.into_iter().filter(|variant| turns(variant) <= tuning::CPU_TURNS).collect()),
+    }
+    match why {
+        Some(why) if able.is_empty() => Err(why),
+        _ => Ok(able),
     }
 }
 
-/// Turns that the loops of an invocation of a fused kernel take together, at most.
-fn turns(variant: &Variant, shape: &Shape, caps: &Caps, options: &Options) -> u64 {
-    let all = u64::from(shape.seq_kv);
-    // Page by page, where there are any.
-    let steps = |keys: u64, step: u32| {
-        let page = shape.paged.map_or(keys, |paged| u64::from(paged.page_size).min(keys)).max(1);
-        keys.div_ceil(page) * (page.div_ceil(step.into()) + 1)
+/// The form of a fused kernel that walks the keys in as many dispatches as its loops and the bindings need, or why there is none.
+fn within(
+    variant: Variant,
+    shape: &Shape,
+    caps: &Caps,
+    options: &Options,
+    key_step: u32,
+) -> std::result::Result<Variant, String> {
+    if fused_step(&variant, shape, caps, key_step) >= shape.seq_kv {
+        return Ok(variant);
+    }
+    let why = if key_step < shape.seq_kv {
+        "keys or values of one head exceed a binding".into()
+    } else {
+        let turns = turns(&variant, shape, most_keys(shape, tile_rows(&variant)));
+        format!("its loops take {turns} turns, and those of a CPU adapter {} at most", tuning::CPU_TURNS)
     };
-    match variant {
-        Variant::Rows(x) => steps(all, x.tile.keys) * if x.full { 1 + u64::from(x.tile.rows) } else { 1 },
+    let room = caps.binding().min(options.scratch_budget);
+    let (carried, state) = match variant {
+        Variant::Rows(x) => (Variant::Rows(rows::Rows { carry: true, ..x }), x.state_bytes()),
+        Variant::Flash(x) => (Variant::Flash(x.carried()), x.state_bytes()),
+        // Its parts are merged.
         Variant::Split(x) => {
-            let keys = all.div_ceil(partials(shape, caps, options, x).max(1).into());
-            steps(keys, x.tile.keys * x.tile.streams) * if x.full { 1 + u64::from(x.tile.rows) } else { 1 }
+            let [out, _] = partial_bytes(shape, needed(shape, caps, &x, key_step));
+            let why = format!("{why}; the results of its parts exceed a binding or the scratch budget");
+            return if out > room { Err(why) } else { Ok(variant) };
         }
-        Variant::Flash(x) => steps(all, x.tile.tile_keys()) * u64::from(x.turns(shape.head_dim)),
-        Variant::Matrix(x) => steps(all, matrix::KEYS) * u64::from(x.turns(shape.head_dim)),
+        _ => return Err(why),
+    };
+    if let Some(more) = too_many_bindings(caps, carried.bindings().len() as u32) {
+        return Err(format!("{why}; in several dispatches {more}"));
+    }
+    if state > room {
+        return Err(format!("{why}; what waits between dispatches exceeds a binding or the scratch budget"));
+    }
+    Ok(carried)
+}
+
+/// Rows of a tile of a fused kernel, at most.
+fn tile_rows(variant: &Variant) -> u32 {
+    match variant {
+        Variant::Rows(x) => x.tile.tile_rows(),
+        Variant::Flash(x) => x.tile.tile_rows(),
+        Variant::Matrix(x) => x.tile.tile_rows(),
+        Variant::Split(x) => x.tile.rows,
+        _ => 1,
+    }
+}
+
+/// Keys of one dispatch of a fused kernel: all, unless those of one head exceed a binding or a CPU adapter would end its loops.
+pub(crate) fn fused_step(variant: &Variant, shape: &Shape, caps: &Caps, key_step: u32) -> u32 {
+    let most = most_turning(variant, shape, caps);
+    if most >= most_keys(shape, tile_rows(variant)) {
+        return key_step;
+    }
+    // Dispatches of a length, so that the last one is not short.
+    let dispatches = u64::from(shape.seq_kv).div_ceil(most);
+    key_step.min(u64::from(shape.seq_kv).div_ceil(dispatches).next_multiple_of(KEY_TILE) as u32)
+}
+
+/// The most keys that a workgroup of a fused kernel can walk on the device: whole tiles of keys, one at least.
+fn most_turning(variant: &Variant, shape: &Shape, caps: &Caps) -> u64 {
+    let all = u64::from(shape.seq_kv);
+    let fits = |keys: u64| !caps.cpu || turns(variant, shape, keys) <= tuning::CPU_TURNS;
+    if fits(all) {
+        return all;
+    }
+    // Turns never fall as keys rise.
+    let (mut low, mut high) = (1, all / KEY_TILE);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        (low, high) = if fits(middle * KEY_TILE) { (middle, high) } else { (low, middle - 1) };
+    }
+    low * KEY_TILE
+}
+
+/// What keys of a dispatch are a multiple of: whole steps of every kernel, and whole vectors of weights.
+const KEY_TILE: u64 = 64;
+
+/// Turns that the loops of an invocation of a fused kernel take together for so many keys, wherever they begin, at most. The test that ends
+/// a loop counts as a turn of it.
+fn turns(variant: &Variant, shape: &Shape, keys: u64) -> u64 {
+    // Page by page, where there are any: each may begin and end in the middle of a step.
+    let steps = |step: u32| {
+        let (step, page) = (u64::from(step), shape.paged.map_or(keys, |paged| paged.page_size.into()));
+        match page < keys {
+            false => keys.div_ceil(step) + 4,
+            true => {
+                let whole = (keys.div_ceil(page) + 1) * (page.div_ceil(step) + 2);
+                whole.min(keys / step + 3 * (keys / page + 2))
+            }
+        }
+    };
+    let rows = |full: bool, rows: u32| if full { 2 + u64::from(rows) } else { 1 };
+    match variant {
+        // A second walk, key by key, where there are NaN or infinities, with its loops over rows.
+        Variant::Rows(x) => {
+            (steps(x.tile.keys) + steps(1)) * rows(x.full, x.tile.rows) + 2 * u64::from(x.tile.rows) + 1
+        }
+        Variant::Split(x) => {
+            let split::Tile { keys: each, streams, shuffle, .. } = x.tile;
+            let sums = if shuffle { 0 } else { 1 + u64::from((x.tile.rows * each).div_ceil(split::ACROSS)) };
+            let blocks = if streams == 1 { steps(each) } else { keys.div_ceil((each * streams).into()) + 4 };
+            // Two loops that run once where there are NaN or infinities, with the tests that end them.
+            blocks * (4 + rows(x.full, x.tile.rows) + sums)
+        }
+        Variant::Flash(x) => (keys.div_ceil(x.tile.tile_keys().into()) + 1) * u64::from(x.turns(shape.head_dim)),
+        // Of loops of two turns and more.
+        Variant::Matrix(x) => (keys.div_ceil(matrix::KEYS.into()) + 1) * 3 / 2 * u64::from(x.turns(shape.head_dim)),
         _ => 0,
     }
 }
@@ -248,21 +347,13 @@ pub(crate) fn too_many_bindings(caps: &Caps, buffers: u32) -> Option<String> {
 }
 
 /// What keeps any fused kernel with these operands from running.
-fn fused_obstacle(shape: &Shape, caps: &Caps, key_step: u32, buffers: u32) -> Option<String> {
-    if shape.logits.is_some() {
-        Some("logits need the score matrix".into())
-    } else if let Some(why) = too_many_bindings(caps, buffers) {
-        Some(why)
-    } else if key_step < shape.seq_kv {
-        Some("keys or values of one head exceed a binding".into())
-    } else {
-        None
-    }
+fn fused_obstacle(shape: &Shape, caps: &Caps, buffers: u32) -> Option<String> {
+    if shape.logits.is_some() { Some("logits need the score matrix".into()) } else { too_many_bindings(caps, buffers) }
 }
 
-fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
+fn rows(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
-    if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
+    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
         return Err(why);
     }
     if options.native_f16 == Some(true) && shape.element == Element::F16 {
@@ -273,13 +364,13 @@ fn rows(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::re
     let others = tuning::lane_bodies().filter(|&body| body != own && runs(body, caps));
     let tiles = std::iter::once(own).chain(others).filter_map(|body| tuning::rows_tiles(body).find(|t| dim <= t.dims));
     let format = whole_format(shape, false);
-    let found: Vec<_> = tiles.map(|tile| Variant::Rows(rows::Rows { tile, format, full })).collect();
+    let found: Vec<_> = tiles.map(|tile| Variant::Rows(rows::Rows { tile, format, full, carry: false })).collect();
     if found.is_empty() { Err(format!("{dim} dims do not fit a lane's registers")) } else { Ok(found) }
 }
 
-fn split(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
+fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
-    if let Some(why) = fused_obstacle(shape, caps, key_step, if full { 8 } else { 6 }) {
+    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
         return Err(why);
     }
     if shape.packed.is_some() {
@@ -319,21 +410,32 @@ fn lines(shape: &Shape) -> u64 {
     u64::from(shape.seq_q) * u64::from(shape.group)
 }
 
-/// Into how many parts `split` shares out the keys: enough workgroups to fill the device, few enough that merging costs little;
-/// 0 where one part is enough and can be written as it is.
-pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &split::Split) -> u32 {
+/// Into how many parts `split` shares out the keys: enough workgroups to fill the device, few enough that merging costs little, but
+/// none longer than a binding or the loops of a CPU adapter take, and as many for each dispatch of `key_step` keys; 0 where one part is
+/// enough and can be written as it is.
+pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &split::Split, key_step: u32) -> u32 {
     let class = usize::from(!caps.cpu);
     let tiles = lines(shape).div_ceil(split.tile.rows.into());
     let batch = if options.batch_invariant { 1 } else { shape.batch };
     let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
     let wanted = u64::from(tuning::SPLIT_WORKGROUPS[class]).div_ceil(workgroups);
-    let most = u64::from(shape.seq_kv.div_ceil(tuning::SPLIT_KEYS[class]));
+    let most = most_keys(shape, split.tile.rows).div_ceil(tuning::SPLIT_KEYS[class].into());
     let [one, _] = partial_bytes(shape, 1);
     let room = caps.binding().min(options.scratch_budget) / one;
-    match wanted.min(most).min(room) {
+    let dispatches = shape.seq_kv.div_ceil(key_step);
+    let each = (wanted.min(most).min(room) as u32 / dispatches).max(1) * dispatches;
+    match each.max(needed(shape, caps, split, key_step)) {
         0 | 1 => u32::from(shape.element != Element::F32),
-        parts => parts as u32,
+        parts => parts,
     }
+}
+
+/// The fewest parts of `split`, so that none is longer than what a binding and the loops of a CPU adapter take.
+fn needed(shape: &Shape, caps: &Caps, split: &split::Split, key_step: u32) -> u32 {
+    let variant = Variant::Split(*split);
+    let longest = most_keys(shape, split.tile.rows).min(key_step.into());
+    let each = longest.div_ceil(most_turning(&variant, shape, caps)).max(1) as u32;
+    each.saturating_mul(shape.seq_kv.div_ceil(key_step))
 }
 
 /// Bytes of the partial outputs and log-sum-exps of `split`.
@@ -342,9 +444,9 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
     [4 * rows * u64::from(shape.value_dim), 4 * rows]
 }
 
-fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
+fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let operands = operands(shape);
-    if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
+    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
         return Err(why);
     }
     let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
@@ -357,7 +459,7 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     let dims = shape.value_dim.min(largest);
     let mut found: Vec<_> = tuning::FLASH
         .into_iter()
-        .map(|tile| flash::Flash { tile, format, operands })
+        .map(|tile| flash::Flash { tile, format, operands, carry: false })
         .filter(|x| {
             dims <= x.tile.dims
                 && (shuffles || !x.tile.shuffle)
@@ -373,9 +475,9 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::r
     Ok(found.into_iter().map(Variant::Flash).collect())
 }
 
-fn matrix(shape: &Shape, caps: &Caps, options: &Options, key_step: u32) -> std::result::Result<Vec<Variant>, String> {
+fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let operands = operands(shape);
-    if let Some(why) = fused_obstacle(shape, caps, key_step, operands.buffers()) {
+    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
         return Err(why);
     }
     let emulated = options.form == Some(Form::Emulated);

@@ -1,6 +1,9 @@
 //! Records a [`Plan`] into the caller's command encoder: the only file that records commands.
 
-use std::sync::Arc;
+use std::num::NonZero;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::kernel::Slot;
 use crate::kernel::params::STRIDE;
@@ -21,21 +24,12 @@ impl Program {
     pub(crate) fn new(device: &wgpu::Device, pipelines: &Pipelines, steps: &[Step]) -> Result<Self> {
         let compiled = steps.iter().map(|step| Ok((step.clone(), pipelines.get(&step.variant)?)));
         let compiled = compiled.collect::<Result<_>>()?;
-        let params = allocate(device, || {
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("params"),
-                size: steps.len().max(1) as u64 * STRIDE,
-                usage: wgpu::BufferUsages::UNIFORM,
-                mapped_at_creation: true,
-            })
-        })?;
-        let mut bytes = vec![0; params.size() as usize];
+        let mut bytes = vec![0; steps.len().max(1) * STRIDE as usize];
         for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(steps) {
             let source = bytemuck::bytes_of(&step.params);
             place[..source.len()].copy_from_slice(source);
         }
-        params.get_mapped_range_mut(..).map_err(|error| Error::DeviceLost(error.to_string()))?.copy_from_slice(&bytes);
-        params.unmap();
+        let params = constant(device, "params", wgpu::BufferUsages::UNIFORM, &bytes)?;
         Ok(Program { device: device.clone(), steps: compiled, params })
     }
 
@@ -43,28 +37,53 @@ impl Program {
         self.steps.iter().map(|(step, _)| step)
     }
 
-    /// Records a range of the steps in one compute pass. `buffer` gives the buffer of a slot, and where the operand starts in it.
+    /// Records copies, and a range of the steps in one compute pass. `buffer` gives the buffer of a slot, and where the operand starts
+    /// in it. Buffers of another device are an error, and then nothing is recorded.
     pub(crate) fn record<'a>(
         &self,
-        steps: std::ops::Range<usize>,
+        steps: Range<usize>,
         encoder: &mut wgpu::CommandEncoder,
         buffer: impl Fn(Slot) -> (&'a wgpu::Buffer, u64),
-    ) {
-        let groups: Vec<_> = steps.clone().map(|i| self.bind(i, &buffer)).collect();
-        let mut pass = encoder
-            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
-        for ((step, pipeline), group) in self.steps[steps].iter().zip(&groups) {
-            let [x, y, z] = step.grid;
-            pass.set_pipeline(&pipeline.compute);
-            pass.set_bind_group(0, group, &[]);
-            pass.dispatch_workgroups(x, y, z);
-        }
+        copies: &[Copy<'_>],
+    ) -> Result<()> {
+        let bind = || {
+            // An encoder says what is wrong with a copy when it is finished, and to its own device: this one is only for that.
+            if !copies.is_empty() {
+                let mut probe = self.device.create_command_encoder(&Default::default());
+                copies.iter().for_each(|copy| copy.record(&mut probe));
+                drop(probe.finish());
+            }
+            steps.clone().map(|i| self.bind(i, &buffer)).collect::<Vec<_>>()
+        };
+        let groups = attempt(&self.device, bind).map_err(|error| {
+            let bound = self.steps[steps.clone()].iter().flat_map(|(step, _)| &step.bindings);
+            let bound = bound.map(|bound| (bound.slot.name(), buffer(bound.slot).0));
+            let copied = copies.iter().map(|copy| (copy.field, copy.from.buffer()));
+            match copied.chain(bound).find(|(_, buffer)| attempt(&self.device, || touch(&self.device, buffer)).is_err())
+            {
+                Some((field, _)) => Error::OtherDevice { field },
+                None => error,
+            }
+        })?;
+        let record = || {
+            copies.iter().for_each(|copy| copy.record(encoder));
+            let mut pass = encoder
+                .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
+            for ((step, pipeline), group) in self.steps[steps].iter().zip(&groups) {
+                let [x, y, z] = step.grid;
+                pass.set_pipeline(&pipeline.compute);
+                pass.set_bind_group(0, group, &[]);
+                pass.dispatch_workgroups(x, y, z);
+            }
+        };
+        // No encoder tells its device. One of another instance of wgpu panics where it does not know this one's objects.
+        catch_unwind(AssertUnwindSafe(record)).map_err(|_| Error::OtherDevice { field: "encoder" })
     }
 
     fn bind<'a>(&self, index: usize, buffer: &impl Fn(Slot) -> (&'a wgpu::Buffer, u64)) -> wgpu::BindGroup {
         let (step, pipeline) = &self.steps[index];
         let range = |buffer, offset, size| {
-            wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: std::num::NonZero::new(size) })
+            wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: NonZero::new(size) })
         };
         let uniform = range(&self.params, index as u64 * STRIDE, STRIDE);
         let storage = step.bindings.iter().map(|bound| {
@@ -84,22 +103,181 @@ impl Program {
     }
 }
 
-/// Creates buffers and returns what wgpu found wrong with them: out of memory, most likely.
+/// A copy of a small array into the lists.
+pub(crate) struct Copy<'a> {
+    field: &'static str,
+    from: wgpu::BufferSlice<'a>,
+    to: &'a wgpu::Buffer,
+    place: u64,
+    size: u64,
+}
+
+impl Copy<'_> {
+    fn record(&self, encoder: &mut wgpu::CommandEncoder) {
+        encoder.copy_buffer_to_buffer(self.from.buffer(), self.from.offset(), self.to, self.place, self.size);
+    }
+}
+
+/// Creates objects and returns what wgpu found wrong with them: out of memory, most likely.
 pub(crate) fn allocate<T>(device: &wgpu::Device, create: impl FnOnce() -> T) -> Result<T> {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
     let created = create();
-    let errors = [pollster::block_on(validation.pop()), pollster::block_on(memory.pop())];
-    match errors.into_iter().flatten().next() {
+    let validation = pollster::block_on(validation.pop());
+    // What there was no memory for is invalid afterwards.
+    match pollster::block_on(memory.pop()).or(validation) {
         None => Ok(created),
         Some(error) => Err(error.into()),
+    }
+}
+
+/// The same with buffers of the caller's. wgpu panics where one comes from another instance and it has none of that number.
+fn attempt<T>(device: &wgpu::Device, create: impl FnOnce() -> T) -> Result<T> {
+    let created = allocate(device, || catch_unwind(AssertUnwindSafe(create)))?;
+    created.map_err(|_| Error::Validation("a buffer does not belong to the device".into()))
+}
+
+/// Uses a buffer alone, in the one way that wgpu checks at once.
+fn touch(device: &wgpu::Device, buffer: &wgpu::Buffer) {
+    if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+        let mut probe = device.create_command_encoder(&Default::default());
+        let usage = wgpu::BufferUsages::COPY_DST;
+        let descriptor = wgpu::BufferDescriptor { label: None, size: 4, usage, mapped_at_creation: false };
+        probe.copy_buffer_to_buffer(buffer, 0, &device.create_buffer(&descriptor), 0, 4);
+        drop(probe.finish());
+        return;
+    }
+    let ty = wgpu::BufferBindingType::Storage { read_only: true };
+    let entry = wgpu::BindGroupLayoutEntry {
+        binding: 0,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+        count: None,
+    };
+    let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &[entry] });
+    let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset: 0, size: NonZero::new(4) });
+    let entries = &[wgpu::BindGroupEntry { binding: 0, resource }];
+    drop(device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries }));
+}
+
+/// A buffer that holds these bytes, a multiple of four, and never changes.
+pub(crate) fn constant(
+    device: &wgpu::Device,
+    label: &str,
+    usage: wgpu::BufferUsages,
+    bytes: &[u8],
+) -> Result<wgpu::Buffer> {
+    let descriptor =
+        wgpu::BufferDescriptor { label: Some(label), size: bytes.len() as u64, usage, mapped_at_creation: true };
+    let buffer = allocate(device, || device.create_buffer(&descriptor))?;
+    // wgpu tells only the device's owner of a loss, and calls what is made afterwards invalid, without an error.
+    let lost = |_| Error::DeviceLost(format!("the buffer {label:?} cannot be made on it any more"));
+    buffer.get_mapped_range_mut(..).map_err(lost)?.copy_from_slice(bytes);
+    buffer.unmap();
+    Ok(buffer)
+}
+
+/// The buffers in which one call keeps its intermediate results.
+pub(crate) type Set = Vec<(Slot, wgpu::Buffer)>;
+
+/// Sets of scratch buffers. Preparing makes one; another is made when a call needs it while all are taken.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    device: wgpu::Device,
+    sizes: Vec<(Slot, u64)>,
+    sets: Mutex<Sets>,
+}
+
+#[derive(Debug, Default)]
+struct Sets {
+    /// Serves every call that is recorded as a whole: wgpu runs these one after the other.
+    shared: Option<Arc<Set>>,
+    /// Each serves one call in several submissions, and is taken as long as anybody else refers to it.
+    own: Vec<Arc<Set>>,
+}
+
+impl Scratch {
+    pub(crate) fn new(device: &wgpu::Device, sizes: Vec<(Slot, u64)>) -> Result<Self> {
+        let scratch = Scratch { device: device.clone(), sizes, sets: Mutex::default() };
+        drop(scratch.own()?);
+        Ok(scratch)
+    }
+
+    /// For a call that one encoder records as a whole.
+    pub(crate) fn shared(&self) -> Result<Arc<Set>> {
+        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = &sets.shared {
+            return Ok(set.clone());
+        }
+        let set = match sets.own.iter().position(|set| Arc::strong_count(set) == 1) {
+            Some(free) => sets.own.swap_remove(free),
+            None => self.create()?,
+        };
+        Ok(sets.shared.insert(set).clone())
+    }
+
+    /// For a call in several submissions, until the last reference is gone.
+    pub(crate) fn own(&self) -> Result<Arc<Set>> {
+        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(free) = sets.own.iter().find(|set| Arc::strong_count(set) == 1) {
+            return Ok(free.clone());
+        }
+        let set = self.create()?;
+        sets.own.push(set.clone());
+        Ok(set)
+    }
+
+    fn create(&self) -> Result<Arc<Set>> {
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let buffer = |&(slot, size): &(Slot, u64)| {
+            let descriptor =
+                wgpu::BufferDescriptor { label: Some(slot.name()), size, usage, mapped_at_creation: false };
+            (slot, self.device.create_buffer(&descriptor))
+        };
+        Ok(Arc::new(allocate(&self.device, || self.sizes.iter().map(buffer).collect())?))
+    }
+}
+
+/// One call of a [`Prepared`], an [`crate::Operation`] or a [`crate::PreparedLayer`] that is recorded in parts, for several submissions.
+///
+/// What such a call leaves in scratch for its next part is its own: other calls of the same object may be in flight, on any thread,
+/// and their submissions may come in between. The first call that is recorded in parts takes the scratch that preparing allocated. One
+/// that begins before the device is done with the calls before it (which wgpu notices when the device is polled, and at each
+/// submission) allocates its own, which then serves later calls too.
+#[derive(Debug)]
+pub struct Recording<'a, T> {
+    pub(crate) of: &'a T,
+    pub(crate) set: Arc<Set>,
+}
+
+impl<T> Recording<'_, T> {
+    /// Keeps the scratch from other calls until what the encoder has so far has run, or is dropped.
+    pub(crate) fn hold(&self, encoder: &wgpu::CommandEncoder) {
+        if !self.set.is_empty() {
+            let set = self.set.clone();
+            encoder.on_submitted_work_done(move || drop(set));
+        }
+    }
+}
+
+/// What something was made for.
+#[derive(Clone, Debug)]
+pub(crate) struct Home {
+    pub(crate) device: wgpu::Device,
+    /// The number of the [`crate::Gpu`], 0 on a device of the caller's: wgpu tells devices of two instances apart only by chance.
+    pub(crate) gpu: u64,
+}
+
+impl Home {
+    pub(crate) fn is(&self, other: &Home) -> bool {
+        self.device == other.device && (self.gpu == other.gpu || self.gpu == 0 || other.gpu == 0)
     }
 }
 
 /// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.
 #[derive(Debug)]
 pub struct Attention {
-    device: wgpu::Device,
+    home: Home,
     caps: Caps,
     tuning: Tuning,
     pipelines: Pipelines,
@@ -122,18 +300,19 @@ impl Attention {
     ///
     /// If the adapter is another one.
     pub fn with_adapter(device: &wgpu::Device, adapter: &wgpu::Adapter) -> Result<Self> {
-        Ok(Self::with_caps(device, Caps::of(device, Some(adapter))?, false))
+        Ok(Self::with_caps(Home { device: device.clone(), gpu: 0 }, Caps::of(device, Some(adapter))?, false))
     }
 
     /// Like [`Attention::new`], but with `checked` pipelines are compiled with wgpu's runtime checks (bounds, loops): slower,
     /// for hunting a suspected out-of-bounds access.
     pub fn with_checks(device: &wgpu::Device, checked: bool) -> Self {
-        Self::with_caps(device, Caps::of(device, None).expect("only an adapter can be wrong"), checked)
+        let caps = Caps::of(device, None).expect("only an adapter can be wrong");
+        Self::with_caps(Home { device: device.clone(), gpu: 0 }, caps, checked)
     }
 
-    pub(crate) fn with_caps(device: &wgpu::Device, caps: Caps, checked: bool) -> Self {
-        let pipelines = Pipelines::new(device, checked);
-        Attention { device: device.clone(), caps, tuning: Tuning::default(), pipelines }
+    pub(crate) fn with_caps(home: Home, caps: Caps, checked: bool) -> Self {
+        let pipelines = Pipelines::new(&home.device, checked);
+        Attention { home, caps, tuning: Tuning::default(), pipelines }
     }
 
     /// Plans from now on by rows that were measured on this device's adapter, as `wgpu-attention tune` does; see [`Plan::tuned`].
@@ -171,11 +350,15 @@ impl Attention {
     }
 
     pub(crate) fn program(&self, steps: &[Step]) -> Result<Program> {
-        Program::new(&self.device, &self.pipelines, steps)
+        Program::new(&self.home.device, &self.pipelines, steps)
     }
 
     pub(crate) fn device(&self) -> &wgpu::Device {
-        &self.device
+        &self.home.device
+    }
+
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
     }
 
     /// What the device can do.
@@ -196,18 +379,15 @@ impl Attention {
     /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:
     /// call it ahead, where a pause does no harm. Recording compiles nothing, and the [`Prepared`] outlives this object.
     pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
+        self.prepare_with(plan, &[])
+    }
+
+    /// With buffers beside the plan's scratch, for what is recorded around attention.
+    pub(crate) fn prepare_with(&self, plan: &Plan, more: &[(Slot, u64)]) -> Result<Prepared> {
         let program = self.program(plan.steps())?;
-        let scratch = wgpu::BufferUsages::STORAGE;
-        let buffer = |label, size, usage| {
-            let label = Some(label);
-            self.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
-        };
-        let (lists, scratch) = allocate(&self.device, || {
-            let lists = buffer("attention lists", plan.lists().bytes(), scratch | wgpu::BufferUsages::COPY_DST);
-            let own = plan.scratch().iter().map(|&(slot, size)| (slot, buffer(slot.name(), size, scratch)));
-            (lists, own.collect())
-        })?;
-        Ok(Prepared { plan: plan.clone(), program, lists, scratch })
+        let sizes = [&[(Slot::Lists, plan.lists().bytes())], plan.scratch(), more].concat();
+        let (plan, home) = (plan.clone(), self.home.clone());
+        Ok(Prepared { plan, program, scratch: Scratch::new(self.device(), sizes)?, home })
     }
 }
 
@@ -239,7 +419,8 @@ pub struct Buffers<'a> {
     pub alibi_slopes: Option<wgpu::BufferSlice<'a>>,
     /// Sinks, f32.
     pub sinks: Option<wgpu::BufferSlice<'a>>,
-    /// Boundaries of the query sequences, u32. Values beyond the buffers are clamped.
+    /// Boundaries of the query sequences, u32. Values beyond the buffers are clamped. None is below the one before it: where one is, a
+    /// token that several sequences claim holds the result of any of them, or none.
     pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
     /// Boundaries of the key sequences, u32.
     pub cu_seqlens_kv: Option<wgpu::BufferSlice<'a>>,
@@ -405,15 +586,13 @@ pub(crate) fn check_slice(field: &'static str, slice: &wgpu::BufferSlice<'_>, wa
     Ok(())
 }
 
-/// A plan with its pipelines and scratch, ready to be recorded any number of times.
-///
-/// The scratch is shared by all recordings, so they run one after the other on the queue, as wgpu orders them by itself.
+/// A plan with its pipelines and scratch, ready to be recorded any number of times, from any number of threads.
 #[derive(Debug)]
 pub struct Prepared {
     plan: Plan,
     program: Program,
-    lists: wgpu::Buffer,
-    scratch: Vec<(Slot, wgpu::Buffer)>,
+    scratch: Scratch,
+    home: Home,
 }
 
 impl Prepared {
@@ -429,9 +608,26 @@ impl Prepared {
 
     /// Records the whole plan. Submit the encoder afterwards; nothing is submitted or waited for here.
     ///
-    /// Where [`Plan::estimate`] exceeds what the driver allows one submission, record and submit slice by slice instead.
+    /// Where [`Plan::estimate`] exceeds what the driver allows one submission, record and submit slice by slice instead:
+    /// [`Prepared::begin`].
+    ///
+    /// # Errors
+    ///
+    /// If a buffer is missing, too small, or not the device's. wgpu tells nobody the device of an encoder: one of another device
+    /// is an error of that device when it is finished. Between devices of two [`wgpu::Instance`]s, wgpu may take one
+    /// device's buffer for another's.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
-        self.record(0..self.plan.dispatches(), encoder, buffers)
+        self.check(buffers)?;
+        self.record(0..self.plan.dispatches(), encoder, buffers, &self.scratch.shared()?)
+    }
+
+    /// Begins a call that is recorded slice by slice.
+    ///
+    /// # Errors
+    ///
+    /// If it needs further scratch, see [`Recording`], and there is no memory.
+    pub fn begin(&self) -> Result<Recording<'_, Prepared>> {
+        Ok(Recording { of: self, set: self.scratch.own()? })
     }
 
     /// Checks the buffers and records nothing.
@@ -439,55 +635,75 @@ impl Prepared {
         buffers.check(&self.plan)
     }
 
-    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
-    pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
+    }
+
+    pub(crate) fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
         let slices = self.slices() as u64;
         if slice as u64 >= slices {
             return Err(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 });
         }
-        self.record(self.plan.slice_range(slice), encoder, buffers)
+        Ok(self.plan.slice_range(slice))
+    }
+
+    /// Records some dispatches with buffers that [`Prepared::check`] took.
+    pub(crate) fn record(
+        &self,
+        steps: Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &Buffers<'_>,
+        set: &[(Slot, wgpu::Buffer)],
+    ) -> Result<()> {
+        let own = |slot: Slot| &set.iter().find(|(own, _)| *own == slot).expect("the plan states its scratch").1;
+        let lists = own(Slot::Lists);
+        let copies: Vec<_> = buffers
+            .lists(&self.plan)
+            .into_iter()
+            .filter_map(|list| {
+                let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));
+                Some(Copy { field: list.field, from: list.slice?, to: lists, place, size })
+            })
+            .collect();
+        let buffer = |slot: Slot| match (slot, buffers.get(slot)) {
+            // `merge` takes the sinks from a buffer of their own.
+            (Slot::Sinks, _) => (lists, 4 * u64::from(self.plan.lists().sinks)),
+            (_, Some(slice)) => (slice.buffer(), slice.offset()),
+            (_, None) => (own(slot), 0),
+        };
+        self.program.record(steps, encoder, buffer, &copies)
+    }
+}
+
+impl Recording<'_, Prepared> {
+    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
+    pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+        self.record(self.of.slice(slice)?, encoder, buffers)
     }
 
     /// Records only some of the dispatches, by their numbers in [`Plan::steps`], to time a stage of its own. The results are whole
     /// once all have run in order.
     pub fn encode_steps(
         &self,
-        steps: std::ops::Range<usize>,
+        steps: Range<usize>,
         encoder: &mut wgpu::CommandEncoder,
         buffers: &Buffers<'_>,
     ) -> Result<()> {
-        let (value, limit) = (steps.end as u64, self.plan.dispatches() as u64);
+        let (value, limit) = (steps.end as u64, self.of.plan.dispatches() as u64);
         if value > limit {
             return Err(Error::TooLarge { field: "steps.end", value, limit });
         }
         self.record(steps.start.min(steps.end)..steps.end, encoder, buffers)
     }
 
-    fn record(
-        &self,
-        steps: std::ops::Range<usize>,
-        encoder: &mut wgpu::CommandEncoder,
-        buffers: &Buffers<'_>,
-    ) -> Result<()> {
-        self.check(buffers)?;
-        for list in buffers.lists(&self.plan) {
-            if let Some(slice) = list.slice {
-                let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));
-                encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &self.lists, place, size);
-            }
-        }
-        self.program.record(steps, encoder, |slot| match slot {
-            Slot::Lists => (&self.lists, 0),
-            // `merge` takes the sinks from a buffer of their own.
-            Slot::Sinks => (&self.lists, 4 * u64::from(self.plan.lists().sinks)),
-            slot => match self.scratch.iter().find(|(own, _)| *own == slot) {
-                Some((_, buffer)) => (buffer, 0),
-                None => {
-                    let slice = buffers.get(slot).expect("Buffers::check found it");
-                    (slice.buffer(), slice.offset())
-                }
-            },
-        });
+    fn record(&self, steps: Range<usize>, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+        self.of.check(buffers)?;
+        self.of.record(steps, encoder, buffers, &self.set)?;
+        self.hold(encoder);
         Ok(())
     }
 }

@@ -285,6 +285,12 @@ pub enum Error {
     /// wgpu refused a command.
     #[error("wgpu reported: {0}")]
     Validation(String),
+    /// A buffer, an encoder or a prepared object belongs to another device than the one that it is used with.
+    #[error("{field} belongs to another device")]
+    OtherDevice {
+        /// The operand, `encoder`, `prepared` or `resident`.
+        field: &'static str,
+    },
 }
 
 impl From<wgpu::Error> for Error {

@@ -1,11 +1,14 @@
 //! A device of our own: adapters, upload, run, read-back. Callers with their own device use [`Attention`] directly.
 
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use futures::channel::oneshot;
 
 use crate::caps::Caps;
-use crate::encode::{Attention, Buffers, Prepared};
+use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
 use crate::kernel::Slot;
 use crate::operation::Operation;
 use crate::plan::{Options, Plan};
@@ -31,13 +34,27 @@ pub struct Gpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     library: Attention,
-    /// The first error that no call has returned yet: lost device, or what wgpu could not attribute to a scope.
-    fault: Arc<Mutex<Option<Error>>>,
+    faults: Arc<Mutex<Faults>>,
+}
+
+/// What wgpu reported outside of error scopes.
+#[derive(Debug, Default)]
+struct Faults {
+    /// Comes back from every call.
+    lost: Option<Error>,
+    /// The first error of each thread that no call has returned yet. wgpu reports on the thread whose command is wrong, so that no
+    /// other thread's call gets it.
+    threads: HashMap<ThreadId, Error>,
+}
+
+fn lock(faults: &Mutex<Faults>) -> MutexGuard<'_, Faults> {
+    faults.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Operands of one call in device memory, and buffers for its outputs.
 #[derive(Debug)]
 pub struct Resident {
+    home: Home,
     q: wgpu::Buffer,
     k: wgpu::Buffer,
     v: wgpu::Buffer,
@@ -179,18 +196,19 @@ impl Gpu {
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|error| Error::RequestDevice(error.to_string()))?;
-        let fault = Arc::new(Mutex::new(None));
-        let note = |fault: &Arc<Mutex<Option<Error>>>, error: Error| {
-            fault.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
-        };
-        let slot = fault.clone();
-        device.on_uncaptured_error(Arc::new(move |error| note(&slot, error.into())));
-        let slot = fault.clone();
+        let faults = Arc::<Mutex<Faults>>::default();
+        let slot = faults.clone();
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            lock(&slot).threads.entry(thread::current().id()).or_insert_with(|| error.into());
+        }));
+        let slot = faults.clone();
         device.set_device_lost_callback(move |reason, message| {
-            note(&slot, Error::DeviceLost(format!("{reason:?}: {message}")));
+            lock(&slot).lost.get_or_insert_with(|| Error::DeviceLost(format!("{reason:?}: {message}")));
         });
-        let library = Attention::with_caps(&device, Caps::of(&device, Some(adapter))?, options.checked);
-        Ok(Gpu { info: adapter.get_info(), device, queue, library, fault })
+        static OPENED: AtomicU64 = AtomicU64::new(1);
+        let home = Home { device: device.clone(), gpu: OPENED.fetch_add(1, Ordering::Relaxed) };
+        let library = Attention::with_caps(home, Caps::of(&device, Some(adapter))?, options.checked);
+        Ok(Gpu { info: adapter.get_info(), device, queue, library, faults })
     }
 
     /// The adapter.
@@ -198,7 +216,8 @@ impl Gpu {
         &self.info
     }
 
-    /// The device.
+    /// The device. What is wrong with commands of your own, outside of your error scopes, comes back from the next call of this `Gpu` on
+    /// the same thread.
     pub fn device(&self) -> &wgpu::Device {
         &self.device
     }
@@ -239,8 +258,9 @@ impl Gpu {
         plan.shape().check_inputs(inputs)?;
         let prepared = self.library.prepare(&plan)?;
         let resident = self.upload(&plan, inputs)?;
+        let call = prepared.begin()?;
         for slice in 0..prepared.slices() {
-            self.submit(&prepared, slice, &resident)?;
+            self.submit(&call, slice, &resident)?;
         }
         let read = async |buffer: &Option<wgpu::Buffer>| match buffer {
             Some(buffer) => self.read_async(buffer.slice(..)).await.map(Some),
@@ -255,7 +275,6 @@ impl Gpu {
         let s = plan.shape();
         s.check_inputs(inputs)?;
         self.fault()?;
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let make = |label: &str, bytes: &[u8]| upload_bytes(&self.device, &self.queue, label, bytes);
         fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
             slice.map(bytemuck::cast_slice)
@@ -264,7 +283,8 @@ impl Gpu {
         let nan = |label: &str, wanted: bool, len: u64| {
             wanted.then(|| make(label, bytemuck::cast_slice(&vec![f32::NAN; len as usize])))
         };
-        let resident = Resident {
+        let create = || Resident {
+            home: self.library.home().clone(),
             q: make("q", inputs.q.bytes()),
             k: make("k", inputs.k.bytes()),
             v: make("v", inputs.v.bytes()),
@@ -286,10 +306,9 @@ impl Gpu {
             weights: nan("weights", s.weights, s.scores_len()),
             logits: nan("logits", s.logits.is_some(), s.scores_len()),
         };
-        match pollster::block_on(scope.pop()) {
-            Some(error) => Err(error.into()),
-            None => self.fault().map(|()| resident),
-        }
+        let resident = allocate(&self.device, create)?;
+        self.fault()?;
+        Ok(resident)
     }
 
     /// Runs an operation on buffers that begin with the given bytes, slice by slice, and reads some of them back.
@@ -300,36 +319,47 @@ impl Gpu {
         read: &[Slot],
     ) -> Result<Vec<Vec<u8>>> {
         self.fault()?;
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let own: Vec<_> = buffers
-            .iter()
-            .map(|&(slot, bytes)| (slot, upload_bytes(&self.device, &self.queue, slot.name(), bytes)))
-            .collect();
-        if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(error.into());
-        }
+        let upload =
+            |&(slot, bytes): &(Slot, &[u8])| (slot, upload_bytes(&self.device, &self.queue, slot.name(), bytes));
+        let own: Vec<_> = allocate(&self.device, || buffers.iter().map(upload).collect())?;
         let slices: Vec<_> = own.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
-        for slice in 0..operation.slices() {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            operation.encode_slice(slice, &mut encoder, &slices)?;
-            self.queue.submit([encoder.finish()]);
-            self.wait()?;
-        }
+        self.perform(operation, &slices)?;
         let wanted = read.iter().filter_map(|wanted| slices.iter().find(|(slot, _)| slot == wanted));
         wanted.map(|(_, slice)| self.read(*slice)).collect()
     }
 
-    fn submit(&self, prepared: &Prepared, slice: usize, resident: &Resident) -> Result<()> {
+    /// Runs an operation slice by slice, and waits for each.
+    pub(crate) fn perform(&self, operation: &Operation, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
+        let call = operation.begin()?;
+        for slice in 0..operation.slices() {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            call.encode_slice(slice, &mut encoder, buffers)?;
+            self.queue.submit([encoder.finish()]);
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {
+        if home.is(self.library.home()) { Ok(()) } else { Err(Error::OtherDevice { field }) }
+    }
+
+    fn submit(&self, call: &Recording<'_, Prepared>, slice: usize, resident: &Resident) -> Result<()> {
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        prepared.encode_slice(slice, &mut encoder, &resident.buffers())?;
+        call.encode_slice(slice, &mut encoder, &resident.buffers())?;
         self.queue.submit([encoder.finish()]);
         self.fault()
     }
 
-    /// Submits one slice after the other and waits for each; `progress(done, of)` follows each.
+    /// Submits one slice after the other and waits for each; `progress(done, of)` follows each. Any number of threads may run the same
+    /// `prepared` at once, each on a `resident` of its own: see [`Recording`] for their scratch.
     pub fn run(&self, prepared: &Prepared, resident: &Resident, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        self.fault()?;
+        self.check_home("prepared", prepared.home())?;
+        self.check_home("resident", &resident.home)?;
+        let call = prepared.begin()?;
         for slice in 0..prepared.slices() {
-            self.submit(prepared, slice, resident)?;
+            self.submit(&call, slice, resident)?;
             self.wait()?;
             progress(slice + 1, prepared.slices());
         }
@@ -338,6 +368,7 @@ impl Gpu {
 
     /// Reads the outputs back.
     pub fn download(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
+        self.check_home("resident", &resident.home)?;
         let read =
             |buffer: &Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| self.read(buffer.slice(..))).transpose();
         let rest = [read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?];
@@ -358,16 +389,13 @@ impl Gpu {
     }
 
     fn start_read(&self, slice: wgpu::BufferSlice<'_>) -> Result<(wgpu::Buffer, Mapping)> {
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+        let descriptor = wgpu::BufferDescriptor {
             label: Some("read-back"),
             size: slice.size(),
             usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
             mapped_at_creation: false,
-        });
-        if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(error.into());
-        }
+        };
+        let staging = allocate(&self.device, || self.device.create_buffer(&descriptor))?;
         let mut encoder = self.device.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &staging, 0, slice.size());
         self.queue.submit([encoder.finish()]);
@@ -402,14 +430,11 @@ impl Gpu {
         polled.map(|_| ()).map_err(|error| Error::DeviceLost(error.to_string()))
     }
 
+    /// What went wrong on this thread, told once, or that the device is lost, told every time.
     fn fault(&self) -> Result<()> {
-        let mut fault = self.fault.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        // A lost device stays lost; anything else is told once.
-        match fault.as_ref() {
-            None => Ok(()),
-            Some(error @ Error::DeviceLost(_)) => Err(error.clone()),
-            Some(_) => fault.take().map_or(Ok(()), Err),
-        }
+        let mut faults = lock(&self.faults);
+        let own = faults.threads.remove(&thread::current().id());
+        faults.lost.clone().or(own).map_or(Ok(()), Err)
     }
 }
 

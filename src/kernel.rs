@@ -55,6 +55,8 @@ pub enum Slot {
     Unpacked,
     /// Scratch that stands for an output which a shader can write but the problem does not ask for.
     Spare,
+    /// Scratch: how far a fused kernel is that walks the keys in several dispatches.
+    State,
     /// The layer's query input, or the rows that one projection reads.
     Query,
     /// The layer's key input.
@@ -112,6 +114,7 @@ impl Slot {
             Slot::Scores => "scores",
             Slot::Unpacked => "unpacked",
             Slot::Spare => "spare",
+            Slot::State => "state",
             Slot::Query => "query",
             Slot::Key => "key",
             Slot::Value => "value",

@@ -27,10 +27,11 @@ pub mod shape;
 mod steps;
 mod tuned;
 pub mod tuning;
+mod walk;
 
 pub use append::Append;
 pub use caps::Caps;
-pub use encode::{Attention, Buffers, Prepared};
+pub use encode::{Attention, Buffers, Prepared, Recording};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
 pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};

@@ -301,6 +301,147 @@ mod tests {
         );
     }
 
+    /// A file of f32 tensors of which tensor `n` holds 1000·n, 1000·n + 1, …
+    fn numbered(tensors: &[(&'static str, &[usize])]) -> Vec<u8> {
+        let data: Vec<Vec<u8>> = (tensors.iter().enumerate())
+            .map(|(n, (_, shape))| {
+                (0..shape.iter().product()).flat_map(|i| (1000.0 * n as f32 + i as f32).to_le_bytes()).collect()
+            })
+            .collect();
+        let view = |((name, shape), data)| (name, TensorView::new(Dtype::F32, shape, data).expect("fits"));
+        let views = tensors.iter().map(|&(name, shape)| (name, shape.to_vec()));
+        let views = views.zip(data.iter().map(Vec::as_slice)).map(view);
+        safetensors::serialize(views, None).expect("valid")
+    }
+
+    fn counting(first: u32, len: usize) -> Vec<f32> {
+        (0..len).map(|i| (first as usize + i) as f32).collect()
+    }
+
+    /// Asserts that the four parts of a layer, in its order, hold the numbers from these on: of the weight and of the bias.
+    #[track_caller]
+    fn holds(layer: &Layer, order: Order, parts: [(u32, Option<u32>); 4]) {
+        let names = ["query", "key", "value", "out"];
+        let linears = [&layer.query, &layer.key, &layer.value, &layer.out];
+        for ((name, linear), (weight, bias)) in names.into_iter().zip(linears).zip(parts) {
+            assert_eq!(linear.order, order, "{name}");
+            assert_eq!(linear.weight, counting(weight, (linear.inputs * linear.outputs) as usize), "{name}.weight");
+            assert_eq!(linear.bias, bias.map(|bias| counting(bias, linear.outputs as usize)), "{name}.bias");
+        }
+    }
+
+    #[test]
+    fn every_tensor_of_every_family_lands_in_its_place() {
+        let together = numbered(&[
+            ("in_proj_weight", &[12, 4]),
+            ("in_proj_bias", &[12]),
+            ("out_proj.weight", &[4, 4]),
+            ("out_proj.bias", &[4]),
+            ("bias_k", &[1, 1, 4]),
+            ("bias_v", &[1, 1, 4]),
+        ]);
+        let layer = pytorch(&together, "", 2).expect("valid");
+        holds(&layer, Order::OutIn, [(0, Some(1000)), (16, Some(1004)), (32, Some(1008)), (2000, Some(3000))]);
+        assert_eq!(layer.bias_kv, Some((counting(4000, 4), counting(5000, 4))));
+        let apart = numbered(&[
+            ("q_proj_weight", &[4, 4]),
+            ("k_proj_weight", &[4, 3]),
+            ("v_proj_weight", &[4, 5]),
+            ("out_proj.weight", &[4, 4]),
+            ("in_proj_bias", &[12]),
+        ]);
+        let layer = pytorch(&apart, "", 2).expect("valid");
+        holds(&layer, Order::OutIn, [(0, Some(4000)), (1000, Some(4004)), (2000, Some(4008)), (3000, None)]);
+
+        let layer = keras(
+            &numbered(&[
+                ("query/kernel", &[5, 4, 2]),
+                ("query/bias", &[4, 2]),
+                ("key/kernel", &[6, 2, 2]),
+                ("key/bias", &[2, 2]),
+                ("value/kernel", &[7, 2, 3]),
+                ("value/bias", &[2, 3]),
+                ("attention_output/kernel", &[4, 3, 8]),
+                ("attention_output/bias", &[8]),
+            ]),
+            "",
+        )
+        .expect("valid");
+        let pairs = [(0, Some(1000)), (2000, Some(3000)), (4000, Some(5000)), (6000, Some(7000))];
+        holds(&layer, Order::InOut, pairs);
+        assert_eq!([layer.query.inputs, layer.key.inputs, layer.value.inputs, layer.out.outputs], [5, 6, 7, 8]);
+
+        let square = |names: [&'static str; 8]| {
+            let shapes: [&[usize]; 2] = [&[4, 4], &[4]];
+            numbered(&names.into_iter().zip(shapes.into_iter().cycle()).collect::<Vec<_>>())
+        };
+        let file =
+            ["wq.kernel", "wq.bias", "wk.kernel", "wk.bias", "wv.kernel", "wv.bias", "dense.kernel", "dense.bias"];
+        holds(&tensorflow_tutorial(&square(file), "", 2).expect("valid"), Order::InOut, pairs);
+        let file = [
+            "self.query.weight",
+            "self.query.bias",
+            "self.key.weight",
+            "self.key.bias",
+            "self.value.weight",
+            "self.value.bias",
+            "output.dense.weight",
+            "output.dense.bias",
+        ];
+        holds(&bert(&square(file), "", 2).expect("valid"), Order::OutIn, pairs);
+        let file = [
+            "q_proj.weight",
+            "q_proj.bias",
+            "k_proj.weight",
+            "k_proj.bias",
+            "v_proj.weight",
+            "v_proj.bias",
+            "o_proj.weight",
+            "o_proj.bias",
+        ];
+        holds(&llama(&square(file), "", 2, 2).expect("valid"), Order::OutIn, pairs);
+    }
+
+    #[test]
+    fn every_type_is_read_to_the_very_number() {
+        // 1, −2.5, the type's neighbour of a third, its largest number and its smallest above 0.
+        let halves = |bits: [u16; 5]| bits.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let third = 1.0 / 3.0;
+        let cases = [
+            (Dtype::F16, halves([0x3c00, 0xc100, 0x3555, 0x7bff, 0x0001]), [0.333_251_95, 65504.0, 2f32.powi(-24)]),
+            (
+                Dtype::BF16,
+                halves([0x3f80, 0xc020, 0x3eab, 0x7f7f, 0x0001]),
+                [0.333_984_38, f32::from_bits(0x7f7f_0000), f32::from_bits(0x0001_0000)],
+            ),
+            (
+                Dtype::F32,
+                [1.0, -2.5, third, f32::MAX, f32::from_bits(1)].iter().flat_map(|x| x.to_le_bytes()).collect(),
+                [third, f32::MAX, f32::from_bits(1)],
+            ),
+            (
+                Dtype::F64,
+                [1.0, -2.5, 1.0 / 3.0, f64::from(f32::MAX), 2f64.powi(-149)]
+                    .iter()
+                    .flat_map(|x| x.to_le_bytes())
+                    .collect(),
+                [third, f32::MAX, f32::from_bits(1)],
+            ),
+        ];
+        for (dtype, bytes, [third, largest, least]) in cases {
+            let names = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"];
+            let shapes = [[1, 5], [1, 5], [1, 5], [5, 1]];
+            let views = names
+                .into_iter()
+                .zip(shapes)
+                .map(|(name, shape)| (name, TensorView::new(dtype, shape.to_vec(), &bytes).expect("fits")));
+            let layer = llama(&safetensors::serialize(views, None).expect("valid"), "", 1, 1).expect("valid");
+            for part in [&layer.query, &layer.key, &layer.value, &layer.out] {
+                assert_eq!(part.weight, [1.0, -2.5, third, largest, least], "{dtype:?}");
+            }
+        }
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         let load = |file: File| pytorch(&bytes(&file), "a.", 2);

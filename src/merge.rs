@@ -20,7 +20,7 @@ use crate::{Attention, Error, Gpu, Operation, Result, choose, planner};
 ///
 /// They must be made *without* sinks, since a sink joins the denominator once: give it here ([`Slot::Sinks`], f32 `[heads]`).
 /// A partial whose lse is −inf is empty and contributes nothing, whatever its `out` holds; where all are empty, out is 0 and
-/// lse −inf (or the sink). A NaN lse makes its row NaN. Packed sequences merge as one batch of `total_q` rows.
+/// lse −inf (or the sink). An lse of NaN or +inf makes its row NaN; a NaN or an infinity in out shows in its own element. Packed sequences merge as one batch of `total_q` rows.
 ///
 /// ```
 /// use wgpu_attention::{Merge, reference::{self, Partial}};
@@ -161,7 +161,7 @@ impl Merge {
             }
         }
         if unpacked > 0 {
-            planner::pack(caps, self.element, out.extent(), steps)?;
+            planner::pack(caps, self.element, &out, None, steps)?;
         }
         Ok(scratch)
     }

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use crate::append::{self, Append};
 use crate::caps::Caps;
-use crate::encode::{Attention, Buffers, Prepared, allocate};
+use crate::encode::{Attention, Buffers, Home, Prepared, Recording, Set, allocate, constant};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, average, extra};
@@ -20,6 +20,7 @@ use crate::{Error, Result};
 /// A [`Layer`] whose weights are on a device.
 #[derive(Debug)]
 pub struct MultiHeadAttention {
+    home: Home,
     /// Without its weights, which are only on the device.
     layer: Layer,
     element: Element,
@@ -45,24 +46,17 @@ struct Places {
     extra_value: u64,
 }
 
-/// A layer prepared for one [`Problem`] and [`Call`], ready to be recorded any number of times.
-///
-/// The scratch is shared by all recordings, so they run one after the other on the queue, as wgpu orders them by itself.
+/// A layer prepared for one [`Problem`] and [`Call`], ready to be recorded any number of times, from any number of threads.
 #[derive(Debug)]
 pub struct PreparedLayer {
     before: Operation,
+    /// Its scratch is that of the whole layer.
     attention: Prepared,
     after: Operation,
     call: Call,
     matrices: Vec<wgpu::Buffer>,
     shifts: wgpu::Buffer,
     table: Option<wgpu::Buffer>,
-    q: wgpu::Buffer,
-    k: Option<wgpu::Buffer>,
-    v: Option<wgpu::Buffer>,
-    context: wgpu::Buffer,
-    lse: Option<wgpu::Buffer>,
-    weights: Option<wgpu::Buffer>,
     /// Zeros, for positions and sinks.
     zeros: wgpu::Buffer,
     zero_attn: bool,
@@ -184,7 +178,8 @@ impl MultiHeadAttention {
         for linear in [&mut layer.query, &mut layer.key, &mut layer.value, &mut layer.out] {
             linear.weight = Vec::new();
         }
-        Ok(MultiHeadAttention { layer, element, matrices, packed, shifts, places, table })
+        let home = attention.home().clone();
+        Ok(MultiHeadAttention { home, layer, element, matrices, packed, shifts, places, table })
     }
 
     /// The attention problem inside the layer, as [`Layer::problem`].
@@ -202,6 +197,9 @@ impl MultiHeadAttention {
         call: &Call,
         options: &Options,
     ) -> Result<PreparedLayer> {
+        if !self.home.is(attention.home()) {
+            return Err(Error::OtherDevice { field: "layer" });
+        }
         self.layer.check_call_sizes(problem, call)?;
         Preparation::new(self, attention, problem, *call, options)?.prepare(attention)
     }
@@ -262,9 +260,10 @@ impl MultiHeadAttention {
         (buffers.operands.mask, buffers.operands.bias) = (mask, bias);
         (buffers.operands.key_lengths, buffers.operands.offsets) = (lengths, offsets);
         (buffers.operands.alibi_slopes, buffers.operands.sinks) = (slopes, sinks);
+        let recording = prepared.begin()?;
         for slice in 0..prepared.slices() {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
-            prepared.encode_slice(slice, &mut encoder, &buffers)?;
+            recording.encode_slice(slice, &mut encoder, &buffers)?;
             gpu.queue().submit([encoder.finish()]);
             gpu.wait()?;
         }
@@ -546,10 +545,10 @@ impl<'a> Preparation<'a> {
         let reasons = self.before(&mut before)?;
         self.after(&mut after)?;
         let before = Operation::new(attention, before)?;
-        let inner = attention.prepare(&attention.plan_with(&self.problem, self.options)?)?;
+        let plan = attention.plan_with(&self.problem, self.options)?;
         let after = Operation::new(attention, after)?;
         let (p, layer) = (&self.problem, &self.of.layer);
-        let shape = inner.plan().shape();
+        let shape = plan.shape();
         let batch = u64::from(p.batch);
         let widths = [&layer.query, &layer.key, &layer.value].map(|linear| u64::from(linear.outputs));
         let (rows, keys) = (batch * u64::from(p.seq_q), batch * u64::from(self.keys()));
@@ -561,36 +560,27 @@ impl<'a> Preparation<'a> {
         };
         let scores = self.averages().then(|| 4 * shape.scores_len());
         let sizes = [
-            ("projected queries", columns(0).map(|columns| 4 * rows * columns)),
-            ("projected keys", columns(1).map(|columns| 4 * keys * columns)),
-            ("projected values", columns(2).map(|columns| 4 * keys * columns)),
-            ("merged heads", Some(4 * shape.out().extent())),
-            ("log-sum-exp", p.lse.then(|| self.lse_bytes())),
-            ("weights of heads", scores),
-            ("zeros", Some(4 * batch.max(layer.heads.into()))),
+            (Slot::Q, "projected queries", columns(0).map(|columns| 4 * rows * columns)),
+            (Slot::K, "projected keys", columns(1).map(|columns| 4 * keys * columns)),
+            (Slot::V, "projected values", columns(2).map(|columns| 4 * keys * columns)),
+            (Slot::Out, "merged heads", Some(4 * shape.out().extent())),
+            (Slot::Lse, "log-sum-exp", p.lse.then(|| self.lse_bytes())),
+            (Slot::Weights, "weights of heads", scores),
         ];
+        let zeros = vec![0; 4 * batch.max(layer.heads.into()) as usize];
+        let sized = sizes.iter().filter_map(|&(slot, field, size)| Some((slot, field, size?)));
         let limit = self.caps.limits.max_buffer_size;
-        for (field, size) in sizes {
-            if let Some(value) = size.filter(|&size| size > limit) {
+        for (field, value) in sized.clone().map(|(_, field, size)| (field, size)).chain([("zeros", zeros.len() as u64)])
+        {
+            if value > limit {
                 return Err(Error::TooLarge { field, value, limit });
             }
         }
-        let device = attention.device();
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let shift_bytes: &[u8] = bytemuck::cast_slice(&self.of.shifts);
-        let ([q, k, v, context, lse, weights, zeros], shifts) = allocate(device, || {
-            let buffer = |label, size: u64, mapped_at_creation| {
-                device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation })
-            };
-            let shifts = buffer("biases", shift_bytes.len() as u64, true);
-            (sizes.map(|(label, size)| size.map(|size| buffer(label, size.max(16), false))), shifts)
-        })?;
-        shifts
-            .get_mapped_range_mut(..)
-            .map_err(|error| Error::DeviceLost(error.to_string()))?
-            .copy_from_slice(shift_bytes);
-        shifts.unmap();
-        let made = "every size is stated";
+        let own: Vec<_> = sized.map(|(slot, _, size)| (slot, size.max(16))).collect();
+        let inner = attention.prepare_with(&plan, &own)?;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let shifts = constant(attention.device(), "biases", usage, bytemuck::cast_slice(&self.of.shifts))?;
+        let zeros = constant(attention.device(), "zeros", usage, &zeros)?;
         Ok(PreparedLayer {
             before,
             attention: inner,
@@ -599,13 +589,7 @@ impl<'a> Preparation<'a> {
             matrices: self.of.matrices.clone(),
             shifts,
             table: self.of.table.clone(),
-            q: q.expect(made),
-            k,
-            v,
-            context: context.expect(made),
-            lse,
-            weights,
-            zeros: zeros.expect(made),
+            zeros,
             zero_attn: layer.zero_attn,
             reasons,
         })
@@ -635,35 +619,39 @@ impl PreparedLayer {
 
     /// Records the whole layer. Nothing is submitted, waited for or read back.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &LayerBuffers<'_>) -> Result<()> {
-        (0..self.slices()).try_for_each(|slice| self.encode_slice(slice, encoder, buffers))
+        let set = self.attention.scratch().shared()?;
+        (0..self.slices()).try_for_each(|slice| self.record(slice, encoder, buffers, &set))
     }
 
-    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
-    pub fn encode_slice(
+    /// Begins a call that is recorded slice by slice, as [`Prepared::begin`] does.
+    pub fn begin(&self) -> Result<Recording<'_, PreparedLayer>> {
+        Ok(Recording { of: self, set: self.attention.scratch().own()? })
+    }
+
+    fn record(
         &self,
         slice: usize,
         encoder: &mut wgpu::CommandEncoder,
         buffers: &LayerBuffers<'_>,
+        set: &Set,
     ) -> Result<()> {
-        let slots = self.slots(buffers)?;
-        if slice == 0 {
-            // What is wrong with a later part must not leave the first ones in the encoder.
-            self.before.check(&slots)?;
-            self.attention.check(&self.inner(buffers))?;
-            self.after.check(&slots)?;
-        }
+        let (slots, inner) = (self.slots(buffers, set)?, self.inner(buffers, set));
+        // What is wrong with a later part must not leave the first ones in the encoder.
+        self.before.check(&slots)?;
+        self.attention.check(&inner)?;
+        self.after.check(&slots)?;
         let (first, second) = (self.before.slices(), self.before.slices() + self.attention.slices());
         if slice < first {
-            self.before.encode_slice(slice, encoder, &slots)
+            self.before.record(self.before.slice(slice)?, encoder, &slots, &[])
         } else if slice < second {
-            self.attention.encode_slice(slice - first, encoder, &self.inner(buffers))
+            self.attention.record(self.attention.slice(slice - first)?, encoder, &inner, set)
         } else {
-            self.after.encode_slice(slice - second, encoder, &slots)
+            self.after.record(self.after.slice(slice - second)?, encoder, &slots, &[])
         }
     }
 
     /// What the operations around attention bind.
-    fn slots<'a>(&'a self, buffers: &LayerBuffers<'a>) -> Result<Vec<(Slot, wgpu::BufferSlice<'a>)>> {
+    fn slots<'a>(&'a self, buffers: &LayerBuffers<'a>, set: &'a Set) -> Result<Vec<(Slot, wgpu::BufferSlice<'a>)>> {
         let given = [
             ("key", buffers.key.is_some(), self.call.sources != Sources::Query),
             ("value", buffers.value.is_some(), self.call.sources == Sources::Each),
@@ -677,7 +665,6 @@ impl PreparedLayer {
                 _ => {}
             }
         }
-        let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
         let cache = buffers.cache.as_ref();
         if cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
             return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
@@ -689,16 +676,16 @@ impl PreparedLayer {
             (Slot::Result, Some(buffers.result)),
             (Slot::Averaged, buffers.weights),
             (Slot::Shifts, Some(self.shifts.slice(..))),
-            (Slot::Q, Some(self.q.slice(..))),
-            (Slot::K, whole(&self.k)),
-            (Slot::V, whole(&self.v)),
+            (Slot::Q, own(set, Slot::Q)),
+            (Slot::K, own(set, Slot::K)),
+            (Slot::V, own(set, Slot::V)),
             (Slot::KeyCache, cache.map(|cache| cache.k)),
             (Slot::ValueCache, cache.map(|cache| cache.v)),
             (Slot::Starts, cache.map(|cache| cache.starts)),
-            (Slot::Out, Some(self.context.slice(..))),
-            (Slot::Lse, whole(&self.lse)),
-            (Slot::Weights, whole(&self.weights)),
-            (Slot::Angles, whole(&self.table)),
+            (Slot::Out, own(set, Slot::Out)),
+            (Slot::Lse, own(set, Slot::Lse)),
+            (Slot::Weights, own(set, Slot::Weights)),
+            (Slot::Angles, self.table.as_ref().map(|table| table.slice(..))),
             (Slot::Positions, Some(cache.map_or(self.zeros.slice(..), |cache| cache.starts))),
         ];
         let last = self.matrices.len() - 1;
@@ -711,19 +698,19 @@ impl PreparedLayer {
     }
 
     /// What attention binds.
-    fn inner<'a>(&'a self, buffers: &LayerBuffers<'a>) -> Buffers<'a> {
-        let whole = |buffer: &'a Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| buffer.slice(..));
-        let q = self.q.slice(..);
+    fn inner<'a>(&'a self, buffers: &LayerBuffers<'a>, set: &'a Set) -> Buffers<'a> {
+        let made = "every layer projects queries and merges heads";
+        let (q, out) = (own(set, Slot::Q).expect(made), own(set, Slot::Out).expect(made));
         let (k, v) = match &buffers.cache {
             Some(cache) => (cache.k, cache.v),
             None => {
-                let k = whole(&self.k).unwrap_or(q);
-                (k, whole(&self.v).unwrap_or(k))
+                let k = own(set, Slot::K).unwrap_or(q);
+                (k, own(set, Slot::V).unwrap_or(k))
             }
         };
-        let mut inner = Buffers { q, k, v, out: self.context.slice(..), ..buffers.operands };
-        inner.lse = self.lse.as_ref().map(|lse| lse.slice(..));
-        inner.weights = whole(&self.weights).or(buffers.weights);
+        let mut inner = Buffers { q, k, v, out, ..buffers.operands };
+        inner.lse = own(set, Slot::Lse);
+        inner.weights = own(set, Slot::Weights).or(buffers.weights);
         inner.logits = None;
         if self.zero_attn {
             inner.sinks = Some(self.zeros.slice(..));
@@ -733,4 +720,23 @@ impl PreparedLayer {
         }
         inner
     }
+}
+
+impl Recording<'_, PreparedLayer> {
+    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
+    pub fn encode_slice(
+        &self,
+        slice: usize,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &LayerBuffers<'_>,
+    ) -> Result<()> {
+        self.of.record(slice, encoder, buffers, &self.set)?;
+        self.hold(encoder);
+        Ok(())
+    }
+}
+
+/// The layer's own buffer for a slot.
+fn own(set: &Set, slot: Slot) -> Option<wgpu::BufferSlice<'_>> {
+    set.iter().find(|(own, _)| *own == slot).map(|(_, buffer)| buffer.slice(..))
 }

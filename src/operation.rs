@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::encode::{Attention, Program, allocate, check_slice};
+use crate::encode::{Attention, Program, Recording, Scratch, allocate, check_slice};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::Slot;
 use crate::plan::{Options, Step};
@@ -12,13 +12,13 @@ use crate::rotation::Rotation;
 use crate::steps::Steps;
 use crate::{Error, Result};
 
-/// Compiled dispatches with the buffers that they need, ready to be recorded any number of times.
+/// Compiled dispatches with the buffers that they need, ready to be recorded any number of times, from any number of threads.
 #[derive(Debug)]
 pub struct Operation {
     program: Program,
     slices: Vec<Range<usize>>,
     needs: Vec<Need>,
-    scratch: Vec<(Slot, wgpu::Buffer)>,
+    scratch: Scratch,
     alignment: u64,
 }
 
@@ -39,14 +39,9 @@ impl Operation {
         attention.caps().check()?;
         let (steps, slices) = steps.finish();
         let program = attention.program(&steps)?;
-        let buffer = |&(slot, size): &(Slot, u64)| {
-            let (label, usage) = (Some(slot.name()), wgpu::BufferUsages::STORAGE);
-            let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
-            (slot, attention.device().create_buffer(&descriptor))
-        };
-        let scratch = allocate(attention.device(), || scratch.iter().map(buffer).collect::<Vec<_>>())?;
         let mut needs = needs(&steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
+        let scratch = Scratch::new(attention.device(), scratch.to_vec())?;
         Ok(Operation { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
@@ -62,7 +57,8 @@ impl Operation {
 
     /// Records everything. Nothing is submitted or waited for. A buffer that the operation does not use may be given.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
-        self.record(0..self.slices.last().map_or(0, |slice| slice.end), encoder, buffers)
+        self.check(buffers)?;
+        self.record(0..self.slices.last().map_or(0, |slice| slice.end), encoder, buffers, &self.scratch.shared()?)
     }
 
     /// How many slices there are: parts of the work that may be submitted one by one, in order.
@@ -70,35 +66,32 @@ impl Operation {
         self.slices.len()
     }
 
-    /// Records one slice, as [`crate::Prepared::encode_slice`] does.
-    pub fn encode_slice(
-        &self,
-        slice: usize,
-        encoder: &mut wgpu::CommandEncoder,
-        buffers: &[(Slot, wgpu::BufferSlice<'_>)],
-    ) -> Result<()> {
-        let slices = self.slices() as u64;
-        let steps = self.slices.get(slice).cloned();
-        let steps = steps.ok_or(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 })?;
-        self.record(steps, encoder, buffers)
+    /// Begins a call that is recorded slice by slice, as [`crate::Prepared::begin`] does.
+    pub fn begin(&self) -> Result<Recording<'_, Operation>> {
+        Ok(Recording { of: self, set: self.scratch.own()? })
     }
 
-    fn record(
+    pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
+        let limit = self.slices() as u64 - 1;
+        self.slices.get(slice).cloned().ok_or(Error::TooLarge { field: "slice", value: slice as u64, limit })
+    }
+
+    /// Records some dispatches with buffers that [`Operation::check`] took.
+    pub(crate) fn record(
         &self,
         steps: Range<usize>,
         encoder: &mut wgpu::CommandEncoder,
         buffers: &[(Slot, wgpu::BufferSlice<'_>)],
+        set: &[(Slot, wgpu::Buffer)],
     ) -> Result<()> {
-        self.check(buffers)?;
-        let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
-        self.program.record(steps, encoder, |slot| {
-            if let Some((_, buffer)) = self.scratch.iter().find(|(own, _)| *own == slot) {
+        let buffer = |slot: Slot| {
+            if let Some((_, buffer)) = set.iter().find(|(own, _)| *own == slot) {
                 return (buffer, 0);
             }
-            let slice = find(slot).expect("Operation::check found it");
+            let slice = buffers.iter().find(|(given, _)| *given == slot).expect("Operation::check found it").1;
             (slice.buffer(), slice.offset())
-        });
-        Ok(())
+        };
+        self.program.record(steps, encoder, buffer, &[])
     }
 
     /// Checks the buffers and records nothing.
@@ -117,6 +110,22 @@ impl Operation {
                 }
             }
         }
+        Ok(())
+    }
+}
+
+impl Recording<'_, Operation> {
+    /// Records one slice; submit after each, in order.
+    pub fn encode_slice(
+        &self,
+        slice: usize,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &[(Slot, wgpu::BufferSlice<'_>)],
+    ) -> Result<()> {
+        let steps = self.of.slice(slice)?;
+        self.of.check(buffers)?;
+        self.of.record(steps, encoder, buffers, &self.set)?;
+        self.hold(encoder);
         Ok(())
     }
 }
@@ -182,12 +191,7 @@ impl Gpu {
             (Slot::Angles, table.slice(..)),
             (Slot::Positions, positions.slice(..)),
         ];
-        for slice in 0..operation.slices() {
-            let mut encoder = self.device().create_command_encoder(&Default::default());
-            operation.encode_slice(slice, &mut encoder, &slots)?;
-            self.queue().submit([encoder.finish()]);
-            self.wait()?;
-        }
+        self.perform(&operation, &slots)?;
         let mut bytes = self.read(x_buffer.slice(..))?;
         bytes.truncate(x.bytes().len());
         let words = || bytemuck::pod_collect_to_vec::<u8, u16>(&bytes);

@@ -70,7 +70,8 @@ pub struct Options {
     /// How many parts `split` makes of the keys does not depend on the batch size, so that a sequence gives the same bits in any
     /// company.
     pub batch_invariant: bool,
-    /// Most bytes of the score scratch; the rows are chunked under it. Default 256 MiB.
+    /// Most bytes of the score scratch, and of what a fused kernel keeps between dispatches over the keys; the rows are chunked under
+    /// it. Default 256 MiB.
     pub scratch_budget: u64,
     /// Most estimated work of one dispatch and of one slice, so that no driver's watchdog trips. Default 50 ms.
     pub work_budget: Duration,
@@ -247,9 +248,11 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "{} dispatches in {} slices, {} bytes of scratch, estimated {:.1} ms",
+            "{} dispatch{} in {} slice{}, {} bytes of scratch, estimated {:.1} ms",
             self.steps.len(),
+            if self.steps.len() == 1 { "" } else { "es" },
             self.slices.len(),
+            if self.slices.len() == 1 { "" } else { "s" },
             self.scratch_bytes(),
             self.estimate().as_secs_f64() * 1e3
         )?;

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use crate::caps::Caps;
 use crate::choose::{
-    choose_body, choose_fused, choose_native, key_step, partial_bytes, partials, scores_tile, transforms, values_tile,
-    whole_vectors,
+    choose_body, choose_fused, choose_native, fused_step, key_step, partial_bytes, partials, scores_tile, transforms,
+    values_tile, whole_vectors,
 };
 use crate::kernel::params::{Params, flags};
 use crate::kernel::{Body, Format, Slot, Variant, export, logits, pack, scores, softmax, values, weights};
@@ -15,6 +15,7 @@ use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::steps::{self, Span, Steps, few, flops_per_second, small};
 use crate::tuned::Tuning;
+use crate::walk::{Band, most_keys};
 use crate::{Error, Result, tuning};
 
 /// Places of the small arrays, in u32 words of one buffer.
@@ -100,6 +101,7 @@ pub(crate) struct Planner<'a> {
     unpacked: bool,
     steps: Steps<'a>,
     scratch: u64,
+    state: u64,
     reasons: Vec<String>,
 }
 
@@ -108,13 +110,14 @@ impl<'a> Planner<'a> {
         let mut reasons = Vec::new();
         let key_step = key_step(shape, caps)?;
         let fused = choose_fused(shape, caps, options, tuning, key_step, &mut reasons)?;
-        let key_step = match (&fused, caps.cpu && shape.seq_kv > tuning::CPU_KEYS) {
-            (None, true) if shape.packed.is_some() => {
-                let limit = tuning::CPU_KEYS.into();
-                return Err(Error::TooLarge { field: "seq_kv", value: shape.seq_kv.into(), limit });
+        let key_step = match &fused {
+            // Its parts are shorter.
+            Some(Variant::Split(_)) => key_step,
+            Some(fused) => fused_step(fused, shape, caps, key_step),
+            None if caps.cpu && most_keys(shape, VALUES_ROWS) > tuning::CPU_KEYS.into() => {
+                key_step.min(tuning::CPU_KEYS)
             }
-            (None, true) => key_step.min(tuning::CPU_KEYS),
-            _ => key_step,
+            None => key_step,
         };
         let (mut body, why) = choose_body(caps, options);
         if fused.is_none() {
@@ -163,7 +166,7 @@ impl<'a> Planner<'a> {
         }
         if key_step < shape.seq_kv {
             reasons.push(format!(
-                "{key_step} keys a dispatch: those of one head exceed a binding, or what loops on a CPU adapter take"
+                "{key_step} keys a dispatch: those of one head exceed a binding, or what the loops of a CPU adapter take"
             ));
         }
         let direct = match &fused {
@@ -173,14 +176,15 @@ impl<'a> Planner<'a> {
             _ => vo.vector,
         };
         let partials = match &fused {
-            Some(Variant::Split(x)) => partials(shape, caps, options, x),
+            Some(Variant::Split(x)) => partials(shape, caps, options, x, key_step),
             _ => 0,
         };
         if partials > 0 {
             reasons.push(format!("the keys of a row go to {partials} workgroups, whose results are merged"));
         }
         // `merge` sees to its output itself.
-        let unpacked = shape.element != Element::F32 && partials == 0 && (!direct || key_step < shape.seq_kv);
+        let unpacked =
+            shape.element != Element::F32 && partials == 0 && (!direct || (fused.is_none() && key_step < shape.seq_kv));
         if unpacked {
             if !shape.out.is_dense() {
                 return Err(Error::Conflict {
@@ -226,6 +230,7 @@ impl<'a> Planner<'a> {
             unpacked,
             steps: Steps::new(caps, options),
             scratch: 0,
+            state: 0,
             reasons,
         })
     }
@@ -237,12 +242,20 @@ impl<'a> Planner<'a> {
             return Err(Error::TooLarge { field, value: self.lists.bytes(), limit });
         }
         let s = self.shape;
+        few(self.dispatches())?;
+        // A tile of 64 rows is one dispatch at least where it exceeds the work budget: most that is refused is refused here, before its
+        // dispatches are listed.
+        let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.seq_kv));
+        few((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)?;
         let mut parts = Vec::new();
         self.divide(Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q }, &mut parts)?;
         if parts.len() > 1 {
+            let what = match self.fused {
+                None => format!("the score matrix of {} bytes", 4 * s.scores_len()),
+                Some(_) => "the problem".into(),
+            };
             self.reasons.push(format!(
-                "the score matrix of {} bytes runs in {} parts under the scratch budget and binding limit of {} bytes",
-                4 * s.scores_len(),
+                "{what} runs in {} parts under the scratch budget and binding limit of {} bytes",
                 parts.len(),
                 self.budget
             ));
@@ -250,7 +263,7 @@ impl<'a> Planner<'a> {
         for part in &parts {
             self.part(part)?;
         }
-        let mut scratch = vec![(Slot::Scores, self.scratch)];
+        let mut scratch = vec![(Slot::Scores, self.scratch), (Slot::State, self.state)];
         if self.totals() {
             let totals = 8 * s.lse_len();
             if totals > self.caps.limits.max_buffer_size {
@@ -287,7 +300,10 @@ impl<'a> Planner<'a> {
                 let limit = self.caps.limits.max_buffer_size;
                 return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
             }
-            pack(self.caps, s.element, s.out.extent(), &mut self.steps)?;
+            let whole = Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q };
+            let params = Params { item_count: s.batch, ..self.params(&whole, &(0..s.seq_kv), 0) };
+            let packed = s.packed.map(|_| (params, self.lists.bytes()));
+            pack(self.caps, s.element, &s.out, packed, &mut self.steps)?;
             scratch.push((Slot::Unpacked, unpacked));
         }
         let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
@@ -346,6 +362,10 @@ impl<'a> Planner<'a> {
         if self.fused.is_none() && scores > self.budget {
             return Some(("one row of scores", scores, self.budget));
         }
+        let state = self.state_bytes(part);
+        if state > self.budget {
+            return Some(("state", state, self.budget));
+        }
         let bytes = s.element.bytes();
         let out_bytes = if self.unpacked { 4 } else { bytes };
         let mut operands = vec![("q", self.query_span(&s.q, part), bytes)];
@@ -353,7 +373,9 @@ impl<'a> Planner<'a> {
             operands.push(("out", self.query_span(&s.out, part), out_bytes));
         }
         let split = self.key_step < s.seq_kv;
-        if !(split && part.planes() == 1) {
+        let group = s.group;
+        let one_head = count(&part.batch) == 1 && part.heads.start / group == (part.heads.end - 1) / group;
+        if !(split && one_head) {
             operands.push(("k", self.key_span(&s.k, part, &(0..s.seq_kv)), bytes));
             operands.push(("v", self.key_span(&s.v, part, &(0..s.seq_kv)), bytes));
         }
@@ -384,6 +406,18 @@ impl<'a> Planner<'a> {
 
     fn score_bytes(&self, part: &Part) -> u64 {
         4 * part.planes() * count(&part.rows) * u64::from(self.shape.score_row())
+    }
+
+    /// Of the rows of a fused kernel that wait between dispatches.
+    fn state_bytes(&self, part: &Part) -> u64 {
+        let (tile, blocks, each) = match &self.fused {
+            Some(Variant::Rows(x)) if x.carry => (x.tile.tile_rows(), 1, x.state_bytes()),
+            Some(Variant::Flash(x)) if x.carry => {
+                (x.tile.tile_rows(), self.shape.value_dim.div_ceil(x.tile.dims), x.state_bytes())
+            }
+            _ => return 0,
+        };
+        part.planes() * count(&part.rows).div_ceil(tile.into()) * u64::from(blocks) * each
     }
 
     fn query_span(&self, tensor: &Tensor, part: &Part) -> Span {
@@ -444,13 +478,15 @@ impl<'a> Planner<'a> {
         if let Some(fused) = self.fused {
             let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 };
             let lse = if s.lse || self.partials > 0 { flags::LSE } else { 0 };
-            return self.step(fused, part, &(0..s.seq_kv), lse | totals);
+            self.state = self.state.max(self.state_bytes(part));
+            for keys in self.ranges() {
+                let add = if keys.start > 0 { flags::ADD } else { 0 };
+                self.step(fused, part, &keys, lse | totals | add)?;
+            }
+            return Ok(());
         }
         self.scratch = self.scratch.max(self.score_bytes(part));
-        let ranges: Vec<Range<u32>> = (0..s.seq_kv)
-            .step_by(self.key_step as usize)
-            .map(|first| first..s.seq_kv.min(first.saturating_add(self.key_step)))
-            .collect();
+        let ranges = self.ranges();
         let every = if s.weights || s.logits.is_some() { flags::EVERY_KEY } else { 0 };
         let capped_first = self.separate && s.wants(Logits::Capped) && s.softcap.is_some();
         for keys in &ranges {
@@ -481,6 +517,13 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
+    /// Keys of each dispatch.
+    fn ranges(&self) -> Vec<Range<u32>> {
+        let all = self.shape.seq_kv;
+        let firsts = (0..all).step_by(self.key_step as usize);
+        firsts.map(|first| first..all.min(first.saturating_add(self.key_step))).collect()
+    }
+
     /// Whether the fused kernel leaves maximum and sum of each row, for `weights`; those of `split`'s parts come from the merge.
     fn totals(&self) -> bool {
         self.fused.is_some() && self.shape.weights && self.partials == 0
@@ -489,7 +532,9 @@ impl<'a> Planner<'a> {
     /// The weights of one part, after the fused kernel: raw scores into the caller's buffer, and `weights` on them in place.
     fn weigh(&mut self, part: &Part) -> Result<()> {
         let all = 0..self.shape.seq_kv;
-        self.step(Variant::Scores(self.scores), part, &all, 0)?;
+        for keys in self.ranges() {
+            self.step(Variant::Scores(self.scores), part, &keys, 0)?;
+        }
         let lse = if self.shape.lse && self.partials == 0 { flags::LSE } else { 0 };
         self.step(Variant::Weights(weights::Weights), part, &all, lse)
     }
@@ -507,36 +552,28 @@ impl<'a> Planner<'a> {
     /// One kernel over a part and a range of keys, in as many dispatches as the limits need.
     fn step(&mut self, variant: Variant, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Result<()> {
         let s = self.shape;
+        let lines = self.tile_lines(&variant, part);
+        let each = if variant.takes_group() { count(&self.group(part)) } else { 1 };
+        let both = 2.0 * f64::from(s.head_dim + s.value_dim);
         // Each block of value dims forms the scores again.
-        let blocked = |tile_rows: u32, dims: u32| {
-            let blocks = s.value_dim.div_ceil(dims);
-            let flops = 2.0 * f64::from(blocks * s.head_dim + s.value_dim);
-            (count(&part.rows).div_ceil(tile_rows.into()), blocks.into(), flops)
-        };
-        let (row_tiles, col_tiles, flops_per_score) = match &variant {
-            Variant::Scores(x) => (
-                self.tile_lines(&variant, part).div_ceil(x.tile.tile_rows.into()),
-                count(keys).div_ceil(x.tile.tile_cols.into()),
-                2.0 * f64::from(s.head_dim),
-            ),
-            Variant::Values(x) => (
-                self.tile_lines(&variant, part).div_ceil(x.tile.tile_rows.into()),
-                u64::from(s.value_dim.div_ceil(x.tile.tile_cols)),
-                2.0 * f64::from(s.value_dim),
-            ),
-            Variant::Softmax(_) => (count(&part.rows), 1, 32.0),
-            Variant::Flash(x) => blocked(x.tile.tile_rows(), x.tile.dims),
-            Variant::Matrix(x) => blocked(x.tile.tile_rows(), x.tile.dims),
-            Variant::Rows(x) => {
-                (count(&part.rows).div_ceil(x.tile.tile_rows().into()), 1, 2.0 * f64::from(s.head_dim + s.value_dim))
+        let blocks = |dims: u32| s.value_dim.div_ceil(dims);
+        let blocked = |dims: u32| 2.0 * f64::from(blocks(dims) * s.head_dim + s.value_dim);
+        // Lines of a tile, tiles of columns, operations of a row and key.
+        let (tile, col_tiles, flops) = match &variant {
+            Variant::Scores(x) => {
+                (x.tile.tile_rows, count(keys).div_ceil(x.tile.tile_cols.into()), 2.0 * f64::from(s.head_dim))
             }
-            Variant::Split(x) => (
-                self.tile_lines(&variant, part).div_ceil(x.tile.rows.into()),
-                self.partials.max(1).into(),
-                2.0 * f64::from(s.head_dim + s.value_dim),
-            ),
-            _ => (count(&part.rows), count(keys).div_ceil(variant.threads().into()), 32.0),
+            Variant::Values(x) => {
+                (x.tile.tile_rows, s.value_dim.div_ceil(x.tile.tile_cols).into(), 2.0 * f64::from(s.value_dim))
+            }
+            Variant::Softmax(_) => (1, 1, 32.0),
+            Variant::Flash(x) => (x.tile.tile_rows(), blocks(x.tile.dims).into(), blocked(x.tile.dims)),
+            Variant::Matrix(x) => (x.tile.tile_rows(), blocks(x.tile.dims).into(), blocked(x.tile.dims)),
+            Variant::Rows(x) => (x.tile.tile_rows(), 1, both),
+            Variant::Split(x) => (x.tile.rows, u64::from(self.partials.max(1)) / self.dispatches(), both),
+            _ => (1, count(keys).div_ceil(variant.threads().into()), 32.0),
         };
+        let row_tiles = lines.div_ceil(tile.into());
         let mut params = self.params(part, keys, extra_flags);
         let mut planes = part.planes();
         if variant.takes_group() {
@@ -554,9 +591,44 @@ impl<'a> Planner<'a> {
             .into_iter()
             .map(|(slot, written)| self.bound(slot, written, &variant, part, keys, &mut params))
             .collect::<Vec<_>>();
-        let flops = flops_per_score * part.planes() as f64 * count(&part.rows) as f64 * count(keys) as f64;
+        let skips = params.flags & flags::EVERY_KEY == 0;
+        let band = match &variant {
+            Variant::Logits(_) | Variant::Export(_) | Variant::Weights(_) => Band::every(s),
+            _ if skips => Band::of(s, (tile / each as u32).max(1)),
+            _ => Band::every(s),
+        };
+        // Pairs of the first lines of a plane.
+        let first = u64::from(part.rows.start);
+        let pairs = |lines: u64| {
+            let rows = first + lines / each;
+            let rest = match lines % each {
+                0 => 0,
+                some => some * band.pairs(rows..rows + 1, keys),
+            };
+            (each * band.pairs(first..rows, keys) + rest) as f64
+        };
+        let plane = pairs(lines);
+        // Of the first tiles of rows; `rows` takes them from both ends by turns.
+        let tiles = |n: u64| {
+            let line = |tiles: u64| lines.min(tiles * u64::from(tile));
+            match &variant {
+                Variant::Rows(_) => pairs(line(n.div_ceil(2))) + plane - pairs(line(row_tiles - n / 2)),
+                _ => pairs(line(n)),
+            }
+        };
         let workgroups = small("workgroups", row_tiles * col_tiles * planes)?;
-        self.steps.push(variant, params, bindings, workgroups, flops)
+        self.steps.push_uneven(variant, params, bindings, workgroups, |n| {
+            let (n, cols) = (u64::from(n) / col_tiles, u64::from(n) % col_tiles);
+            let (planes, n) = (n / row_tiles, n % row_tiles);
+            let whole = tiles(n);
+            let begun = if cols == 0 { 0.0 } else { (tiles(n + 1) - whole) * cols as f64 / col_tiles as f64 };
+            flops * (planes as f64 * plane + whole + begun)
+        })
+    }
+
+    /// Dispatches of a part that walk its keys one after the other.
+    fn dispatches(&self) -> u64 {
+        u64::from(self.shape.seq_kv.div_ceil(self.key_step))
     }
 
     /// Lines of a part that a kernel's tiles divide: rows, of each head or of all query heads of a key/value head.
@@ -650,6 +722,7 @@ impl<'a> Planner<'a> {
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
             Slot::V => (slot, self.bind(self.key_span(&s.v, part, keys), bytes, s.v.strides.offset)),
             Slot::Out if partial => (Slot::PartialOut, (0, partial_bytes(s, self.partials)[0], 0)),
+            Slot::State => (slot, (0, self.state_bytes(part), 0)),
             Slot::Out if unpacked => {
                 (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
             }
@@ -688,10 +761,13 @@ impl<'a> Planner<'a> {
                 (p.out_base, [p.out_batch, p.out_head, p.out_row]) =
                     (base, [s.heads.wrapping_mul(plane), plane, s.value_dim]);
                 p.partial_out = s.batch.wrapping_mul(p.out_batch);
+                // The parts of the dispatches before.
+                p.out_base = (keys.start / self.key_step).wrapping_mul(p.col_tiles).wrapping_mul(p.partial_out);
             }
             Slot::PartialLse => {
                 (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(s.seq_q), s.seq_q);
                 p.partial_lse = s.batch.wrapping_mul(p.lse_batch);
+                p.lse_base = (keys.start / self.key_step).wrapping_mul(p.col_tiles).wrapping_mul(p.partial_lse);
             }
             Slot::Lse | Slot::Totals => {
                 let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
@@ -715,31 +791,50 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Rounds the f32 scratch of an output of `total` elements to its 16-bit type, in dispatches that each fit a binding.
-pub(crate) fn pack(caps: &Caps, element: Element, total: u64, steps: &mut Steps<'_>) -> Result<()> {
-    let variant = Variant::Pack(pack::Pack { element });
+/// Rounds the f32 scratch of a dense output to its 16-bit type, in dispatches that each fit a binding. Of a packed batch, given by its
+/// parameters and the bytes of its lists, only the tokens that a sequence owns: for the others the scratch holds an earlier call's results.
+pub(crate) fn pack(
+    caps: &Caps,
+    element: Element,
+    out: &Tensor,
+    packed: Option<(Params, u64)>,
+    steps: &mut Steps<'_>,
+) -> Result<()> {
+    let variant = Variant::Pack(pack::Pack { element, packed: packed.is_some() });
+    let total = out.extent();
+    // From one token to the next; a single one may have any stride.
+    let row = if out.sizes[2] > 1 { out.strides.row } else { total };
     // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
     let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
     let mut first = 0;
     while first < total {
         let elements = step.min(total - first);
         let words = elements.div_ceil(2);
-        let params = Params {
+        let mut params = Params {
             row_tiles: 1,
             col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
             heads: 1,
             pack_count: small("elements", elements)?,
-            ..Params::default()
+            ..packed.map_or(Params::default(), |(params, _)| params)
         };
-        let bindings = vec![
+        let mut bindings = vec![
             Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
             Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
         ];
+        if let Some((of, lists)) = packed {
+            params.x_base = small("elements between tokens", first % row)?;
+            params.x_row = small("elements between tokens", row)?;
+            params.row0 = (first / row % u64::from(of.total_q)) as u32;
+            bindings.push(Bound { slot: Slot::Lists, offset: 0, size: lists, written: false });
+        }
         steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
         first += elements;
     }
     Ok(())
 }
+
+/// Most rows of a tile of `values`.
+const VALUES_ROWS: u32 = 64;
 
 /// Bytes of the scratch that stands for an output which is not asked for.
 const SPARE: u64 = 256;

@@ -193,10 +193,13 @@ pub enum Logits {
 ///   or ALiBi without a causal rule. A negative offset leaves the first rows without a key; it is not clamped.
 /// - **A row that sees no key** has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink), and masked logits of −inf.
 /// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result; raw
-///   and capped logits, which nothing hides yet, aside. A non-finite value at a *visible* key makes its output row NaN and no
-///   other; where its weight is so low that f32 has 0 for it, the row may also come out without it. A logit that overflows f32,
+///   and capped logits, which nothing hides yet, aside. A logit that overflows f32,
 ///   or whose `q·k` does, is clamped to the largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by
 ///   bias is an ordinary row: its output is the mean of the values.
+/// - **NaN and infinities** that a row sees show in what depends on them, as IEEE arithmetic has it, and in nothing else. A row that sees
+///   a logit of NaN or +∞ has NaN in `out` and in the weights of its visible keys, and NaN or +∞ in `lse`; so has a row all of whose
+///   logits are −∞, with `lse = −∞`. Under a soft cap an infinite score is ± the cap. A NaN or an infinity in a value shows in its own
+///   element of `out`.
 /// - **Element types.** q, k, v and out are all f32, all f16 or all bf16; the bias has a type of its own; mask: one byte an
 ///   element; small arrays: u32, i32 and f32; lse, weights and logits: f32. Arithmetic is f32 throughout, softmax included;
 ///   the result is rounded once to the element type, to nearest, ties to even. Nothing is computed in f16, bf16 or f64.

@@ -30,7 +30,7 @@ use num_traits::Float;
 
 pub use append::append;
 pub use average::average;
-pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget};
+pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget, regression_limit};
 pub use extra::extra;
 pub use layer::layer;
 pub use logits::logits;
@@ -136,7 +136,7 @@ fn evaluate<T: Real>(row: &Row<'_>, head: &Head<T>) -> Evaluated<T> {
         asked
     });
     logits::row(row, &mut x, crate::Logits::Masked);
-    let (weights, lse) = softmax::row(&x, row.sink());
+    let (weights, lse) = softmax::row(&x, |j| row.visible(j), row.sink());
     let out = values::row(row, &weights, &head.values);
     Evaluated { asked, logits: x, weights, lse, out }
 }

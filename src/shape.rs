@@ -3,6 +3,7 @@
 use std::ops::Deref;
 
 use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
+use crate::walk::Band;
 use crate::{Error, Result};
 
 /// Largest head and value dimension.
@@ -294,30 +295,12 @@ impl Shape {
         ]
     }
 
-    /// Visible (row, key) pairs counted over batches and heads, as far as the plan knows them: causal and window are
-    /// counted, lengths, masks and per-batch offsets are not (their contents are not part of the problem).
+    /// Visible (row, key) pairs counted over batches and heads, as far as the plan knows them: causal rule and window are
+    /// counted, lengths, masks and per-batch offsets are not (their contents are not part of the problem). With per-batch offsets a row
+    /// counts as many keys as a window leaves it, or all.
     pub fn visible_pairs(&self) -> u64 {
-        let keys = i64::from(self.seq_kv);
-        let offset = match self.causal {
-            Causal::BottomRight => keys - i64::from(self.seq_q),
-            _ => 0,
-        };
-        let bounded = matches!(self.causal, Causal::TopLeft | Causal::BottomRight);
-        let row = |i: i64| {
-            let p = i + offset;
-            let lo = self.window.left.map_or(0, |left| (p - i64::from(left)).clamp(0, keys));
-            let mut hi = self.window.right.map_or(keys, |right| (p + i64::from(right) + 1).clamp(0, keys));
-            if bounded {
-                hi = hi.min((p + 1).clamp(0, keys));
-            }
-            (hi - lo).max(0) as u64
-        };
-        let per_head: u64 = if bounded || self.window != Default::default() {
-            (0..i64::from(self.seq_q)).map(row).sum()
-        } else {
-            u64::from(self.seq_q) * keys as u64
-        };
-        per_head * u64::from(self.batch) * u64::from(self.heads)
+        let head = Band::of(self, 1).pairs(0..self.seq_q.into(), &(0..self.seq_kv));
+        head * u64::from(self.batch) * u64::from(self.heads)
     }
 
     /// Floating-point operations of the two products over the visible pairs: 2·(head_dim + value_dim) each.

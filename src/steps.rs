@@ -24,7 +24,7 @@ impl<'a> Steps<'a> {
         Steps { caps, flops_per_step, list: Vec::new() }
     }
 
-    /// Cuts a step's workgroups into dispatches that keep to the work budget and the grid limits.
+    /// Cuts a step's workgroups, which all take the same time, into dispatches that keep to the work budget and the grid limits.
     pub(crate) fn push(
         &mut self,
         variant: Variant,
@@ -33,20 +33,69 @@ impl<'a> Steps<'a> {
         workgroups: u32,
         flops: f64,
     ) -> Result<()> {
-        let side = u64::from(self.caps.limits.max_compute_workgroups_per_dimension);
-        let most = side.saturating_mul(side).saturating_mul(side).min(u64::from(workgroups));
         let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
-        let piece = u64::from(workgroups).div_ceil(pieces).min(most) as u32;
+        let piece = u64::from(workgroups).div_ceil(pieces).min(self.most()) as u32;
         few(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
+        let each = flops / f64::from(workgroups);
+        let end = |first: u32| workgroups.min(first.saturating_add(piece));
+        self.cut(variant, params, bindings, workgroups, end, |n| each * f64::from(n))
+    }
+
+    /// The same where the first `n` workgroups take `flops(n)` operations.
+    pub(crate) fn push_uneven(
+        &mut self,
+        variant: Variant,
+        params: Params,
+        bindings: Vec<Bound>,
+        workgroups: u32,
+        flops: impl Fn(u32) -> f64,
+    ) -> Result<()> {
+        let (budget, most) = (self.flops_per_step, self.most());
+        let pieces = (flops(workgroups) / budget).ceil().clamp(1.0, f64::from(workgroups)) as u64;
+        few(self.list.len() as u64 + pieces.max(u64::from(workgroups).div_ceil(most)))?;
+        let end = |first: u32| {
+            let done = flops(first);
+            // The last end that keeps to the budget; one workgroup at least.
+            let (mut low, mut high) = (first + 1, (u64::from(first) + most).min(workgroups.into()) as u32);
+            while low < high {
+                let middle = low + (high - low).div_ceil(2);
+                (low, high) = if flops(middle) - done <= budget { (middle, high) } else { (low, middle - 1) };
+            }
+            low
+        };
+        self.cut(variant, params, bindings, workgroups, end, &flops)
+    }
+
+    /// How many work budgets so many operations take.
+    pub(crate) fn budgets(&self, flops: f64) -> f64 {
+        flops / self.flops_per_step
+    }
+
+    fn most(&self) -> u64 {
+        let side = u64::from(self.caps.limits.max_compute_workgroups_per_dimension);
+        side.saturating_mul(side).saturating_mul(side)
+    }
+
+    fn cut(
+        &mut self,
+        variant: Variant,
+        params: Params,
+        bindings: Vec<Bound>,
+        workgroups: u32,
+        end: impl Fn(u32) -> u32,
+        flops: impl Fn(u32) -> f64,
+    ) -> Result<()> {
+        let side = self.caps.limits.max_compute_workgroups_per_dimension.into();
         let mut first = 0;
         while first < workgroups {
-            let end = workgroups.min(first + piece);
+            let end = end(first);
+            few(self.list.len() as u64 + 1)?;
             self.list.push(Step {
                 variant,
                 params: Params { first, end, ..params },
                 bindings: bindings.clone(),
                 grid: fold(end - first, side),
-                flops: flops * f64::from(end - first) / f64::from(workgroups),
+                flops: flops(end) - flops(first),
             });
             first = end;
         }

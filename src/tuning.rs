@@ -5,12 +5,12 @@ use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, matrix, rows, spl
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;
 
-/// Turns that all loops of an invocation may take together on a CPU adapter: llvmpipe ends them after 2^16, and what they did not
-/// reach stays undone.
+/// Turns that all loops of an invocation may take together on a CPU adapter, the test that ends each among them: llvmpipe ends them after
+/// 2^16, and what they did not reach stays undone.
 pub const CPU_TURNS: u64 = 65_000;
 
 /// Most keys of a dispatch of `values` on a CPU adapter, so that its loops stay below that.
-pub const CPU_KEYS: u32 = 1 << 17;
+pub const CPU_KEYS: u32 = 1 << 15;
 
 /// Invocations that share a row in `softmax`: CPU adapters, short rows, long rows.
 pub const SOFTMAX_THREADS: [u32; 3] = [8, 64, 256];

@@ -52,9 +52,10 @@ fn check_table(gpu: &Gpu, append: &Append, starts: &[u32], table: Option<&[u32]>
     let table = table.map(|table| guarded(bytemuck::cast_slice(table)));
     let mut slots = vec![(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
     slots.extend(table.as_ref().map(|table| (Slot::BlockTable, table.slice())));
+    let recording = operation.begin().expect("nothing to allocate");
     for slice in 0..operation.slices() {
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        operation.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
+        recording.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
         gpu.queue().submit([encoder.finish()]);
         gpu.wait().expect("computed");
     }

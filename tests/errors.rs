@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use support::staged::Staged;
 use support::{Data, gpus};
+use wgpu_attention::kernel::Slot;
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer,
@@ -267,6 +268,121 @@ fn host_operands_that_do_not_fit_are_refused() {
     says(check(&[0, 6, 9], &[0, 7, 12]).unwrap_err(), entry("cu_seqlens_q", 1, 6, "at most", 5), &["6", "5"]);
 }
 
+/// A device like a test's, from an instance of wgpu of its own or from the same one.
+fn stranger(gpu: &support::Adapter, own_instance: bool) -> (wgpu::Device, wgpu::Queue) {
+    let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter.get_info();
+    let adapter = if own_instance { Gpu::adapters().into_iter().find(alike) } else { Some(gpu.adapter.clone()) };
+    let limits = gpu.device().limits();
+    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    pollster::block_on(adapter.expect("the same one again").request_device(&descriptor)).expect("opens once more")
+}
+
+#[test]
+fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
+    for gpu in gpus() {
+        let (p, operands) = full();
+        let plan = gpu.library().plan(&p).unwrap();
+        let prepared = gpu.library().prepare(&plan).unwrap();
+        let staged = Staged::new(gpu.device(), &plan, &operands);
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        for own_instance in [false, true] {
+            let (device, queue) = stranger(gpu, own_instance);
+            if own_instance {
+                // wgpu numbers the buffers of each instance, and knows one of another by a number that it has not given.
+                let usage = wgpu::BufferUsages::STORAGE;
+                let small = wgpu::BufferDescriptor { label: None, size: 4, usage, mapped_at_creation: false };
+                std::mem::forget((0..20_000).map(|_| device.create_buffer(&small)).collect::<Vec<_>>());
+            }
+            let other = Staged::new(&device, &plan, &operands);
+            let (own, other) = (staged.buffers(), other.buffers());
+            let mixed: [(&str, wgpu_attention::Buffers<'_>); 8] = [
+                ("q", wgpu_attention::Buffers { q: other.q, ..own }),
+                ("v", wgpu_attention::Buffers { v: other.v, ..own }),
+                ("out", wgpu_attention::Buffers { out: other.out, ..own }),
+                ("mask", wgpu_attention::Buffers { mask: other.mask, ..own }),
+                ("bias", wgpu_attention::Buffers { bias: other.bias, ..own }),
+                ("key_lengths", wgpu_attention::Buffers { key_lengths: other.key_lengths, ..own }),
+                ("sinks", wgpu_attention::Buffers { sinks: other.sinks, ..own }),
+                ("offsets", wgpu_attention::Buffers { offsets: other.offsets, ..own }),
+            ];
+            for (field, buffers) in mixed {
+                let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
+                says(error, Error::OtherDevice { field }, &[field, "another device"]);
+                let error = prepared.begin().unwrap().encode_slice(0, &mut encoder, &buffers);
+                // A slice may not bind what is wrong.
+                assert!(matches!(error, Ok(()) | Err(Error::OtherDevice { .. })), "{error:?}");
+            }
+            let mut theirs = device.create_command_encoder(&Default::default());
+            match prepared.encode(&mut theirs, &own) {
+                Err(error) => says(error, Error::OtherDevice { field: "encoder" }, &["encoder", "another device"]),
+                // An encoder of the same instance is first looked at when it is finished.
+                Ok(()) => {
+                    assert!(!own_instance);
+                    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+                    drop(theirs.finish());
+                    assert!(pollster::block_on(scope.pop()).is_some());
+                }
+            }
+            drop(queue);
+        }
+        // The encoder is as good as new.
+        prepared.encode(&mut encoder, &staged.buffers()).unwrap();
+        gpu.queue().submit([encoder.finish()]);
+        gpu.wait().unwrap();
+
+        // Two of these are never taken for one another, whatever wgpu's numbers are.
+        let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter.get_info();
+        let adapter = Gpu::adapters().into_iter().find(alike).unwrap();
+        let [one, two] = [(); 2].map(|()| Gpu::open(&adapter, &DeviceOptions::default()).unwrap());
+        let third = Gpu::open(&Gpu::adapters().into_iter().find(alike).unwrap(), &DeviceOptions::default()).unwrap();
+        let plan = one.library().plan(&p).unwrap();
+        let prepared = one.library().prepare(&plan).unwrap();
+        let resident = one.upload(&plan, &operands.inputs()).unwrap();
+        one.run(&prepared, &resident, &mut |_, _| ()).unwrap();
+        for other in [&two, &third] {
+            let theirs = other.upload(&plan, &operands.inputs()).unwrap();
+            let error = one.run(&prepared, &theirs, &mut |_, _| ()).unwrap_err();
+            says(error, Error::OtherDevice { field: "resident" }, &["resident"]);
+            says(one.download(&plan, &theirs).unwrap_err(), Error::OtherDevice { field: "resident" }, &["resident"]);
+            let error = other.run(&prepared, &theirs, &mut |_, _| ()).unwrap_err();
+            says(error, Error::OtherDevice { field: "prepared" }, &["prepared"]);
+        }
+        let projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+        let operation = one.library().project(&projection, &Options::default()).unwrap();
+        let usage = wgpu::BufferUsages::STORAGE;
+        let make = |gpu: &Gpu| {
+            let descriptor = wgpu::BufferDescriptor { label: None, size: 1024, usage, mapped_at_creation: false };
+            gpu.device().create_buffer(&descriptor)
+        };
+        let buffers = [make(&one), make(&two), make(&one), make(&one)];
+        let slots = [Slot::Query, Slot::Matrix(0), Slot::Shifts, Slot::Result];
+        let slices: Vec<_> = slots.into_iter().zip(&buffers).map(|(slot, buffer)| (slot, buffer.slice(..))).collect();
+        let error = operation.encode(&mut one.device().create_command_encoder(&Default::default()), &slices);
+        says(error.unwrap_err(), Error::OtherDevice { field: "weight matrix" }, &["weight matrix"]);
+
+        let linear = || Linear { inputs: 8, outputs: 8, weight: vec![0.5; 64], order: Order::OutIn, bias: None };
+        let layer = Layer::new(2, 2, [(); 4].map(|()| linear())).unwrap();
+        let resident_layer = MultiHeadAttention::new(one.library(), one.queue(), &layer, Element::F32).unwrap();
+        let prepare = |gpu: &Gpu| {
+            let options = Options::default();
+            resident_layer.prepare(gpu.library(), &layer.problem(1, 3, 3), &Call::default(), &options)
+        };
+        for other in [&two, &third] {
+            says(prepare(other).unwrap_err(), Error::OtherDevice { field: "layer" }, &["layer"]);
+        }
+        let (x, result) = (make(&two), make(&one));
+        let buffers = LayerBuffers::new(x.slice(..), result.slice(..));
+        let mut encoder = one.device().create_command_encoder(&Default::default());
+        let error = prepare(&one).unwrap().encode(&mut encoder, &buffers).unwrap_err();
+        says(error, Error::OtherDevice { field: "query" }, &["query"]);
+
+        // What the caller's own `Attention` on the same device prepared is at home.
+        let own = wgpu_attention::Attention::new(one.device());
+        let prepared = own.prepare(&own.plan(&p).unwrap()).unwrap();
+        one.run(&prepared, &resident, &mut |_, _| ()).unwrap();
+    }
+}
+
 #[test]
 fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
     for gpu in gpus() {
@@ -320,10 +436,10 @@ fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
         buffers.lse = Some(storage.slice(..));
         refused(buffers, Error::Unexpected { field: "lse" }, &["lse"]);
         let slices = prepared.slices() as u64;
-        let slice = prepared.encode_slice(slices as usize, &mut encoder, &whole()).unwrap_err();
+        let slice = prepared.begin().unwrap().encode_slice(slices as usize, &mut encoder, &whole()).unwrap_err();
         says(slice, Error::TooLarge { field: "slice", value: slices, limit: slices - 1 }, &["slice"]);
         let steps = prepared.plan().dispatches() as u64;
-        let error = prepared.encode_steps(0..steps as usize + 1, &mut encoder, &whole()).unwrap_err();
+        let error = prepared.begin().unwrap().encode_steps(0..steps as usize + 1, &mut encoder, &whole()).unwrap_err();
         says(error, Error::TooLarge { field: "steps.end", value: steps + 1, limit: steps }, &["steps.end"]);
         // The encoder is as good as new.
         prepared.encode(&mut encoder, &whole()).unwrap();

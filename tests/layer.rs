@@ -2,6 +2,7 @@
 
 mod support;
 
+use support::staged::Guarded;
 use support::{Data, Random, floor, gpus, small};
 use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::layer::RotaryEmbedding;
@@ -63,9 +64,10 @@ fn upload(gpu: &Gpu, bytes: &[u8]) -> wgpu::Buffer {
 /// Runs an operation on buffers and reads the last of them.
 fn run(gpu: &Gpu, operation: &Operation, buffers: &[(Slot, &wgpu::Buffer)]) -> Vec<u8> {
     let slices: Vec<_> = buffers.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
+    let recording = operation.begin().expect("nothing to allocate");
     for slice in 0..operation.slices() {
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        operation.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
+        recording.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
         gpu.queue().submit([encoder.finish()]);
     }
     gpu.wait().expect("computed");
@@ -307,6 +309,47 @@ fn rotations_match() {
     }
 }
 
+/// Pairs (1, 0) turned by "angles" of any cosine c and sine s become (c, s), rounded once.
+#[test]
+fn turned_rows_of_sixteen_bits_are_rounded_to_the_nearest_and_ties_to_even() {
+    for element in [Element::F16, Element::Bf16] {
+        let one = |bits: u32| f32::from_bits(bits);
+        // Ties below and above an even number, and around each; the last one that is finite, and the first that is not.
+        let cosines = match element {
+            Element::F16 => [1.000_488_3, 1.001_464_8, 65519.996, 65520.0, 5.0 * 2f32.powi(-25), 7.0 * 2f32.powi(-25)],
+            _ => [
+                one(0x3f80_8000),
+                one(0x3f81_8000),
+                one(0x7f7f_7fff),
+                one(0x7f7f_8000),
+                one(0x4000_8001),
+                one(0x0081_8000),
+            ],
+        };
+        let numbers: Vec<f32> =
+            cosines.iter().flat_map(|x| [-1, 0, 1].map(|n| one(x.to_bits().wrapping_add_signed(n)))).collect();
+        let mut rotation = Rotation::new(1, 1, numbers.len() as u32, 4, numbers.len() as u32);
+        (rotation.interleaved, rotation.element) = (true, element);
+        let x = Values::new(&[1.0, 0.0, 1.0, 0.0].repeat(numbers.len()), element);
+        let table: Vec<f32> = numbers.iter().flat_map(|&x| [x, -x, -x, x]).collect();
+        let positions: Vec<u32> = (0..rotation.position_count() as u32).collect();
+        let want = Values::new(&numbers.iter().flat_map(|&x| [x, -x, -x, x]).collect::<Vec<_>>(), element);
+        for gpu in gpus() {
+            let buffers = [
+                (Slot::Angles, &upload(gpu, bytemuck::cast_slice(&table))),
+                (Slot::Positions, &upload(gpu, bytemuck::cast_slice(&positions))),
+                (Slot::Query, &upload(gpu, &x.bytes)),
+            ];
+            let result = upload(gpu, &x.bytes);
+            let [angles, positions, query] = buffers;
+            let operation = gpu.library().rotate(&rotation, &Options::default()).unwrap();
+            let got = run(gpu, &operation, &[angles, positions, query, (Slot::Result, &result)]);
+            let got = Values { bytes: got[..want.bytes.len()].to_vec(), element }.widened();
+            assert_eq!(got, want.widened(), "{element} on {}", gpu.info().name);
+        }
+    }
+}
+
 #[test]
 fn wrong_rotations_are_errors() {
     let gpu = &gpus()[0];
@@ -432,6 +475,90 @@ fn layers_match() {
             let element = [Element::F32, Element::F16, Element::Bf16][r.below(3) as usize];
             check_layer(gpu, &layer, &problem, &call, element, &forced(FORMS[round % 2]));
         }
+    }
+}
+
+/// A key that every row sees and the ordinary key have scores far apart; the value of the lighter one makes up for its weight.
+#[test]
+fn an_extra_key_keeps_its_weight_however_light_or_heavy_it_is() {
+    let dim = 4;
+    let identity = |size: f32| Linear {
+        inputs: dim,
+        outputs: dim,
+        weight: (0..dim * dim).map(|n| if n % (dim + 1) == 0 { size } else { 0.0 }).collect(),
+        order: Order::InOut,
+        bias: None,
+    };
+    for gpu in gpus() {
+        for distance in [-60.0, -30.0, -9.0, 9.0, 30.0, 60.0] {
+            // The value of the lighter of the two is as large as its weight is small.
+            let (ordinary, added) = if distance > 0.0 { (f32::exp(distance), 1.0) } else { (1.0, f32::exp(-distance)) };
+            let mut layer = Layer::new(1, 1, [1.0, 1.0, ordinary, 1.0].map(identity)).expect("valid");
+            layer.bias_kv = Some((vec![distance, 0.0, 0.0, 0.0], vec![added; dim as usize]));
+            let mut problem = layer.problem(1, 1, 1);
+            problem.scale = Some(1.0);
+            // q·k is 0 for the ordinary key and `distance` for the other.
+            let (query, key, value) = (vec![1.0, 0.0, 0.0, 0.0], vec![0.0; 4], vec![1.0; 4]);
+            let inputs =
+                LayerInputs { query: &query, key: Some(&key), value: Some(&value), operands: Inputs::default() };
+            let mut call = Call::default();
+            call.sources = Sources::Each;
+            let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+            let got = resident.forward_with(gpu, &problem, &call, &inputs, &Options::default()).expect("valid").out;
+            // One of the two weighs 1 to all digits, the other e^−|distance|, and both shares are 1.
+            for x in got {
+                assert!((f64::from(x) - 2.0).abs() < 1e-3, "{x} for scores {distance} apart on {}", gpu.info().name);
+            }
+        }
+    }
+}
+
+#[test]
+fn calls_of_one_layer_take_turns() {
+    let mut r = Random(46);
+    let mut layer = layer(&mut r, [4, 2, 8, 8], [24; 4], Order::OutIn, true);
+    layer.bias_kv = Some((r.signed_vec(16, 1.0), r.signed_vec(16, 1.0)));
+    let problem = layer.problem(2, 19, 19);
+    let mut call = Call::default();
+    call.weights = Some(Weights::Mean);
+    for gpu in gpus() {
+        let (device, queue) = (gpu.device(), gpu.queue());
+        let resident = MultiHeadAttention::new(gpu.library(), queue, &layer, Element::F32).expect("fits");
+        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        let prepared = resident.prepare(gpu.library(), &problem, &call, &options).expect("valid");
+        assert!(prepared.slices() > 5);
+        let guarded = |values: &[f32]| Guarded::new(device, bytemuck::cast_slice(values));
+        let stage = |seed| {
+            let x = Random(seed).signed_vec(2 * 19 * 24, 1.0);
+            [guarded(&x), guarded(&[f32::NAN; 2 * 19 * 24]), guarded(&[f32::NAN; 2 * 19 * 20])]
+        };
+        fn buffers(staged: &[Guarded; 3]) -> LayerBuffers<'_> {
+            let mut buffers = LayerBuffers::new(staged[0].slice(), staged[1].slice());
+            buffers.weights = Some(staged[2].slice());
+            buffers
+        }
+        let read = |staged: &[Guarded; 3]| [1, 2].map(|n| staged[n].read(device, queue));
+        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            record(&mut encoder);
+            queue.submit([encoder.finish()]);
+        };
+        let want = [1, 2].map(|seed| {
+            let staged = stage(seed);
+            submit(&|encoder| prepared.encode(encoder, &buffers(&staged)).expect("valid"));
+            read(&staged)
+        });
+        let finite = |bytes: &[u8]| bytemuck::pod_collect_to_vec::<_, f32>(bytes).iter().all(|x| x.is_finite());
+        assert!(want.iter().flatten().all(|bytes| finite(bytes)) && want[0] != want[1]);
+        let staged = [stage(1), stage(2)];
+        let calls = [(); 2].map(|()| prepared.begin().expect("fits"));
+        for slice in 0..prepared.slices() {
+            for (call, staged) in calls.iter().zip(&staged) {
+                submit(&|encoder| call.encode_slice(slice, encoder, &buffers(staged)).expect("valid"));
+            }
+            submit(&|encoder| prepared.encode(encoder, &buffers(&staged[1])).expect("valid"));
+        }
+        assert_eq!(staged.each_ref().map(read), want);
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod support;
 
+use half::{bf16, f16};
+use support::staged::Guarded;
 use support::{Data, Random, floor, gpus};
 use wgpu_attention::kernel::Slot;
 use wgpu_attention::reference::{self, Partial};
@@ -38,6 +40,46 @@ impl Parts {
 
     fn run(&self, gpu: &Gpu, merge: &Merge) -> wgpu_attention::Result<wgpu_attention::Outputs> {
         gpu.merge(merge, &self.out, &self.lse, self.sinks.as_deref())
+    }
+}
+
+/// Every finite number of a 16-bit type and those halfway to the next one away from 0, each with its neighbours in f32, both signs.
+fn roundable(largest: u16, widen: impl Fn(u16) -> f32) -> Vec<f32> {
+    let around = |x: f32| [x.to_bits().saturating_sub(1), x.to_bits(), x.to_bits() + 1].map(f32::from_bits);
+    let both = |bits: u16| {
+        // What comes after the largest one is as far from it as the one before.
+        let next = if bits == largest { 2.0 * widen(bits) - widen(bits - 1) } else { widen(bits + 1) };
+        [around(widen(bits)), around((widen(bits) + next.min(f32::MAX)) / 2.0)].concat()
+    };
+    // Numbers below the normal ones of f32 may be flushed to 0.
+    let numbers = (0..=largest).flat_map(both).filter(|&x| x == 0.0 || x.is_normal());
+    numbers.flat_map(|x| [x, -x]).collect()
+}
+
+#[test]
+fn sixteen_bit_outputs_are_rounded_to_the_nearest_and_ties_to_even_bit_for_bit() {
+    for element in [Element::F16, Element::Bf16] {
+        let mut numbers = match element {
+            Element::F16 => roundable(f16::MAX.to_bits(), |bits| f16::from_bits(bits).to_f32()),
+            _ => roundable(bf16::MAX.to_bits(), |bits| bf16::from_bits(bits).to_f32()),
+        };
+        numbers.extend([1e30, -1e30, f32::MAX, f32::MIN]);
+        let rows = numbers.len().div_ceil(64) as u32;
+        numbers.resize(64 * rows as usize, 0.0);
+        // A single partial of lse 0 has a weight of 1: the output is its rounded self.
+        let mut merge = Merge::new(1, 1, 1, rows, 64);
+        merge.element = element;
+        let rounded = |&x: &f32| match element {
+            Element::F16 => f16::from_f32(x).to_f32(),
+            _ => bf16::from_f32(x).to_f32(),
+        };
+        let parts = Parts { lse: vec![0.0; rows as usize], out: numbers, sinks: None };
+        for gpu in gpus() {
+            let got = parts.run(gpu, &merge).unwrap().out;
+            for (x, got) in parts.out.iter().zip(got) {
+                assert_eq!(got, rounded(x), "{x:e} ({:#010x}) as {element} on {}", x.to_bits(), gpu.name);
+            }
+        }
     }
 }
 
@@ -257,6 +299,52 @@ fn parts_of_the_keys_merge_into_the_whole() {
         assert!(compared.passed(), "out: {compared}");
         let compared = budget.lse.check(&got.lse.expect("asked for"), &want.lse.expect("asked for"));
         assert!(compared.passed(), "lse: {compared}");
+    }
+}
+
+#[test]
+fn calls_of_one_merge_take_turns() {
+    let mut merge = Merge::new(4, 2, 3, 33, 7);
+    (merge.element, merge.sinks) = (Element::Bf16, true);
+    let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+    for gpu in gpus() {
+        let (device, queue) = (gpu.device(), gpu.queue());
+        let operation = gpu.library().merge(&merge, &options).expect("compiles");
+        assert!(operation.slices() > 2);
+        let stage = |seed| {
+            let parts = Parts::random(&merge, seed, 4.0);
+            let staged = |bytes: &[u8]| Guarded::new(device, bytes);
+            [
+                (Slot::PartialOut, staged(bytemuck::cast_slice(&parts.out))),
+                (Slot::PartialLse, staged(bytemuck::cast_slice(&parts.lse))),
+                (Slot::Sinks, staged(bytemuck::cast_slice(&parts.sinks.expect("asked for")))),
+                (Slot::Out, staged(&[0xff; 2 * 2 * 3 * 33 * 7])),
+                (Slot::Lse, staged(&[0xff; 4 * 2 * 3 * 33])),
+            ]
+        };
+        fn slots(staged: &[(Slot, Guarded); 5]) -> [(Slot, wgpu::BufferSlice<'_>); 5] {
+            staged.each_ref().map(|(slot, guarded)| (*slot, guarded.slice()))
+        }
+        let read = |staged: &[(Slot, Guarded); 5]| [3, 4].map(|n| staged[n].1.read(device, queue));
+        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            record(&mut encoder);
+            queue.submit([encoder.finish()]);
+        };
+        let want = [1, 2].map(|seed| {
+            let staged = stage(seed);
+            submit(&|encoder| operation.encode(encoder, &slots(&staged)).expect("valid"));
+            read(&staged)
+        });
+        let staged = [stage(1), stage(2)];
+        let calls = [(); 2].map(|()| operation.begin().expect("fits"));
+        for slice in 0..operation.slices() {
+            for (call, staged) in calls.iter().zip(&staged) {
+                submit(&|encoder| call.encode_slice(slice, encoder, &slots(staged)).expect("valid"));
+            }
+            submit(&|encoder| operation.encode(encoder, &slots(&staged[1])).expect("valid"));
+        }
+        assert_eq!(staged.each_ref().map(read), want);
     }
 }
 

@@ -123,7 +123,8 @@ fn variants_have_names_of_their_own_and_are_few() {
     let all = Variant::all();
     let mut kernels: BTreeMap<&str, usize> = BTreeMap::new();
     all.iter().for_each(|variant| *kernels.entry(variant.kernel()).or_default() += 1);
-    assert!(kernels.values().all(|&n| n <= 200), "{kernels:?}");
+    // Half of `rows`, and two fifths of `flash`, carry on over several dispatches.
+    assert!(kernels.values().all(|&n| n <= 400), "{kernels:?}");
     let names: BTreeSet<String> = all.iter().map(Variant::to_string).collect();
     assert_eq!(names.len(), all.len(), "two variants share a name");
 }

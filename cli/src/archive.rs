@@ -10,6 +10,7 @@ use wgpu_attention::Broadcast;
 
 use crate::error::{Error, Result};
 use crate::floats::Floats;
+use crate::memory;
 
 /// A decoded tensor.
 #[derive(Clone, Debug)]
@@ -44,6 +45,9 @@ fn decode<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T
 impl Archive {
     pub fn read(path: &Path) -> Result<Self> {
         let file = |source| Error::File { path: path.into(), source };
+        let length = std::fs::metadata(path).map_err(file)?.len();
+        // As it stands there, decoded, and as operands.
+        memory::room("the file", 3 * length).map_err(|source| Error::Problem { path: path.into(), source })?;
         let bytes = std::fs::read(path).map_err(file)?;
         Self::parse(path, &bytes)
     }

@@ -10,6 +10,7 @@ use wgpu_attention::{
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
+use crate::memory;
 use crate::store::Device;
 
 /// Which device is opened and how.
@@ -182,12 +183,16 @@ impl Engine {
             Engine::Gpu(gpu) => {
                 let plan = gpu.library().plan_with(problem, &kernels.options())?;
                 plan.shape().check_inputs(inputs)?;
+                memory::room("the call", memory::of_call(&plan, gpu.library().caps().cpu))?;
                 let prepared = gpu.library().prepare(&plan)?;
                 let resident = gpu.upload(&plan, inputs)?;
                 gpu.run(&prepared, &resident, progress)?;
                 gpu.download(&plan, &resident)
             }
-            Engine::Cpu => reference::attention::<f32>(problem, inputs),
+            Engine::Cpu => {
+                memory::room("the call", memory::of_reference(&problem.check()?, 4, false))?;
+                reference::attention::<f32>(problem, inputs)
+            }
         }
     }
 }

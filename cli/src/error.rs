@@ -26,9 +26,15 @@ pub enum Error {
     MissingMetadata { path: PathBuf, key: String },
     #[error("{}: metadata {key:?} is {value:?}; it must be {want}", path.display())]
     Metadata { path: PathBuf, key: String, value: String, want: String },
-    #[error("{}: {got} tokens; there must be 1 to {limit}, one a line", path.display())]
+    #[error(
+        "{}: this folder has no case files; a case file ends in .safetensors, holds the inputs of a call and what another \
+         implementation computed from them, and names its format or operator in its metadata",
+        path.display()
+    )]
+    NoCases { path: PathBuf },
+    #[error("{}: the number of tokens is {got}; it must be from 1 to {limit}, one a line", path.display())]
     Tokens { path: PathBuf, got: usize, limit: usize },
-    #[error("{}: batch is {batch}; the file has {batches}, counted from 0", path.display())]
+    #[error("{}: batch is {batch}; it is counted from 0, and must be below {batches}", path.display())]
     Batch { path: PathBuf, batch: usize, batches: usize },
     #[error("{}: {source}", path.display())]
     Problem { path: PathBuf, source: wgpu_attention::Error },

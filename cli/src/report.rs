@@ -1,6 +1,9 @@
 //! What goes to standard output: tables and lines for people, or one JSON object a line for machines.
 
 use std::io::{self, Write};
+use std::ops::Deref;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::time::Duration;
 
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -69,10 +72,40 @@ pub fn warn(message: impl std::fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "warning: {message}");
 }
 
-/// A bar on standard error; hidden when that is not a terminal.
-pub fn progress(steps: usize) -> ProgressBar {
+/// Time between the lines that stand in for a bar.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// A bar on standard error. Where that is no terminal, a line says there now and then how far the command is, also when it does
+/// not get any further.
+pub struct Progress {
+    bar: ProgressBar,
+    /// The lines end with this.
+    _until: Sender<()>,
+}
+
+impl Deref for Progress {
+    type Target = ProgressBar;
+    fn deref(&self) -> &ProgressBar {
+        &self.bar
+    }
+}
+
+/// A bar of so many steps.
+pub fn progress(steps: usize) -> Progress {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("the template is a constant");
-    ProgressBar::new(steps as u64).with_style(style)
+    let bar = ProgressBar::new(steps as u64).with_style(style);
+    let (_until, ended) = mpsc::channel();
+    let seen = bar.clone();
+    std::thread::spawn(move || {
+        while ended.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
+            if seen.is_hidden() {
+                let (done, seconds) = (seen.position(), seen.elapsed().as_secs());
+                // Nothing is left to do where standard error is closed.
+                let _ = writeln!(io::stderr().lock(), "{done} of {steps} after {seconds} s: {}", seen.message());
+            }
+        }
+    });
+    Progress { bar, _until }
 }
 
 /// A bar over the slices of one long run, with the time that is left; [`advance`] draws it.
@@ -86,6 +119,11 @@ pub fn slices() -> ProgressBar {
 pub fn advance(bar: &ProgressBar, done: usize, of: usize) {
     bar.set_length(of as u64);
     bar.set_position(done as u64);
+}
+
+/// A number of things: `1 slice`, `2 slices`.
+pub fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
 }
 
 /// Three significant digits.

@@ -1,13 +1,14 @@
 //! What is kept between runs in the user's cache folder, for each adapter: the rows that `tune` measured, and what the driver
 //! compiled. Nothing there is needed: a file that does not fit is ignored with a warning.
 
-use std::io::{self, Write};
+use std::io;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use wgpu_attention::wgpu::{AdapterInfo, util::pipeline_cache_key};
 use wgpu_attention::{Gpu, Row, Tuning};
+use wgpu_attention_heatmap::replace;
 
 use crate::engine::{DeviceArgs, Label};
 use crate::error::{Error, Result};
@@ -87,17 +88,12 @@ pub fn write_tuning(path: &Path, info: &AdapterInfo, rows: &[Row]) -> Result<()>
     write(path, text.as_bytes())
 }
 
-/// Replaces a file at once: nobody ever reads half of it.
+/// Replaces a file, or makes it and its folder.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let replace = || {
-        std::fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(bytes)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    replace().map_err(|source| Error::File { path: path.into(), source })
+    std::fs::create_dir_all(folder)
+        .and_then(|()| replace(path, bytes))
+        .map_err(|source| Error::File { path: path.into(), source })
 }
 
 /// An adapter's device that plans by its tuned rows, and starts from and keeps what its driver compiles.

@@ -90,3 +90,114 @@ fn cases_end_with_what_passed_failed_and_was_skipped() {
     std::fs::write(folder.path().join("broken.safetensors"), [1, 2, 3]).unwrap();
     assert_eq!(cases(), ("1 passed, 1 failed, 1 skipped".into(), Some(1)));
 }
+
+/// A safetensors file of zeros in f32.
+fn zeros(tensors: &[(&str, &[usize])]) -> Vec<u8> {
+    let data: Vec<Vec<u8>> = tensors.iter().map(|(_, shape)| vec![0; 4 * shape.iter().product::<usize>()]).collect();
+    let view = |name, shape: &[usize], data| (name, TensorView::new(Dtype::F32, shape.to_vec(), data).unwrap());
+    let views = tensors.iter().zip(&data).map(|(&(name, shape), data)| view(name, shape, data));
+    safetensors::serialize(views, None).unwrap()
+}
+
+#[test]
+fn results_that_the_host_cannot_hold_are_refused_before_they_are_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.safetensors", "out.safetensors"].map(|name| folder.path().join(name));
+    // Weights of 16 TB.
+    let shape = [1, 1, 2_000_000, 1];
+    std::fs::write(&input, zeros(&[("q", &shape), ("k", &shape), ("v", &shape)])).unwrap();
+    let [input, picture] = [input, folder.path().join("out.svg")].map(|path| path.to_str().unwrap().to_owned());
+    for arguments in [
+        ["run", "--cpu", "--weights", "--input", &input, "--output", output.to_str().unwrap()],
+        ["heatmap", "--cpu", "--causal=none", "--input", &input, "--output", &picture],
+    ] {
+        let got = run(&arguments);
+        let err = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(2), "{err}");
+        assert!(err.contains("out of memory: the call takes about 4800"), "{err}");
+        assert!(err.contains(" bytes on the host; ") && err.contains(" bytes are left there"), "{err}");
+    }
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+}
+
+#[test]
+fn a_folder_without_case_files_is_an_error_that_says_what_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("notes.txt"), "").unwrap();
+    let got = run(&["cases", "--cpu", case(CASE).to_str().unwrap(), folder.path().to_str().unwrap()]);
+    let err = text(&got.stderr);
+    assert_eq!((got.status.code(), text(&got.stdout).as_str()), (Some(2), ""), "{err}");
+    let says = format!("{}: this folder has no case files; a case file ends in .safetensors", folder.path().display());
+    assert!(err.contains(&says), "{err}");
+    // Files of which none is a case.
+    std::fs::write(folder.path().join("x.safetensors"), zeros(&[("x", &[1])])).unwrap();
+    let got = run(&["cases", "--cpu", folder.path().to_str().unwrap()]);
+    assert_eq!(got.status.code(), Some(1));
+    assert!(text(&got.stderr).contains("error: no case ran: all were skipped"));
+}
+
+/// The program where no file may grow: as on a full disk, writing fails.
+#[cfg(unix)]
+fn run_on_a_full_disk(arguments: &[&str]) -> Output {
+    let script = "trap '' XFSZ; ulimit -f 0; exec \"$@\"";
+    let program = env!("CARGO_BIN_EXE_wgpu-attention");
+    Command::new("sh").args(["-c", script, "sh", program]).args(arguments).output().unwrap()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_the_file_that_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = folder.path().join("weights.safetensors");
+    std::fs::write(&weights, zeros(&[("weights", &[1, 1, 2, 2])])).unwrap();
+    let (file, weights) = (case(CASE), weights.to_str().unwrap());
+    for (command, input, name) in [
+        ("run", file.to_str().unwrap(), "out.safetensors"),
+        ("heatmap", weights, "out.svg"),
+        ("heatmap", weights, "out.png"),
+    ] {
+        let output = folder.path().join(name);
+        let arguments = [command, "--cpu", "--input", input, "--output", output.to_str().unwrap()];
+        std::fs::write(&output, "what was there").unwrap();
+        let got = run_on_a_full_disk(&arguments);
+        let err = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(2), "{err}");
+        assert!(err.contains(&format!("error: {}: ", output.display())), "{err}");
+        assert_eq!(std::fs::read_to_string(&output).unwrap(), "what was there");
+        // And without the limit it is written.
+        assert!(run(&arguments).status.success());
+        assert_ne!(std::fs::read(&output).unwrap(), b"what was there");
+        std::fs::remove_file(&output).unwrap();
+    }
+    // Nothing else is left.
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn cases_that_stands_still_has_told_what_failed_and_tells_where_it_stands() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    use std::sync::mpsc;
+    use std::time::Duration;
+    let folder = tempfile::tempdir().unwrap();
+    let [broken, endless] = ["broken.safetensors", "endless.safetensors"].map(|name| folder.path().join(name));
+    std::fs::write(&broken, "").unwrap();
+    // Whoever reads it waits for a writer that never comes.
+    assert!(Command::new("mkfifo").arg(&endless).status().unwrap().success());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+    command.args(["cases", "--cpu", case(CASE).to_str().unwrap()]).args([&broken, &endless]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let (send, lines) = mpsc::channel();
+    let stderr = BufReader::new(child.stderr.take().unwrap());
+    std::thread::spawn(move || stderr.lines().map(Result::unwrap).try_for_each(|line| send.send(line)));
+    let next = || lines.recv_timeout(Duration::from_secs(60)).expect("a line within a minute");
+    let failure = next();
+    assert!(failure.starts_with(&format!("error: {}: ", broken.display())), "{failure}");
+    let stands = next();
+    assert!(stands.starts_with("2 of 3 after "), "{stands}");
+    assert!(stands.ends_with(&format!(" s: reading {}", endless.display())), "{stands}");
+    assert_eq!(child.try_wait().unwrap(), None);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

@@ -16,7 +16,10 @@ impl Session {
     }
 
     fn run(&self, arguments: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+        self.start(Command::new(env!("CARGO_BIN_EXE_wgpu-attention")), arguments)
+    }
+
+    fn start(&self, mut command: Command, arguments: &str) -> Output {
         command.args(arguments.split(' ')).env("WGPU_ATTENTION_CACHE", self.folder.path());
         if let Ok(adapters) = std::env::var("WGPU_ATTENTION_ADAPTERS") {
             command.args(["--adapter", adapters.split(',').next().unwrap()]);
@@ -150,6 +153,43 @@ fn a_time_limit_that_is_too_short_stores_only_what_was_compared() {
     let stored = !session.files("tuning-").is_empty();
     assert_eq!(stored, output.status.success(), "{out}\n{err}");
     assert_eq!(stored, out.contains("stored: "), "{out}\n{err}");
+}
+
+#[test]
+fn what_the_device_or_the_host_cannot_hold_is_named_and_the_rest_is_measured() {
+    let session = Session::new();
+    let huge = ["1,1,1,268435456,268435456,512", "1,268435456,1,1,1,1"];
+    for command in ["bench --repeats 1", "tune --seconds 20"] {
+        let output =
+            session.run(&format!("{command} --json --shape {} --shape {} --shape 1,1,1,1,8,128", huge[0], huge[1]));
+        let out = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{out}");
+        let objects: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let errors: Vec<&str> = objects.iter().filter_map(|object| object["error"].as_str()).collect();
+        let [device, host] = errors[..] else { panic!("{errors:?}") };
+        assert!(device.starts_with(&format!("shape {}: q ", huge[0])) && device.contains("549755813888"), "{device}");
+        let takes = format!("shape {}: out of memory: the problem with its reference takes about 1", huge[1]);
+        assert!(host.starts_with(&takes) && host.ends_with(" bytes are left there"), "{host}");
+        assert!(objects.iter().any(|object| object["shape"] == "1,1,1,1,8,128"), "{out}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_the_rows_that_were_stored() {
+    let session = Session::new();
+    let file = session.folder.path().join("rows.json");
+    let tune = format!("tune --seconds 600 --shape 1,1,1,1,8,8 --file {}", file.display());
+    std::fs::write(&file, "what was there").unwrap();
+    let mut command = Command::new("sh");
+    // No file may grow, so that writing fails.
+    command.args(["-c", "trap '' XFSZ; ulimit -f 0; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_wgpu-attention")]);
+    let output = session.start(command, &tune);
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{err}");
+    assert!(err.contains(&format!("error: {}: ", file.display())), "{err}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "what was there");
+    assert!(session.files(".tmp").is_empty());
 }
 
 #[test]

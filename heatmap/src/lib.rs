@@ -2,10 +2,12 @@
 //!
 //! A row is a query, a column is a key; the darker a cell, the larger the weight. The file's ending says what is written,
 //! SVG or PNG. Text in a PNG is drawn in a font that comes with this crate; an SVG asks its viewer for a sans-serif font.
+//! A picture that was there before stays until the new one is whole.
 
 mod error;
 mod layout;
 mod paint;
+mod replace;
 
 use std::path::Path;
 
@@ -15,6 +17,7 @@ use plotters::prelude::{
 };
 
 pub use error::{Error, Result};
+pub use replace::replace;
 
 /// The weights of one sequence in one layer.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -78,13 +81,29 @@ pub fn draw(path: &Path, sequences: &[Sequence]) -> Result<()> {
     if !["svg", "png"].contains(&ending.as_str()) {
         return Err(Error::Ending { path: path.into() });
     }
-    // The drawing back ends wrap what the system says in names of their own.
-    std::fs::File::create(path).map_err(|source| Error::File { path: path.into(), source })?;
-    if ending == "svg" {
-        paint_on(path, SVGBackend::new(path, page.size), &page)
+    let mut svg = String::new();
+    let bytes = if ending == "svg" {
+        paint_on(path, SVGBackend::with_string(&mut svg, page.size), &page)?;
+        svg.into_bytes()
     } else {
-        paint_on(path, BitMapBackend::new(path, page.size), &page)
-    }
+        let (width, height) = page.size;
+        let mut pixels = vec![0; 3 * width as usize * height as usize];
+        paint_on(path, BitMapBackend::with_buffer(&mut pixels, page.size), &page)?;
+        png(page.size, &pixels).map_err(|error| Error::Draw { path: path.into(), why: error.to_string() })?
+    };
+    // As a whole at the end: a full disk leaves the picture that was there.
+    replace(path, &bytes).map_err(|source| Error::File { path: path.into(), source })
+}
+
+/// A PNG of rows of red, green and blue.
+fn png((width, height): (u32, u32), pixels: &[u8]) -> Result<Vec<u8>, png::EncodingError> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    writer.finish()?;
+    Ok(bytes)
 }
 
 fn paint_on<B: DrawingBackend>(path: &Path, backend: B, page: &layout::Page<'_>) -> Result<()> {

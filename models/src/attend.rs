@@ -194,12 +194,13 @@ impl<'a> GpuAttention<'a> {
         let mut buffers = Buffers::new(new, cache, cache, step.out.slice(..));
         buffers.key_lengths = Some(self.length.slice(..));
         // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.
+        let recording = step.attention.begin()?;
         for slice in 0..step.attention.slices() {
             if slice > 0 {
                 let next = gpu.device().create_command_encoder(&Default::default());
                 gpu.queue().submit([std::mem::replace(&mut encoder, next).finish()]);
             }
-            step.attention.encode_slice(slice, &mut encoder, &buffers)?;
+            recording.encode_slice(slice, &mut encoder, &buffers)?;
         }
         // The copy back goes along with the last one: each submission costs a wait for the device.
         encoder.copy_buffer_to_buffer(&step.out, 0, &step.read, 0, step.read.size());

@@ -102,6 +102,21 @@ fn widen(x: {{ staged(element, native) }}) -> vec4<f32> {
 }
 {% endmacro %}
 
+{% macro staged_finite(element, native) %}
+{% if element != "f32" %}
+// What was staged, with 0 for what is not finite. Needs value.wgsl.
+fn staged_finite(x: {{ staged(element, native) }}) -> {{ staged(element, native) }} {
+    let keep = finite_each(widen(x));
+{% if native %}
+    return select(vec4<f16>(), x, keep);
+{% else %}
+    let mask = select(vec4<u32>(), vec4<u32>(0xffffu, 0xffff0000u, 0xffffu, 0xffff0000u), keep);
+    return x & vec2<u32>(mask.x | mask.y, mask.z | mask.w);
+{% endif %}
+}
+{% endif %}
+{% endmacro %}
+
 {% macro rounding(element) %}
 {% if element == "bf16" %}
 // bf16 bits of x, to nearest, ties to even.

@@ -1,10 +1,7 @@
 {# The score transform of the contract, once for every kernel that forms dot products. Needs visible.wgsl.
    `full`: with soft cap, ALiBi, bias and boolean mask (bindings `mask`, `bias`); otherwise the scale alone, and the key range is left to softmax. #}
 
-// Finite f32 has no room below its lowest value, so that one means "hidden" and visible logits start one step above.
-const HIDDEN: f32 = -3.40282346638528859812e+38f;
-const LOWEST: f32 = -3.40282326356119256160e+38f;
-const HIGHEST: f32 = 3.40282346638528859812e+38f;
+{% include "shared/code.wgsl" %}
 
 {% if full %}
 // tanh through exp (WGSL's own may be off by 1e-5); a series where 1 − exp cancels.
@@ -47,8 +44,42 @@ fn bias_bits(batch: u32, head: u32, row: u32, key: u32) -> u32 {
     return bitcast<u32>(unpack2x16float(half_word).x);
 }
 
-// Steps 2 to 4 of the contract: from scale · q·k to the logit, or HIDDEN.
+// x + y, each a number or a code. Finite sums beyond f32 are clamped.
+fn sum_of(x: f32, y: f32) -> f32 {
+    let x_ends = abs(x) > HIGHEST;
+    let y_ends = abs(y) > HIGHEST;
+    let ended = select(select(y, x, x_ends), UNDEFINED, x_ends && y_ends && x != y);
+    return select(clamp(x + y, LOWEST, HIGHEST), ended, x_ends || y_ends);
+}
+
+// Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN.
 fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
+    var x = scaled;
+    if ((params.flags & SOFTCAP) != 0u) {
+        // ± the cap for an infinity, as for all that is large.
+        x = select(params.softcap * tanh_exact(x / params.softcap), UNDEFINED, x == UNDEFINED);
+    }
+    if ((params.flags & ALIBI) != 0u) {
+        let distance = f32(abs(i32(row) + s.offset - i32(key)));
+        let slope = coded(lists[params.list_slopes + head]);
+        // An infinite slope is 0 · ∞ at distance 0.
+        let ended = select(-slope, UNDEFINED, slope == UNDEFINED || distance == 0.0);
+        x = sum_of(x, select(max(min(-slope * distance, HIGHEST), LOWEST), ended, abs(slope) > HIGHEST));
+    }
+    var visible = mask_allows(batch, head, row, key);
+    if ((params.flags & BIAS) != 0u) {
+        let bits = bias_bits(batch, head, row, key);
+        visible = visible && bits != 0xff800000u;
+        x = sum_of(x, coded(bits));
+    }
+    let range = key_range(s, row);
+    visible = visible && key >= range.x && key < range.y;
+    return select(HIDDEN, x, visible);
+}
+
+{% if quick is defined %}
+// The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit` what comes of it.
+fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
         x = params.softcap * tanh_exact(x / params.softcap);
@@ -58,18 +89,52 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
         x -= bitcast<f32>(lists[params.list_slopes + head]) * f32(distance);
     }
     var visible = mask_allows(batch, head, row, key);
+    var ended = false;
     if ((params.flags & BIAS) != 0u) {
         let bits = bias_bits(batch, head, row, key);
         visible = visible && bits != 0xff800000u;
-        x += bitcast<f32>(select(bits, 0u, bits == 0xff800000u));
+        ended = (bits & 0x7f800000u) == 0x7f800000u;
+        x += bitcast<f32>(select(bits, 0u, ended));
     }
     let range = key_range(s, row);
     visible = visible && key >= range.x && key < range.y;
-    return select(HIDDEN, clamp(x, LOWEST, HIGHEST), visible);
+    return select(HIDDEN, select(clamp(x, LOWEST, HIGHEST), UNDEFINED, ended), visible);
+}
+
+// Whether a slope is NaN or an infinity, which `quick_logit` does not see.
+fn slope_ends(head: u32) -> bool {
+    return (params.flags & ALIBI) != 0u && (lists[params.list_slopes + head] & 0x7f800000u) == 0x7f800000u;
 }
 {% endif %}
+{% endif %}
 
-// Step 1 alone. What is beyond f32 is clamped and stays visible.
+// Step 1 alone, of finite q and k. What is beyond f32 is clamped and stays visible.
 fn scaled(dot_product: f32) -> f32 {
     return clamp(dot_product * params.scale, LOWEST, HIGHEST);
+}
+
+// The code of a dot product of which q or k holds NaN or an infinity, as their bits told when they were loaded: what arithmetic made of
+// it. A compiler that assumes that neither occurs may give anything else here, which counts as NaN.
+fn code_of(dot_product: f32) -> f32 {
+    let bits = bitcast<u32>(dot_product);
+    return select(UNDEFINED, coded(bits), (bits & 0x7fffffffu) == 0x7f800000u);
+}
+
+// Step 1 of a code: the sign of the scale changes that of an infinity, and 0 · ∞ is NaN.
+fn scale_code(code: f32) -> f32 {
+    let turned = select(code, -code, params.scale < 0.0);
+    return select(turned, UNDEFINED, code == UNDEFINED || params.scale == 0.0);
+}
+
+fn scaled_code(dot_product: f32) -> f32 {
+    return scale_code(code_of(dot_product));
+}
+
+// What a pair of which q or k holds NaN or an infinity makes of its row, where the row sees it and x is its logit as arithmetic clamped it:
+// PLUS, UNDEFINED, MINUS or, where a soft cap makes a number of it, HIDDEN for nothing.
+fn outcome(x: f32, dot_product: f32, bad: bool) -> f32 {
+    let code = scaled_code(dot_product);
+    let capped = (params.flags & SOFTCAP) != 0u && code != UNDEFINED;
+    let shown = select(code, UNDEFINED, code == MINUS && x >= PLUS);
+    return select(shown, HIDDEN, !bad || x <= HIDDEN || capped);
 }

@@ -1,11 +1,10 @@
-{# What a fused kernel leaves of a row beside its output. Needs the binding `lse`. #}
-// The log-sum-exp of a row with maximum m and sum l of exp(x − m). With TOTALS m and l themselves, from which `weights` forms every weight:
-// m + ln l loses l where m is large.
+{# What a fused kernel leaves of a row beside its output. Needs normaliser.wgsl and the binding `lse`. #}
+// The log-sum-exp. With TOTALS m and l themselves, from which `weights` forms every weight: m + ln l loses l where m is large.
 fn store_lse(at: u32, m: f32, l: f32) {
     if ((params.flags & TOTALS) != 0u) {
         lse[2u * at] = bitcast<u32>(m);
         lse[2u * at + 1u] = bitcast<u32>(l);
     } else {
-        lse[at] = select(0xff800000u, bitcast<u32>(m + log(l)), l > 0.0);
+        lse[at] = lse_bits(m, l);
     }
 }

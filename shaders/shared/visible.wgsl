@@ -27,6 +27,9 @@ fn sequence(batch: u32) -> Sequence {
         s.rows = min(max(end_q, s.token_q) - s.token_q, params.seq_q);
         s.keys = min(max(end_kv, s.token_kv) - s.token_kv, params.seq_kv);
         s.stored = s.keys;
+        // An empty sequence may begin where the tokens end: what kernels read of it without looking must exist.
+        s.token_q = min(s.token_q, max(params.total_q, 1u) - 1u);
+        s.token_kv = min(s.token_kv, max(params.total_kv, 1u) - 1u);
     }
     if ((params.flags & LENGTHS) != 0u) {
         s.keys = min(lists[params.list_lengths + batch], params.seq_kv);

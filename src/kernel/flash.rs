@@ -18,6 +18,8 @@ pub struct Flash {
     pub format: Format,
     /// Operands bound.
     pub operands: Operands,
+    /// Whether the keys come in several dispatches: maxima, sums and outputs of each invocation wait in a scratch in between.
+    pub carry: bool,
 }
 
 /// Which operands a fused kernel binds beside q, k, v and out.
@@ -109,7 +111,9 @@ impl Flash {
     pub(crate) fn all() -> impl Iterator<Item = Flash> {
         tuning::FLASH.into_iter().flat_map(|tile| {
             Format::all().flat_map(move |format| {
-                Operands::all().into_iter().map(move |operands| Flash { tile, format, operands })
+                let forms = Operands::all().map(|operands| (operands, false)).into_iter();
+                let forms = forms.chain([(Operands::Lists, true), (Operands::Full, true)]);
+                forms.map(move |(operands, carry)| Flash { tile, format, operands, carry })
             })
         })
     }
@@ -119,22 +123,43 @@ impl Flash {
         if self.format.vector { self.format.element } else { Element::F32 }
     }
 
+    /// The same with its keys in several dispatches.
+    pub(crate) fn carried(self) -> Flash {
+        let operands = if self.operands == Operands::Bare { Operands::Lists } else { self.operands };
+        Flash { operands, carry: true, ..self }
+    }
+
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        self.operands.bindings()
+        let mut slots = self.operands.bindings();
+        slots.extend(self.carry.then_some((Slot::State, true)));
+        slots
+    }
+
+    /// Vectors of four of an invocation between two dispatches: maxima, sums and a flag of its rows, and their outputs.
+    fn state_vectors(&self) -> u32 {
+        3 + self.tile.rows * self.tile.dims / (4 * ACROSS)
+    }
+
+    /// Bytes of a workgroup between two dispatches.
+    pub(crate) fn state_bytes(&self) -> u64 {
+        16 * u64::from(self.threads()) * u64::from(self.state_vectors())
     }
 
     pub(crate) fn threads(&self) -> u32 {
         ACROSS * DOWN
     }
 
-    /// Turns that the loops of an invocation take together for a tile of keys.
+    /// Turns that the loops of an invocation take together for a tile of keys, the test that ends each among them.
     pub(crate) fn turns(&self, head_dim: u32) -> u32 {
         let Tile { dims, rows, depth, value_keys, resident, .. } = self.tile;
-        let each = |vectors: u32| vectors.div_ceil(self.threads());
+        let each = |vectors: u32| vectors.div_ceil(self.threads()) + 1;
         let q = if resident { 0 } else { each(self.tile.tile_rows() * depth / 4) };
-        let scores = head_dim.div_ceil(depth) * (1 + q + each(self.tile.tile_keys() * depth / 4));
-        let values = self.tile.tile_keys() / value_keys * (1 + each(value_keys * dims / 4));
-        1 + scores + rows + values
+        let scores = head_dim.div_ceil(depth) * (1 + q + each(self.tile.tile_keys() * depth / 4)) + 1;
+        let values = self.tile.tile_keys() / value_keys * (1 + each(value_keys * dims / 4)) + 1;
+        // With NaN and infinities everywhere: a loop for each vector staged, one for the codes, and one over the keys of v.
+        let classes =
+            self.tile.tile_keys() + self.tile.tile_keys() / value_keys * (1 + 2 * each(value_keys * dims / 4));
+        1 + scores + rows + 1 + values + 2 * scores + 2 + classes
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {
@@ -145,7 +170,10 @@ impl Flash {
             Element::F32 => (16, 0),
             _ => (8, if shuffle { 0 } else { 16 * ACROSS * DOWN }),
         };
-        bytes * (self.tile.staged_q() + self.staged_kv()) + maxima + weights + 4 * (value_keys + 1)
+        bytes * (self.tile.staged_q() + self.staged_kv())
+            + maxima
+            + weights
+            + 4 * (value_keys + self.tile.tile_keys() + 2 * self.tile.tile_rows() + 3)
     }
 
     /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.
@@ -159,6 +187,7 @@ impl Flash {
         context! {
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
             out => self.out().to_string(), lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
+            carry => self.carry, state_vectors => self.state_vectors(),
             dims, rows, depth, value_keys, resident, shuffle, parts => dims / (4 * ACROSS), across => ACROSS, down => DOWN,
             shuffles => (0..ACROSS.ilog2()).map(|bit| 1 << bit).collect::<Vec<u32>>(),
             tile_rows => self.tile.tile_rows(), tile_keys => self.tile.tile_keys(), staged_q => self.tile.staged_q(),
@@ -173,11 +202,12 @@ impl fmt::Display for Flash {
         let (rows, keys) = (self.tile.tile_rows(), self.tile.tile_keys());
         let resident = if resident { ", q resident" } else { "" };
         let shuffle = if shuffle { ", shuffles" } else { "" };
+        let carry = if self.carry { ", carried on" } else { "" };
         let operands = match self.operands {
             Operands::Bare => " bare",
             Operands::Lists => "",
             Operands::Full => " full",
         };
-        write!(f, "flash[{rows}×{keys}×{depth}, {dims} dims{resident}{shuffle}; {}{operands}]", self.format)
+        write!(f, "flash[{rows}×{keys}×{depth}, {dims} dims{resident}{shuffle}{carry}; {}{operands}]", self.format)
     }
 }

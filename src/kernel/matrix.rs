@@ -107,13 +107,15 @@ impl Matrix {
         head_dim.div_ceil(depth) * (2 + depth / size + staged * depth / 4 / THREADS)
             + KEYS * (dims / 4 + 2) / THREADS
             + KEYS
+            // Values of NaN and infinities, and very large scores, of all keys that an invocation has.
+            + KEYS * self.tile.tile_rows() / THREADS * (dims / 4 + 1 + 5 * head_dim.div_ceil(16))
     }
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();
         let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
-        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + KEYS + 2)
+        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
     }
 
     /// Invocations that stand for a subgroup: so many that with one size of matrices a subgroup owns two blocks, with the other

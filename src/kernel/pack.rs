@@ -13,15 +13,20 @@ use crate::tuning::ELEMENTWISE;
 pub struct Pack {
     /// Type of the output, 16 bits.
     pub element: Element,
+    /// The rows are the tokens of a packed batch: those that no sequence owns keep what they held.
+    pub packed: bool,
 }
 
 impl Pack {
     pub(crate) fn all() -> impl Iterator<Item = Pack> {
-        [Element::F16, Element::Bf16].map(|element| Pack { element }).into_iter()
+        let each = |element| [false, true].map(|packed| Pack { element, packed });
+        [Element::F16, Element::Bf16].into_iter().flat_map(each)
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        vec![(Slot::Unpacked, false), (Slot::Out, true)]
+        let mut bindings = vec![(Slot::Unpacked, false), (Slot::Out, true)];
+        bindings.extend(self.packed.then_some((Slot::Lists, false)));
+        bindings
     }
 
     pub(crate) fn threads(&self) -> u32 {
@@ -33,12 +38,12 @@ impl Pack {
     }
 
     pub(crate) fn context(&self) -> Value {
-        context! { threads => self.threads(), element => self.element.to_string() }
+        context! { lists => self.packed, threads => self.threads(), element => self.element.to_string() }
     }
 }
 
 impl fmt::Display for Pack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pack[{}]", self.element)
+        write!(f, "pack[{}{}]", self.element, if self.packed { ", packed batch" } else { "" })
     }
 }

@@ -194,7 +194,7 @@ params! {
     partial_lse: u32,
     /// From one partial output to the next.
     partial_out: u32,
-    /// Items that `merge` numbers through.
+    /// Items that `merge` numbers through; in `pack` the sequences of a packed batch.
     item_count: u32,
 }
 

@@ -19,6 +19,8 @@ pub struct Rows {
     pub format: Format,
     /// Whether the whole score transform is applied (soft cap, ALiBi, bias, boolean mask), with its operands bound.
     pub full: bool,
+    /// Whether the keys come in several dispatches: maximum, sum and output of each row wait in a scratch in between.
+    pub carry: bool,
 }
 
 /// Tile parameters of `rows`. The table lives in [`crate::tuning`].
@@ -51,7 +53,8 @@ impl Rows {
     pub(crate) fn all() -> impl Iterator<Item = Rows> {
         let formats = || Format::all().filter(|format| !format.native);
         tuning::lane_bodies().flat_map(tuning::rows_tiles).flat_map(move |tile| {
-            formats().flat_map(move |format| [false, true].map(|full| Rows { tile, format, full }))
+            let forms = [(false, false), (false, true), (true, false), (true, true)];
+            formats().flat_map(move |format| forms.map(|(full, carry)| Rows { tile, format, full, carry }))
         })
     }
 
@@ -61,7 +64,9 @@ impl Rows {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        if self.full { Operands::Full } else { Operands::Lists }.bindings()
+        let mut slots = if self.full { Operands::Full } else { Operands::Lists }.bindings();
+        slots.extend(self.carry.then_some((Slot::State, true)));
+        slots
     }
 
     pub(crate) fn threads(&self) -> u32 {
@@ -72,13 +77,18 @@ impl Rows {
         0
     }
 
+    /// Bytes of a workgroup's rows between two dispatches.
+    pub(crate) fn state_bytes(&self) -> u64 {
+        16 * u64::from(self.tile.tile_rows()) * u64::from(1 + self.tile.dims / 4)
+    }
+
     pub(crate) fn context(&self) -> Value {
         let Tile { body, rows, keys, dims } = self.tile;
         let Body::Lanes { lanes, subgroup, wide } = body else { panic!("not a lane body: {body:?}") };
         context! {
             lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
-            full => self.full, lanes, subgroup, wide, rows, keys, dims,
+            full => self.full, quick => true, carry => self.carry, lanes, subgroup, wide, rows, keys, dims,
         }
     }
 }
@@ -87,6 +97,7 @@ impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { body, rows, keys, dims } = self.tile;
         let full = if self.full { " full" } else { "" };
-        write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims; {}{full}]", self.format)
+        let carry = if self.carry { ", carried on" } else { "" };
+        write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims{carry}; {}{full}]", self.format)
     }
 }

@@ -43,7 +43,7 @@ impl Scores {
 
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         match self.tile.body {
-            Body::Tiled => 16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1),
+            Body::Tiled => (self.tile.tile_rows + self.tile.tile_cols) * (16 * (self.tile.depth / 4 + 1) + 4),
             Body::Lanes { .. } => 0,
         }
     }

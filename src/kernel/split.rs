@@ -64,8 +64,8 @@ impl Split {
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let pairs = rows * keys;
-        let dots = if shuffle { 0 } else { 4 * streams * pairs * (ACROSS + 1) };
-        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims + 4 * rows } else { 0 };
+        let dots = if shuffle { 0 } else { 4 * streams * (pairs * (ACROSS + 1) + ACROSS) };
+        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims + dims } else { 0 };
         dots + merge
     }
 

@@ -27,6 +27,7 @@ const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 ///   largest (`g ≥ 1`), the output may be anywhere between the values: `|Δo_d| ≤ max_j |v_jd − o_d|`, `|Δp_j| ≤ 1`.
 /// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ per term.
 /// - The output of a row with no visible key must be exactly 0.
+/// - What is NaN or an infinity in the reference must be just that. Elements of `out` that are have no share in the bound of their row.
 ///
 /// | tensor | absolute | relative |
 /// |---|---|---|
@@ -202,6 +203,44 @@ pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(
     Ok((collect(&shape, evaluated), budget))
 }
 
+/// How far kernels of f32 really come from the reference, for the watch over accuracy: an error beyond it that the [`Budget`] still
+/// allows is no wrong answer, but a loss of digits.
+///
+/// A tensor's limit is four times the largest error of the reference's own f32 instance in it, four units in the last place of its
+/// largest value and an eighth of the budget, together, and never more than the budget. (The factors are measured: the kernels come
+/// to between one and three times the error of the f32 instance, and to a tenth of the budget where few keys make both small.)
+/// What must be exact in the budget must be so here.
+///
+/// `want` and `budget` are what [`attention_with_budget`] gives; the limits are compared with like those of the budget.
+///
+/// # Errors
+///
+/// Those of [`attention`](super::attention).
+pub fn regression_limit(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    want: &Outputs<f64>,
+    budget: &Budget,
+) -> Result<Budget> {
+    let plain = super::attention::<f32>(problem, inputs)?;
+    // Rounding to subnormals of the element type is not the kernel's loss.
+    let subnormal = if problem.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
+    let limit = |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, least: f64| {
+        let (Some(plain), Some(want)) = (plain, want) else { return budget.clone() };
+        let finite = || plain.iter().zip(want).filter(|(plain, want)| plain.is_finite() && want.is_finite());
+        let error = finite().fold(0.0, |error: f64, (&plain, want)| error.max((f64::from(plain) - want).abs()));
+        let largest = finite().fold(0.0, |largest: f64, (_, want)| largest.max(want.abs()));
+        let of = |&atol: &f64| atol.min(4.0 * error + 4.0 * U * largest + atol / 8.0 + least);
+        Tolerance { atol: budget.atol.iter().map(of).collect(), rtol: budget.rtol }
+    };
+    Ok(Budget {
+        out: limit(&budget.out, Some(&plain.out), Some(&want.out), subnormal),
+        lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), 0.0),
+        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.0),
+        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.0),
+    })
+}
+
 /// Bounds of one row.
 struct Bounds {
     out: f64,
@@ -244,7 +283,10 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
     let sink_growth = sink.map_or(0.0, |z| growth((z - of.lse).exp(), z - of.lse, exp_error(z)));
     let g = growths.iter().map(|&(_, g)| g).sum::<f64>() + sink_growth;
     // Per element of the row: Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|, and how far the values reach.
-    let apart = |value: f64, o: f64, growth: f64| (growth * (value - o).abs(), (value - o).abs());
+    let apart = |value: f64, o: f64, growth: f64| match (value - o).abs() {
+        reach if reach.is_finite() => (growth * reach, reach),
+        _ => (0.0, 0.0),
+    };
     let mut moved: Vec<(f64, f64)> =
         of.out.iter().map(|&o| if sink.is_some() { apart(0.0, o, sink_growth) } else { (0.0, 0.0) }).collect();
     for &(j, g) in &growths {
@@ -282,7 +324,7 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
         _ => 0.0,
     };
     Bounds {
-        out: if growths.is_empty() { 0.0 } else { out },
+        out: if (0..row.keys()).any(|j| row.visible(j)) { out } else { 0.0 },
         lse: shift + U * (2.0 * lse + 16.0 + 2.0 * keys.sqrt()),
         weights,
         logits: if shape.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },

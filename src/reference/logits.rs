@@ -11,8 +11,9 @@ use crate::problem::{Inputs, Logits};
 /// - [`Logits::Capped`]: `softcap · tanh(s / softcap)` if there is a soft cap.
 /// - [`Logits::Masked`]: `− slope[h] · |p − j| + bias[b,h,i,j]`, and −inf where the row does not see the key.
 ///
-/// Both matrices are dense [batch, heads, seq_q, seq_kv]. What overflows f32 on the way is clamped to its largest finite value
-/// and stays visible; only a bias of exactly −inf hides.
+/// Both matrices are dense [batch, heads, seq_q, seq_kv]. A finite sum that overflows f32 on the way is clamped to its largest finite
+/// value and stays visible; only a bias of exactly −inf hides. A NaN or an infinity follows IEEE arithmetic, so that a soft cap makes
+/// `± softcap` of an infinite score.
 ///
 /// # Panics
 ///
@@ -41,10 +42,15 @@ pub(super) fn row<T: Real>(row: &Row<'_>, x: &mut [T], upto: Logits) {
     }
     for (j, x) in x.iter_mut().enumerate() {
         *x = match row.visible(j) {
-            true => finite(finite(*x - T::of(row.alibi(j))) + T::of(row.bias(j))),
+            true => sum(sum(*x, -T::of(row.alibi(j))), T::of(row.bias(j))),
             false => T::neg_infinity(),
         };
     }
+}
+
+/// `a + b`, clamped to the finite range of f32 unless one of them is NaN or an infinity.
+fn sum<T: Real>(a: T, b: T) -> T {
+    if a.is_finite() && b.is_finite() { finite(a + b) } else { a + b }
 }
 
 /// Clamps to the finite range of f32. NaN stays NaN.

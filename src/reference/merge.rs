@@ -37,7 +37,8 @@ pub fn merge<T: Real>(dim: usize, partials: &[Partial<'_, T>], sinks: Option<&[T
     out.par_chunks_exact_mut(dim).zip(&mut lse).enumerate().for_each(|(row, (out, lse))| {
         // The softmax of the parts, each standing for its keys.
         let parts: Vec<T> = partials.iter().map(|part| part.lse[row]).collect();
-        let (weights, sum) = super::softmax::row(&parts, sinks.map(|sinks| sinks[row]));
+        let some = |n: usize| parts[n] != T::neg_infinity();
+        let (weights, sum) = super::softmax::row(&parts, some, sinks.map(|sinks| sinks[row]));
         *lse = sum;
         for ((part, weight), part_lse) in partials.iter().zip(weights).zip(parts) {
             if part_lse != T::neg_infinity() {

@@ -7,7 +7,8 @@ use crate::problem::Inputs;
 
 /// The score matrix `s[b,h,i,j] = scale · Σ_d q[b,h,i,d] · k[b, h / (heads / kv_heads), j, d]`, of hidden keys too.
 ///
-/// Dense [batch, heads, seq_q, seq_kv]; values beyond f32 are clamped to its finite range.
+/// Dense [batch, heads, seq_q, seq_kv]. A finite sum beyond f32 is clamped to its finite range; a NaN or an infinity in `q` or `k`
+/// gives what IEEE arithmetic makes of it.
 ///
 /// # Panics
 ///
@@ -21,7 +22,12 @@ pub fn scores<T: Real>(shape: &Shape, inputs: &Inputs<'_>) -> Vec<T> {
 /// The scores of one row against `keys` [keys, head_dim].
 pub(super) fn row<T: Real>(row: &Row<'_>, keys: &[T]) -> Vec<T> {
     let (q, scale) = (row.query(), T::of(row.shape.scale().into()));
-    keys.chunks_exact(q.len()).map(|k| logits::finite(scale * dot(&q, k))).collect()
+    let score = |k: &[T]| {
+        let s = scale * dot(&q, k);
+        // An f32 instance may overflow: only what the inputs hold is NaN or an infinity.
+        if s.is_finite() || q.iter().chain(k).all(|x| x.is_finite()) { logits::finite(s) } else { s }
+    };
+    keys.chunks_exact(q.len()).map(score).collect()
 }
 
 /// Σ a·b in eight partial sums, so that the compiler can use vectors.

@@ -7,8 +7,8 @@ use crate::problem::Inputs;
 
 /// `out[b,h,i,:] = Σ_j weights[b,h,i,j] · v[b, h / (heads / kv_heads), j, :]` over the visible keys, in the layout of `out`.
 ///
-/// What stands at hidden keys is not looked at. A non-finite value at a visible key makes its whole output row NaN, whatever its weight.
-/// Places that no row owns hold 0.
+/// What stands at hidden keys is not looked at. A NaN or an infinity at a visible key shows in its own element of `out`, as IEEE
+/// arithmetic has it. Places that no row owns hold 0.
 ///
 /// # Panics
 ///
@@ -27,17 +27,14 @@ pub fn values<T: Real>(shape: &Shape, inputs: &Inputs<'_>, weights: &[T]) -> Vec
 pub(super) struct Values<T> {
     /// [keys, value_dim].
     pub dense: Vec<T>,
-    /// Largest magnitude at each key; infinite where a value is not finite.
+    /// Largest magnitude of the finite values at each key.
     pub peak: Vec<T>,
 }
 
 impl<T: Real> Values<T> {
     pub fn load(sequence: &Sequence<'_>, kv_head: usize) -> Self {
         let dense: Vec<T> = sequence.values(kv_head);
-        let peak = |v: &[T]| match v.iter().all(|x| x.is_finite()) {
-            true => v.iter().fold(T::zero(), |peak, x| peak.max(x.abs())),
-            false => T::infinity(),
-        };
+        let peak = |v: &[T]| v.iter().filter(|x| x.is_finite()).fold(T::zero(), |peak, x| peak.max(x.abs()));
         let peak = dense.chunks_exact(sequence.shape.value_dim as usize).map(peak).collect();
         Values { dense, peak }
     }
@@ -50,9 +47,6 @@ pub(super) fn row<T: Real>(row: &Row<'_>, weights: &[T], values: &Values<T>) -> 
     for (j, (&weight, v)) in weights.iter().zip(values.dense.chunks_exact(dim)).enumerate() {
         if !row.visible(j) {
             continue;
-        }
-        if values.peak[j].is_infinite() {
-            return vec![T::nan(); dim];
         }
         out.iter_mut().zip(v).for_each(|(out, &v)| *out = *out + weight * v);
     }

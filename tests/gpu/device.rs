@@ -1,9 +1,11 @@
 //! The caller's own device and encoder, slices, the asynchronous path, a device that is lost.
 
-use wgpu_attention::{Attention, Causal, Error, Options, Problem, wgpu};
+use std::time::Duration;
+
+use wgpu_attention::{Attention, Causal, Element, Error, Form, Gpu, Kernel, Merge, Options, Plan, Problem, wgpu};
 
 use crate::support::staged::Staged;
-use crate::support::{Adapter, Case, gpus};
+use crate::support::{Adapter, Case, Data, gpus};
 use crate::{form, lean, problem};
 
 /// A device that the library did not make.
@@ -94,16 +96,17 @@ fn a_pipeline_cache_is_given_out_and_taken_and_damage_to_it_is_refused() {
 
 #[test]
 fn slices_submitted_in_order_make_the_whole() {
-    let options = Options { work_budget: std::time::Duration::from_micros(1), ..form(None) };
+    let options = Options { work_budget: Duration::from_micros(1), ..form(None) };
     for gpu in gpus() {
         for case in cases() {
             let plan = gpu.library().plan_with(&case.problem, &options).unwrap();
             let prepared = gpu.library().prepare(&plan).unwrap();
             let staged = Staged::new(gpu.device(), &plan, &case.operands);
             assert!(prepared.slices() > 2);
+            let call = prepared.begin().unwrap();
             for slice in 0..prepared.slices() {
                 let mut encoder = gpu.device().create_command_encoder(&Default::default());
-                prepared.encode_slice(slice, &mut encoder, &staged.buffers()).unwrap();
+                call.encode_slice(slice, &mut encoder, &staged.buffers()).unwrap();
                 gpu.queue().submit([encoder.finish()]);
             }
             case.compare(&staged.outputs(gpu.device(), gpu.queue()), &plan);
@@ -118,16 +121,224 @@ fn dispatches_recorded_one_by_one_make_the_whole() {
             let plan = gpu.library().plan(&case.problem).unwrap();
             let prepared = gpu.library().prepare(&plan).unwrap();
             let staged = Staged::new(gpu.device(), &plan, &case.operands);
+            let call = prepared.begin().unwrap();
             for step in 0..plan.dispatches() {
                 // Nothing but the last dispatches writes the output.
                 let out = staged.outputs(gpu.device(), gpu.queue()).out;
                 assert!(step > 1 || out.iter().all(|x| x.is_nan()), "step {step} of\n{plan}");
                 let mut encoder = gpu.device().create_command_encoder(&Default::default());
-                prepared.encode_steps(step..step + 1, &mut encoder, &staged.buffers()).unwrap();
+                call.encode_steps(step..step + 1, &mut encoder, &staged.buffers()).unwrap();
                 gpu.queue().submit([encoder.finish()]);
             }
             case.compare(&staged.outputs(gpu.device(), gpu.queue()), &plan);
         }
+    }
+}
+
+/// Plans of many slices that keep something in scratch from one to the next, each for a reason of its own.
+fn sliced(gpu: &Gpu) -> Vec<Plan> {
+    let way = |kernel, form| Options {
+        kernel: Some(kernel),
+        form,
+        work_budget: Duration::from_micros(1),
+        ..Options::default()
+    };
+    // The small arrays of each call, too.
+    let small = |p: &mut Problem| (p.key_lengths, p.sinks, p.causal) = (true, true, Causal::Offset);
+    let one = problem([2, 2, 33, 35, 20], |p| small(p));
+    let odd = lean(&problem([2, 2, 33, 35, 8], |p| {
+        small(p);
+        (p.element, p.value_dim) = (Element::F16, 5);
+    }));
+    let mut weights = lean(&problem([2, 2, 33, 36, 20], |p| small(p)));
+    weights.weights = true;
+    let decode = lean(&problem([1, 2, 1, 2000, 16], |p| small(p)));
+    let ways = [
+        (&one, way(Kernel::Unfused, Some(Form::Tiled)), "scores"),
+        (&one, way(Kernel::Unfused, Some(Form::Lanes)), "scores"),
+        (&odd, way(Kernel::Unfused, Some(Form::Tiled)), "pack"),
+        (&odd, way(Kernel::Rows, None), "pack"),
+        (&odd, way(Kernel::Flash, None), "pack"),
+        (&weights, way(Kernel::Rows, None), "weights"),
+        (&weights, way(Kernel::Flash, None), "weights"),
+        (&decode, way(Kernel::Split, None), "merge"),
+    ];
+    let plan = |(p, way, kernel): (&Problem, Options, &str)| {
+        let plan = gpu.library().plan_with(p, &way).unwrap();
+        assert!(plan.kernel().contains(kernel) && plan.slices() > 1 && plan.scratch_bytes() > 0, "{plan}");
+        plan
+    };
+    ways.into_iter().map(plan).collect()
+}
+
+/// Two calls and what each must give, from a `Prepared` of its own.
+fn pair(gpu: &Gpu, plan: &Plan) -> [(Staged, [Option<Vec<u8>>; 4]); 2] {
+    [1, 2].map(|seed| {
+        let operands = Data::random(plan.shape(), seed, 1.0);
+        let alone = Staged::new(gpu.device(), plan, &operands);
+        let mut encoder = gpu.device().create_command_encoder(&Default::default());
+        gpu.library().prepare(plan).unwrap().encode(&mut encoder, &alone.buffers()).unwrap();
+        gpu.queue().submit([encoder.finish()]);
+        (Staged::new(gpu.device(), plan, &operands), alone.bytes(gpu.device(), gpu.queue()))
+    })
+}
+
+fn commands(gpu: &Gpu, record: impl FnOnce(&mut wgpu::CommandEncoder)) -> wgpu::CommandBuffer {
+    let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    record(&mut encoder);
+    encoder.finish()
+}
+
+#[test]
+fn calls_of_one_prepared_take_turns() {
+    for gpu in gpus() {
+        for plan in sliced(gpu) {
+            let prepared = gpu.library().prepare(&plan).unwrap();
+            let [(a, want_a), (b, want_b)] = pair(gpu, &plan);
+            let (first, second) = (prepared.begin().unwrap(), prepared.begin().unwrap());
+            for slice in 0..prepared.slices() {
+                for (call, staged) in [(&first, &a), (&second, &b)] {
+                    let commands =
+                        commands(gpu, |encoder| call.encode_slice(slice, encoder, &staged.buffers()).unwrap());
+                    gpu.queue().submit([commands]);
+                }
+                // And a whole one in between.
+                gpu.queue().submit([commands(gpu, |encoder| prepared.encode(encoder, &b.buffers()).unwrap())]);
+            }
+            assert_eq!(a.bytes(gpu.device(), gpu.queue()), want_a, "{plan}");
+            assert_eq!(b.bytes(gpu.device(), gpu.queue()), want_b, "{plan}");
+        }
+    }
+}
+
+#[test]
+fn what_is_recorded_keeps_its_scratch_after_its_call() {
+    for gpu in gpus() {
+        for plan in sliced(gpu) {
+            let prepared = gpu.library().prepare(&plan).unwrap();
+            let calls = pair(gpu, &plan);
+            // A call is over before the next one begins, but neither has been submitted.
+            let recorded = calls.each_ref().map(|(staged, _)| {
+                let call = prepared.begin().unwrap();
+                let slice = |n| commands(gpu, |encoder| call.encode_slice(n, encoder, &staged.buffers()).unwrap());
+                (0..prepared.slices()).map(slice).collect::<Vec<_>>()
+            });
+            let [first, second] = recorded;
+            first.into_iter().zip(second).for_each(|(first, second)| {
+                gpu.queue().submit([first, second]);
+            });
+            for (staged, want) in &calls {
+                assert_eq!(staged.bytes(gpu.device(), gpu.queue()), *want, "{plan}");
+            }
+        }
+    }
+}
+
+#[test]
+fn many_threads_run_one_prepared() {
+    for gpu in gpus() {
+        // On OpenGL only one thread may use the device at a time.
+        let threads = if gpu.info().backend == wgpu::Backend::Gl { 1 } else { 6 };
+        let device: &Gpu = gpu;
+        for plan in sliced(device) {
+            let prepared = device.library().prepare(&plan).unwrap();
+            let problem: &Problem = plan.shape();
+            let run = |seed| {
+                let operands = Data::random(problem, seed, 1.0);
+                let resident = device.upload(&plan, &operands.inputs()).unwrap();
+                device.run(&prepared, &resident, &mut |_, _| ()).unwrap();
+                device.download(&plan, &resident).unwrap()
+            };
+            let bits = |outputs: wgpu_attention::Outputs| {
+                let rest = [outputs.lse, outputs.weights, outputs.logits].map(Option::unwrap_or_default);
+                let all = outputs.out.into_iter().chain(rest.into_iter().flatten());
+                all.map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let want: Vec<_> = (0..threads).map(|seed| bits(run(seed))).collect();
+            std::thread::scope(|scope| {
+                let run = &run;
+                let threads: Vec<_> =
+                    (0..threads).map(|seed| scope.spawn(move || [run(seed), run(seed), run(seed)])).collect();
+                for (thread, want) in threads.into_iter().zip(&want) {
+                    for got in thread.join().unwrap() {
+                        assert!(bits(got) == *want, "another call's results\n{plan}");
+                    }
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn only_a_call_beside_another_allocates() {
+    let mut counted = false;
+    for gpu in gpus() {
+        let device = &gpu.limited(|_| ());
+        let p = lean(&problem([1, 2, 512, 2048, 16], |_| ()));
+        let way =
+            Options { kernel: Some(Kernel::Unfused), work_budget: Duration::from_millis(1), ..Options::default() };
+        let plan = device.library().plan_with(&p, &way).unwrap();
+        let prepared = device.library().prepare(&plan).unwrap();
+        let resident = device.upload(&plan, &Data::random(&p, 1, 1.0).inputs()).unwrap();
+        let run = || device.run(&prepared, &resident, &mut |_, _| ()).unwrap();
+        let allocated = || Some(device.device().generate_allocator_report()?.total_allocated_bytes);
+        let at_first = allocated();
+        counted |= at_first.is_some();
+        // What the upload went through is gone by then.
+        (0..3).for_each(|_| run());
+        assert!(allocated() <= at_first, "{}", gpu.name);
+        let at_first = allocated();
+        let call = prepared.begin().unwrap();
+        run();
+        let beside = allocated();
+        let grown = beside.zip(at_first).map(|(now, before)| now - before);
+        assert!(grown.is_none_or(|grown| grown >= plan.scratch_bytes()), "{grown:?} on {}", gpu.name);
+        drop(call);
+        (0..3).for_each(|_| run());
+        assert_eq!(allocated(), beside, "{}", gpu.name);
+    }
+    assert!(counted, "no backend counts");
+}
+
+#[test]
+fn errors_of_one_thread_reach_no_other() {
+    for gpu in gpus() {
+        // On OpenGL only one thread may use the device at a time, and this one does.
+        if gpu.info().backend == wgpu::Backend::Gl {
+            continue;
+        }
+        let device: &Gpu = gpu;
+        let case = Case::random(lean(&problem([1, 2, 9, 35, 8], |_| ())), 1);
+        let usage = wgpu::BufferUsages::STORAGE;
+        let descriptor = wgpu::BufferDescriptor { label: None, size: 16, usage, mapped_at_creation: false };
+        let unreadable = device.device().create_buffer(&descriptor);
+        std::thread::scope(|scope| {
+            let wrong = scope.spawn(|| {
+                for _ in 0..50 {
+                    let error = device.read(unreadable.slice(..)).unwrap_err();
+                    assert!(matches!(error, Error::Validation(_)), "{error}");
+                    assert_eq!(device.wait(), Ok(()), "told twice");
+                }
+            });
+            while !wrong.is_finished() {
+                case.check(device, &form(None));
+            }
+            wrong.join().unwrap();
+        });
+        // Commands of the caller's own: the next call on their thread tells, and no other thread's.
+        let mistake = || {
+            let mut encoder = device.device().create_command_encoder(&Default::default());
+            encoder.clear_buffer(&unreadable, 0, None);
+            drop(encoder.finish());
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(mistake).join().unwrap();
+            assert_eq!(device.wait(), Ok(()));
+            mistake();
+            scope.spawn(|| assert_eq!(device.wait(), Ok(()))).join().unwrap();
+            assert!(matches!(device.wait(), Err(Error::Validation(_))));
+            assert_eq!(device.wait(), Ok(()));
+        });
     }
 }
 
@@ -171,10 +382,14 @@ fn a_lost_device_is_an_error_on_every_call() {
                 device.download(&plan, &resident).map(drop),
                 device.upload(&plan, &case.operands.inputs()).map(drop),
                 device.library().prepare(&plan).map(drop),
+                // Nothing is compiled yet: the driver's first object is refused.
+                Attention::new(device.device()).prepare(&plan).map(drop),
+                Attention::new(device.device()).merge(&Merge::new(2, 1, 1, 3, 4), &form(None)).map(drop),
                 device.wait(),
             ];
             for (n, result) in lost.into_iter().enumerate() {
-                assert!(matches!(result, Err(Error::DeviceLost(_))), "call {n}: {result:?}");
+                let Err(Error::DeviceLost(why)) = &result else { panic!("call {n}: {result:?}") };
+                assert!(!why.contains("view") && !why.contains("invalid"), "call {n} blames what the loss left: {why}");
             }
         }
     }

@@ -60,7 +60,7 @@ fn edge_problem(r: &mut Random) -> Problem {
 }
 
 /// Operands at the edge of what is allowed.
-fn edge_operands(p: &Problem, r: &mut Random, seed: u64) -> Data {
+pub fn edge_operands(p: &Problem, r: &mut Random, seed: u64) -> Data {
     let mut data = Data::random(p, seed, r.pick(&[1.0, 1.0, 6.0, 40.0]));
     if let (Some(bias), Some(values)) = (p.bias, &mut data.bias) {
         let lowest = match bias.element {

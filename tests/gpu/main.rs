@@ -7,12 +7,14 @@ mod claims;
 mod composed;
 mod decode;
 mod device;
+mod differential;
 mod edges;
 mod hidden;
 mod layouts;
 mod limits;
 mod long;
 mod matrix;
+mod nonfinite;
 mod operands;
 mod paged;
 mod stages;
@@ -105,12 +107,25 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
     let shape = p.check().unwrap();
     let longest = bound(shape.k()).max(bound(shape.v())) * shape.element.bytes();
     let alignment = u64::from(limits.min_storage_buffer_offset_alignment).max(32);
+    // Where the keys of a head exceed a binding, what waits between the dispatches over them needs room, and a binding.
+    let room = limits.max_storage_buffer_binding_size;
+    let several = p.packed.is_none() && !paged && longest > room - alignment;
+    let dims = |dim: u32| u64::from([32, 64, 128, 256].into_iter().find(|&dims| dim <= dims).unwrap_or(256));
+    let between = match kernel {
+        Kernel::Rows => {
+            let dims = dims(p.head_dim.max(p.value_dim));
+            let lanes = u64::from(caps.subgroup_size.filter(|lanes| [4, 8].contains(lanes)).unwrap_or(8));
+            16 * lanes * (512 / dims).min(8) * (1 + dims / 4)
+        }
+        Kernel::Flash => 2048 * (3 + dims(p.value_dim).min(128) / 8),
+        Kernel::Split => longest.div_ceil(room - alignment) * 4 * shape.lse_len() * u64::from(p.value_dim),
+        _ => u64::MAX,
+    };
+    let most = if full { 8 } else { 6 };
     if p.logits.is_some() {
         Some("score matrix")
     } else if limits.max_storage_buffers_per_shader_stage < buffers {
         Some("storage buffers")
-    } else if p.packed.is_none() && !paged && longest > limits.max_storage_buffer_binding_size - alignment {
-        Some("exceed a binding")
     } else if kernel == Kernel::Split && p.packed.is_some() {
         Some("packed sequences")
     } else if kernel == Kernel::Split && p.head_dim.max(p.value_dim) > 256 {
@@ -131,6 +146,10 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
         Some("do not fit a lane's registers")
     } else if kernel == Kernel::Flash && limits.max_compute_invocations_per_workgroup < 128 {
         Some("no tile fits")
+    } else if several
+        && (between > room || (kernel != Kernel::Split && limits.max_storage_buffers_per_shader_stage <= most))
+    {
+        Some("exceed a binding")
     } else {
         None
     }

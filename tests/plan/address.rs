@@ -6,7 +6,7 @@ use wgpu_attention::plan::{Bound, Step};
 use wgpu_attention::shape::Tensor;
 use wgpu_attention::{Broadcast, Plan};
 
-use crate::coverage::{Place, places};
+use crate::coverage::{Place, parts_before, places};
 
 pub fn inside(plan: &Plan) {
     for step in plan.steps() {
@@ -19,7 +19,8 @@ pub fn inside(plan: &Plan) {
                 Slot::Lists => lists(plan, step, bound),
                 // Stands for an output that is not asked for; nothing is written.
                 Slot::Spare => {}
-                _ if matches!(step.variant, Variant::Pack(_)) => packing(step, bound),
+                Slot::State => state(step, bound),
+                _ if matches!(step.variant, Variant::Pack(_)) => packing(plan, step, bound),
                 _ => places(plan, step).for_each(|place| corners(plan, step, bound, &place)),
             }
         }
@@ -92,14 +93,14 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                 }
                 Slot::PartialOut => {
                     let (part, last) = (place.part, s.value_dim - 1);
-                    let want = s.batch * part + place.batch;
+                    let want = s.batch * (parts_before(plan, step) + part) + place.batch;
                     let want = dense([1, s.heads, s.seq_q, s.value_dim], [want, place.head, row, last]);
                     let line = [(place.batch, p.out_batch), (place.head, p.out_head), (row, p.out_row), (last, 1)];
                     hits(step, bound, 4, sum(p.out_base.wrapping_add(part * p.partial_out), line), want);
                 }
                 Slot::PartialLse => {
-                    let want =
-                        dense([1, s.heads, s.seq_q, 1], [s.batch * place.part + place.batch, place.head, row, 0]);
+                    let want = s.batch * (parts_before(plan, step) + place.part) + place.batch;
+                    let want = dense([1, s.heads, s.seq_q, 1], [want, place.head, row, 0]);
                     let part =
                         [(place.part, p.partial_lse), (place.batch, p.lse_batch), (place.head, p.lse_head), (row, 1)];
                     hits(step, bound, 4, sum(p.lse_base, part), want);
@@ -133,7 +134,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let at = [place.batch, place.head, row, key];
                     broadcast(step, bound, bias.shape, (p.bias_base, strides, p.bias_keys), bias.element.bytes(), at);
                 }
-                Slot::Lists | Slot::Spare => unreachable!("handled before"),
+                Slot::Lists | Slot::Spare | Slot::State => unreachable!("handled before"),
                 _ => unreachable!("attention binds no operand of the layer"),
             }
         }
@@ -211,16 +212,36 @@ fn lists(plan: &Plan, step: &Step, bound: &Bound) {
     assert!(taken.iter().all(|range| 4 * u64::from(range.end) <= bound.size), "{} lists", step.variant);
 }
 
-fn packing(step: &Step, bound: &Bound) {
+/// Of every workgroup what waits between dispatches, vectors of four: `rows` keeps m and l, then o, of each
+/// row; `flash` three vectors and then o of each invocation.
+fn state(step: &Step, bound: &Bound) {
+    let (carried, each) = match &step.variant {
+        Variant::Rows(x) => (x.carry, x.tile.tile_rows() * (1 + x.tile.dims / 4)),
+        Variant::Flash(x) => (x.carry, 128 * (3 + x.tile.rows * x.tile.dims / 32)),
+        other => panic!("{other} keeps no state"),
+    };
+    assert!(carried && bound.offset == 0, "{bound:?}");
+    assert!(16 * u64::from(step.params.end) * u64::from(each) <= bound.size, "{bound:?}");
+    assert!(step.params.key0 == 0 || step.params.flags & (1 << 16) != 0, "{} starts anew", step.variant);
+}
+
+fn packing(plan: &Plan, step: &Step, bound: &Bound) {
     let count = u64::from(step.params.pack_count);
     let (bytes, words) =
         if bound.slot == Slot::Unpacked { (4 * count, count) } else { (4 * count.div_ceil(2), count.div_ceil(2)) };
     assert!(bytes <= bound.size && words > 0, "{bound:?}");
     // Both sides begin at the same element.
     let element = if bound.slot == Slot::Unpacked { bound.offset / 4 } else { bound.offset / 2 };
-    assert!(
-        step.bindings
-            .iter()
-            .all(|other| { element == if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 } })
-    );
+    let first = |other: &Bound| if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 };
+    assert!(step.bindings.iter().filter(|other| other.slot != Slot::Lists).all(|other| element == first(other)));
+    let (p, out) = (&step.params, plan.shape().out());
+    if let Some(packed) = plan.shape().packed {
+        for n in [0, count - 1] {
+            let token = (u64::from(p.x_base) + n) / u64::from(p.x_row) + u64::from(p.row0);
+            let token = (token % u64::from(packed.total_q)) as u32;
+            let starts = (0..out.sizes[1]).map(|head| out.at(0, head, token));
+            let dim = u64::from(out.dim);
+            assert!(starts.into_iter().any(|at| (at..at + dim).contains(&(element + n))), "{n} of {step:?}");
+        }
+    }
 }

@@ -109,6 +109,11 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
     }))
 }
 
+/// Parts of the keys that the dispatches before a step of `split` have.
+pub fn parts_before(plan: &Plan, step: &Step) -> u32 {
+    step.params.key0.div_ceil(plan.steps()[0].params.key_end) * step.params.col_tiles
+}
+
 /// How far a row is.
 #[derive(Clone, Default)]
 struct Row {
@@ -211,31 +216,35 @@ pub fn every_place_once(plan: &Plan) {
                         row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
                     }
                     Variant::Split(_) => {
-                        assert!((p.key0, p.key_end) == (0, s.seq_kv));
                         let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
                         if bound(Slot::PartialOut) {
-                            assert!(bound(Slot::PartialLse) && row.parts == place.part, "parts one after the other");
+                            let number = parts_before(plan, step) + place.part;
+                            assert!(bound(Slot::PartialLse) && row.parts == number, "parts one after the other");
                             row.parts += 1;
                         } else {
-                            assert!(place.part == 0 && p.col_tiles == 1);
+                            assert!(place.part == 0 && p.col_tiles == 1 && (p.key0, p.key_end) == (0, s.seq_kv));
                             row.lse += u8::from(bound(Slot::Lse));
                             row.totals += u8::from(bound(Slot::Totals));
                         }
                         if place.part == 0 {
-                            row.fused += 1;
-                            row.summed[cols].iter_mut().for_each(|n| *n += s.seq_kv);
+                            assert!(row.summed[cols.clone()].iter().all(|&n| n == p.key0));
+                            row.fused += u8::from(p.key_end == s.seq_kv);
+                            row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
                         }
                     }
                     Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) => {
-                        assert!((p.key0, p.key_end) == (0, s.seq_kv));
-                        // The first block of value dims also writes lse.
-                        if cols.start == 0 {
+                        // Keys one after the other; what is left in between waits in a scratch.
+                        let carried = step.bindings.iter().any(|bound| bound.slot == Slot::State);
+                        assert!(carried || (p.key0, p.key_end) == (0, s.seq_kv));
+                        assert!(row.summed[cols.clone()].iter().all(|&n| n == p.key0));
+                        // The first block of value dims also writes lse, where the last keys are walked.
+                        if cols.start == 0 && p.key_end == s.seq_kv {
                             row.fused += 1;
                             let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
                             row.lse += u8::from(bound(Slot::Lse));
                             row.totals += u8::from(bound(Slot::Totals));
                         }
-                        row.summed[cols].iter_mut().for_each(|n| *n += s.seq_kv);
+                        row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
                     }
                     other => panic!("{other} is not known here"),
                 }

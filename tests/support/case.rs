@@ -1,7 +1,7 @@
 //! A problem with its operands and what the reference makes of them.
 
 use wgpu_attention::gpu::describe;
-use wgpu_attention::reference::{Budget, Comparison, Tolerance, attention_with_budget};
+use wgpu_attention::reference::{Budget, Comparison, Tolerance, attention_with_budget, regression_limit};
 use wgpu_attention::{Gpu, Options, Outputs, Plan, Problem, Shape};
 
 use super::Data;
@@ -12,13 +12,16 @@ pub struct Case {
     pub operands: Data,
     pub want: Outputs<f64>,
     pub budget: Budget,
+    /// What a loss of accuracy exceeds.
+    pub limit: Budget,
 }
 
 impl Case {
     pub fn new(problem: Problem, operands: Data) -> Self {
         let (want, budget) = attention_with_budget(&problem, &operands.inputs())
             .unwrap_or_else(|error| panic!("{error}\n{problem:?}\n{operands:?}"));
-        Case { problem, operands, want, budget }
+        let limit = regression_limit(&problem, &operands.inputs(), &want, &budget).unwrap();
+        Case { problem, operands, want, budget, limit }
     }
 
     pub fn random(problem: Problem, seed: u64) -> Self {
@@ -56,8 +59,14 @@ impl Case {
 
     #[track_caller]
     fn compare_on(&self, place: &str, got: &Outputs, plan: &Plan) {
-        let shape = plan.shape();
-        let (want, budget) = (&self.want, &self.budget);
+        self.compare_within(place, got, plan, &self.budget);
+        // Beyond this an answer is right, and less accurate than it was.
+        self.compare_within(&format!("{place}, less accurate than recorded"), got, plan, &self.limit);
+    }
+
+    #[track_caller]
+    fn compare_within(&self, place: &str, got: &Outputs, plan: &Plan, budget: &Budget) {
+        let (shape, want) = (plan.shape(), &self.want);
         let out = budget.compare_out(shape, &got.out, &want.out);
         let out_atol = |index| self.row_of(shape, index).map_or(0.0, |row| budget.out.atol[row]);
         self.report(&format!("out on {place}"), plan, &out, &got.out, &want.out, |i| {

@@ -4,10 +4,12 @@
 pub mod adapters;
 pub mod case;
 pub mod data;
+pub mod oracle;
 pub mod random;
 pub mod staged;
 
 pub use adapters::{Adapter, floor, gpus, is_small, small};
 pub use case::Case;
 pub use data::{Data, Tensor};
+pub use oracle::Oracle;
 pub use random::Random;

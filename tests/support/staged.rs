@@ -1,33 +1,45 @@
 //! A problem in buffers of the test's own making, each operand between margins that nobody may write.
 
+use std::ops::Range;
+
 use wgpu::util::DeviceExt;
-use wgpu_attention::{Buffers, Outputs, Plan, wgpu};
+use wgpu_attention::{Buffers, Element, Outputs, Plan, wgpu};
 
 use super::Data;
 
 const MARGIN: u64 = 256;
-const MARK: u8 = 0xa5;
+/// NaN in every element type, so that whatever is read from a margin shows.
+const MARK: u8 = 0xff;
 
-/// A buffer with a margin on both sides.
+/// A buffer with a margin on both sides, or on those that are wanted.
 pub struct Guarded {
     buffer: wgpu::Buffer,
-    size: u64,
+    contents: Vec<u8>,
+    inside: Range<usize>,
+    /// Bytes up to the end of the operand's last word, which nobody may write either.
+    padding: usize,
 }
 
 impl Guarded {
     pub fn new(device: &wgpu::Device, bytes: &[u8]) -> Self {
-        let size = (bytes.len() as u64).next_multiple_of(4);
-        let mut contents = vec![MARK; MARGIN as usize];
+        Self::between(device, bytes, [true, true])
+    }
+
+    /// Without a margin the operand begins where the buffer does, or ends there.
+    pub fn between(device: &wgpu::Device, bytes: &[u8], margins: [bool; 2]) -> Self {
+        let [before, after] = margins.map(|wanted| if wanted { MARGIN as usize } else { 0 });
+        let inside = before..before + bytes.len().next_multiple_of(4);
+        let mut contents = vec![MARK; before];
         contents.extend_from_slice(bytes);
-        contents.resize((size + 2 * MARGIN) as usize, MARK);
+        contents.resize(inside.end + after, MARK);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let buffer =
             device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents: &contents, usage });
-        Guarded { buffer, size }
+        Guarded { buffer, contents, padding: inside.len() - bytes.len(), inside }
     }
 
     pub fn slice(&self) -> wgpu::BufferSlice<'_> {
-        self.buffer.slice(MARGIN..MARGIN + self.size)
+        self.buffer.slice(self.inside.start as u64..self.inside.end as u64)
     }
 
     /// The contents, after a look at the margins.
@@ -42,15 +54,23 @@ impl Guarded {
         staging.slice(..).map_async(wgpu::MapMode::Read, Result::unwrap);
         device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
         let bytes = staging.slice(..).get_mapped_range().unwrap().to_vec();
-        let (before, rest) = bytes.split_at(MARGIN as usize);
-        let (inside, after) = rest.split_at(self.size as usize);
+        let (before, rest) = bytes.split_at(self.inside.start);
+        let (inside, after) = rest.split_at(self.inside.len());
+        let padding = &inside[inside.len() - self.padding..];
+        assert!(padding.iter().all(|&byte| byte == MARK), "the other half of an operand's last word was written");
         assert!(before.iter().chain(after).all(|&byte| byte == MARK), "bytes beside an operand were written");
         inside.to_vec()
+    }
+
+    /// Whether the buffer holds what it began with.
+    pub fn is_unchanged(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> bool {
+        self.read(device, queue) == self.contents[self.inside.clone()]
     }
 }
 
 /// Every operand and output of a problem; outputs start as NaN.
 pub struct Staged {
+    element: Element,
     q: Guarded,
     k: Guarded,
     v: Guarded,
@@ -58,8 +78,8 @@ pub struct Staged {
     bias: Option<Guarded>,
     pub key_lengths: Option<Guarded>,
     pub offsets: Option<Guarded>,
-    slopes: Option<Guarded>,
-    sinks: Option<Guarded>,
+    pub slopes: Option<Guarded>,
+    pub sinks: Option<Guarded>,
     pub cu_q: Option<Guarded>,
     pub cu_kv: Option<Guarded>,
     pub block_table: Option<Guarded>,
@@ -71,10 +91,20 @@ pub struct Staged {
 
 impl Staged {
     pub fn new(device: &wgpu::Device, plan: &Plan, operands: &Data) -> Self {
+        Self::between(device, plan, operands, || [true, true])
+    }
+
+    /// The same with the margins that `margins` wants for each buffer in turn.
+    pub fn between(
+        device: &wgpu::Device,
+        plan: &Plan,
+        operands: &Data,
+        mut margins: impl FnMut() -> [bool; 2],
+    ) -> Self {
         let s = plan.shape();
-        let make = |bytes: &[u8]| Guarded::new(device, bytes);
-        let nan = |wanted: bool, len: u64| wanted.then(|| make(bytemuck::cast_slice(&vec![f32::NAN; len as usize])));
+        let mut make = |bytes: &[u8]| Guarded::between(device, bytes, margins());
         Staged {
+            element: s.element,
             q: make(operands.q.elements().bytes()),
             k: make(operands.k.elements().bytes()),
             v: make(operands.v.elements().bytes()),
@@ -87,10 +117,10 @@ impl Staged {
             cu_q: operands.cu_q.as_ref().map(|x| make(bytemuck::cast_slice(x))),
             cu_kv: operands.cu_kv.as_ref().map(|x| make(bytemuck::cast_slice(x))),
             block_table: operands.block_table.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            out: make(&vec![0xff; (s.out().extent() * s.element.bytes()) as usize]),
-            lse: nan(s.lse, s.lse_len()),
-            weights: nan(s.weights, s.scores_len()),
-            logits: nan(s.logits.is_some(), s.scores_len()),
+            out: make(&vec![MARK; (s.out().extent() * s.element.bytes()) as usize]),
+            lse: s.lse.then(|| make(&unwritten(s.lse_len()))),
+            weights: s.weights.then(|| make(&unwritten(s.scores_len()))),
+            logits: s.logits.map(|_| make(&unwritten(s.scores_len()))),
         }
     }
 
@@ -114,14 +144,40 @@ impl Staged {
         buffers
     }
 
-    /// Outputs of an f32 problem.
+    /// The bytes of out, lse, weights and logits.
+    pub fn bytes(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> [Option<Vec<u8>>; 4] {
+        let rest = [&self.lse, &self.weights, &self.logits].map(|x| x.as_ref().map(|x| x.read(device, queue)));
+        let [lse, weights, logits] = rest;
+        [Some(self.out.read(device, queue)), lse, weights, logits]
+    }
+
+    /// Asserts that nobody wrote to an operand.
+    pub fn assert_operands_stay(&self, device: &wgpu::Device, queue: &wgpu::Queue) {
+        let some = [&self.mask, &self.bias, &self.key_lengths, &self.offsets, &self.slopes, &self.sinks];
+        let lists = [&self.cu_q, &self.cu_kv, &self.block_table];
+        let all = some.into_iter().chain(lists).flatten().chain([&self.q, &self.k, &self.v]);
+        assert!(all.into_iter().all(|operand| operand.is_unchanged(device, queue)), "an operand was written");
+    }
+
+    /// The outputs; NaN where nothing was written.
     pub fn outputs(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> Outputs {
-        let read = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, f32>(&guarded.read(device, queue));
+        let bytes = |guarded: &Guarded| guarded.read(device, queue);
+        let read = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes(guarded));
+        let halves = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, u16>(&bytes(guarded)).into_iter();
         Outputs {
-            out: read(&self.out),
+            out: match self.element {
+                Element::F32 => read(&self.out),
+                Element::F16 => halves(&self.out).map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+                Element::Bf16 => halves(&self.out).map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+            },
             lse: self.lse.as_ref().map(read),
             weights: self.weights.as_ref().map(read),
             logits: self.logits.as_ref().map(read),
         }
     }
+}
+
+/// The bytes of f32 places that nobody has written.
+fn unwritten(len: u64) -> Vec<u8> {
+    vec![MARK; 4 * len as usize]
 }

@@ -57,6 +57,9 @@ pub fn sources(paths: &[PathBuf]) -> Result<Vec<Source>> {
         let at = |source| Error::File { path: path.clone(), source };
         let folder = std::fs::metadata(path).map_err(at)?.is_dir();
         let files = if folder { in_folder(path).map_err(at)? } else { vec![path.clone()] };
+        if files.is_empty() {
+            return Err(Error::NoCases { path: path.clone() });
+        }
         for file in files {
             let folder = file.parent().unwrap_or(Path::new("")).to_path_buf();
             if !minilm::is_part(&file, &folder) {

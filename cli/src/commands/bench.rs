@@ -6,12 +6,13 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::MultiProgress;
 use serde::Serialize;
-use wgpu_attention::{Causal, Element, Gpu, Options, Prepared, Problem, Resident};
+use wgpu_attention::{Causal, Element, Gpu, Options, Prepared, Problem, Resident, Shape};
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
 use crate::error::Result;
 use crate::floats::Floats;
+use crate::memory;
 use crate::operands::Operands;
 use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
 use crate::oracle::{Judgement, Oracle};
@@ -111,15 +112,26 @@ impl Subject {
     pub fn new(shape: ShapeArg, problem: Problem, check_flops: f64) -> Result<Self> {
         let checked = problem.check()?;
         let flops = checked.flops();
-        let operands = Sample(2).operands(&problem)?;
         let all = 4.0 * checked.scores_len() as f64 * f64::from(problem.head_dim);
         let rows = (f64::from(problem.seq_q) * (check_flops / all).min(1.0)).ceil().max(1.0) as u32;
+        memory::room("the problem with its reference", Self::bytes(&checked, rows)?)?;
+        let operands = Sample(2).operands(&problem)?;
         let oracle = |rows: Range<u32>| -> Result<(Range<u32>, Oracle)> {
             let (part, operands) = only(&problem, &operands, &rows);
             Ok((rows, Oracle::new(&part, &operands.inputs())?))
         };
         let checked = runs(problem.seq_q, rows).into_iter().map(oracle).collect::<Result<_>>()?;
         Ok(Subject { shape, problem, operands, flops, checked })
+    }
+
+    /// Bytes of the operands, which are copied for a run of rows, and of the reference for so many rows of each head.
+    fn bytes(shape: &Shape, rows: u32) -> Result<u64> {
+        let [q, k, v] = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent());
+        let mut part: Problem = (**shape).clone();
+        part.seq_q = rows;
+        let reference = memory::of_reference(&part.check()?, 8, true);
+        // Numbers are drawn in f32 and rounded afterwards.
+        Ok(2 * shape.element.bytes() * (q + k + v) + 4 * q.max(k).max(v) + reference)
     }
 
     /// The run of rows that is worst in its budget.
@@ -200,9 +212,10 @@ pub fn call(
     progress: &mut dyn FnMut(usize, usize),
 ) -> wgpu_attention::Result<f64> {
     let buffers = resident.buffers();
+    let recording = prepared.begin()?;
     let slices = 0..prepared.slices();
     let time = |slice| {
-        let ms = timer.time(|encoder| prepared.encode_slice(slice, encoder, &buffers));
+        let ms = timer.time(|encoder| recording.encode_slice(slice, encoder, &buffers));
         progress(slice + 1, prepared.slices());
         ms
     };
@@ -220,6 +233,7 @@ fn bench(
 ) -> wgpu_attention::Result<Row> {
     let start = Instant::now();
     let plan = gpu.library().plan_with(&subject.problem, options)?;
+    memory::room("the call", memory::of_call(&plan, gpu.library().caps().cpu))?;
     let prepared = gpu.library().prepare(&plan)?;
     let compiled = start.elapsed();
     let resident = gpu.upload(&plan, &subject.operands.inputs())?;
@@ -321,7 +335,8 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     }
 
     let bars = MultiProgress::new();
-    let bar = bars.add(report::progress(given.len() * (gpus.len() + 1)));
+    let bar = report::progress(given.len() * (gpus.len() + 1));
+    bars.add(bar.clone());
     let options = arguments.kernels.options();
     let element: Element = arguments.dtype.into();
     let mut subjects = Vec::new();
@@ -331,13 +346,17 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         // What no adapter can run is not worth gigabytes of operands and the reference's time.
         let problem = problem(shape, causal, element);
         let refused: Vec<_> = gpus.iter().filter_map(|gpu| gpu.library().plan_with(&problem, &options).err()).collect();
-        match &refused[..] {
-            [error, ..] if refused.len() == gpus.len() => {
+        let subject = match &refused[..] {
+            [error, ..] if refused.len() == gpus.len() => Err(error.clone().into()),
+            _ => Subject::new(shape, problem, CHECK_FLOPS),
+        };
+        match subject {
+            Ok(subject) => subjects.push(subject),
+            Err(error) => {
                 failed = true;
                 bar.suspend(|| report.error(format!("shape {shape}: {error}")));
                 bar.inc(gpus.len() as u64);
             }
-            _ => subjects.push(Subject::new(shape, problem, CHECK_FLOPS)?),
         }
         bar.inc(1);
     }

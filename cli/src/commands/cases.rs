@@ -14,7 +14,7 @@ use crate::report::{self, Report};
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Folders of case files, or single files
+    /// Folders of case files, with the folders in them, or single files
     #[arg(required = true)]
     paths: Vec<PathBuf>,
     /// Adapter: index, part of its name, or backend:part (repeatable; default all)
@@ -104,13 +104,13 @@ fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::R
             object["tensors"] = verdicts.iter().map(tensor).collect();
             for verdict in verdicts.iter().filter(|verdict| !verdict.difference.passes()) {
                 let d = &verdict.difference;
+                let compared = report::count(d.compared, "element", "elements");
                 report.line(format!(
-                    "FAIL {} on {label}: {}: {} of {} elements beyond the tolerance, by up to {} times; \
+                    "FAIL {} on {label}: {}: {} of {compared} beyond the tolerance, by up to {} times; \
                      max error {:.3e}; worst at {}: got {:e}, want {:e}",
                     case.name,
                     verdict.name,
                     d.failures,
-                    d.compared,
                     report::short(d.worst),
                     d.max_error,
                     d.index,
@@ -158,12 +158,13 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let (mut skipped, mut unreadable) = (0, 0);
     let bar = report::progress(sources.len());
     for source in &sources {
+        bar.set_message(format!("reading {}", source.path().display()));
         match cases::load(source) {
             Ok(Loaded::Cases(cases)) => {
                 for case in &cases {
-                    bar.set_message(case.name.clone());
                     case.notes.iter().for_each(|note| *notes.entry(note).or_default() += 1);
                     for (engine, count) in engines.iter().zip(&mut counts) {
+                        bar.set_message(format!("{} on {}", case.name, engine.label()));
                         let result = verdicts(case, engine, &arguments.kernels);
                         count.add(case, &result);
                         bar.suspend(|| tell(report, case, engine, &result))?;
@@ -192,7 +193,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     bar.finish_and_clear();
 
     for (note, cases) in &notes {
-        report.line(format!("{cases} cases: {note}"))?;
+        report.line(format!("{}: {note}", report::count(*cases, "case", "cases")))?;
     }
     if engines.is_empty() {
         report.error(format!(
@@ -205,18 +206,65 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
                 engine.label().to_string(),
                 count.passed.to_string(),
                 count.failed.to_string(),
+                count.refused.to_string(),
                 format!("{:.0} % ({})", count.worst * 100.0, count.worst_case),
             ]
         };
         let rows: Vec<_> = engines.iter().zip(&counts).map(row).collect();
-        report.table(&["adapter", "passed", "failed", "closest to its tolerance"], &rows)?;
+        report.table(&["adapter", "passed", "failed", "refused", "closest to its tolerance"], &rows)?;
     }
     let passed: usize = counts.iter().map(|count| count.passed).sum();
     skipped += counts.iter().map(|count| count.refused).sum::<usize>();
     let failed = counts.iter().map(|count| count.failed).sum::<usize>() + unreadable;
+    if passed + failed == 0 && !engines.is_empty() {
+        report.error("no case ran: all were skipped");
+    }
     report.object(&json!({"passed": passed, "failed": failed, "skipped": skipped}))?;
     let skips = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
     report.line(format!("{passed} passed, {failed} failed{skips}"))?;
     // Nothing that ran is as little a success as something that failed.
     Ok(if failed > 0 || passed == 0 { Outcome::Differs } else { Outcome::Right })
+}
+
+#[cfg(test)]
+mod tests {
+    use wgpu_attention::Error;
+
+    use super::*;
+    use crate::difference::{Rule, compare};
+
+    fn case() -> Case {
+        Case { name: "x".into(), calls: Vec::new(), notes: Vec::new() }
+    }
+
+    /// A comparison of an element with 1, which may be off by 0.5.
+    fn verdict(got: f32) -> Verdict {
+        let difference = compare(&[got], &[1.0], Rule { atol: 0.5, rtol: 0.0 }, |_| true);
+        Verdict { name: "out".into(), difference }
+    }
+
+    #[test]
+    fn a_case_is_counted_once_and_as_what_became_of_it() {
+        let kernel = Error::Kernel { kernel: "matrix", why: "its operands are f16".into() };
+        let results = [
+            (Ok(vec![verdict(1.25), verdict(1.0)]), [1, 0, 0]),
+            (Ok(vec![verdict(1.0), verdict(2.0)]), [0, 1, 0]),
+            (Ok(vec![verdict(f32::NAN), verdict(1.0)]), [0, 1, 0]),
+            (Err(kernel), [0, 0, 1]),
+            (Err(Error::Zero { field: "batch" }), [0, 1, 0]),
+            (Err(Error::DeviceLost("gone".into())), [0, 1, 0]),
+            (Err(Error::OutOfMemory("none".into())), [0, 1, 0]),
+        ];
+        let counted = |count: &Count| [count.passed, count.failed, count.refused];
+        let mut all = Count::default();
+        for (result, want) in &results {
+            let mut count = Count::default();
+            count.add(&case(), result);
+            assert_eq!(counted(&count), *want, "{result:?}");
+            all.add(&case(), result);
+        }
+        assert_eq!(counted(&all), [1, 5, 1]);
+        // Of the case that passed alone.
+        assert_eq!((all.worst, all.worst_case.as_str()), (0.5, "x, out"));
+    }
 }

@@ -29,6 +29,9 @@ pub struct Arguments {
     kernels: KernelArgs,
 }
 
+/// The verdict on a result within its error budget.
+const OK: &str = "ok";
+
 /// How the verdict of a kernel begins that cannot run a problem on an adapter, or is left out there.
 const NOT_RUN: &str = "not run";
 
@@ -139,15 +142,8 @@ impl Subject {
     /// One row for each stage and one for the whole, or the error that stopped it.
     fn rows(&self, engine: &Engine, oracle: &Oracle, kernels: &KernelArgs) -> Vec<Row> {
         match self.compute(engine, kernels) {
-            Ok(((staged, times), whole)) => {
-                let judgements = [oracle.logits(&staged), oracle.weights(&staged), Some(oracle.out(&staged.out))];
-                let stages = STAGES.iter().zip(judgements).zip(times).zip(self.flops);
-                let mut rows: Vec<Row> = stages
-                    .map(|(((&(stage, _), judgement), ms), flops)| {
-                        self.row(engine, stage, judgement, None, Some((ms, flops)))
-                    })
-                    .collect();
-                rows.push(self.whole(engine, "whole", oracle, &whole));
+            Ok((staged, whole)) => {
+                let mut rows = self.judged(engine, oracle, &staged, &whole);
                 if let Engine::Gpu(gpu) = engine
                     && self.every_kernel
                     && *kernels == KernelArgs::default()
@@ -163,6 +159,17 @@ impl Subject {
                 vec![row]
             }
         }
+    }
+
+    /// One row for each stage and one for the whole.
+    fn judged(&self, engine: &Engine, oracle: &Oracle, (staged, times): &Staged, whole: &Whole) -> Vec<Row> {
+        let judgements = [oracle.logits(staged), oracle.weights(staged), Some(oracle.out(&staged.out))];
+        let stages = STAGES.iter().zip(judgements).zip(times).zip(self.flops);
+        let mut rows: Vec<Row> = stages
+            .map(|(((&(stage, _), judgement), &ms), flops)| self.row(engine, stage, judgement, None, Some((ms, flops))))
+            .collect();
+        rows.push(self.whole(engine, "whole", oracle, whole));
+        rows
     }
 
     /// The whole by one kernel; `None` if it is the planner's choice, which ran already.
@@ -216,7 +223,7 @@ impl Subject {
             ms: speed.map(|(ms, _)| ms),
             gflops: speed.map(|(ms, flops)| flops / ms / 1e6),
             kernel,
-            verdict: if passed { "ok" } else { "DIFFERS" }.into(),
+            verdict: if passed { OK } else { "DIFFERS" }.into(),
         }
     }
 
@@ -292,11 +299,12 @@ fn median(mut run: impl FnMut() -> wgpu_attention::Result<f64>) -> wgpu_attentio
 fn stage(gpu: &Gpu, prepared: &Prepared, resident: &Resident, kernels: &[&str]) -> wgpu_attention::Result<f64> {
     let mut encoder = gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("stage") });
     let belongs = |step: &Step| kernels.contains(&step.variant.kernel());
+    let recording = prepared.begin()?;
     let mut first = 0;
     for steps in prepared.plan().steps().chunk_by(|a, b| belongs(a) == belongs(b)) {
         let end = first + steps.len();
         if belongs(&steps[0]) {
-            prepared.encode_steps(first..end, &mut encoder, &resident.buffers())?;
+            recording.encode_steps(first..end, &mut encoder, &resident.buffers())?;
         }
         first = end;
     }
@@ -379,19 +387,75 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         report.table(&HEADER, &cells)?;
     }
 
-    let left = rows.iter().filter(|(_, row)| row.verdict.starts_with(NOT_RUN)).count();
-    let wrong = rows.iter().filter(|(_, row)| row.verdict != "ok").count() - left;
     if adapters.is_empty() {
         report.note(format!(
             "No GPU adapter was found: only the CPU reference ran, nothing was checked on a GPU.\n{}",
             engine::how_to_get_one()
         ))?;
     }
+    let (right, ran) = tally(rows.iter().map(|(_, row)| row));
     report.line(format!(
-        "{} of {} results within their error budget, on {} adapters and the CPU reference",
-        rows.len() - left - wrong,
-        rows.len() - left,
-        engines.len() - 1
+        "{right} of {} within their error budget, on {} and the CPU reference",
+        report::count(ran, "result", "results"),
+        report::count(engines.len() - 1, "adapter", "adapters")
     ))?;
-    Ok(if wrong + broken > 0 { Outcome::Differs } else { Outcome::Right })
+    Ok(if right < ran || broken > 0 { Outcome::Differs } else { Outcome::Right })
+}
+
+/// How many results are right, and how many there are.
+fn tally<'a>(rows: impl Iterator<Item = &'a Row>) -> (usize, usize) {
+    let ran = rows.filter(|row| !row.verdict.starts_with(NOT_RUN));
+    ran.fold((0, 0), |(right, ran), row| (right + usize::from(row.verdict == OK), ran + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_result_of_any_stage_differs() {
+        let subjects = subjects().unwrap();
+        for name in ["small", "masked", "f16"] {
+            let subject = subjects.iter().find(|subject| subject.name == name).unwrap();
+            let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs()).unwrap();
+            let computed = || subject.compute(&Engine::Cpu, &KernelArgs::default()).unwrap();
+            let verdicts = |(staged, whole): (Staged, Whole)| -> Vec<(&str, String)> {
+                let rows = subject.judged(&Engine::Cpu, &oracle, &staged, &whole);
+                let right = rows.iter().filter(|row| row.verdict == "ok").count();
+                assert_eq!(tally(rows.iter()), (right, 4));
+                rows.into_iter().map(|row| (row.stage, row.verdict)).collect()
+            };
+            let stages = ["scores", "softmax", "values", "whole"];
+            assert_eq!(verdicts(computed()), stages.map(|stage| (stage, "ok".into())));
+            // One element of one stage, the last.
+            for (at, wrong) in stages.into_iter().enumerate() {
+                for error in [0.1, f32::NAN] {
+                    let (mut staged, mut whole) = computed();
+                    let outputs = &mut staged.0;
+                    let tensor = match at {
+                        0 => outputs.logits.as_mut().unwrap(),
+                        1 => outputs.weights.as_mut().unwrap(),
+                        2 => &mut outputs.out,
+                        _ => &mut whole.out,
+                    };
+                    *tensor.last_mut().unwrap() += error;
+                    let want = stages.map(|stage| (stage, if stage == wrong { "DIFFERS" } else { "ok" }.into()));
+                    assert_eq!(verdicts((staged, whole)), want, "{name}, {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_did_not_run_is_neither_right_nor_wrong() {
+        let subject = &subjects().unwrap()[0];
+        let row = |verdict: &str| {
+            let mut row = subject.row(&Engine::Cpu, "whole", None, None, None);
+            assert_eq!(row.verdict, "DIFFERS", "without a comparison nothing is right");
+            row.verdict = verdict.into();
+            row
+        };
+        let rows = ["ok", "not run: why", "DIFFERS", "error: why", "ok"].map(row);
+        assert_eq!(tally(rows.iter()), (2, 4));
+    }
 }

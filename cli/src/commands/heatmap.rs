@@ -11,7 +11,7 @@ use crate::archive::Archive;
 use crate::engine::{EngineArgs, KernelArgs};
 use crate::error::{Error, Result};
 use crate::options::TermArgs;
-use crate::report::Report;
+use crate::report::{self, Report};
 use crate::request::Request;
 
 #[derive(Args, Debug)]
@@ -19,7 +19,7 @@ pub struct Arguments {
     /// Weights as `run --weights` writes them, or tensors q, k and what else `run` takes, to compute them from
     #[arg(long)]
     input: PathBuf,
-    /// The picture, .svg or .png
+    /// The picture, .svg or .png; one that is there stays until the new one is written
     #[arg(long)]
     output: PathBuf,
     /// Draw this tensor, [batch, heads, queries, keys] (default: weights, if the file has it, else computed from q and k)
@@ -104,7 +104,9 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         "heads": heads, "queries": rows, "keys": columns,
     }))?;
     let (source, output) = (weights.source, arguments.output.display());
-    report.line(format!("{heads} heads, {rows} queries × {columns} keys, {source}, drawn in {output}"))?;
+    let [heads, rows, columns] = [(heads, "head", "heads"), (rows, "query", "queries"), (columns, "key", "keys")]
+        .map(|(n, one, many)| report::count(n, one, many));
+    report.line(format!("{heads}, {rows} × {columns}, {source}, drawn in {output}"))?;
     Ok(Outcome::Right)
 }
 
@@ -160,8 +162,13 @@ mod tests {
     fn wrong_input_is_refused() {
         let file = Builder::default().f32s("weights", &[1, 1, 2, 2], &[0.5; 4]);
         let error = |tokens, options: &[&str]| draw_of(&file, tokens, options).unwrap_err().to_string();
-        assert!(error(Some("a\nb\nc\n"), &[]).contains("tokens.txt: 3 tokens; there must be 1 to 2"));
-        assert!(error(None, &["--batch", "1"]).contains("x.safetensors: batch is 1; the file has 1, counted from 0"));
+        assert!(
+            error(Some("a\nb\nc\n"), &[]).contains("tokens.txt: the number of tokens is 3; it must be from 1 to 2")
+        );
+        assert!(
+            error(None, &["--batch", "1"])
+                .contains("x.safetensors: batch is 1; it is counted from 0, and must be below 1")
+        );
         assert!(error(None, &["--tensor", "probs"]).contains("tensor \"probs\" is missing"));
         let keys = Builder::default().f32s("k", &[1, 1, 1, 1], &[0.0]);
         assert!(draw_of(&keys, None, &[]).unwrap_err().to_string().contains("tensor \"q\" is missing"));

@@ -8,6 +8,7 @@ use clap::Args;
 use safetensors::{Dtype, View};
 use serde_json::json;
 use wgpu_attention::Element;
+use wgpu_attention_heatmap::replace;
 
 use crate::Outcome;
 use crate::archive::Archive;
@@ -23,7 +24,7 @@ pub struct Arguments {
     /// Tensors q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k
     #[arg(long)]
     input: PathBuf,
-    /// Where out, and what else is asked for, is written
+    /// Where out, and what else is asked for, is written; a file that is there stays until all of it is written
     #[arg(long)]
     output: PathBuf,
     #[command(flatten)]
@@ -97,8 +98,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     ]);
     let bytes = safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, tensor)), Some(metadata))
         .map_err(|source| Error::Safetensors { path: arguments.output.clone(), source })?;
-    std::fs::write(&arguments.output, bytes)
-        .map_err(|source| Error::File { path: arguments.output.clone(), source })?;
+    replace(&arguments.output, &bytes).map_err(|source| Error::File { path: arguments.output.clone(), source })?;
 
     let written: Vec<_> = tensors
         .iter()

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use indicatif::ProgressBar;
 use serde::Serialize;
 use wgpu_attention::{
     Causal, Choice, Class, Element, Gpu, Options, Plan, Prepared, Problem, Resident, Row as TunedRow, Tuning,
@@ -14,14 +13,15 @@ use super::bench::{Subject, call};
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Label};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
-use crate::report::{self, Report};
+use crate::report::{self, Progress, Report};
 use crate::store;
 use crate::timer::Timer;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Seconds after which no other candidate is begun
+    /// Seconds after which no other candidate is begun, and none is timed any more
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// B,H,HKV,SQ,SKV,D that stands for its class of problems (repeatable; default: a list of common ones)
@@ -95,6 +95,9 @@ struct Row {
     verdict: String,
 }
 
+/// The verdict on a candidate before there was another one to compare it with.
+const ALONE: &str = "not compared";
+
 impl Row {
     fn cells(&self) -> Vec<String> {
         let number = |x: Option<f64>| x.map_or(String::new(), report::short);
@@ -140,7 +143,7 @@ struct Tuner<'a> {
     gpu: &'a Gpu,
     timer: Timer<'a>,
     deadline: Instant,
-    bar: ProgressBar,
+    bar: Progress,
 }
 
 /// The plan that follows a choice.
@@ -155,6 +158,8 @@ fn plan(gpu: &Gpu, problem: &Problem, choice: Choice) -> wgpu_attention::Result<
 
 impl Tuner<'_> {
     fn tune(&self, shape: ShapeArg, problem: &Problem, choices: &[Choice]) -> Result<Found> {
+        // What the device cannot run is not worth gigabytes of operands.
+        self.gpu.library().plan(problem)?;
         let subject = Subject::new(shape, problem.clone(), CHECK_FLOPS)?;
         let mut found = Found { rows: Vec::new(), best: None, failed: false, in_time: true };
         let mut runners: Vec<Runner> = Vec::new();
@@ -181,8 +186,17 @@ impl Tuner<'_> {
         }
         let best = runners.iter().map(|runner| runner.times[0]).fold(f64::INFINITY, f64::min);
         runners.retain(|runner| runner.times[0] <= SLOWER * best);
-        self.rounds(&mut runners)?;
-        self.judge(&subject, choices[0], &runners, &mut found);
+        let time = |at: usize| {
+            let Runner { prepared, resident, .. } = &runners[at];
+            call(&self.timer, prepared, resident, &mut |_, _| {})
+        };
+        match in_turn(runners.len(), || Instant::now() >= self.deadline, time)? {
+            Some(times) => {
+                runners.iter_mut().zip(times).for_each(|(runner, times)| runner.times = times);
+                self.judge(&subject, choices[0], &runners, &mut found);
+            }
+            None => found.in_time = false,
+        }
         Ok(found)
     }
 
@@ -202,7 +216,7 @@ impl Tuner<'_> {
             first_ms: None,
             ms: None,
             speedup: None,
-            verdict: "slower".into(),
+            verdict: ALONE.into(),
         }
     }
 
@@ -210,6 +224,7 @@ impl Tuner<'_> {
     fn first(&self, subject: &Subject, choice: Choice, row: &mut Row) -> wgpu_attention::Result<Option<Runner>> {
         let start = Instant::now();
         let plan = plan(self.gpu, &subject.problem, choice)?;
+        memory::room("the call", memory::of_call(&plan, self.gpu.library().caps().cpu))?;
         let prepared = self.gpu.library().prepare(&plan)?;
         let compiled = start.elapsed();
         // Its own, so that no other candidate's result stands where it writes nothing.
@@ -231,22 +246,6 @@ impl Tuner<'_> {
         Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
     }
 
-    /// Times the candidates in turn, so that all meet the same weather.
-    fn rounds(&self, runners: &mut [Runner]) -> wgpu_attention::Result<()> {
-        runners.iter_mut().for_each(|runner| runner.times.clear());
-        let start = Instant::now();
-        for round in 0..MOST_ROUNDS {
-            let long = start.elapsed().as_secs_f64() * 1e3 > ROUNDS_MS || Instant::now() > self.deadline;
-            if round >= LEAST_ROUNDS && long {
-                break;
-            }
-            for runner in runners.iter_mut() {
-                runner.times.push(call(&self.timer, &runner.prepared, &runner.resident, &mut |_, _| {})?);
-            }
-        }
-        Ok(())
-    }
-
     /// Who won, the planner's own choice being `own`.
     fn judge(&self, subject: &Subject, own: Choice, runners: &[Runner], found: &mut Found) {
         let median = |runner: &Runner| {
@@ -263,12 +262,39 @@ impl Tuner<'_> {
         // Candidates stand in the order of their choices, the planner's own first.
         let own_ms = found.rows[0].ms;
         for row in &mut found.rows {
+            if row.verdict == ALONE {
+                row.verdict = "slower".into();
+            }
             row.speedup = own_ms.zip(row.ms).map(|(own, ms)| own / ms);
         }
         found.rows[chosen.at].verdict = "chosen".into();
         let class = Class::of(&subject.problem.check().expect("it was planned"));
         found.best = Some(TunedRow { class, choice: chosen.choice, ms: median(chosen) });
     }
+}
+
+/// Times some candidates in turn, so that all meet the same weather: the times of each. `None` if it is `late` before the fewest rounds
+/// are complete; a round that is begun then does not count.
+fn in_turn(
+    candidates: usize,
+    late: impl Fn() -> bool,
+    mut time: impl FnMut(usize) -> wgpu_attention::Result<f64>,
+) -> wgpu_attention::Result<Option<Vec<Vec<f64>>>> {
+    let mut times = vec![Vec::new(); candidates];
+    let start = Instant::now();
+    for round in 0..MOST_ROUNDS {
+        if round >= LEAST_ROUNDS && start.elapsed().as_secs_f64() * 1e3 > ROUNDS_MS {
+            break;
+        }
+        for candidate in 0..candidates {
+            if late() {
+                times.iter_mut().for_each(|times| times.truncate(round));
+                return Ok((round >= LEAST_ROUNDS).then_some(times));
+            }
+            times[candidate].push(time(candidate)?);
+        }
+    }
+    Ok(Some(times))
 }
 
 /// The problems, with their classes; no class twice.
@@ -293,6 +319,7 @@ fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>
 }
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    let start = Instant::now();
     // Candidates are planned by rows of their own.
     let device = DeviceArgs { untuned: true, ..DeviceArgs::default() };
     let gpu = engine::one(arguments.adapter.as_deref(), &device)?;
@@ -302,7 +329,6 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         (None, Some(folder)) => store::tuning_file(&folder, gpu.info()),
         (None, None) => return Err(Error::NoFolder { variable: store::FOLDER }),
     };
-    let start = Instant::now();
     let mut work = Vec::new();
     for (shape, problem) in subjects(arguments, gpu.library().caps().cpu)? {
         let choices = Tuning::candidates(&problem.check()?, gpu.library().caps())?;
@@ -319,7 +345,14 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
             continue;
         }
         tuner.bar.set_message(format!("{shape} {} on {label}", problem.element));
-        let found = tuner.tune(*shape, problem, choices)?;
+        let found = match tuner.tune(*shape, problem, choices) {
+            Ok(found) => found,
+            Err(error) => {
+                failed = true;
+                tuner.bar.suspend(|| report.error(format!("shape {shape}: {error}")));
+                continue;
+            }
+        };
         late += usize::from(!found.in_time);
         failed |= found.failed;
         best.extend(found.best);
@@ -333,15 +366,14 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     report.table(&HEADER, &cells)?;
     if late > 0 {
         report.note(format!(
-            "{late} of {} problems were not measured, or not with every candidate, within {} s",
-            work.len(),
+            "{late} of {} not measured, or not with every candidate, within {} s",
+            report::count(work.len(), "problem was", "problems were"),
             arguments.seconds
         ))?;
     }
     if best.is_empty() {
-        report::complain(
-            "no two candidates of a problem were measured, no rows are stored; --seconds allows more time",
-        );
+        let why = if late > 0 { "; --seconds allows more time" } else { "" };
+        report::complain(format!("no two candidates of a problem were compared, no rows are stored{why}"));
         return Ok(Outcome::Differs);
     }
     let tuned = best.len();
@@ -352,4 +384,33 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     store::write_tuning(&path, gpu.info(), &rows)?;
     report.line(format!("rows measured: {tuned}; stored: {}, in {}", rows.len(), path.display()))?;
     Ok(if failed { Outcome::Differs } else { Outcome::Right })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// What comes of three candidates where it is late after so many calls, and how many calls there were.
+    fn after(calls: usize) -> (Option<Vec<Vec<f64>>>, usize) {
+        let made = Cell::new(0);
+        let time = |candidate: usize| {
+            made.set(made.get() + 1);
+            Ok(candidate as f64)
+        };
+        (in_turn(3, || made.get() >= calls, time).unwrap(), made.get())
+    }
+
+    #[test]
+    fn no_candidate_is_timed_when_it_is_late_and_no_comparison_comes_of_few_rounds() {
+        for calls in [0, 1, 3, 3 * LEAST_ROUNDS - 1] {
+            assert_eq!(after(calls), (None, calls));
+        }
+        let rounds = |n| [0.0, 1.0, 2.0].map(|time| vec![time; n]).to_vec();
+        assert_eq!(after(3 * LEAST_ROUNDS), (Some(rounds(LEAST_ROUNDS)), 3 * LEAST_ROUNDS));
+        // A round that was begun does not count.
+        assert_eq!(after(3 * LEAST_ROUNDS + 2), (Some(rounds(LEAST_ROUNDS)), 3 * LEAST_ROUNDS + 2));
+        assert_eq!(after(usize::MAX), (Some(rounds(MOST_ROUNDS)), 3 * MOST_ROUNDS));
+    }
 }

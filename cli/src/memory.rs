@@ -1,0 +1,105 @@
+//! The host's memory: what a command would allocate is held against what is left, before any of it is allocated. An allocation that
+//! fails ends the program, and one that only seems to succeed ends it later.
+
+use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
+use wgpu_attention::{Error, Plan, Result, Shape};
+
+/// Bytes of the reference for each row beside its results: where it stands, and what its vectors cost when they are short.
+const ROW: u64 = 512;
+/// Vectors of one number a key that the reference works on for one row.
+const VECTORS: u64 = 8;
+
+/// Refuses what takes more bytes than the host has left.
+pub fn room(what: impl std::fmt::Display, bytes: u64) -> Result<()> {
+    let left = left();
+    // The system may know a limit of this process that `left` does not count.
+    let granted = || usize::try_from(bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
+    if left.is_none_or(|left| bytes <= left) && granted() {
+        return Ok(());
+    }
+    let limit = left.map_or("the system refuses them".into(), |left| format!("{left} bytes are left there"));
+    Err(Error::OutOfMemory(format!("{what} takes about {bytes} bytes on the host; {limit}")))
+}
+
+/// Bytes that this process may still allocate, swap included; `None` where the system does not say.
+fn left() -> Option<u64> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory();
+    let machine = (system.total_memory() > 0).then(|| system.available_memory() + system.free_swap())?;
+    let pid = sysinfo::get_current_pid().ok()?;
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, ProcessRefreshKind::nothing());
+    let container = system.process(pid).and_then(|process| process.cgroup_limits());
+    // The files that a container has in its cache count as used, and make room when memory is needed.
+    Some(container.map_or(machine, |own| machine.min(own.total_memory.saturating_sub(own.rss) + own.free_swap)))
+}
+
+/// Bytes of the operands and of the results of a call.
+fn tensors(shape: &Shape) -> [u64; 2] {
+    let mask = shape.mask.map_or(0, |mask| mask.len() as u64);
+    let bias = shape.bias.map_or(0, |bias| bias.shape.len() as u64 * bias.element.bytes());
+    let dense = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent() * shape.element.bytes());
+    [dense.iter().sum::<u64>() + mask + bias, shape.out().extent() * shape.element.bytes() + 4 * asked(shape)]
+}
+
+/// Elements of the results beside `out`.
+fn asked(shape: &Shape) -> u64 {
+    let matrices = u64::from(shape.weights) + u64::from(shape.logits.is_some());
+    u64::from(shape.lse) * shape.lse_len() + matrices * shape.scores_len()
+}
+
+/// Bytes that a call takes beside its operands: what is copied on the way to the device and back, and on a CPU adapter the
+/// device's buffers too.
+pub fn of_call(plan: &Plan, cpu_adapter: bool) -> u64 {
+    let [given, results] = tensors(plan.shape());
+    let buffers = if cpu_adapter { given + results + plan.scratch_bytes() } else { 0 };
+    2 * given + 3 * results + buffers
+}
+
+/// Bytes that the CPU reference takes beside the operands in numbers of `size` bytes, with the error budget or without.
+pub fn of_reference(shape: &Shape, size: u64, budget: bool) -> u64 {
+    let results = shape.out().extent() + shape.lse_len() + asked(shape);
+    // Each row's own results, and the same in their places.
+    let copies = if budget { 4 } else { 3 };
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
+    let heads = threads.min(u64::from(shape.batch) * u64::from(shape.kv_heads));
+    // Keys and values of a head, and for the budget the magnitudes of the keys. A sequence may have all pages.
+    let sequences = if shape.paged.is_some() { 1 } else { shape.k().sizes[0] };
+    let head = (2 * shape.k().extent() + shape.v().extent()) / (u64::from(sequences) * u64::from(shape.kv_heads));
+    let rows = threads * VECTORS * u64::from(shape.seq_kv);
+    size * (copies * results + heads * head + rows) + ROW * shape.lse_len()
+}
+
+#[cfg(test)]
+mod tests {
+    use wgpu_attention::Problem;
+
+    use super::*;
+
+    #[test]
+    fn what_the_host_cannot_hold_is_refused_with_its_size_and_the_limit() {
+        assert_eq!(room("nothing", 0), Ok(()));
+        assert_eq!(room("little", 1 << 20), Ok(()));
+        for bytes in [1 << 50, u64::MAX] {
+            let error = room("the file", bytes).unwrap_err().to_string();
+            let limit = error.strip_prefix(&format!("out of memory: the file takes about {bytes} bytes on the host; "));
+            let limit = limit.and_then(|rest| rest.strip_suffix(" bytes are left there")).expect(&error);
+            assert!((1..1 << 50).contains(&limit.parse::<u64>().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_part_of_a_call_is_counted() {
+        let small = Problem::new(1, 2, 64, 64, 16);
+        let of = |problem: &Problem| of_reference(&problem.check().unwrap(), 8, true);
+        let bytes = of(&small);
+        let change = |change: fn(&mut Problem)| {
+            let mut problem = small.clone();
+            change(&mut problem);
+            of(&problem) - bytes
+        };
+        // Sixty thousand scores in f64, with their budget.
+        assert!(change(|p| p.weights = true) >= 2 * 8 * 2 * 64 * 64);
+        assert!(change(|p| p.seq_q *= 1000) >= 512 * 2 * 63_936);
+        assert!(change(|p| p.seq_kv *= 1000) >= 8 * 63_936 * 32);
+    }
+}
