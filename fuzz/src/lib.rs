@@ -15,6 +15,8 @@ pub mod engine;
 pub mod error;
 #[path = "../../cli/src/floats.rs"]
 pub mod floats;
+#[path = "../../cli/src/memory.rs"]
+pub mod memory;
 #[path = "../../cli/src/operands.rs"]
 pub mod operands;
 #[path = "../../cli/src/report.rs"]

@@ -9,6 +9,7 @@ use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
+use crate::memory;
 use crate::operands::Operands;
 
 pub const TORCH: &str = "conf-mha/1";
@@ -59,10 +60,8 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
     }
     // Masks are widened to the whole score matrix.
     let scores = [batch, layer.heads, rows, keys].iter().map(|&n| u128::from(n)).product::<u128>();
-    if !usize::try_from(scores).is_ok_and(|scores| Vec::<f32>::new().try_reserve_exact(scores).is_ok()) {
-        let what = format!("a mask of {scores} elements of 4 bytes on the host");
-        return Err(archive.problem(wgpu_attention::Error::OutOfMemory(what)));
-    }
+    memory::room(format!("a mask of {scores} elements"), u64::try_from(4 * scores).unwrap_or(u64::MAX))
+        .map_err(|source| archive.problem(source))?;
     let mut call = LayerCall::default();
     (call.sources, call.seq_first) = (sources, seq_first);
     let f32s = |name| Ok::<_, Error>(archive.f32s(name)?.to_vec());
@@ -370,12 +369,12 @@ mod tests {
 
     #[test]
     fn a_mask_that_cannot_be_held_is_refused() {
-        // Megabytes of inputs, and a mask beyond any address space.
-        let (shape, zeros) = ([1, 6_000_000, 1], vec![0.0; 6_000_000]);
+        // Megabytes of inputs, and a mask that no machine holds.
+        let (shape, zeros) = ([1, 2_000_000, 1], vec![0.0; 2_000_000]);
         let file = ["query", "key", "value"].into_iter().fold(mean(), |file, name| file.f32s(name, &shape, &zeros));
-        let padding = vec![0; 6_000_000];
-        let file = file.tensor("key_padding_mask", Dtype::BOOL, &[1, 6_000_000], &padding);
+        let padding = vec![0; 2_000_000];
+        let file = file.tensor("key_padding_mask", Dtype::BOOL, &[1, 2_000_000], &padding);
         let error = loaded(&file, torch).unwrap_err().to_string();
-        assert!(error.contains("out of memory: a mask of 36000000000000 elements of 4 bytes"), "{error}");
+        assert!(error.contains("a mask of 4000000000000 elements takes about 16000000000000 bytes"), "{error}");
     }
 }
