@@ -114,7 +114,8 @@ impl Rotation {
         }
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Checks every field.
+    pub fn check(&self) -> Result<()> {
         let sizes = [
             ("batch", self.batch, MAX_SIZE),
             ("heads", self.heads, MAX_SIZE),

@@ -48,7 +48,8 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     want[axis] = rows as usize;
     archive.expect_shape("in.update", &want)?;
 
-    let product = |sizes: &[u32]| sizes.iter().product::<u32>();
+    // An empty cache may name any sizes; the library refuses those that are too large.
+    let product = |sizes: &[u32]| sizes.iter().fold(1, |product: u32, &n| product.saturating_mul(n));
     let [batch, heads, dim] = [sizes[0], product(&sizes[1..axis]), product(&sizes[axis + 1..])];
     let mut append = Append::new(batch, heads, rows, sizes[axis], dim);
     (append.element, append.circular) = (cache.element(), matches!(mode, Mode::Circular));
@@ -111,5 +112,15 @@ mod tests {
         assert!(error(circular().text("attributes", r#"{"mode": "spiral"}"#)).contains("linear or circular"));
         assert!(error(circular().f32s("in.update", &[1, 2], &[0.0; 2])).contains("\"in.update\" has shape [1, 2]"));
         assert!(error(circular().f32s("in.update", &[2, 2, 1], &[0.0; 4])).contains("\"in.update\" has shape"));
+    }
+
+    #[test]
+    fn sizes_of_an_empty_cache_do_not_wrap_around() {
+        let wide = [1, 65537, 65537, 3, 0];
+        let file = circular().text("attributes", r#"{"axis": 3}"#).f32s("in.past_cache", &wide, &[]);
+        let file = file.f32s("in.update", &[1, 65537, 65537, 2, 0], &[]).f32s("out.present_cache", &wide, &[]);
+        let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("not supported") };
+        let Work::Append(work) = &cases[0].calls[0].work else { panic!("not an append") };
+        assert_eq!(work.append.heads, u32::MAX);
     }
 }

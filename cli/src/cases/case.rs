@@ -164,7 +164,7 @@ impl Call {
                 problem.check()?.check_inputs(&operands.inputs())
             }
             Work::Layer(work) => work.problem.check().map(|_| ()),
-            Work::Rotation(_) => Ok(()),
+            Work::Rotation(work) => work.rotation.check(),
             Work::Append(work) => work.append.check(),
         }
     }

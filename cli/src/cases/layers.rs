@@ -9,6 +9,7 @@ use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
+use crate::memory;
 use crate::operands::Operands;
 
 pub const TORCH: &str = "conf-mha/1";
@@ -57,6 +58,10 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
             archive.wrong_shape("value", format!("of {batch} batches, {keys} rows and {} columns", layer.value.inputs))
         );
     }
+    // Masks are widened to the whole score matrix.
+    let scores = [batch, layer.heads, rows, keys].iter().map(|&n| u128::from(n)).product::<u128>();
+    memory::room(format!("a mask of {scores} elements"), u64::try_from(4 * scores).unwrap_or(u64::MAX))
+        .map_err(|source| archive.problem(source))?;
     let mut call = LayerCall::default();
     (call.sources, call.seq_first) = (sources, seq_first);
     let f32s = |name| Ok::<_, Error>(archive.f32s(name)?.to_vec());
@@ -360,5 +365,16 @@ mod tests {
         assert!(error(mean().f32s("attn_mask", &[2, 2], &[0.0; 4])).contains("tensor \"attn_mask\" has shape [2, 2]"));
         assert!(error(mean().text("num_heads", "0")).contains("heads is 0"));
         assert!(error(mean().text("tol", "{}")).contains("metadata \"tol\""));
+    }
+
+    #[test]
+    fn a_mask_that_cannot_be_held_is_refused() {
+        // Megabytes of inputs, and a mask that no machine holds.
+        let (shape, zeros) = ([1, 2_000_000, 1], vec![0.0; 2_000_000]);
+        let file = ["query", "key", "value"].into_iter().fold(mean(), |file, name| file.f32s(name, &shape, &zeros));
+        let padding = vec![0; 2_000_000];
+        let file = file.tensor("key_padding_mask", Dtype::BOOL, &[1, 2_000_000], &padding);
+        let error = loaded(&file, torch).unwrap_err().to_string();
+        assert!(error.contains("a mask of 4000000000000 elements takes about 16000000000000 bytes"), "{error}");
     }
 }

@@ -151,9 +151,11 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         let shape = archive.broadcast("bias", "in.attn_mask")?;
         operands.set_bias(&mut problem, shape, archive.floats("in.attn_mask")?.clone());
     }
+    // What follows is as large as the sizes of the problem say.
+    let holds = |problem: &Problem| problem.check().map(|_| ()).map_err(|error| archive.problem(error));
+    holds(&problem)?;
     visibility(&mut problem, &mut operands, &attributes, &anchor);
-    // The sizes that follow come from a problem that holds.
-    problem.check().map_err(|error| archive.problem(error))?;
+    holds(&problem)?;
     expected(archive, problem, operands, &attributes)
 }
 
@@ -208,7 +210,8 @@ fn transpose(operand: &mut Operand, data: &mut Floats) {
 fn heads_first<T: Copy>(x: &[T], sizes: [u32; 4]) -> Vec<T> {
     let [batch, heads, rows, dim] = sizes.map(|n| n as usize);
     let mut all = Vec::with_capacity(x.len());
-    for b in 0..batch {
+    // An empty tensor may name any sizes: its rows are not walked.
+    for b in 0..if x.is_empty() { 0 } else { batch } {
         for h in 0..heads {
             for row in 0..rows {
                 let at = ((b * rows + row) * heads + h) * dim;
@@ -430,5 +433,22 @@ mod tests {
         assert!(error(file().text("attributes", r#"{"right_window_size": -2}"#)).contains("window sizes from -1"));
         let unknown = load(&cached(r#"{"rotary": 1}"#, [0.0; 2]).archive()).unwrap();
         assert!(matches!(unknown, Loaded::Unsupported { why, .. } if why == "attribute rotary"));
+    }
+
+    #[test]
+    fn sizes_of_empty_tensors_are_neither_walked_nor_held() {
+        let most = u32::MAX as usize;
+        let empty = |file: Builder, names: &[&str], shape: &[usize]| {
+            names.iter().fold(file, |file, name| file.f32s(name, shape, &[]))
+        };
+        let error = |file: Builder| load(&file.archive()).unwrap_err().to_string();
+        // An offset for each batch would be 16 GiB.
+        let batches = cached(r#"{"is_causal": 1}"#, [0.0; 2]);
+        let batches = empty(batches, &["in.Q", "in.K", "in.V", "in.past_key", "in.past_value"], &[most, 1, 1, 0]);
+        assert!(error(batches).contains("batch is 4294967295"));
+        let merged = cached(r#"{"q_num_heads": 1, "kv_num_heads": 1}"#, [0.0; 2]);
+        let merged = empty(merged, &["in.Q", "in.K", "in.V"], &[most, most, 0]);
+        let merged = merged.without("in.past_key").without("in.past_value");
+        assert!(error(merged).contains("batch is 4294967295"));
     }
 }

@@ -113,4 +113,21 @@ mod tests {
         assert!(error(quarter().text("attributes", r#"{"scale": 2}"#)).contains("metadata \"attributes\""));
         assert!(error(quarter().f32s("in.input", &[4], &[0.0; 4])).contains("\"in.input\" has shape [4]"));
     }
+
+    #[test]
+    fn what_no_rotation_can_be_is_refused_before_it_runs() {
+        let refused = |file: Builder| {
+            let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("not supported") };
+            cases[0].calls[0].check().unwrap_err().to_string()
+        };
+        let table = |file: Builder, shape: &[usize]| {
+            let values = vec![0.0; shape.iter().product()];
+            file.f32s("in.cos_cache", shape, &values).f32s("in.sin_cache", shape, &values)
+        };
+        let wide = table(quarter().text("attributes", r#"{"rotary_embedding_dim": 6}"#), &[2, 3]);
+        assert!(refused(wide).contains("rotary_dim is 6"));
+        let odd = quarter().text("attributes", r#"{"rotary_embedding_dim": 3}"#);
+        assert!(refused(odd).contains("rotary_dim is 3"));
+        assert!(refused(table(quarter(), &[0, 1])).contains("table_rows is 0"));
+    }
 }

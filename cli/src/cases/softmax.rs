@@ -37,13 +37,19 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     archive.expect_shape("out.y", archive.shape("in.x")?)?;
     let rank = shape.len() as i64;
     let axis = if axis < 0 { axis + rank } else { axis };
-    let Some(&keys) = usize::try_from(axis).ok().and_then(|axis| shape.get(axis)) else {
+    let Some(&size) = usize::try_from(axis).ok().and_then(|axis| shape.get(axis)) else {
         return Err(archive.bad_metadata("attributes", "an axis of the tensor"));
     };
-    let behind = shape[axis as usize + 1..].iter().product::<u32>() as usize;
-    let last = |x: &[f32]| rows_last(x, keys as usize, behind);
-    let scores = last(archive.f32s("in.x")?);
-    let rows = scores.len() as u32 / keys.max(1);
+    let x = archive.f32s("in.x")?;
+    let Ok(count) = u32::try_from(x.len()) else {
+        return Err(archive.wrong_shape("in.x", "of less than 2³² elements"));
+    };
+    // An empty tensor may name any sizes: nothing is made of them.
+    let keys = if count == 0 { 0 } else { size };
+    let behind = if count == 0 { 0 } else { shape[axis as usize + 1..].iter().product::<u32>() };
+    let last = |x: &[f32]| rows_last(x, keys as usize, behind as usize);
+    let scores = last(x);
+    let rows = count / keys.max(1);
 
     let mut problem = Problem::new(1, 1, rows, keys, 1);
     problem.weights = true;
@@ -106,5 +112,16 @@ mod tests {
         assert!(error(columns().f32s("out.y", &[4], &[0.0; 4])).contains("\"out.y\" has shape [4]"));
         let old = load(&columns().text("opset", "11").archive()).unwrap();
         assert!(matches!(old, Loaded::Unsupported { why, .. } if why.contains("opset 11")));
+    }
+
+    #[test]
+    fn sizes_of_an_empty_tensor_are_not_held() {
+        for (shape, axis) in [([0, u32::MAX as usize, 1], 1), ([65537, 65537, 0], 0), ([0, 65537, 65537], 0)] {
+            let file = columns().text("attributes", &format!(r#"{{"axis": {axis}}}"#));
+            let file = file.f32s("in.x", &shape, &[]).f32s("out.y", &shape, &[]);
+            let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("not supported") };
+            let Work::Scores { problem, operands } = &cases[0].calls[0].work else { panic!("not a score matrix") };
+            assert_eq!((problem.seq_q, problem.seq_kv, operands.k.elements().len()), (0, 0, 0), "{shape:?}");
+        }
     }
 }
