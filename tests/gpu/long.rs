@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Broadcast, Causal, Element, Kernel, Options, Packed, Problem, Window, wgpu};
+use wgpu_attention::{Broadcast, Causal, Element, Gpu, Kernel, Options, Packed, Problem, Window, wgpu};
 
 use crate::support::{Case, Data, Tensor, gpus, small};
 
@@ -151,31 +151,50 @@ fn a_value_that_is_not_finite_spoils_its_rows_in_whatever_dispatch_it_is_seen() 
 }
 
 #[test]
-fn the_longest_walk_of_one_dispatch_drops_no_key() {
-    if small("the_longest_walk_of_one_dispatch_drops_no_key, whose loops are llvmpipe's") {
+fn the_longest_walk_of_one_workgroup_drops_no_key() {
+    if small("the_longest_walk_of_one_workgroup_drops_no_key, whose loops are llvmpipe's") {
         return;
     }
     for gpu in gpus().iter().filter(|gpu| gpu.library().caps().cpu) {
-        // On OpenGL `flash` takes seconds to compile.
-        let flash = gpu.info().backend != wgpu::Backend::Gl;
-        for kernel in [Some(Kernel::Rows), flash.then_some(Kernel::Flash)].into_iter().flatten() {
-            let options = Options { kernel: Some(kernel), ..Options::default() };
-            let problem = |keys: u32| {
-                let mut p = Problem::new(1, 1, 64, keys, 4);
-                (p.mask, p.scale) = (Some(Broadcast([1, 1, 1, keys])), Some(0.1));
-                p
-            };
-            let carries = |keys: u32| {
-                let plan = gpu.library().plan_with(&problem(keys), &options).unwrap();
-                plan.steps().iter().any(|step| step.params.key0 > 0)
-            };
-            let (mut low, mut high) = (1000, 300_000);
-            while low + 1 < high {
-                let middle = (low + high) / 2;
-                (low, high) = if carries(middle) { (low, middle) } else { (middle, high) };
-            }
-            assert!(low > 5000 && high < 300_000, "{low}");
-            Case::random(problem(low), 8).check(gpu, &options);
+        walks_every_key(gpu, Kernel::Rows, 4, false);
+        walks_every_key(gpu, Kernel::Rows, 4, true);
+        // On OpenGL the others take seconds to compile.
+        if gpu.info().backend != wgpu::Backend::Gl {
+            walks_every_key(gpu, Kernel::Split, 4, true);
+            [4, 64, 128, 256].into_iter().for_each(|dim| walks_every_key(gpu, Kernel::Flash, dim, true));
+            let plain = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
+            walks_every_key(&plain, Kernel::Flash, 64, true);
         }
+    }
+}
+
+/// As many keys as one dispatch walks, and one workgroup; all weigh the same.
+fn walks_every_key(gpu: &Gpu, kernel: Kernel, dim: u32, full: bool) {
+    let options = Options { kernel: Some(kernel), ..Options::default() };
+    let (heads, rows) = if kernel == Kernel::Split { (16, 4) } else { (1, 64) };
+    let problem = |keys: u32| {
+        let mut p = Problem::new(1, heads, rows, keys, 4);
+        (p.head_dim, p.value_dim, p.kv_heads) = (dim, dim, 1);
+        p.mask = full.then_some(Broadcast([1, 1, 1, keys]));
+        p
+    };
+    let one = |keys: u32| {
+        let plan = gpu.library().plan_with(&problem(keys), &options).unwrap();
+        plan.steps()[0].params.col_tiles == 1 && plan.steps().iter().all(|step| step.params.key0 == 0)
+    };
+    let (mut low, mut high) = (500, 600_000);
+    while low + 1 < high {
+        let middle = (low + high) / 2;
+        (low, high) = if one(middle) { (middle, high) } else { (low, middle) };
+    }
+    let p = problem(low);
+    let mut operands = Data::random(&p, 8, 1.0);
+    operands.q.fill(0..operands.q.len(), 0.0);
+    operands.mask = full.then(|| vec![1; low as usize]);
+    // The mean of these tells how many keys were seen.
+    operands.v = Tensor::F32((0..low * dim).map(|n| (n / dim) as f32 / low as f32).collect());
+    let out = gpu.attention_with(&p, &operands.inputs(), &options).unwrap().out;
+    for x in out {
+        assert!((x - 0.5).abs() < 1e-3, "{kernel:?}, {dim} dims, full: {full}: {} of {low} keys", 2.0 * x * low as f32);
     }
 }
