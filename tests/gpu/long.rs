@@ -119,10 +119,14 @@ fn dispatches_that_carry_on_over_the_keys_give_every_output() {
         }
         let case = Case::new(p, operands);
         for gpu in gpus() {
-            let rows = Options { kernel: Some(Kernel::Rows), ..Options::default() };
-            let (_, plan) = case.check(gpu, &rows);
-            let carried = plan.steps().iter().any(|step| step.params.key0 > 0);
-            assert_eq!(carried, gpu.library().caps().cpu && case.problem.window.left != Some(1023), "{plan}");
+            // Steps of `flash` are long: here they begin in the middle of one. On OpenGL it takes seconds to compile.
+            let flash = case.problem.sinks && case.problem.causal == Causal::Offset;
+            let flash = (flash && gpu.info().backend != wgpu::Backend::Gl).then_some(Kernel::Flash);
+            for kernel in [Some(Kernel::Rows), flash].into_iter().flatten() {
+                let (_, plan) = case.check(gpu, &Options { kernel: Some(kernel), ..Options::default() });
+                let carried = plan.steps().iter().any(|step| step.params.key0 > 0);
+                assert_eq!(carried, gpu.library().caps().cpu && case.problem.window.left != Some(1023), "{plan}");
+            }
         }
     }
 }
@@ -161,7 +165,7 @@ fn the_longest_walk_of_one_workgroup_drops_no_key() {
         // On OpenGL the others take seconds to compile.
         if gpu.info().backend != wgpu::Backend::Gl {
             walks_every_key(gpu, Kernel::Split, 4, true);
-            [4, 64, 128, 256].into_iter().for_each(|dim| walks_every_key(gpu, Kernel::Flash, dim, true));
+            walks_every_key(gpu, Kernel::Flash, 4, true);
             let plain = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
             walks_every_key(&plain, Kernel::Flash, 64, true);
         }
