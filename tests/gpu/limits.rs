@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Kernel, Logits, Options, Plan, Problem, wgpu};
 
-use crate::support::{Case, gpus, small};
+use crate::support::{Case, gpus, is_small, small};
 use crate::{form, lean, problem, ways};
 
 fn count(plan: &Plan, kernel: &str) -> usize {
@@ -87,6 +87,33 @@ fn values_at_keys_of_several_dispatches_are_summed_and_stay_spoilt() {
                     assert!(count(&plan, "values") > 1 || count(&plan, "split") > 1, "{plan}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn fused_kernels_carry_on_where_the_keys_exceed_a_binding() {
+    for gpu in gpus() {
+        let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 32_768);
+        for (element, seed) in [(Element::F32, 1), (Element::F16, 2), (Element::Bf16, 3)] {
+            // Windows that begin in the middle of a step, and sums in which a few keys more would show.
+            let mut p = lean(&problem([2, 4, 70, 1131, 20], |p| (p.causal, p.sinks) = (Causal::BottomRight, true)));
+            (p.kv_heads, p.element, p.window.left) = (2, element, Some(901));
+            if element != Element::F32 {
+                (p.alibi, p.key_lengths) = (true, true);
+            }
+            let case = Case::random(p, seed);
+            let mut carried = 0;
+            for way in ways(&device, &case.problem) {
+                let (_, plan) = case.check(&device, &way);
+                carried += usize::from(
+                    count(&plan, "rows").max(count(&plan, "flash")) > 1 && {
+                        plan.steps().iter().any(|step| step.params.key0 > 0)
+                    },
+                );
+            }
+            let slow = device.library().caps().takes_minutes(Kernel::Rows);
+            assert!(carried >= if gpu.info().backend == wgpu::Backend::Gl || is_small() { 1 } else { 2 } || slow);
         }
     }
 }
