@@ -63,7 +63,8 @@ fn sixteen_bit_outputs_are_rounded_to_the_nearest_and_ties_to_even_bit_for_bit()
             Element::F16 => roundable(f16::MAX.to_bits(), |bits| f16::from_bits(bits).to_f32()),
             _ => roundable(bf16::MAX.to_bits(), |bits| bf16::from_bits(bits).to_f32()),
         };
-        numbers.extend([1e30, -1e30, f32::MAX, f32::MIN]);
+        // Every size, far beyond the type's own on both sides.
+        numbers.extend((-126..128).flat_map(|e| [2f32.powi(e), -1.75 * 2f32.powi(e)]));
         let rows = numbers.len().div_ceil(64) as u32;
         numbers.resize(64 * rows as usize, 0.0);
         // A single partial of lse 0 has a weight of 1: the output is its rounded self.
