@@ -272,7 +272,7 @@ pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
     let chosen = match (wanted, named) {
         ([], None) => return Ok(adapters),
         ([], Some(name)) => all(&name, &labels)?,
-        (wanted, _) => wanted.iter().map(|wanted| find(wanted, &labels)).collect::<Result<_, _>>()?,
+        (wanted, _) => return wanted.iter().map(|wanted| Gpu::find(wanted)).collect(),
     };
     Ok(chosen.into_iter().map(|index| adapters[index].clone()).collect())
 }
@@ -291,15 +291,7 @@ pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<
     }
 }
 
-/// Position of the one adapter with this index, part of its name, or `backend:part`.
-fn find(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<usize> {
-    match all(wanted, labels)?[..] {
-        [index] => Ok(index),
-        ref found => Err(Error::AmbiguousAdapter { wanted: wanted.into(), found: list(found, labels) }),
-    }
-}
-
-/// Positions of all such adapters, at least one.
+/// Positions of all adapters with this index, part of their name, or `backend:part`; at least one.
 fn all(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<Vec<usize>> {
     let wanted_lower = wanted.to_lowercase();
     let by_backend = wanted_lower.split_once(':');
@@ -353,18 +345,16 @@ mod tests {
     #[test]
     fn adapters_are_found_by_index_name_and_backend() {
         let labels = [label("llvmpipe (LLVM)", "vulkan"), label("llvmpipe (LLVM)", "gl"), label("Arc A770", "vulkan")];
-        assert_eq!(find("1", &labels).unwrap(), 1);
-        assert_eq!(find("arc", &labels).unwrap(), 2);
-        assert_eq!(find("gl:", &labels).unwrap(), 1);
-        assert_eq!(find("vulkan:LLVM", &labels).unwrap(), 0);
-        assert!(matches!(find("llvm", &labels), Err(Error::AmbiguousAdapter { .. })));
-        assert!(matches!(find("vulkan:", &labels), Err(Error::AmbiguousAdapter { .. })));
+        assert_eq!(all("1", &labels).unwrap(), [1]);
+        assert_eq!(all("arc", &labels).unwrap(), [2]);
+        assert_eq!(all("gl:", &labels).unwrap(), [1]);
+        assert_eq!(all("vulkan:LLVM", &labels).unwrap(), [0]);
+        assert_eq!(all("vulkan:", &labels).unwrap(), [0, 2]);
         for missing in ["3", "metal:", "nvidia", "99999999999999999999999"] {
-            assert!(matches!(find(missing, &labels), Err(Error::NoAdapter { .. })), "{missing}");
+            assert!(matches!(all(missing, &labels), Err(Error::NoAdapter { .. })), "{missing}");
         }
         assert_eq!(all("LLVM", &labels).unwrap(), [0, 1]);
-        assert!(matches!(all("nvidia", &labels), Err(Error::NoAdapter { .. })));
-        let error = find("nvidia", &[]).unwrap_err().to_string();
+        let error = all("nvidia", &[]).unwrap_err().to_string();
         assert!(error.contains("\"nvidia\"; found: none"), "{error}");
     }
 }
