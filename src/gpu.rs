@@ -6,6 +6,7 @@ use futures::channel::oneshot;
 
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Prepared};
+use crate::error::counted;
 use crate::kernel::Slot;
 use crate::operation::Operation;
 use crate::plan::{Options, Plan};
@@ -131,7 +132,7 @@ impl Gpu {
             if index < adapters.len() {
                 return Ok(adapters.swap_remove(index));
             }
-            let found = format!("{} adapters: {}", adapters.len(), list(&adapters.iter().collect::<Vec<_>>()));
+            let found = counted(adapters.len(), "adapter") + ": " + &list(&adapters.iter().collect::<Vec<_>>());
             return Err(Error::NoAdapter { wanted: format!(" with index {index}"), found });
         }
         let lower = wanted.to_lowercase();
@@ -346,6 +347,9 @@ impl Gpu {
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
     pub fn read(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        if slice.size() == 0 {
+            return self.fault().map(|()| Vec::new());
+        }
         let (staging, ready) = self.start_read(slice)?;
         self.wait()?;
         self.finish_read(&staging, pollster::block_on(ready))
@@ -353,6 +357,9 @@ impl Gpu {
 
     /// The same without blocking the thread; the device must be polled elsewhere, as a browser does by itself.
     pub async fn read_async(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        if slice.size() == 0 {
+            return self.fault().map(|()| Vec::new());
+        }
         let (staging, ready) = self.start_read(slice)?;
         self.finish_read(&staging, ready.await)
     }
@@ -479,11 +486,19 @@ pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn outputs(plan: &Plan, out: Vec<u8>, [lse, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
-    let f32s = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
-    let mut widened = widened(plan.shape().element, &out);
-    widened.truncate(plan.shape().out().extent() as usize);
-    Ok(Outputs { out: widened, lse: lse.map(f32s), weights: weights.map(f32s), logits: logits.map(f32s) })
+fn outputs(plan: &Plan, out: Vec<u8>, [lse_bytes, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
+    let shape = plan.shape();
+    // Buffers end at whole words and are never empty, outputs need not.
+    let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
+    let mut widened = widened(shape.element, &out);
+    widened.truncate(shape.out().extent() as usize);
+    let [lse, matrices] = [shape.lse_len(), shape.scores_len()];
+    Ok(Outputs {
+        out: widened,
+        lse: f32s(lse_bytes, lse),
+        weights: f32s(weights, matrices),
+        logits: f32s(logits, matrices),
+    })
 }
 
 #[cfg(test)]

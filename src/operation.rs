@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::encode::{Attention, Program, allocate, check_slice};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::Slot;
-use crate::plan::{Options, Step};
+use crate::plan::{Options, Step, no_more_slices};
 use crate::problem::{Element, Elements};
 use crate::projection::Projection;
 use crate::rotation::Rotation;
@@ -44,13 +44,14 @@ impl Operation {
             let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
             (slot, attention.device().create_buffer(&descriptor))
         };
-        let scratch = allocate(attention.device(), || scratch.iter().map(buffer).collect::<Vec<_>>())?;
+        let wanted = scratch.iter().filter(|(_, size)| *size > 0);
+        let scratch = allocate(attention.device(), || wanted.map(buffer).collect::<Vec<_>>())?;
         let mut needs = needs(&steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
         Ok(Operation { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
-    /// Each buffer that is read or written, and its least size in bytes.
+    /// Each buffer that is read or written, and its least size in bytes. There is none where the operation has no rows.
     pub fn needs(&self) -> impl Iterator<Item = (Slot, u64)> {
         self.needs.iter().map(|need| (need.slot, need.bytes))
     }
@@ -77,10 +78,8 @@ impl Operation {
         encoder: &mut wgpu::CommandEncoder,
         buffers: &[(Slot, wgpu::BufferSlice<'_>)],
     ) -> Result<()> {
-        let slices = self.slices() as u64;
-        let steps = self.slices.get(slice).cloned();
-        let steps = steps.ok_or(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 })?;
-        self.record(steps, encoder, buffers)
+        no_more_slices(slice, self.slices())?;
+        self.record(self.slices[slice].clone(), encoder, buffers)
     }
 
     fn record(

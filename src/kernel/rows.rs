@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flash::Operands;
 use super::{Body, Format, Slot};
+use crate::error::counted;
 use crate::problem::Element;
 use crate::tuning;
 
@@ -87,6 +88,7 @@ impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { body, rows, keys, dims } = self.tile;
         let full = if self.full { " full" } else { "" };
-        write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims; {}{full}]", self.format)
+        let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
+        write!(f, "rows[{body}; {rows} a lane, {keys}, {dims} dims; {}{full}]", self.format)
     }
 }
