@@ -264,6 +264,16 @@ pub enum Error {
         /// Its type.
         got: String,
     },
+    /// An environment variable that wgpu reads is set to what wgpu does not know and would ignore.
+    #[error("the environment variable {variable} is {value:?}; it must be {want}, or not set")]
+    Environment {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is known.
+        want: &'static str,
+    },
     /// No GPU adapter matches.
     #[error("no GPU adapter{wanted}; found: {found}")]
     NoAdapter {

@@ -421,6 +421,15 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
     let error = Gpu::named("9999").unwrap_err();
     assert!(matches!(&error, Error::NoAdapter { .. }));
     names(&error, &["9999", "found"]);
+    // A backend is no part of a name.
+    let error = Gpu::find("Vulkan").map(|adapter| adapter.get_info()).unwrap_err();
+    assert!(matches!(&error, Error::NoAdapter { .. }));
+    names(&error, &["\"Vulkan\" in its name", "say \"vulkan:\""]);
+    // Nobody sets variables in a process with threads: src/gpu.rs tests which are refused, cli/tests/commands.rs that they are.
+    let (variable, want) = ("WGPU_BACKEND", "vulkan");
+    let error = Error::Environment { variable, value: "vulkna".into(), want };
+    names(&error, &["WGPU_BACKEND is \"vulkna\"; it must be vulkan"]);
+    assert_eq!(Gpu::check_environment(), Ok(()));
     // Every name contains nothing: with two adapters that is ambiguous, and the message lists them.
     let found = Gpu::adapters();
     match (Gpu::find(""), &found[..]) {
