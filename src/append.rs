@@ -51,15 +51,15 @@ use crate::{Attention, Error, Gpu, Operation, Result};
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Append {
-    /// Batches.
+    /// Batches, 0 or more.
     pub batch: u32,
-    /// Key/value heads.
+    /// Key/value heads, 1 or more.
     pub heads: u32,
-    /// New rows per batch and head; at most `capacity`.
+    /// New rows per batch and head; 0 to `capacity`.
     pub rows: u32,
     /// Rows per batch and head that the cache has room for; of a paged one the most that a batch may have, as `seq_kv`.
     pub capacity: u32,
-    /// Elements of a row.
+    /// Elements of a row, 1 or more.
     pub dim: u32,
     /// Type of the new rows and of the cache.
     pub element: Element,
@@ -178,7 +178,8 @@ impl Append {
             ("dim", self.dim, MAX_SIZE),
         ];
         for (field, value, limit) in sizes {
-            if value == 0 {
+            // Without a batch or a row nothing is appended, also to a cache without room.
+            if value == 0 && ["heads", "dim"].contains(&field) {
                 return Err(Error::Zero { field });
             }
             if value > limit {
@@ -240,6 +241,9 @@ impl Append {
     /// Appends the dispatches.
     pub(crate) fn push(&self, caps: &Caps, steps: &mut Steps<'_>) -> Result<()> {
         let tensors = self.tensors()?;
+        if self.batch == 0 || self.rows == 0 {
+            return Ok(());
+        }
         let bytes = self.element.bytes();
         let fits = |variant: &append::Append| {
             let elements = variant.bytes() / bytes;
@@ -277,7 +281,7 @@ impl Planner<'_> {
         let Some((field, value, strides, rows)) = sizes.into_iter().find(|&(_, size, ..)| size > limit) else {
             return self.part(&part, steps);
         };
-        let halves = part.halves(&strides, rows).ok_or(Error::TooLarge { field, value, limit })?;
+        let halves = part.halves(&strides, rows).ok_or(Error::bytes(field, value, limit))?;
         halves.into_iter().try_for_each(|half| self.divide(half, steps))
     }
 

@@ -186,7 +186,8 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
     }
 }
 
-/// The variants of a kernel that can run, the planner's own choice first, or why none can. `scores`, `softmax` and `values` are
+/// The variants of a kernel that can run, the planner's own choice first, or why none can: of several reasons the one that nobody
+/// can change, as the dims, before an output or an option that is asked for. `scores`, `softmax` and `values` are
 /// chosen one by one and have none here.
 fn variants(
     kernel: Kernel,
@@ -198,14 +199,15 @@ fn variants(
     let found = match kernel {
         Kernel::Unfused if shape.paged.is_some() => Err("it reads no keys in pages".into()),
         Kernel::Unfused => Ok(Vec::new()),
-        _ if shape.weights && options.form == Some(Form::Lanes) && !shape.seq_kv.is_multiple_of(4) => {
-            Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into())
-        }
         Kernel::Rows => rows(shape, caps, options),
         Kernel::Split => split(shape, caps, options),
         Kernel::Flash => flash(shape, caps, options),
         Kernel::Matrix => matrix(shape, caps, options),
     }?;
+    let lanes = kernel != Kernel::Unfused && options.form == Some(Form::Lanes);
+    if lanes && shape.weights && !shape.seq_kv.is_multiple_of(4) {
+        return Err("the lane form of scores writes no rows of weights that are not whole vectors of four".into());
+    }
     let mut able = Vec::new();
     let mut why = None;
     for variant in found {
@@ -350,38 +352,36 @@ pub(crate) fn too_many_bindings(caps: &Caps, buffers: u32) -> Option<String> {
     (most < buffers).then(|| format!("it binds {buffers} storage buffers, the device {most}"))
 }
 
-/// What keeps any fused kernel with these operands from running.
+/// What keeps any fused kernel with these operands from running: what the device is before what is asked for.
 fn fused_obstacle(shape: &Shape, caps: &Caps, buffers: u32) -> Option<String> {
-    if shape.logits.is_some() { Some("logits need the score matrix".into()) } else { too_many_bindings(caps, buffers) }
+    let logits = || shape.logits.is_some().then(|| "logits need the score matrix".into());
+    too_many_bindings(caps, buffers).or_else(logits)
 }
 
 fn rows(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
-    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
-        return Err(why);
-    }
-    if options.native_f16 == Some(true) && shape.element == Element::F16 {
-        return Err("it reads f16 packed".into());
-    }
     let dim = shape.head_dim.max(shape.value_dim);
     let own = lane_body(caps);
     let others = tuning::lane_bodies().filter(|&body| body != own && runs(body, caps));
     let tiles = std::iter::once(own).chain(others).filter_map(|body| tuning::rows_tiles(body).find(|t| dim <= t.dims));
     let format = whole_format(shape, false);
     let found: Vec<_> = tiles.map(|tile| Variant::Rows(rows::Rows { tile, format, full, carry: false })).collect();
-    if found.is_empty() { Err(format!("{dim} dims do not fit a lane's registers")) } else { Ok(found) }
+    if found.is_empty() {
+        return Err(format!("{dim} dims do not fit a lane's registers"));
+    }
+    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
+        return Err(why);
+    }
+    if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        return Err("it reads f16 packed".into());
+    }
+    Ok(found)
 }
 
 fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let full = transforms(shape);
-    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
-        return Err(why);
-    }
     if shape.packed.is_some() {
         return Err("it takes no packed sequences".into());
-    }
-    if options.native_f16 == Some(true) && shape.element == Element::F16 {
-        return Err("it reads f16 packed".into());
     }
     let dim = shape.head_dim.max(shape.value_dim);
     let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
@@ -401,6 +401,12 @@ fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     fitting.retain(|x| Some(x.tile.dims) == dims);
     if fitting.is_empty() {
         return Err(format!("{dim} dims do not fit its lanes' registers, or its tiles not the device"));
+    }
+    if let Some(why) = fused_obstacle(shape, caps, if full { 8 } else { 6 }) {
+        return Err(why);
+    }
+    if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        return Err("it reads f16 packed".into());
     }
     let [out, _] = partial_bytes(shape, 1);
     if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
@@ -422,12 +428,12 @@ pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &sp
     let tiles = lines(shape).div_ceil(split.tile.rows.into());
     let batch = if options.batch_invariant { 1 } else { shape.batch };
     let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
-    let wanted = u64::from(tuning::SPLIT_WORKGROUPS[class]).div_ceil(workgroups);
+    let wanted = u64::from(tuning::SPLIT_WORKGROUPS[class]).div_ceil(workgroups.max(1));
     let most = most_keys(shape, split.tile.rows).div_ceil(tuning::SPLIT_KEYS[class].into());
     let [one, _] = partial_bytes(shape, 1);
-    let room = caps.binding().min(options.scratch_budget) / one;
+    let room = caps.binding().min(options.scratch_budget) / one.max(1);
     let dispatches = shape.seq_kv.div_ceil(key_step);
-    let each = (wanted.min(most).min(room) as u32 / dispatches).max(1) * dispatches;
+    let each = (wanted.min(most).min(room) as u32 / dispatches.max(1)).max(1) * dispatches;
     match each.max(needed(shape, caps, split, key_step)) {
         0 | 1 => u32::from(shape.element != Element::F32),
         parts => parts,
@@ -438,7 +444,7 @@ pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &sp
 fn needed(shape: &Shape, caps: &Caps, split: &split::Split, key_step: u32) -> u32 {
     let variant = Variant::Split(*split);
     let longest = most_keys(shape, split.tile.rows).min(key_step.into());
-    let each = longest.div_ceil(most_turning(&variant, shape, caps)).max(1) as u32;
+    let each = longest.div_ceil(most_turning(&variant, shape, caps).max(1)).max(1) as u32;
     each.saturating_mul(shape.seq_kv.div_ceil(key_step))
 }
 
@@ -450,13 +456,7 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let operands = operands(shape);
-    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
-        return Err(why);
-    }
     let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
-    if options.native_f16 == Some(true) && shape.element == Element::F16 && !caps.f16 {
-        return Err("the device has no shader f16".into());
-    }
     let format = whole_format(shape, native);
     let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= flash::ACROSS);
     let largest = tuning::FLASH.iter().map(|tile| tile.dims).max().expect("the table has rows");
@@ -476,20 +476,21 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     if found.is_empty() {
         return Err("no tile fits the device's workgroup memory and invocations".into());
     }
+    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
+        return Err(why);
+    }
+    if options.native_f16 == Some(true) && shape.element == Element::F16 && !caps.f16 {
+        return Err("the device has no shader f16".into());
+    }
     Ok(found.into_iter().map(Variant::Flash).collect())
 }
 
 fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
     let operands = operands(shape);
-    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
-        return Err(why);
-    }
     let emulated = options.form == Some(Form::Emulated);
     let most = caps.subgroup_max_size;
     let why = if shape.element != Element::F16 {
         Some(format!("its operands are f16; {} would lose digits or range", shape.element))
-    } else if options.native_f16 == Some(false) {
-        Some("it reads f16 with the adapter's own type".into())
     } else if !caps.f16 {
         Some("the device has no shader f16".into())
     } else if emulated {
@@ -519,10 +520,16 @@ fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<
     let most = fitting.iter().map(|x| x.tile.dims).max();
     let dims = fitting.iter().map(|x| x.tile.dims).filter(|dims| shape.value_dim <= *dims).min().or(most);
     let variants: Vec<_> = fitting.into_iter().filter(|x| Some(x.tile.dims) == dims).map(Variant::Matrix).collect();
-    match variants.is_empty() {
-        true => Err("no tile fits the device's workgroup memory and invocations".into()),
-        false => Ok(variants),
+    if variants.is_empty() {
+        return Err("no tile fits the device's workgroup memory and invocations".into());
     }
+    if let Some(why) = fused_obstacle(shape, caps, operands.buffers()) {
+        return Err(why);
+    }
+    if options.native_f16 == Some(false) {
+        return Err("it reads f16 with the adapter's own type".into());
+    }
+    Ok(variants)
 }
 
 /// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.
@@ -620,26 +627,33 @@ pub(crate) fn whole_vectors(tensor: &Tensor) -> bool {
     tensor.dim.is_multiple_of(4) && s.offset.is_multiple_of(4) && aligned
 }
 
-/// Keys of one dispatch: all, unless the keys or values of a single head exceed a binding.
+/// Keys of one dispatch: all (1 where there are none), unless the keys or values of a single head exceed a binding.
 pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
+    let keys = shape.seq_kv.max(1);
     if shape.packed.is_some() {
-        return Ok(shape.seq_kv);
+        return Ok(keys);
     }
     let bytes = shape.element.bytes();
     let room = caps.binding() - caps.alignment();
     if shape.paged.is_some() {
         // Any page may hold keys of any sequence, so that all of them are bound, of one head at least.
         let pool = |tensor: &Tensor| {
+            if tensor.is_empty() {
+                return 0;
+            }
             let [pages, _, rows] = tensor.sizes;
             (tensor.at(pages - 1, 0, rows - 1) + u64::from(tensor.dim) - tensor.strides.offset) * bytes
         };
         let pools = [("k", pool(&shape.k)), ("v", pool(&shape.v))];
         return match pools.into_iter().find(|&(_, value)| value > room) {
-            Some((field, value)) => Err(Error::TooLarge { field, value, limit: room }),
-            None => Ok(shape.seq_kv),
+            Some((field, size)) => {
+                let advice = "use a pool of fewer pages, or one pool for each part of the key/value heads";
+                Err(Error::Room { field, size, unit: "bytes", limit: room, advice })
+            }
+            None => Ok(keys),
         };
     }
-    let mut step = u64::from(shape.seq_kv);
+    let mut step = u64::from(keys);
     for (field, tensor) in [("k", &shape.k), ("v", &shape.v)] {
         let dim = u64::from(tensor.dim);
         let keys = match (room / bytes).checked_sub(dim) {
@@ -651,7 +665,7 @@ pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
             let whole = keys / 4 * 4;
             if whole == 0 {
                 let value = (tensor.strides.row * 3 + dim) * bytes;
-                return Err(Error::TooLarge { field, value, limit: room });
+                return Err(Error::bytes(field, value, room));
             }
             step = step.min(whole);
         }

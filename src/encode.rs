@@ -397,6 +397,9 @@ impl Attention {
 /// into a buffer of [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer
 /// offsets go into [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be
 /// followed by the rest of that word. Outputs have buffers of their own.
+///
+/// Of an operand without elements, because there is no batch, query or key, any slice of any buffer may be given, also an empty
+/// one: it is not looked at.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffers<'a> {
     /// Queries.
@@ -503,7 +506,7 @@ impl<'a> Buffers<'a> {
         let tensors = self.tensors(plan);
         for tensor in &tensors {
             let field = tensor.field;
-            let Some((slice, want)) = present(field, tensor.slice, tensor.want)? else { continue };
+            let Some((slice, want)) = used(field, tensor.slice, tensor.want)? else { continue };
             check_slice(field, &slice, want.next_multiple_of(4), plan.alignment())?;
             if !slice.buffer().usage().contains(wgpu::BufferUsages::STORAGE) {
                 return Err(Error::BufferUsage { field, usage: "STORAGE" });
@@ -512,14 +515,16 @@ impl<'a> Buffers<'a> {
         let lists = self.lists(plan);
         for list in &lists {
             let want = list.present.then_some(4 * u64::from(list.words));
-            let Some((slice, want)) = present(list.field, list.slice, want)? else { continue };
+            let Some((slice, want)) = used(list.field, list.slice, want)? else { continue };
             check_slice(list.field, &slice, want, 4)?;
             if !slice.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC) {
                 return Err(Error::BufferUsage { field: list.field, usage: "COPY_SRC" });
             }
         }
-        let others = tensors.iter().map(|t| (t.field, t.slice)).chain(lists.iter().map(|l| (l.field, l.slice)));
-        for output in tensors.iter().filter(|t| t.written) {
+        let lists = lists.iter().filter(|list| list.words > 0).map(|list| (list.field, list.slice));
+        let tensors = tensors.iter().filter(|tensor| tensor.want != Some(0));
+        let others = tensors.clone().map(|t| (t.field, t.slice)).chain(lists);
+        for output in tensors.filter(|t| t.written) {
             let Some(slice) = output.slice else { continue };
             for (other, with) in others.clone() {
                 if other != output.field && with.is_some_and(|with| with.buffer() == slice.buffer()) {
@@ -563,14 +568,15 @@ struct List<'a> {
     words: u32,
 }
 
-fn present<'a>(
+/// A slice that is read or written, with the bytes that it needs: one that the problem has, and that has elements.
+fn used<'a>(
     field: &'static str,
     slice: Option<wgpu::BufferSlice<'a>>,
     want: Option<u64>,
 ) -> Result<Option<(wgpu::BufferSlice<'a>, u64)>> {
     match (slice, want) {
         (None, None) => Ok(None),
-        (Some(slice), Some(want)) => Ok(Some((slice, want))),
+        (Some(slice), Some(want)) => Ok((want > 0).then_some((slice, want))),
         (None, Some(_)) => Err(Error::Missing { field }),
         (Some(_), None) => Err(Error::Unexpected { field }),
     }
@@ -644,10 +650,7 @@ impl Prepared {
     }
 
     pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
-        let slices = self.slices() as u64;
-        if slice as u64 >= slices {
-            return Err(Error::TooLarge { field: "slice", value: slice as u64, limit: slices - 1 });
-        }
+        self.plan.check_slice(slice)?;
         Ok(self.plan.slice_range(slice))
     }
 
@@ -664,6 +667,7 @@ impl Prepared {
         let copies: Vec<_> = buffers
             .lists(&self.plan)
             .into_iter()
+            .filter(|list| list.words > 0)
             .filter_map(|list| {
                 let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));
                 Some(Copy { field: list.field, from: list.slice?, to: lists, place, size })

@@ -5,7 +5,8 @@ use crate::problem::Element;
 /// Shorthand for a result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong. Each message names the field, its value and the limit.
+/// Everything that can go wrong. Each message names the field, its value and the limit; what can be done about it follows where
+/// the name of the field does not say it.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -15,15 +16,29 @@ pub enum Error {
         /// Field of [`crate::Problem`].
         field: &'static str,
     },
-    /// A size is larger than the crate or the device can address.
+    /// A number that the caller gives is larger than the crate or the device can address.
     #[error("{field} is {value}; the limit is {limit}")]
     TooLarge {
-        /// Field of [`crate::Problem`], or the tensor it sizes, in bytes.
+        /// Field of [`crate::Problem`], say.
         field: &'static str,
         /// Its value.
         value: u64,
         /// The largest value that works.
         limit: u64,
+    },
+    /// A tensor or a plan takes more than the crate or the device can hold, bind or run.
+    #[error("{field} takes {size} {unit}; the limit is {limit} {unit}: {advice}")]
+    Room {
+        /// The tensor, or what is planned.
+        field: &'static str,
+        /// How much it takes.
+        size: u64,
+        /// Of what: bytes, elements, dispatches, …
+        unit: &'static str,
+        /// The most that works.
+        limit: u64,
+        /// What takes less.
+        advice: &'static str,
     },
     /// Query heads must be a whole multiple of key/value heads.
     #[error("heads is {heads} and kv_heads is {kv_heads}; kv_heads must divide heads")]
@@ -78,7 +93,7 @@ pub enum Error {
     /// An operand's shape does not broadcast to [batch, heads, seq_q, seq_kv].
     #[error(
         "{field} has shape {shape:?}, which does not broadcast to [batch, heads, seq_q, seq_kv] = {target:?} \
-         (each axis is 1 or full; the last one may be shorter than seq_kv)"
+         (each axis is 1 or full; the last one may be shorter than seq_kv, but not 0)"
     )]
     Broadcast {
         /// `mask` or `bias`.
@@ -97,7 +112,7 @@ pub enum Error {
         rank: usize,
     },
     /// Strides under which two elements of an output share a place.
-    #[error("{field} has strides {strides:?} (batch, head, row), which overlap for sizes {sizes:?}")]
+    #[error("{field} has strides of {strides:?} elements (batch, head, row), which overlap for the sizes {sizes:?}")]
     Overlap {
         /// The output.
         field: &'static str,
@@ -207,7 +222,7 @@ pub enum Error {
         why: String,
     },
     /// The device is below what any kernel of this crate needs.
-    #[error("the device's {limit} is {got}; at least {want} is needed")]
+    #[error("the device's {limit} is {got}{unit}; at least {want}{unit} is needed", unit = unit_of(limit))]
     Device {
         /// The wgpu limit.
         limit: &'static str,
@@ -248,6 +263,16 @@ pub enum Error {
         tensor: String,
         /// Its type.
         got: String,
+    },
+    /// An environment variable that wgpu reads is set to what wgpu does not know and would ignore.
+    #[error("the environment variable {variable} is {value:?}; it must be {want}, or not set")]
+    Environment {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is known.
+        want: &'static str,
     },
     /// No GPU adapter matches.
     #[error("no GPU adapter{wanted}; found: {found}")]
@@ -291,6 +316,61 @@ pub enum Error {
         /// The operand, `encoder`, `prepared` or `resident`.
         field: &'static str,
     },
+}
+
+/// The unit of a limit of wgpu, with a space before it: a number of bytes, or of whatever the limit's name says.
+fn unit_of(limit: &str) -> &'static str {
+    let bytes = ["_buffer_size", "_binding_size", "_storage_size"].iter().any(|end| limit.ends_with(end));
+    if bytes { " bytes" } else { "" }
+}
+
+/// What the caller can do where a tensor takes too many bytes.
+fn advice(field: &str) -> &'static str {
+    match field {
+        "k" | "v" => "give a part of the keys in each call and join the results with Merge, or use a smaller batch",
+        "mask" => {
+            "a causal rule, a window or key lengths need no mask; else broadcast an axis, or give fewer rows in each call"
+        }
+        "bias" => "ALiBi needs no bias; else broadcast an axis, or give fewer rows in each call",
+        "weights" | "logits" | "weights or logits" | "weights of heads" => {
+            "do not ask for weights or logits, or give fewer rows or heads in each call"
+        }
+        "one row of scores" => {
+            "raise Options::scratch_budget, or give a part of the keys in each call and join the results with Merge"
+        }
+        "cache" | "key cache" | "value cache" => {
+            "use a smaller batch or less capacity, or a cache for each part of the batch"
+        }
+        "block_table" => "use a smaller batch, larger pages or fewer keys",
+        "weight matrix" | "weight" => {
+            "open the device with larger limits, use 16-bit weights, or divide the matrix by columns"
+        }
+        "rotary table" => "open the device with larger limits, or make the table for fewer positions",
+        "partial_out" | "partial_lse" => "merge some of the partials first, or fewer rows in each call",
+        _ => "use a smaller batch, or give fewer rows in each call",
+    }
+}
+
+impl Error {
+    /// Of a tensor that takes too many bytes.
+    pub(crate) fn bytes(field: &'static str, size: u64, limit: u64) -> Self {
+        Error::Room { field, size, unit: "bytes", limit, advice: advice(field) }
+    }
+
+    /// Of a tensor whose elements stand farther apart than can be counted.
+    pub(crate) fn elements(field: &'static str, size: u64, limit: u64) -> Self {
+        Error::Room { field, size, unit: "elements", limit, advice: "use smaller sizes or strides" }
+    }
+}
+
+/// A number with its noun: one dispatch, or several of them.
+pub(crate) fn counted(number: usize, noun: &str) -> String {
+    let plural = match noun {
+        _ if number == 1 => "",
+        "dispatch" => "es",
+        _ => "s",
+    };
+    format!("{number} {noun}{plural}")
 }
 
 impl From<wgpu::Error> for Error {

@@ -9,6 +9,7 @@ use futures::channel::oneshot;
 
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
+use crate::error::counted;
 use crate::kernel::Slot;
 use crate::operation::Operation;
 use crate::plan::{Options, Plan};
@@ -112,8 +113,68 @@ pub fn describe(info: &wgpu::AdapterInfo) -> String {
     format!("{} ({}, {} {})", info.name, info.backend, info.driver, info.driver_info)
 }
 
+/// Variables that wgpu passes over in silence where it does not know their value, and the values that it knows, in any case.
+const VARIABLES: [(&str, &[&str], &str); 10] = [
+    ("WGPU_POWER_PREF", &["low", "high", "none"], "low, high or none"),
+    ("WGPU_GLES_MINOR_VERSION", &["automatic", "0", "1", "2"], "automatic, 0, 1 or 2"),
+    ("WGPU_GL_FENCE_BEHAVIOR", &["normal", "autofinish"], "normal or autofinish"),
+    (
+        "WGPU_GL_DEBUG_FNS",
+        &["auto", "forceenabled", "force_enabled", "enabled", "disabled"],
+        "auto, forceenabled or disabled",
+    ),
+    ("WGPU_DX12_COMPILER", &["fxc", "dxc", "dynamicdxc", "staticdxc", "auto"], "fxc, dxc, staticdxc or auto"),
+    ("WGPU_DX12_PRESENTATION_SYSTEM", &["dxgifromvisual", "visual", "dxgifromhwnd", "hwnd"], "visual or hwnd"),
+    ("WGPU_DX12_USE_FRAME_LATENCY_WAITABLE_OBJECT", &["none", "wait", "dontwait"], "none, wait or dontwait"),
+    ("WGPU_DX12_AGILITY_SDK_REQUIRE", &["0", "1"], "0 or 1"),
+    ("WGPU_NOOP_BACKEND", &["0", "1"], "0 or 1"),
+    ("WGPU_DX12_AGILITY_SDK_VERSION", &[], "a whole number"),
+];
+
+/// Backends as `WGPU_BACKEND` names them.
+const BACKENDS: [&str; 11] =
+    ["vulkan", "vk", "dx12", "d3d12", "metal", "mtl", "opengl", "gles", "gl", "webgpu", "noop"];
+
+/// The first variable whose value nobody understands. A list of backends has commas; of other variables nothing is like not set.
+fn unknown_variable(value: impl Fn(&str) -> Option<String>) -> Result<()> {
+    let error = |variable, value: String, want| Err(Error::Environment { variable, value, want });
+    if let Some(backends) = value("WGPU_BACKEND") {
+        let known = |name: &str| BACKENDS.contains(&name.trim());
+        if !backends.to_lowercase().split(',').all(known) {
+            return error(
+                "WGPU_BACKEND",
+                backends,
+                "vulkan, metal, dx12 or gl, or several of them with commas between",
+            );
+        }
+    }
+    for (variable, known, want) in VARIABLES {
+        let Some(value) = value(variable).filter(|value| !value.is_empty()) else { continue };
+        let right = match known {
+            [] => value.parse::<u32>().is_ok(),
+            _ => known.contains(&value.to_lowercase().as_str()),
+        };
+        if !right {
+            return error(variable, value, want);
+        }
+    }
+    Ok(())
+}
+
+/// An environment variable, whatever its bytes.
+fn variable(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+}
+
 impl Gpu {
-    /// All adapters that can run compute shaders, in wgpu's order; indices for [`Gpu::named`]. `WGPU_BACKEND` narrows them.
+    /// Refuses what wgpu would ignore: an environment variable that it reads (`WGPU_BACKEND`, `WGPU_POWER_PREF`, …) with a value
+    /// that it does not know. All functions that choose an adapter call this, except for [`Gpu::adapters`], which cannot fail.
+    pub fn check_environment() -> Result<()> {
+        unknown_variable(variable)
+    }
+
+    /// All adapters that can run compute shaders, in wgpu's order; indices for [`Gpu::named`]. `WGPU_BACKEND` narrows them; where
+    /// it names no backend there are none, as [`Gpu::check_environment`] tells.
     pub fn adapters() -> Vec<wgpu::Adapter> {
         let adapters = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
         adapters.into_iter().filter(can_compute).collect()
@@ -122,7 +183,8 @@ impl Gpu {
     /// The best adapter: the one that `WGPU_ADAPTER_NAME` names, else discrete before integrated before virtual before CPU; with
     /// `WGPU_POWER_PREF=low` integrated before discrete.
     pub fn new() -> Result<Gpu> {
-        if let Some(name) = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty()) {
+        Self::check_environment()?;
+        if let Some(name) = variable("WGPU_ADAPTER_NAME").filter(|name| !name.is_empty()) {
             return Self::named(&name);
         }
         let frugal = wgpu::PowerPreference::from_env() == Some(wgpu::PowerPreference::LowPower);
@@ -139,6 +201,7 @@ impl Gpu {
 
     /// The adapter that [`Gpu::named`] would open.
     pub fn find(wanted: &str) -> Result<wgpu::Adapter> {
+        Self::check_environment()?;
         let mut adapters = Self::adapters();
         let list = |adapters: &[&wgpu::Adapter]| {
             let names: Vec<_> = adapters.iter().map(|adapter| describe(&adapter.get_info())).collect();
@@ -148,7 +211,7 @@ impl Gpu {
             if index < adapters.len() {
                 return Ok(adapters.swap_remove(index));
             }
-            let found = format!("{} adapters: {}", adapters.len(), list(&adapters.iter().collect::<Vec<_>>()));
+            let found = counted(adapters.len(), "adapter") + ": " + &list(&adapters.iter().collect::<Vec<_>>());
             return Err(Error::NoAdapter { wanted: format!(" with index {index}"), found });
         }
         let lower = wanted.to_lowercase();
@@ -161,7 +224,10 @@ impl Gpu {
         match found[..] {
             [one] => Ok(one.clone()),
             [] => Err(Error::NoAdapter {
-                wanted: format!(" matches {wanted:?}"),
+                wanted: match wgpu::Backend::ALL.iter().any(|backend| backend.to_str() == lower) {
+                    true => format!(" has {wanted:?} in its name; for the adapters of that backend say \"{lower}:\""),
+                    false => format!(" matches {wanted:?}"),
+                },
                 found: list(&adapters.iter().collect::<Vec<_>>()),
             }),
             _ => Err(Error::AmbiguousAdapter { wanted: wanted.to_owned(), found: list(&found) }),
@@ -377,6 +443,9 @@ impl Gpu {
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
     pub fn read(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        if slice.size() == 0 {
+            return self.fault().map(|()| Vec::new());
+        }
         let (staging, ready) = self.start_read(slice)?;
         self.wait()?;
         self.finish_read(&staging, pollster::block_on(ready))
@@ -384,6 +453,9 @@ impl Gpu {
 
     /// The same without blocking the thread; the device must be polled elsewhere, as a browser does by itself.
     pub async fn read_async(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        if slice.size() == 0 {
+            return self.fault().map(|()| Vec::new());
+        }
         let (staging, ready) = self.start_read(slice)?;
         self.finish_read(&staging, ready.await)
     }
@@ -511,16 +583,25 @@ pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn outputs(plan: &Plan, out: Vec<u8>, [lse, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
-    let f32s = |bytes: Vec<u8>| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
-    let mut widened = widened(plan.shape().element, &out);
-    widened.truncate(plan.shape().out().extent() as usize);
-    Ok(Outputs { out: widened, lse: lse.map(f32s), weights: weights.map(f32s), logits: logits.map(f32s) })
+fn outputs(plan: &Plan, out: Vec<u8>, [lse_bytes, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
+    let shape = plan.shape();
+    // Buffers end at whole words and are never empty, outputs need not.
+    let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
+    let mut widened = widened(shape.element, &out);
+    widened.truncate(shape.out().extent() as usize);
+    let [lse, matrices] = [shape.lse_len(), shape.scores_len()];
+    Ok(Outputs {
+        out: widened,
+        lse: f32s(lse_bytes, lse),
+        weights: f32s(weights, matrices),
+        logits: f32s(logits, matrices),
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::rank;
+    use super::{rank, unknown_variable};
+    use crate::Error;
     use wgpu::DeviceType::{Cpu, DiscreteGpu, IntegratedGpu, Other, VirtualGpu};
 
     #[test]
@@ -532,5 +613,38 @@ mod tests {
         };
         assert_eq!(order(false), [DiscreteGpu, IntegratedGpu, VirtualGpu, Other, Cpu]);
         assert_eq!(order(true), [IntegratedGpu, DiscreteGpu, VirtualGpu, Other, Cpu]);
+    }
+
+    #[test]
+    fn variables_that_wgpu_would_ignore_are_named() {
+        let set = |name: &'static str, value: &'static str| {
+            unknown_variable(move |variable| (variable == name).then(|| value.to_owned()))
+        };
+        for (variable, good, bad) in [
+            ("WGPU_BACKEND", &["vulkan", "VK, gl", "metal,dx12,noop"][..], &["vulkna", "", "vulkan,", "vulkan gl"][..]),
+            ("WGPU_POWER_PREF", &["low", "High", "none", ""], &["frugal", "low "]),
+            ("WGPU_GLES_MINOR_VERSION", &["Automatic", "2"], &["3", "es3"]),
+            ("WGPU_GL_FENCE_BEHAVIOR", &["normal", "AutoFinish"], &["finish"]),
+            ("WGPU_GL_DEBUG_FNS", &["auto", "force_enabled"], &["1"]),
+            ("WGPU_DX12_COMPILER", &["Fxc", "dynamicdxc"], &["gcc"]),
+            ("WGPU_DX12_PRESENTATION_SYSTEM", &["Visual", "hwnd"], &["window"]),
+            ("WGPU_DX12_USE_FRAME_LATENCY_WAITABLE_OBJECT", &["DontWait"], &["no"]),
+            ("WGPU_DX12_AGILITY_SDK_REQUIRE", &["0", "1"], &["yes"]),
+            ("WGPU_DX12_AGILITY_SDK_VERSION", &["615"], &["1.615", "-1"]),
+            ("WGPU_NOOP_BACKEND", &["1"], &["true"]),
+            // Free text, and flags for which everything but 0 is yes.
+            ("WGPU_ADAPTER_NAME", &["anything"], &[]),
+            ("WGPU_VALIDATION", &["anything"], &[]),
+        ] {
+            for &value in good {
+                assert_eq!(set(variable, value), Ok(()), "{variable}={value}");
+            }
+            for &value in bad {
+                let error = set(variable, value).unwrap_err();
+                assert!(matches!(&error, Error::Environment { variable: named, .. } if *named == variable), "{error}");
+                let text = error.to_string();
+                assert!(text.contains(variable) && text.contains(&format!("{value:?}; it must be ")), "{text}");
+            }
+        }
     }
 }

@@ -19,8 +19,9 @@ use crate::{Attention, Error, Gpu, Operation, Result, choose, planner};
 /// - [`Slot::PartialLse`]: [partials, batch, heads, seq_q], natural logarithms.
 ///
 /// They must be made *without* sinks, since a sink joins the denominator once: give it here ([`Slot::Sinks`], f32 `[heads]`).
-/// A partial whose lse is −inf is empty and contributes nothing, whatever its `out` holds; where all are empty, out is 0 and
-/// lse −inf (or the sink). An lse of NaN or +inf makes its row NaN; a NaN or an infinity in out shows in its own element. Packed sequences merge as one batch of `total_q` rows.
+/// A partial whose lse is −inf is empty and contributes nothing, whatever its `out` holds; where all are empty, or there is none, out
+/// is 0 and lse −inf (or the sink). An lse of NaN or +inf makes its row NaN; a NaN or an infinity in out shows in its own element.
+/// Packed sequences merge as one batch of `total_q` rows.
 ///
 /// ```
 /// use wgpu_attention::{Merge, reference::{self, Partial}};
@@ -35,13 +36,13 @@ use crate::{Attention, Error, Gpu, Operation, Result, choose, planner};
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Merge {
-    /// How many partial results there are.
+    /// How many partial results there are, 0 or more.
     pub partials: u32,
-    /// Batches.
+    /// Batches, 0 or more.
     pub batch: u32,
-    /// Query heads.
+    /// Query heads, 1 or more.
     pub heads: u32,
-    /// Query rows per batch and head.
+    /// Query rows per batch and head, 0 or more.
     pub seq_q: u32,
     /// Elements of an output row, 1 to 512.
     pub value_dim: u32,
@@ -99,7 +100,8 @@ impl Merge {
             ("value_dim", self.value_dim, MAX_DIM),
         ];
         for (field, value, limit) in sizes {
-            if value == 0 {
+            // Without a row there is nothing to do, and without a partial every row is one that sees no key.
+            if value == 0 && ["heads", "value_dim"].contains(&field) {
                 return Err(Error::Zero { field });
             }
             if value > limit {
@@ -111,7 +113,7 @@ impl Merge {
         let elements = sizes.iter().map(|&(_, n, _)| u128::from(n)).product::<u128>();
         if elements > limit.into() {
             let value = u64::try_from(elements).unwrap_or(u64::MAX);
-            return Err(Error::TooLarge { field: "partial_out", value, limit });
+            return Err(Error::elements("partial_out", value, limit));
         }
         Tensor::output("out", [self.batch, self.heads, self.seq_q], self.value_dim, self.out)
     }
@@ -132,6 +134,9 @@ impl Merge {
     /// Adds the dispatches; gives the bytes of the two scratch buffers.
     pub(crate) fn append<'a>(&self, caps: &'a Caps, steps: &mut Steps<'a>) -> Result<[u64; 2]> {
         let out = self.checked()?;
+        if out.is_empty() {
+            return Ok([0, 0]);
+        }
         let mut planner = Planner { merge: self, caps, out, unpacked: false, steps };
         let mut parts = Vec::new();
         planner.divide(Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.seq_q }, &mut parts)?;
@@ -157,7 +162,7 @@ impl Merge {
         for (field, value) in [("totals", scratch[0]), ("out in f32", scratch[1])] {
             let limit = caps.limits.max_buffer_size;
             if value > limit {
-                return Err(Error::TooLarge { field, value, limit });
+                return Err(Error::bytes(field, value, limit));
             }
         }
         if unpacked > 0 {
@@ -195,7 +200,10 @@ impl Planner<'_, '_> {
     fn partial_span(&self, part: &Part, partials: &Range<u32>, each: u64) -> Span {
         let (first, end) = self.lines(part);
         let line = |n: u32, line: u64| (u64::from(n) * self.merge.lines() + line) * each;
-        (line(partials.start, first), line(partials.end - 1, end))
+        match partials.is_empty() {
+            true => (0, 0),
+            false => (line(partials.start, first), line(partials.end - 1, end)),
+        }
     }
 
     fn out_span(&self, part: &Part) -> Span {
@@ -231,7 +239,7 @@ impl Planner<'_, '_> {
         } else if part.rows.len() > 1 {
             (low.rows.end, high.rows.start) = (half(&part.rows), half(&part.rows));
         } else {
-            return Err(Error::TooLarge { field, value, limit });
+            return Err(Error::bytes(field, value, limit));
         }
         self.divide(low, parts)?;
         self.divide(high, parts)
@@ -247,8 +255,9 @@ impl Planner<'_, '_> {
     }
 
     fn chunks(&self, part: &Part, bytes: u64) -> impl Iterator<Item = Range<u32>> + use<> {
-        let (step, partials) = (self.step(part, bytes), self.merge.partials);
-        (0..partials).step_by(step as usize).map(move |first| first..partials.min(first.saturating_add(step)))
+        let (step, partials) = (self.step(part, bytes).max(1), self.merge.partials);
+        // Rows without any partial are written all the same.
+        (0..partials.max(1)).step_by(step as usize).map(move |first| first..partials.min(first.saturating_add(step)))
     }
 
     fn part(&mut self, part: &Part) -> Result<()> {
@@ -301,6 +310,8 @@ impl Planner<'_, '_> {
         for (slot, written) in variant.bindings() {
             let lse = bind(caps, self.lines(part), 4, 0);
             let (slot, (offset, size)) = match slot {
+                // A binding may not be empty, and nothing of it is read.
+                Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, planner::SPARE)),
                 Slot::PartialOut => {
                     let (offset, size, base) = bind(caps, self.partial_span(part, partials, dim), 4, 0);
                     params.x_base = base;
@@ -326,7 +337,7 @@ impl Planner<'_, '_> {
         }
         params.lse_base = bind(caps, self.lines(part), 4, 0).2;
         if let Some(bound) = bindings.iter().find(|bound| bound.size > caps.binding()) {
-            return Err(Error::TooLarge { field: bound.slot.name(), value: bound.size, limit: caps.binding() });
+            return Err(Error::bytes(bound.slot.name(), bound.size, caps.binding()));
         }
         let flops = 16.0 * items as f64 * partials.len() as f64;
         self.steps.push(Variant::Merge(variant), params, bindings, workgroups, flops)?;
@@ -339,10 +350,8 @@ impl Attention {
     /// [`Slot::Out`] and [`Slot::Lse`] (if asked for).
     pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation> {
         let (steps, [totals, unpacked]) = merge.build(self.caps(), options)?;
-        let mut scratch = vec![(Slot::Totals, totals)];
-        if unpacked > 0 {
-            scratch.push((Slot::Unpacked, unpacked));
-        }
+        let spare = if merge.partials == 0 { planner::SPARE } else { 0 };
+        let scratch = [(Slot::Totals, totals), (Slot::Unpacked, unpacked), (Slot::Spare, spare)];
         Operation::with_scratch(self, steps, &scratch)
     }
 }
@@ -388,7 +397,7 @@ impl Gpu {
         widened.truncate(out.extent() as usize);
         Ok(Outputs {
             out: widened,
-            lse: read.next().map(|bytes| bytemuck::pod_collect_to_vec(&bytes)),
+            lse: read.next().map(|bytes| bytemuck::pod_collect_to_vec(&bytes[..4 * merge.lines() as usize])),
             ..Outputs::default()
         })
     }

@@ -10,7 +10,7 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::{Slot, Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operation::Operation;
-use crate::plan::{Bound, Options, Step};
+use crate::plan::{Bound, Options, Step, no_more_slices};
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
 use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
@@ -63,7 +63,8 @@ pub struct PreparedLayer {
     reasons: Vec<String>,
 }
 
-/// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`.
+/// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`. Of one without elements any slice may be given, as
+/// for [`Buffers`].
 #[derive(Clone, Copy, Debug)]
 pub struct LayerBuffers<'a> {
     /// Query input.
@@ -140,11 +141,11 @@ impl MultiHeadAttention {
         hosts.push(layer.out.weight.clone());
         let limit = caps.limits.max_buffer_size;
         if let Some(value) = hosts.iter().map(|m| m.len() as u64 * element.bytes()).find(|&size| size > limit) {
-            return Err(Error::TooLarge { field: "weight matrix", value, limit });
+            return Err(Error::bytes("weight matrix", value, limit));
         }
         let table = layer.rotary.map_or(0, |r| 4 * u64::from(r.positions) * u64::from(r.dim));
         if table > caps.binding() {
-            return Err(Error::TooLarge { field: "rotary table", value: table, limit: caps.binding() });
+            return Err(Error::bytes("rotary table", table, caps.binding()));
         }
         let (mut shifts, mut places) = (Vec::new(), Places::default());
         if parts.iter().any(|p| p.bias.is_some()) {
@@ -267,8 +268,10 @@ impl MultiHeadAttention {
             gpu.queue().submit([encoder.finish()]);
             gpu.wait()?;
         }
-        let read = |slice| gpu.read(slice).map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes));
-        Ok(LayerOutputs { out: read(result)?, weights: weights.map(read).transpose()? })
+        // Buffers are never empty, outputs may be.
+        let read = |slice, bytes: usize| gpu.read(slice).map(|read| bytemuck::pod_collect_to_vec(&read[..bytes]));
+        let weights = weights.zip(hosts[4]).map(|(slice, host)| read(slice, host.len()));
+        Ok(LayerOutputs { out: read(result, hosts[3].map_or(0, <[u8]>::len))?, weights: weights.transpose()? })
     }
 }
 
@@ -462,12 +465,15 @@ impl<'a> Preparation<'a> {
         let (offset, size, base) = bind(self.caps, span, 4, origin);
         let limit = self.caps.binding();
         if size > limit {
-            return Err(Error::TooLarge { field: slot.name(), value: size, limit });
+            return Err(Error::bytes(slot.name(), size, limit));
         }
         Ok((Bound { slot, offset, size, written }, base))
     }
 
     fn extra(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
+        if self.problem.seq_q == 0 {
+            return Ok(());
+        }
         let (shape, places) = (self.problem.check()?, self.of.places);
         let threads = extra::Extra.threads();
         let (heads, rows) = (self.problem.heads, self.problem.seq_q);
@@ -510,7 +516,11 @@ impl<'a> Preparation<'a> {
         let heads = if mean { 1 } else { p.heads };
         let [h, rows, keys] = [p.heads, p.seq_q, p.seq_kv].map(u64::from);
         let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
-        let (w, s_base) = self.bound(Slot::Weights, within(h * rows * keys), 0, false)?;
+        // A binding may not be empty: without a key the kernel reads none of the heads' weights.
+        let (w, s_base) = match keys {
+            0 => self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, false)?,
+            _ => self.bound(Slot::Weights, within(h * rows * keys), 0, false)?,
+        };
         let per_batch = u64::from(heads) * rows * u64::from(columns);
         let (y, out_base) = self.bound(Slot::Averaged, within(per_batch), 0, true)?;
         let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, false)?;
@@ -573,7 +583,7 @@ impl<'a> Preparation<'a> {
         for (field, value) in sized.clone().map(|(_, field, size)| (field, size)).chain([("zeros", zeros.len() as u64)])
         {
             if value > limit {
-                return Err(Error::TooLarge { field, value, limit });
+                return Err(Error::bytes(field, value, limit));
             }
         }
         let own: Vec<_> = sized.map(|(slot, _, size)| (slot, size.max(16))).collect();
@@ -620,6 +630,9 @@ impl PreparedLayer {
     /// Records the whole layer. Nothing is submitted, waited for or read back.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &LayerBuffers<'_>) -> Result<()> {
         let set = self.attention.scratch().shared()?;
+        if self.slices() == 0 {
+            return self.check(&self.slots(buffers, &set)?, &self.inner(buffers, &set));
+        }
         (0..self.slices()).try_for_each(|slice| self.record(slice, encoder, buffers, &set))
     }
 
@@ -635,11 +648,10 @@ impl PreparedLayer {
         buffers: &LayerBuffers<'_>,
         set: &Set,
     ) -> Result<()> {
+        no_more_slices(slice, self.slices())?;
         let (slots, inner) = (self.slots(buffers, set)?, self.inner(buffers, set));
         // What is wrong with a later part must not leave the first ones in the encoder.
-        self.before.check(&slots)?;
-        self.attention.check(&inner)?;
-        self.after.check(&slots)?;
+        self.check(&slots, &inner)?;
         let (first, second) = (self.before.slices(), self.before.slices() + self.attention.slices());
         if slice < first {
             self.before.record(self.before.slice(slice)?, encoder, &slots, &[])
@@ -648,6 +660,12 @@ impl PreparedLayer {
         } else {
             self.after.record(self.after.slice(slice - second)?, encoder, &slots, &[])
         }
+    }
+
+    fn check(&self, slots: &[(Slot, wgpu::BufferSlice<'_>)], inner: &Buffers<'_>) -> Result<()> {
+        self.before.check(slots)?;
+        self.attention.check(inner)?;
+        self.after.check(slots)
     }
 
     /// What the operations around attention bind.
@@ -666,7 +684,8 @@ impl PreparedLayer {
             }
         }
         let cache = buffers.cache.as_ref();
-        if cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
+        let read = self.plan().shape().batch > 0;
+        if read && cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
             return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
         }
         let listed = [

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::encode::{Attention, Program, Recording, Scratch, allocate, check_slice};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::Slot;
-use crate::plan::{Options, Step};
+use crate::plan::{Options, Step, no_more_slices};
 use crate::problem::{Element, Elements};
 use crate::projection::Projection;
 use crate::rotation::Rotation;
@@ -45,7 +45,7 @@ impl Operation {
         Ok(Operation { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
-    /// Each buffer that is read or written, and its least size in bytes.
+    /// Each buffer that is read or written, and its least size in bytes. There is none where the operation has no rows.
     pub fn needs(&self) -> impl Iterator<Item = (Slot, u64)> {
         self.needs.iter().map(|need| (need.slot, need.bytes))
     }
@@ -72,8 +72,8 @@ impl Operation {
     }
 
     pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
-        let limit = self.slices() as u64 - 1;
-        self.slices.get(slice).cloned().ok_or(Error::TooLarge { field: "slice", value: slice as u64, limit })
+        no_more_slices(slice, self.slices())?;
+        Ok(self.slices[slice].clone())
     }
 
     /// Records some dispatches with buffers that [`Operation::check`] took.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::caps::Caps;
+use crate::error::counted;
 use crate::kernel::params::Params;
 use crate::kernel::{Slot, Variant};
 use crate::planner::{Lists, Planner};
@@ -125,6 +126,7 @@ pub struct Plan {
     pub(crate) steps: Vec<Step>,
     pub(crate) slices: Vec<Range<usize>>,
     pub(crate) scratch: Vec<(Slot, u64)>,
+    pub(crate) choice: Choice,
     pub(crate) lists: Lists,
     pub(crate) alignment: u64,
     pub(crate) flops_per_second: f64,
@@ -145,7 +147,7 @@ impl Plan {
         let limit = caps.limits.max_buffer_size;
         for (field, bytes) in shape.tensor_bytes() {
             if let Some(value) = bytes.filter(|&bytes| bytes > limit) {
-                return Err(Error::TooLarge { field, value, limit });
+                return Err(Error::bytes(field, value, limit));
             }
         }
         Planner::new(shape, caps, options, tuning)?.plan()
@@ -156,7 +158,7 @@ impl Plan {
         &self.shape
     }
 
-    /// The dispatches in order.
+    /// The dispatches in order. There are none where the problem has no query row: nothing is written then.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
@@ -178,6 +180,10 @@ impl Plan {
     /// If there is no such slice.
     pub fn slice(&self, slice: usize) -> &[Step] {
         &self.steps[self.slices[slice].clone()]
+    }
+
+    pub(crate) fn check_slice(&self, slice: usize) -> Result<()> {
+        no_more_slices(slice, self.slices())
     }
 
     pub(crate) fn slice_range(&self, slice: usize) -> Range<usize> {
@@ -208,7 +214,7 @@ impl Plan {
         Duration::from_secs_f64(self.steps.iter().map(|step| step.flops).sum::<f64>() / self.flops_per_second)
     }
 
-    /// The kernels in order, each named once.
+    /// The kernels in order, each named once; `none` where nothing runs.
     pub fn kernel(&self) -> String {
         let mut names: Vec<&str> = Vec::new();
         for step in &self.steps {
@@ -216,18 +222,24 @@ impl Plan {
                 names.push(step.variant.kernel());
             }
         }
-        names.join("+")
+        if names.is_empty() { "none".into() } else { names.join("+") }
     }
 
-    /// The kernel with its tile, as a tuned row names it.
+    /// The kernel with its tile, as a tuned row names it, also where there is no row for it to run on.
     pub fn choice(&self) -> Choice {
-        Choice::of(&self.steps[0].variant)
+        self.choice
     }
 
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
     pub fn reasons(&self) -> &[String] {
         &self.reasons
     }
+}
+
+/// Refuses the number of a slice that is not there. There may be none at all, so that no largest number can be named.
+pub(crate) fn no_more_slices(slice: usize, slices: usize) -> Result<()> {
+    let (value, limit) = (slice as u64 + 1, slices as u64);
+    if value <= limit { Ok(()) } else { Err(Error::TooLarge { field: "slice, counted from 1,", value, limit }) }
 }
 
 impl fmt::Display for Plan {
@@ -248,12 +260,10 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "{} dispatch{} in {} slice{}, {} bytes of scratch, estimated {:.1} ms",
-            self.steps.len(),
-            if self.steps.len() == 1 { "" } else { "es" },
-            self.slices.len(),
-            if self.slices.len() == 1 { "" } else { "s" },
-            self.scratch_bytes(),
+            "{} in {}, {} of scratch, estimated {:.1} ms",
+            counted(self.steps.len(), "dispatch"),
+            counted(self.slices.len(), "slice"),
+            counted(self.scratch_bytes() as usize, "byte"),
             self.estimate().as_secs_f64() * 1e3
         )?;
         let mut seen: Vec<(Variant, usize)> = Vec::new();

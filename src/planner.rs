@@ -14,7 +14,7 @@ use crate::plan::{Bound, Options, Plan};
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::steps::{self, Span, Steps, few, flops_per_second, small};
-use crate::tuned::Tuning;
+use crate::tuned::{Choice, Tuning};
 use crate::walk::{Band, most_keys};
 use crate::{Error, Result, tuning};
 
@@ -180,7 +180,10 @@ impl<'a> Planner<'a> {
             _ => 0,
         };
         if partials > 0 {
-            reasons.push(format!("the keys of a row go to {partials} workgroups, whose results are merged"));
+            reasons.push(match partials {
+                1 => "the keys of a row go to one workgroup, whose f32 result the merge rounds".into(),
+                _ => format!("the keys of a row go to {partials} workgroups, whose results are merged"),
+            });
         }
         // `merge` sees to its output itself.
         let unpacked =
@@ -239,16 +242,22 @@ impl<'a> Planner<'a> {
         if self.lists.bytes() > self.caps.binding() {
             let limit = self.caps.binding();
             let field = if self.shape.paged.is_some() { "block_table" } else { "per-batch and per-head arrays" };
-            return Err(Error::TooLarge { field, value: self.lists.bytes(), limit });
+            return Err(Error::bytes(field, self.lists.bytes(), limit));
         }
         let s = self.shape;
         few(self.dispatches())?;
         // A tile of 64 rows is one dispatch at least where it exceeds the work budget: most that is refused is refused here, before its
         // dispatches are listed.
-        let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.seq_kv));
+        let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.seq_kv.max(1)));
         few((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)?;
         let mut parts = Vec::new();
-        self.divide(Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q }, &mut parts)?;
+        if s.batch == 0 || s.seq_q == 0 {
+            // What follows the parts has nothing to write either.
+            (self.partials, self.unpacked) = (0, false);
+            self.reasons.push("there is no query row: nothing runs and nothing is written".into());
+        } else {
+            self.divide(Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q }, &mut parts)?;
+        }
         if parts.len() > 1 {
             let what = match self.fused {
                 None => format!("the score matrix of {} bytes", 4 * s.scores_len()),
@@ -264,11 +273,11 @@ impl<'a> Planner<'a> {
             self.part(part)?;
         }
         let mut scratch = vec![(Slot::Scores, self.scratch), (Slot::State, self.state)];
-        if self.totals() {
+        if self.totals() && !parts.is_empty() {
             let totals = 8 * s.lse_len();
             if totals > self.caps.limits.max_buffer_size {
                 let limit = self.caps.limits.max_buffer_size;
-                return Err(Error::TooLarge { field: "totals", value: totals, limit });
+                return Err(Error::bytes("totals", totals, limit));
             }
             scratch.push((Slot::Totals, totals));
         }
@@ -289,7 +298,7 @@ impl<'a> Planner<'a> {
             scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
             scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
         }
-        if self.fused.is_some() && s.weights {
+        if self.weighs() {
             for part in &parts {
                 self.weigh(part)?;
             }
@@ -298,7 +307,7 @@ impl<'a> Planner<'a> {
             let unpacked = 4 * s.out.extent();
             if unpacked > self.caps.limits.max_buffer_size {
                 let limit = self.caps.limits.max_buffer_size;
-                return Err(Error::TooLarge { field: "out in f32", value: unpacked, limit });
+                return Err(Error::bytes("out in f32", unpacked, limit));
             }
             let whole = Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q };
             let params = Params { item_count: s.batch, ..self.params(&whole, &(0..s.seq_kv), 0) };
@@ -315,6 +324,7 @@ impl<'a> Planner<'a> {
             steps,
             slices,
             scratch,
+            choice: self.fused.as_ref().map_or(Choice::Unfused, Choice::of),
             lists: self.lists,
             alignment: self.caps.alignment(),
             flops_per_second: self.flops_per_second,
@@ -348,7 +358,7 @@ impl<'a> Planner<'a> {
             let at = half(&part.rows, self.scores.tile.tile_rows.max(self.values.tile.tile_rows));
             (low.rows.end, high.rows.start) = (at, at);
         } else {
-            return Err(Error::TooLarge { field, value, limit });
+            return Err(Error::bytes(field, value, limit));
         }
         self.divide(low, parts)?;
         self.divide(high, parts)
@@ -385,7 +395,7 @@ impl<'a> Planner<'a> {
         if let Some(bias) = s.bias {
             operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
-        if self.fused.is_some() && s.weights {
+        if self.weighs() {
             // Bound as twice the binding of lse, see `bound`.
             let (_, size, _) = self.bind(self.lse_span(part), 4, 0);
             if 2 * size > limit {
@@ -520,13 +530,19 @@ impl<'a> Planner<'a> {
     /// Keys of each dispatch.
     fn ranges(&self) -> Vec<Range<u32>> {
         let all = self.shape.seq_kv;
-        let firsts = (0..all).step_by(self.key_step as usize);
+        // Rows without any key have their output written all the same.
+        let firsts = (0..all.max(1)).step_by(self.key_step as usize);
         firsts.map(|first| first..all.min(first.saturating_add(self.key_step))).collect()
     }
 
     /// Whether the fused kernel leaves maximum and sum of each row, for `weights`; those of `split`'s parts come from the merge.
     fn totals(&self) -> bool {
-        self.fused.is_some() && self.shape.weights && self.partials == 0
+        self.weighs() && self.partials == 0
+    }
+
+    /// Whether the weights follow a fused kernel: rows without any key have none.
+    fn weighs(&self) -> bool {
+        self.fused.is_some() && self.shape.weights && self.shape.seq_kv > 0
     }
 
     /// The weights of one part, after the fused kernel: raw scores into the caller's buffer, and `weights` on them in place.
@@ -628,7 +644,7 @@ impl<'a> Planner<'a> {
 
     /// Dispatches of a part that walk its keys one after the other.
     fn dispatches(&self) -> u64 {
-        u64::from(self.shape.seq_kv.div_ceil(self.key_step))
+        u64::from(self.shape.seq_kv.div_ceil(self.key_step).max(1))
     }
 
     /// Lines of a part that a kernel's tiles divide: rows, of each head or of all query heads of a key/value head.
@@ -667,7 +683,7 @@ impl<'a> Planner<'a> {
             total_q: s.packed.map_or(0, |p| p.total_q),
             total_kv: s.packed.map_or(0, |p| p.total_kv),
             pages: s.paged.map_or(0, |p| p.pages),
-            page_size: s.paged.map_or(s.seq_kv, |p| p.page_size),
+            page_size: s.paged.map_or(s.seq_kv.max(1), |p| p.page_size),
             table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
             group: s.group,
             head_dim: s.head_dim,
@@ -718,6 +734,8 @@ impl<'a> Planner<'a> {
         let fused = self.fused.is_some();
         let weighs = matches!(variant, Variant::Weights(_));
         let (slot, (offset, size, base)) = match slot {
+            // A binding may not be empty, and no kernel reads keys or values where there are none.
+            Slot::K | Slot::V if s.k.is_empty() => (Slot::Lists, (0, self.lists.bytes(), 0)),
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
             Slot::K => (slot, self.bind(self.key_span(&s.k, part, keys), bytes, s.k.strides.offset)),
             Slot::V => (slot, self.bind(self.key_span(&s.v, part, keys), bytes, s.v.strides.offset)),
@@ -734,9 +752,9 @@ impl<'a> Planner<'a> {
             Slot::Lse if !s.lse || partial => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
-            // A shader that can take the operand binds something even where the problem has none.
-            Slot::Mask if s.mask.is_none() => (Slot::Lists, (0, self.lists.bytes(), 0)),
-            Slot::Bias if s.bias.is_none() => (Slot::Lists, (0, self.lists.bytes(), 0)),
+            // A shader that can take the operand binds something even where the problem has none, or none of its elements.
+            Slot::Mask if s.mask.is_none_or(|mask| mask.is_empty()) => (Slot::Lists, (0, self.lists.bytes(), 0)),
+            Slot::Bias if s.bias.is_none_or(|bias| bias.shape.is_empty()) => (Slot::Lists, (0, self.lists.bytes(), 0)),
             Slot::Mask => (slot, self.bind(broadcast_span(&s.mask.expect("matched above"), part), 1, 0)),
             Slot::Bias => {
                 let bias = s.bias.expect("matched above");
@@ -837,7 +855,7 @@ pub(crate) fn pack(
 const VALUES_ROWS: u32 = 64;
 
 /// Bytes of the scratch that stands for an output which is not asked for.
-const SPARE: u64 = 256;
+pub(crate) const SPARE: u64 = 256;
 
 fn problem_flags(s: &Shape) -> u32 {
     let bias = s.bias.map_or(0, |bias| {
@@ -869,6 +887,9 @@ fn problem_flags(s: &Shape) -> u32 {
 }
 
 fn span(tensor: &Tensor, batch: &Range<u32>, heads: &Range<u32>, rows: &Range<u32>) -> Span {
+    if tensor.is_empty() {
+        return (0, 0);
+    }
     let first = tensor.at(batch.start, heads.start, rows.start);
     (first, tensor.at(batch.end - 1, heads.end - 1, rows.end - 1) + u64::from(tensor.dim))
 }

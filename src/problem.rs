@@ -87,7 +87,7 @@ impl Broadcast {
         self.0.iter().fold(1, |len: usize, &n| len.saturating_mul(n as usize))
     }
 
-    /// Whether an axis is 0. [`Problem::check`] refuses such an operand.
+    /// Whether an axis is 0, as that of a batch, of queries or of keys may be which the problem has none of.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -153,7 +153,7 @@ pub struct Packed {
 /// [`crate::Append`] writes new rows to their pages by the same table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Paged {
-    /// Pages of the pool.
+    /// Pages of the pool, 1 or more unless the sequences have no keys at all.
     pub pages: u32,
     /// Keys of a page, 1 or more.
     pub page_size: u32,
@@ -192,6 +192,9 @@ pub enum Logits {
 /// - **Alignment.** [`Causal`] says which key the first query stands at. It is 0 unless you say otherwise, also for a window
 ///   or ALiBi without a causal rule. A negative offset leaves the first rows without a key; it is not clamped.
 /// - **A row that sees no key** has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink), and masked logits of −inf.
+/// - **Sizes of 0.** `batch`, `seq_q`, `seq_kv` and the totals of [`Packed`] may be 0, as in PyTorch. Outputs that have no element
+///   are then empty; without a key every row is one that sees no key. `heads`, `kv_heads`, `head_dim` and `value_dim` are 1 or
+///   more: less is [`crate::Error::Zero`].
 /// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result; raw
 ///   and capped logits, which nothing hides yet, aside. A logit that overflows f32,
 ///   or whose `q·k` does, is clamped to the largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by
@@ -285,15 +288,15 @@ pub enum Logits {
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
-    /// Batches, or sequences if `packed`.
+    /// Batches, or sequences if `packed`; 0 or more.
     pub batch: u32,
-    /// Query heads.
+    /// Query heads, 1 or more.
     pub heads: u32,
-    /// Key/value heads; divides `heads`. 1 is multi-query, less than `heads` grouped-query attention.
+    /// Key/value heads, 1 or more; divides `heads`. 1 is multi-query, less than `heads` grouped-query attention.
     pub kv_heads: u32,
-    /// Query rows per batch and head.
+    /// Query rows per batch and head, 0 or more.
     pub seq_q: u32,
-    /// Keys per batch and head: a capacity if there are `key_lengths`.
+    /// Keys per batch and head, 0 or more: a capacity if there are `key_lengths`.
     pub seq_kv: u32,
     /// Last axis of q and k, 1 to 512.
     pub head_dim: u32,

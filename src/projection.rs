@@ -25,13 +25,13 @@ pub enum Order {
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Projection {
-    /// Batches of rows.
+    /// Batches of rows, 0 or more.
     pub batch: u32,
-    /// Rows of a batch.
+    /// Rows of a batch, 0 or more.
     pub rows: u32,
-    /// Columns of x.
+    /// Columns of x, 1 or more.
     pub inputs: u32,
-    /// Columns of y.
+    /// Columns of y, 1 or more.
     pub outputs: u32,
     /// Where element (b, r, i) of x stands; `head` is unused.
     pub x: Strides,
@@ -117,7 +117,7 @@ impl Projection {
     fn check(&self) -> Result<()> {
         let sizes = [("batch", self.batch), ("rows", self.rows), ("inputs", self.inputs), ("outputs", self.outputs)];
         for (field, value) in sizes {
-            if value == 0 {
+            if value == 0 && ["inputs", "outputs"].contains(&field) {
                 return Err(Error::Zero { field });
             }
             if value > MAX_SIZE {
@@ -148,13 +148,13 @@ impl Projection {
         // Byte counts stay far from u64's end, so that planning adds without checks.
         let limit = 1 << 48;
         let places = [
-            ("x", [self.x.offset, self.x.batch, 0, self.x.row]),
-            ("y", [self.y.offset, self.y.batch, self.y.head, self.y.row]),
-            ("weight", [self.weight_offset, self.weight_row, self.bias.unwrap_or(0), 0]),
+            ("a stride of x", [self.x.offset, self.x.batch, 0, self.x.row]),
+            ("a stride of y", [self.y.offset, self.y.batch, self.y.head, self.y.row]),
+            ("a stride of the weights", [self.weight_offset, self.weight_row, self.bias.unwrap_or(0), 0]),
         ];
         for (field, strides) in places {
             if let Some(&value) = strides.iter().find(|&&stride| stride > limit >> 28) {
-                return Err(Error::TooLarge { field, value, limit: limit >> 28 });
+                return Err(Error::elements(field, value, limit >> 28));
             }
         }
         Ok(())
@@ -224,6 +224,9 @@ impl Projection {
     /// Appends the dispatches.
     pub(crate) fn plan(&self, caps: &Caps, options: &Options, steps: &mut Steps<'_>) -> Result<()> {
         self.check()?;
+        if self.batch == 0 || self.rows == 0 {
+            return Ok(());
+        }
         let flat = self.flat();
         let variant = flat.variant(flat.tile(caps, options)?);
         let whole = Part { batch: 0..flat.batch, rows: 0..flat.rows, inputs: 0..flat.inputs, columns: 0..flat.outputs };
@@ -266,7 +269,7 @@ impl Projection {
         if !cut {
             let named = [("x", x), ("weight", w), ("y", y)];
             let &(field, value) = named.iter().max_by_key(|(_, bytes)| bytes).expect("three operands");
-            return Err(Error::TooLarge { field, value, limit });
+            return Err(Error::bytes(field, value, limit));
         }
         self.divide(caps, variant, low, steps)?;
         self.divide(caps, variant, high, steps)

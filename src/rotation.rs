@@ -28,11 +28,11 @@ pub enum Positions {
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rotation {
-    /// Batches.
+    /// Batches, 0 or more.
     pub batch: u32,
-    /// Heads.
+    /// Heads, 1 or more.
     pub heads: u32,
-    /// Rows of a head.
+    /// Rows of a head, 0 or more.
     pub rows: u32,
     /// Elements of a row, 1 to 512.
     pub head_dim: u32,
@@ -42,7 +42,7 @@ pub struct Rotation {
     pub interleaved: bool,
     /// Type of the rows.
     pub element: Element,
-    /// Rows of the table.
+    /// Rows of the table, 1 or more unless there is no row to turn.
     pub table_rows: u32,
     /// Where the positions come from.
     pub positions: Positions,
@@ -99,8 +99,11 @@ impl Rotation {
         (0..rows).flat_map(row).collect()
     }
 
-    /// Elements from the start of x to its last one, that one included.
+    /// Elements from the start of x to its last one, that one included; 0 where there is none.
     pub fn extent(&self) -> u64 {
+        if [self.batch, self.heads, self.rows].contains(&0) {
+            return 0;
+        }
         let last = [(self.batch, self.x.batch), (self.heads, self.x.head), (self.rows, self.x.row)];
         let place = |(n, stride): (u32, u64)| u64::from(n - 1) * stride;
         self.x.offset + last.into_iter().map(place).sum::<u64>() + u64::from(self.head_dim)
@@ -125,7 +128,13 @@ impl Rotation {
             ("table_rows", self.table_rows, MAX_SIZE),
         ];
         for (field, value, limit) in sizes {
-            if value == 0 {
+            // Without a row nothing turns, and no row of the table is read.
+            let needed = match field {
+                "batch" | "rows" => false,
+                "table_rows" => self.batch > 0 && self.rows > 0,
+                _ => true,
+            };
+            if value == 0 && needed {
                 return Err(Error::Zero { field });
             }
             if value > limit {
@@ -136,8 +145,14 @@ impl Rotation {
         places.extend(self.y);
         let limit = 1 << 20;
         for s in &places {
-            if let Some(&value) = [s.batch >> 20, s.head >> 8, s.row, s.offset >> 20].iter().find(|&&n| n > limit) {
-                return Err(Error::TooLarge { field: "rotary stride", value, limit });
+            let strides = [
+                ("the batch stride of a rotation", s.batch, 20),
+                ("the head stride of a rotation", s.head, 8),
+                ("the row stride of a rotation", s.row, 0),
+                ("the offset of a rotation", s.offset, 20),
+            ];
+            if let Some((field, value, shift)) = strides.into_iter().find(|&(_, n, shift)| n >> shift > limit) {
+                return Err(Error::elements(field, value, limit << shift));
             }
         }
         if !self.rotary_dim.is_multiple_of(2) {
@@ -164,6 +179,9 @@ impl Rotation {
     /// Appends the dispatches.
     pub(crate) fn plan(&self, caps: &Caps, steps: &mut Steps<'_>) -> Result<()> {
         self.check()?;
+        if self.batch == 0 || self.rows == 0 {
+            return Ok(());
+        }
         self.divide(caps, Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.rows }, steps)
     }
 
@@ -171,7 +189,7 @@ impl Rotation {
         let limit = caps.binding();
         let table = 4 * u64::from(self.table_rows) * u64::from(self.rotary_dim);
         if table > limit {
-            return Err(Error::TooLarge { field: "rotary table", value: table, limit });
+            return Err(Error::bytes("rotary table", table, limit));
         }
         let size = |strides: &Strides| bind(caps, self.span(strides, &part), self.element.bytes(), 0).1;
         let most = size(&self.x).max(self.y.as_ref().map_or(0, size)).max(4 * self.positions_of(&part));
@@ -190,7 +208,7 @@ impl Rotation {
             let at = half(&part.rows);
             (low.rows.end, high.rows.start) = (at, at);
         } else {
-            return Err(Error::TooLarge { field: "a row of the rotation", value: most, limit });
+            return Err(Error::bytes("a row of the rotation", most, limit));
         }
         self.divide(caps, low, steps)?;
         self.divide(caps, high, steps)

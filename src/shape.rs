@@ -36,6 +36,9 @@ impl Tensor {
 
     /// Elements from the start of the buffer to the last one, or `None` beyond u64.
     fn checked_extent(&self) -> Option<u64> {
+        if self.is_empty() {
+            return Some(0);
+        }
         let steps = [self.strides.batch, self.strides.head, self.strides.row];
         let mut end = self.strides.offset.checked_add(u64::from(self.dim))?;
         for (size, stride) in self.sizes.iter().zip(steps) {
@@ -61,11 +64,16 @@ impl Tensor {
         let limit = u64::MAX / 64;
         match tensor.checked_extent() {
             Some(extent) if extent <= limit => Ok(tensor),
-            extent => Err(Error::TooLarge { field, value: extent.unwrap_or(u64::MAX), limit }),
+            extent => Err(Error::elements(field, extent.unwrap_or(u64::MAX), limit)),
         }
     }
 
-    /// Elements from the start of the buffer slice to the last one, that one included.
+    /// Whether it has no element. Nothing is then read or written, wherever its strides point.
+    pub fn is_empty(&self) -> bool {
+        self.sizes.contains(&0)
+    }
+
+    /// Elements from the start of the buffer slice to the last one, that one included; 0 where there is none.
     pub fn extent(&self) -> u64 {
         self.checked_extent().expect("checked by Shape::new")
     }
@@ -78,6 +86,9 @@ impl Tensor {
 
     /// Whether no two elements share a place: each stride clears everything that the smaller ones span.
     fn disjoint(&self) -> bool {
+        if self.is_empty() {
+            return true;
+        }
         let s = &self.strides;
         let mut axes: Vec<(u64, u64)> = [s.batch, s.head, s.row]
             .into_iter()
@@ -99,7 +110,7 @@ impl Tensor {
     /// Whether the elements fill their extent without a gap, in any order of the axes.
     pub fn is_dense(&self) -> bool {
         let elements = self.sizes.iter().map(|&n| u64::from(n)).product::<u64>() * u64::from(self.dim);
-        self.strides.offset == 0 && self.extent() == elements
+        elements == 0 || (self.strides.offset == 0 && self.extent() == elements)
     }
 }
 
@@ -136,7 +147,8 @@ impl Shape {
             ("value_dim", p.value_dim, MAX_DIM),
         ];
         for (field, value, limit) in sizes {
-            if value == 0 {
+            // Without a batch, a query or a key there is a result all the same; without a head or a dim nothing has a shape.
+            if value == 0 && !["batch", "seq_q", "seq_kv"].contains(&field) {
                 return Err(Error::Zero { field });
             }
             if value > limit {
@@ -170,14 +182,14 @@ impl Shape {
         let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
         for (field, shape) in [("mask", p.mask), ("bias", p.bias.map(|b| b.shape))] {
             if let Some(Broadcast(shape)) = shape {
-                let fits = (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis])
-                    && (1..=target[3]).contains(&shape[3]);
+                let keys = shape[3] == 1 || shape[3] == target[3] || (1..target[3]).contains(&shape[3]);
+                let fits = keys && (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis]);
                 if !fits {
                     return Err(Error::Broadcast { field, shape, target });
                 }
                 let elements = shape.iter().map(|&n| u128::from(n)).product::<u128>();
                 if elements > u128::from(u64::MAX / 16) {
-                    return Err(Error::TooLarge { field, value: u64::MAX, limit: u64::MAX / 16 });
+                    return Err(Error::elements(field, u64::MAX, u64::MAX / 16));
                 }
             }
         }
@@ -189,9 +201,6 @@ impl Shape {
                     return Err(Error::Conflict { left: "packed", right: "key_lengths", why });
                 }
                 for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
-                    if value == 0 {
-                        return Err(Error::Zero { field });
-                    }
                     if value > MAX_SIZE {
                         return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
                     }
@@ -211,7 +220,7 @@ impl Shape {
         let limit = u64::MAX / 32;
         if scores > u128::from(limit) {
             let value = u64::try_from(scores).unwrap_or(u64::MAX);
-            return Err(Error::TooLarge { field: "batch·heads·seq_q·seq_kv", value, limit });
+            return Err(Error::elements("the score matrix, batch·heads·seq_q·seq_kv,", value, limit));
         }
         let [kv_batch, kv_rows] = match p.paged {
             None => [batch, total_kv],
@@ -352,7 +361,8 @@ impl Shape {
             }
         }
         if let (Some(table), Some(paged)) = (inputs.block_table, self.paged) {
-            let each = paged.of(self.seq_kv) as usize;
+            // Without keys the table is empty, and so is each of its rows.
+            let each = (paged.of(self.seq_kv) as usize).max(1);
             for (b, pages) in table.chunks_exact(each).enumerate() {
                 let used = inputs.key_lengths.map_or(each, |lengths| paged.of(lengths[b]) as usize);
                 for (n, &page) in pages[..used].iter().enumerate() {
@@ -390,9 +400,10 @@ impl Shape {
         Ok(())
     }
 
-    /// The f32 scratch row of scores is padded to whole vectors of four.
+    /// The f32 scratch row of scores is padded to whole vectors of four, and is one of them where there is no key: a binding may
+    /// not be empty.
     pub(crate) fn score_row(&self) -> u32 {
-        self.seq_kv.next_multiple_of(4)
+        self.seq_kv.next_multiple_of(4).max(4)
     }
 
     /// Whether masked or raw logits leave the pipeline.
@@ -427,7 +438,8 @@ impl Paged {
     /// Whether pages and the block table of so many sequences can be addressed.
     pub(crate) fn check(&self, batch: u32, keys: u32) -> Result<()> {
         for (field, value) in [("paged.pages", self.pages), ("paged.page_size", self.page_size)] {
-            if value == 0 {
+            // A pool without pages holds all keys where there are none.
+            if value == 0 && (field == "paged.page_size" || (batch > 0 && keys > 0)) {
                 return Err(Error::Zero { field });
             }
             if value > MAX_SIZE {
@@ -436,7 +448,9 @@ impl Paged {
         }
         let entries = u64::from(batch) * u64::from(self.of(keys));
         if entries > u64::from(MAX_SIZE) {
-            return Err(Error::TooLarge { field: "block_table", value: entries, limit: MAX_SIZE.into() });
+            let advice = "use a smaller batch, larger pages or fewer keys";
+            let limit = MAX_SIZE.into();
+            return Err(Error::Room { field: "block_table", size: entries, unit: "entries", limit, advice });
         }
         Ok(())
     }

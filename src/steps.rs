@@ -24,7 +24,8 @@ impl<'a> Steps<'a> {
         Steps { caps, flops_per_step, list: Vec::new() }
     }
 
-    /// Cuts a step's workgroups, which all take the same time, into dispatches that keep to the work budget and the grid limits.
+    /// Cuts a step's workgroups, which all take the same time, into dispatches that keep to the work budget and the grid limits. A step
+    /// without any workgroup is no dispatch.
     pub(crate) fn push(
         &mut self,
         variant: Variant,
@@ -33,6 +34,9 @@ impl<'a> Steps<'a> {
         workgroups: u32,
         flops: f64,
     ) -> Result<()> {
+        if workgroups == 0 {
+            return Ok(());
+        }
         let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
         let piece = u64::from(workgroups).div_ceil(pieces).min(self.most()) as u32;
         few(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
@@ -50,6 +54,9 @@ impl<'a> Steps<'a> {
         workgroups: u32,
         flops: impl Fn(u32) -> f64,
     ) -> Result<()> {
+        if workgroups == 0 {
+            return Ok(());
+        }
         let (budget, most) = (self.flops_per_step, self.most());
         let pieces = (flops(workgroups) / budget).ceil().clamp(1.0, f64::from(workgroups)) as u64;
         few(self.list.len() as u64 + pieces.max(u64::from(workgroups).div_ceil(most)))?;
@@ -126,13 +133,23 @@ pub(crate) fn bind(caps: &Caps, (first, end): Span, bytes: u64, origin: u64) -> 
 /// dispatches fit the largest buffer that WebGPU guarantees.
 pub(crate) fn few(dispatches: u64) -> Result<()> {
     let limit = 1 << 18;
-    if dispatches <= limit { Ok(()) } else { Err(Error::TooLarge { field: "dispatches", value: dispatches, limit }) }
+    let advice =
+        "use a smaller batch or fewer rows in each call, or raise Options::scratch_budget or Options::work_budget";
+    match dispatches <= limit {
+        true => Ok(()),
+        false => Err(Error::Room { field: "the plan", size: dispatches, unit: "dispatches", limit, advice }),
+    }
 }
 
-pub(crate) fn small(field: &'static str, value: u64) -> Result<u32> {
+/// A number of workgroups, or of what `unit` says, of one step.
+pub(crate) fn small(unit: &'static str, size: u64) -> Result<u32> {
     // Workgroup numbers of a folded grid may overshoot; below 2^30 they cannot wrap.
     let limit = 1 << 30;
-    if value <= limit { Ok(value as u32) } else { Err(Error::TooLarge { field, value, limit }) }
+    let advice = "use a smaller batch, or give fewer rows or keys in each call";
+    match size <= limit {
+        true => Ok(size as u32),
+        false => Err(Error::Room { field: "one step", size, unit, limit, advice }),
+    }
 }
 
 /// Folds a number of workgroups into three axes, with little to spare.

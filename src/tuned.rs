@@ -20,7 +20,7 @@ const FEW: u32 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Queries {
-    /// One, as in decoding.
+    /// One, as in decoding, or none.
     One,
     /// 2 to 16.
     Few,
@@ -48,7 +48,7 @@ impl Class {
     pub fn of(shape: &Shape) -> Class {
         let dim = shape.head_dim.max(shape.value_dim);
         let queries = match shape.seq_q {
-            1 => Queries::One,
+            0 | 1 => Queries::One,
             2..=FEW => Queries::Few,
             _ => Queries::Many,
         };

@@ -176,7 +176,7 @@ fn new_rows_and_the_block_table_are_split_under_small_limits_and_the_pool_is_not
         check_table(gpu, &append, &[0; 9], Some(&table), &options);
         append.paged = Some(Paged { pages: 80, page_size: 1 });
         let error = append.plan(gpu.library().caps(), &options).unwrap_err();
-        assert!(matches!(error, Error::TooLarge { field: "cache", value, limit: 4096 } if value > 4096), "{error}");
+        assert!(matches!(error, Error::Room { field: "cache", size, limit: 4096, .. } if size > 4096), "{error}");
     }
 }
 
@@ -234,6 +234,37 @@ fn host_slices_append_and_come_back_widened() {
 }
 
 #[test]
+fn without_a_batch_or_a_row_the_cache_stays_as_it_is() {
+    for gpu in gpus() {
+        for [batch, rows, capacity] in [[0, 2, 4], [2, 0, 4], [2, 0, 0], [0, 0, 0]] {
+            for (paged, circular) in [(false, false), (false, true), (true, false)] {
+                let mut append = Append::new(batch, 2, rows, capacity, 3);
+                append.circular = circular;
+                // Without room there need not be a page.
+                append.paged = paged.then_some(Paged { pages: if capacity == 0 { 0 } else { 5 }, page_size: 2 });
+                let pool = if paged { 2 * append.paged.map_or(0, |p| 2 * p.pages) } else { 2 * batch * capacity };
+                let cache: Vec<f32> = (0..3 * pool).map(|n| n as f32).collect();
+                let x = vec![-1.0; (batch * 2 * rows * 3) as usize];
+                let table = vec![0; (batch * capacity.div_ceil(2)) as usize];
+                let (starts, table) = (vec![0; batch as usize], paged.then_some(&table[..]));
+                let got = gpu.append(&append, (&x).into(), (&cache).into(), &starts, table);
+                assert_eq!(got.as_ref(), Ok(&cache), "{append:?}");
+                let mut want = cache.clone();
+                reference::append(&append, &x, &mut want, &starts, table).expect("valid");
+                assert_eq!(want, cache, "{append:?}");
+                // Nothing is bound, so that nothing need be given.
+                let operation = gpu.library().append(&append, &Options::default()).expect("valid");
+                assert_eq!((operation.slices(), operation.needs().count()), (0, 0));
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                assert_eq!(operation.encode(&mut encoder, &[]), Ok(()));
+                let none = Error::TooLarge { field: "slice, counted from 1,", value: 1, limit: 0 };
+                assert_eq!(operation.begin().unwrap().encode_slice(0, &mut encoder, &[]), Err(none));
+            }
+        }
+    }
+}
+
+#[test]
 fn descriptions_that_cannot_be_are_errors() {
     let check = |set: fn(&mut Append)| {
         let mut append = Append::new(2, 2, 2, 4, 4);
@@ -241,13 +272,15 @@ fn descriptions_that_cannot_be_are_errors() {
         append.check()
     };
     assert_eq!(check(|_| ()), Ok(()));
-    assert_eq!(check(|a| a.batch = 0), Err(Error::Zero { field: "batch" }));
-    assert_eq!(check(|a| a.capacity = 0), Err(Error::Zero { field: "capacity" }));
+    assert_eq!(check(|a| a.heads = 0), Err(Error::Zero { field: "heads" }));
+    assert_eq!(check(|a| a.dim = 0), Err(Error::Zero { field: "dim" }));
+    // A cache without room takes no row.
+    assert_eq!(check(|a| a.capacity = 0), Err(Error::TooLarge { field: "rows", value: 2, limit: 0 }));
     assert_eq!(check(|a| a.rows = 5), Err(Error::TooLarge { field: "rows", value: 5, limit: 4 }));
     let error = check(|a| a.dim = (1 << 28) + 1);
     assert_eq!(error, Err(Error::TooLarge { field: "dim", value: (1 << 28) + 1, limit: 1 << 28 }));
     let error = check(|a| (a.batch, a.heads, a.capacity, a.dim) = (1 << 28, 1 << 28, 1 << 28, 1 << 28));
-    assert!(matches!(error, Err(Error::TooLarge { field: "x", .. })), "{error:?}");
+    assert!(matches!(error, Err(Error::Room { field: "x", unit: "elements", .. })), "{error:?}");
     let error = check(|a| a.cache = Layout::Strided(Strides { offset: 0, batch: 32, head: 12, row: 4 }));
     assert_eq!(error, Err(Error::Overlap { field: "cache", strides: [32, 12, 4], sizes: [2, 2, 4, 4] }));
     let paged = |pages, page_size| move |a: &mut Append| a.paged = Some(Paged { pages, page_size });

@@ -202,13 +202,14 @@ fn wrong_projections_are_errors() {
         gpu.library().project(&p, &Options::default()).map(|_| ())
     };
     assert_eq!(plan(&|_| ()), Ok(()));
-    assert_eq!(plan(&|p| p.rows = 0), Err(Error::Zero { field: "rows" }));
+    assert_eq!(plan(&|p| p.inputs = 0), Err(Error::Zero { field: "inputs" }));
+    assert_eq!(plan(&|p| p.outputs = 0), Err(Error::Zero { field: "outputs" }));
     assert!(matches!(
         plan(&|p| p.head_columns = 5),
         Err(Error::Divide { field: "head_columns", value: 5, whole: 12, .. })
     ));
     assert!(matches!(plan(&|p| p.weight_row = 7), Err(Error::Entry { field: "weight_row", value: 7, limit: 8, .. })));
-    assert!(matches!(plan(&|p| p.x.row = 1 << 40), Err(Error::TooLarge { field: "x", .. })));
+    assert!(matches!(plan(&|p| p.x.row = 1 << 40), Err(Error::Room { field: "a stride of x", .. })));
     let operation = gpu.library().project(&Projection::new(4, 8, 12, Order::OutIn, Element::F32), &Options::default());
     let operation = operation.expect("valid");
     let (big, small) = (upload(gpu, &[0; 1024]), upload(gpu, &[0; 16]));
@@ -231,6 +232,38 @@ fn wrong_projections_are_errors() {
     };
     assert_eq!(with(1, small.slice(..)), Err(Error::BufferSize { field: "weight matrix", got: 16, want: 384 }));
     assert_eq!(with(3, big.slice(..)), Err(Error::Aliased { output: "result", other: "query" }));
+}
+
+#[test]
+fn without_a_batch_or_a_row_nothing_is_projected_or_turned() {
+    for gpu in gpus() {
+        for [batch, rows] in [[0, 3], [2, 0], [0, 0]] {
+            for form in FORMS {
+                let mut p = Projection::new(rows, 8, 12, Order::OutIn, Element::F32);
+                (p.batch, p.x.batch, p.y.batch) = (batch, 24, 36);
+                let operation = gpu.library().project(&p, &forced(form)).expect("valid");
+                assert_eq!((operation.slices(), operation.needs().count()), (0, 0));
+                assert_eq!(
+                    operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), &[]),
+                    Ok(())
+                );
+                assert_eq!(reference::project::<f64>(&p, &[], Elements::F32(&[]), &[]), (vec![], vec![]));
+            }
+            for table_rows in [0, 5] {
+                for positions in [Positions::Rows, Positions::Starts] {
+                    let mut rotation = Rotation::new(batch, 2, rows, 8, table_rows);
+                    // What no element stands behind has no place either.
+                    (rotation.positions, rotation.x.offset) = (positions, 4);
+                    let table = Rotation::table(table_rows, 8, 100.0);
+                    let starts = vec![0; if positions == Positions::Starts { batch as usize } else { 0 }];
+                    assert_eq!(rotation.extent(), 0);
+                    assert_eq!(gpu.rotate(&rotation, Elements::F32(&[]), &table, &starts), Ok(vec![]));
+                    let turned = reference::rotary::<f64>(&rotation, Elements::F32(&[]), &table, &starts);
+                    assert_eq!(turned, (vec![], vec![]));
+                }
+            }
+        }
+    }
 }
 
 /// One rotation against its reference, in place and not.
@@ -362,6 +395,7 @@ fn wrong_rotations_are_errors() {
     assert_eq!(plan(&|r| r.rotary_dim = 14), Err(Error::TooLarge { field: "rotary_dim", value: 14, limit: 12 }));
     assert_eq!(plan(&|r| r.rotary_dim = 3), Err(Error::Multiple { field: "rotary_dim", value: 3, of: 2 }));
     assert_eq!(plan(&|r| r.table_rows = 0), Err(Error::Zero { field: "table_rows" }));
+    assert_eq!(plan(&|r| r.heads = 0), Err(Error::Zero { field: "heads" }));
     let odd = |r: &mut Rotation| (r.element, r.rotary_dim) = (Element::F16, 6);
     assert!(matches!(plan(&odd), Err(Error::Multiple { value: 6, of: 4, .. })));
     assert!(matches!(
@@ -559,6 +593,108 @@ fn calls_of_one_layer_take_turns() {
             submit(&|encoder| prepared.encode(encoder, &buffers(&staged[1])).expect("valid"));
         }
         assert_eq!(staged.each_ref().map(read), want);
+    }
+}
+
+#[test]
+fn layers_without_a_batch_a_query_or_a_key_match() {
+    for gpu in gpus() {
+        for [batch, seq_q, seq_kv] in [[0, 5, 7], [2, 0, 7], [2, 5, 0], [2, 0, 0], [0, 0, 0]] {
+            for (n, which) in [None, Some(Weights::Heads), Some(Weights::Mean)].into_iter().enumerate() {
+                for (added, zero_attn) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let r = &mut Random(50 + n as u64);
+                    let mut layer = layer(r, [4, 2, 8, 8], [24, 20, 20, 12], Order::OutIn, true);
+                    layer.zero_attn = zero_attn;
+                    layer.bias_kv = added.then(|| (r.signed_vec(16, 1.0), r.signed_vec(16, 1.0)));
+                    layer.rotary =
+                        (n == 1).then_some(RotaryEmbedding { dim: 8, interleaved: false, base: 100.0, positions: 9 });
+                    let mut call = Call::default();
+                    (call.sources, call.seq_first, call.weights) = (Sources::Key, n == 2, which);
+                    let mut problem = layer.problem(batch, seq_q, seq_kv);
+                    problem.mask = (n == 1).then_some(Broadcast([batch, 1, seq_q, seq_kv]));
+                    problem.key_lengths = n == 2;
+                    check_layer(gpu, &layer, &problem, &call, Element::F32, &forced(FORMS[n % 2]));
+                }
+            }
+        }
+    }
+}
+
+/// The outputs of a row that sees only what the layer adds, by hand: the added value alone, half of it beside a zero key of the
+/// same score, or nothing but the output's bias.
+#[test]
+fn without_a_key_a_layer_sees_what_it_adds() {
+    let linear = |weight: f32, bias: f32| Linear {
+        inputs: 1,
+        outputs: 1,
+        weight: vec![weight],
+        order: Order::OutIn,
+        bias: Some(vec![bias]),
+    };
+    let parts = [linear(0.0, 0.0), linear(1.0, 0.0), linear(1.0, 0.0), linear(2.0, 0.5)];
+    let mut layer = Layer::new(1, 1, parts).expect("valid");
+    let mut call = Call::default();
+    (call.sources, call.weights) = (Sources::Key, Some(Weights::Mean));
+    for gpu in gpus() {
+        for (added, zero_attn, out, weights) in [
+            (false, false, 0.5, vec![]),
+            (true, false, 8.5, vec![1.0]),
+            (false, true, 0.5, vec![1.0]),
+            (true, true, 4.5, vec![0.5, 0.5]),
+        ] {
+            (layer.bias_kv, layer.zero_attn) = (added.then(|| (vec![3.0], vec![4.0])), zero_attn);
+            let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+            let options = Options::default();
+            let prepared = resident.prepare(gpu.library(), &layer.problem(1, 1, 0), &call, &options).expect("valid");
+            // wgpu would take an empty binding for the rest of the buffer.
+            assert!(prepared.steps().flat_map(|step| &step.bindings).all(|bound| bound.size > 0));
+            let inputs = LayerInputs { query: &[7.0], key: Some(&[]), ..LayerInputs::default() };
+            let got = resident.forward(gpu, &layer.problem(1, 1, 0), &call, &inputs).expect("runs");
+            let close = |got: &[f32], want: &[f32]| {
+                got.len() == want.len() && got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6)
+            };
+            assert!(close(&got.out, &[out]) && close(&got.weights.clone().expect("asked for"), &weights), "{got:?}");
+        }
+    }
+}
+
+/// A cache without a batch, without room, and of a call without a new row: nothing changes, and what cannot be bound may be given.
+#[test]
+fn caches_of_layers_may_be_empty_too() {
+    for gpu in gpus() {
+        let layer = layer(&mut Random(51), [4, 2, 8, 8], [24; 4], Order::OutIn, true);
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
+        let mut call = Call::default();
+        call.cache = true;
+        for [batch, rows, room] in [[0, 3, 6], [2, 0, 6], [2, 0, 0]] {
+            let problem = layer.problem(batch, rows, room);
+            let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).expect("valid");
+            assert_eq!(prepared.slices(), 0);
+            let none = gpu.device().create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: 0,
+                usage: wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: false,
+            });
+            let (filled, starts) = (upload(gpu, &[1; 2 * 2 * 6 * 8 * 4]), upload(gpu, &[0; 8]));
+            let (query, result) = (upload(gpu, &[1; 16]), upload(gpu, &[2; 16]));
+            let mut buffers = LayerBuffers::new(query.slice(..), result.slice(..));
+            let cache = if batch * room == 0 { &none } else { &filled };
+            let v = upload(gpu, &[1; 2 * 2 * 6 * 8 * 4]);
+            let starts = if batch == 0 { &none } else { &starts };
+            buffers.cache = Some(CacheBuffers { k: cache.slice(..), v: v.slice(..), starts: starts.slice(..) });
+            let mut encoder = gpu.device().create_command_encoder(&Default::default());
+            prepared.encode(&mut encoder, &buffers).expect("valid");
+            let none = Error::TooLarge { field: "slice, counted from 1,", value: 1, limit: 0 };
+            assert_eq!(prepared.begin().unwrap().encode_slice(0, &mut encoder, &buffers), Err(none));
+            // A plan without a dispatch looks at what is given all the same.
+            buffers.cache = None;
+            assert_eq!(prepared.encode(&mut encoder, &buffers), Err(Error::Missing { field: "cache" }));
+            gpu.queue().submit([encoder.finish()]);
+            gpu.wait().expect("nothing ran");
+            assert_eq!(gpu.read(filled.slice(..)), Ok(vec![1; 2 * 2 * 6 * 8 * 4]));
+            assert_eq!(gpu.read(result.slice(..)), Ok(vec![2; 16]));
+        }
     }
 }
 
@@ -834,7 +970,10 @@ fn wrong_layers_and_calls_are_errors() {
     }
     assert_eq!(turning(&|r| r.dim = 10), Err(Error::TooLarge { field: "rotary.dim", value: 10, limit: 8 }));
     // Terabytes, which must not be asked for.
-    assert!(matches!(turning(&|r| r.positions = u32::MAX), Err(Error::TooLarge { field: "rotary table", .. })));
+    assert!(matches!(
+        turning(&|r| r.positions = u32::MAX),
+        Err(Error::Room { field: "rotary table", unit: "bytes", .. })
+    ));
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
     let x = vec![0.0; 2 * 3 * 20];
     let inputs = LayerInputs { query: &x, ..Default::default() };

@@ -350,6 +350,35 @@ fn calls_of_one_merge_take_turns() {
 }
 
 #[test]
+fn without_a_partial_rows_are_empty_and_without_a_row_so_are_the_outputs() {
+    for gpu in gpus() {
+        let small = floor(gpu, 4096, 3);
+        for gpu in [&**gpu, &small] {
+            for [partials, batch, seq_q] in [[0, 2, 3], [0, 2, 170], [2, 0, 3], [2, 2, 0], [0, 0, 0]] {
+                for (element, value_dim) in
+                    [(Element::F32, 4), (Element::F32, 5), (Element::F16, 8), (Element::Bf16, 5)]
+                {
+                    for sinks in [false, true] {
+                        let mut merge = Merge::new(partials, batch, 2, seq_q, value_dim);
+                        (merge.element, merge.sinks) = (element, sinks);
+                        let lines = (batch * 2 * seq_q) as usize;
+                        let all = partials as usize * lines;
+                        let (out, lse) = (vec![f32::NAN; all * value_dim as usize], vec![f32::NAN; all]);
+                        let given = [1.5, -2.0];
+                        let got = gpu.merge(&merge, &out, &lse, sinks.then_some(&given)).expect("valid");
+                        assert_eq!(got.out, vec![0.0; lines * value_dim as usize], "{merge:?}");
+                        let head = |line: usize| line / seq_q as usize % 2;
+                        let each = |line| if sinks { given[head(line)] } else { f32::NEG_INFINITY };
+                        let want: Vec<f32> = (0..lines).map(each).collect();
+                        assert_eq!(got.lse, Some(want), "{merge:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn descriptions_that_cannot_be_are_errors() {
     let check = |set: fn(&mut Merge)| {
         let mut merge = Merge::new(2, 2, 2, 2, 4);
@@ -357,11 +386,11 @@ fn descriptions_that_cannot_be_are_errors() {
         merge.check()
     };
     assert_eq!(check(|_| ()), Ok(()));
-    assert_eq!(check(|m| m.partials = 0), Err(Error::Zero { field: "partials" }));
-    assert_eq!(check(|m| m.seq_q = 0), Err(Error::Zero { field: "seq_q" }));
+    assert_eq!(check(|m| m.heads = 0), Err(Error::Zero { field: "heads" }));
+    assert_eq!(check(|m| m.value_dim = 0), Err(Error::Zero { field: "value_dim" }));
     assert_eq!(check(|m| m.value_dim = 513), Err(Error::TooLarge { field: "value_dim", value: 513, limit: 512 }));
     let error = check(|m| (m.partials, m.batch, m.heads) = (1 << 28, 1 << 28, 1 << 28));
-    assert!(matches!(error, Err(Error::TooLarge { field: "partial_out", .. })), "{error:?}");
+    assert!(matches!(error, Err(Error::Room { field: "partial_out", unit: "elements", .. })), "{error:?}");
     let error = check(|m| m.out = Layout::Strided(Strides { offset: 0, batch: 16, head: 3, row: 8 }));
     assert_eq!(error, Err(Error::Overlap { field: "out", strides: [16, 3, 8], sizes: [2, 2, 2, 4] }));
     let gpu = &gpus()[0];

@@ -469,7 +469,9 @@ fn parts_merge_into_the_whole() {
         let (out, lse) = merge(4, &[nothing, nothing], per_row.as_deref()).unwrap();
         assert_eq!((out, lse), (vec![0.0; 60], per_row.unwrap_or(vec![f64::NEG_INFINITY; 15])));
     }
+    // Without a part nobody says how many rows there are; without a row there is nothing to say.
     assert_eq!(merge::<f32>(4, &[], None), Err(Error::Zero { field: "partials" }));
+    assert_eq!(merge::<f32>(4, &[Partial { out: &[], lse: &[] }; 2], Some(&[])), Ok((vec![], vec![])));
     let short = Partial { out: &[0.0; 7], lse: &[0.0; 2] };
     assert_eq!(merge::<f32>(4, &[short], None), Err(Error::Length { field: "partial.out", got: 7, want: 8 }));
 }

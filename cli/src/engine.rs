@@ -266,9 +266,11 @@ pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<De
 
 /// The adapters that `wanted` names, in its order. If it names none: those that `WGPU_ADAPTER_NAME` matches, or all.
 pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
+    Gpu::check_environment()?;
     let adapters = Gpu::adapters();
     let labels: Vec<Label> = adapters.iter().map(|adapter| Label::of(&adapter.get_info())).collect();
-    let named = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|name| !name.is_empty());
+    let named = std::env::var_os("WGPU_ADAPTER_NAME").map(|name| name.to_string_lossy().into_owned());
+    let named = named.filter(|name| !name.is_empty());
     let chosen = match (wanted, named) {
         ([], None) => return Ok(adapters),
         ([], Some(name)) => all(&name, &labels)?,

@@ -40,6 +40,8 @@ pub enum Error {
     Problem { path: PathBuf, source: wgpu_attention::Error },
     #[error("shapes {left} and {right} are of one class of problems, which has one row: choose one of them")]
     SameClass { left: String, right: String },
+    #[error("shape {shape}: no query sees a key, so that there is nothing to time")]
+    NoWork { shape: String },
     #[error("this system has no cache folder: give --file, or set {variable}")]
     NoFolder { variable: &'static str },
     #[error("{0}")]

@@ -92,14 +92,14 @@ fn packed(archive: &Archive, operands: &mut Operands, v: &str) -> Result<(Proble
     }
     let bounds_q = archive.lengths("cu_seqlens_q")?;
     let bounds_kv = archive.lengths("cu_seqlens_k")?;
-    if bounds_q.len() < 2 {
-        return Err(archive.wrong_shape("cu_seqlens_q", "of at least two boundaries"));
-    }
+    // Of no sequence at all there is one boundary, too.
+    let Some(batch) = bounds_q.len().checked_sub(1) else {
+        return Err(archive.wrong_shape("cu_seqlens_q", "of at least one boundary"));
+    };
     // Falling boundaries are the library's to refuse.
-    let longest = |bounds: &[u32]| bounds.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0).max(1);
-    let batch = (bounds_q.len() - 1) as u32;
+    let longest = |bounds: &[u32]| bounds.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0);
     let mut problem =
-        Problem::new(batch, heads, longest(&bounds_q), longest(&bounds_kv), head_dim).with_layout(Layout::Bshd);
+        Problem::new(batch as u32, heads, longest(&bounds_q), longest(&bounds_kv), head_dim).with_layout(Layout::Bshd);
     (problem.kv_heads, problem.value_dim) = (kv_heads, value_dim);
     problem.packed = Some(Packed { total_q, total_kv });
     (operands.cu_seqlens_q, operands.cu_seqlens_kv) = (Some(bounds_q), Some(bounds_kv));

@@ -50,6 +50,41 @@ fn without_an_adapter_each_command_says_so() {
 }
 
 #[test]
+fn a_variable_that_cannot_be_understood_is_named() {
+    let file = case(CASE);
+    let commands: [&[&str]; 7] = [
+        &[],
+        &["adapters"],
+        &["bench"],
+        &["cases", file.to_str().unwrap()],
+        &["plan", "--shape", "1,1,1,4,4,4"],
+        &["plan", "--shape", "1,1,1,4,4,4", "--adapter", "0"],
+        &["run", "--input", file.to_str().unwrap(), "--output", "x.safetensors"],
+    ];
+    for (variable, value) in [("WGPU_BACKEND", "vulkna"), ("WGPU_POWER_PREF", "frugal")] {
+        for arguments in commands {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+            let hidden = [("VK_DRIVER_FILES", "/nonexistent"), ("VK_ICD_FILENAMES", "/nonexistent")];
+            command.args(arguments).envs(hidden).env("WGPU_BACKEND", "vulkan").env(variable, value);
+            let got = command.output().unwrap();
+            let says = format!("the environment variable {variable} is {value:?}; it must be ");
+            assert!(text(&got.stderr).contains(&says), "{arguments:?}: {}", text(&got.stderr));
+            assert_eq!(got.status.code(), Some(2), "{arguments:?}");
+        }
+    }
+}
+
+#[test]
+fn a_shape_without_work_is_nothing_to_time() {
+    for shape in ["0,1,1,4,4,4", "1,1,1,0,4,4", "1,1,1,4,0,4"] {
+        let got = run(&["bench", "--shape", shape]);
+        let says = format!("shape {shape}: no query sees a key, so that there is nothing to time");
+        assert!(text(&got.stderr).contains(&says), "{}", text(&got.stderr));
+        assert_eq!(got.status.code(), Some(2));
+    }
+}
+
+#[test]
 fn machines_read_one_object_a_line_errors_too() {
     let file = case(CASE);
     let file = file.to_str().unwrap();

@@ -193,6 +193,25 @@ fn a_full_disk_leaves_the_rows_that_were_stored() {
 }
 
 #[test]
+fn shapes_without_work_are_planned_but_not_measured() {
+    let session = Session::new();
+    for (shape, kernels) in [("0,2,2,4,4,8", &["none"][..]), ("1,2,2,0,4,8", &["none"]), ("1,2,2,4,0,8", &[])] {
+        let [out, _] = session.good(&format!("plan --json --shape {shape}"));
+        let plan: Value = serde_json::from_str(&out).unwrap();
+        let (kernel, dispatches) = (plan["kernel"].as_str().unwrap(), plan["dispatches"].as_u64().unwrap());
+        assert_eq!(kernels.contains(&kernel), dispatches == 0, "{out}");
+        assert_eq!(kernels.is_empty(), dispatches > 0, "{out}");
+        for command in ["tune --seconds 1", "bench"] {
+            let output = session.run(&format!("{command} --shape {shape}"));
+            let err = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{err}");
+            assert!(err.contains(&format!("shape {shape}: no query sees a key")), "{err}");
+        }
+    }
+    assert!(session.files("tuning-").is_empty());
+}
+
+#[test]
 fn two_problems_of_a_class_are_refused() {
     let output = Session::new().run("tune --shape 1,2,2,64,64,32 --shape 1,2,2,65,65,32");
     let err = String::from_utf8(output.stderr).unwrap();

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flash::Operands;
 use super::{Body, Format, Slot};
+use crate::error::counted;
 use crate::problem::Element;
 use crate::tuning;
 
@@ -97,7 +98,8 @@ impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { body, rows, keys, dims } = self.tile;
         let full = if self.full { " full" } else { "" };
+        let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
         let carry = if self.carry { ", carried on" } else { "" };
-        write!(f, "rows[{body}; {rows} rows a lane, {keys} keys, {dims} dims{carry}; {}{full}]", self.format)
+        write!(f, "rows[{body}; {rows} a lane, {keys}, {dims} dims{carry}; {}{full}]", self.format)
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flash::Operands;
 use super::{Format, Slot};
+use crate::error::counted;
 use crate::tuning;
 
 /// A variant of `split`.
@@ -84,6 +85,7 @@ impl fmt::Display for Split {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let shuffle = if shuffle { ", shuffles" } else { "" };
         let full = if self.full { " full" } else { "" };
-        write!(f, "split[{rows} rows, {streams} × {keys} keys, {dims} dims{shuffle}; {}{full}]", self.format)
+        let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
+        write!(f, "split[{rows}, {streams} × {keys}, {dims} dims{shuffle}; {}{full}]", self.format)
     }
 }

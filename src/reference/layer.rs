@@ -79,7 +79,9 @@ pub fn layer<T: Real>(
     }
     let weights = call.weights.map(|which| match which {
         Weights::Heads => weights,
-        Weights::Mean => weights.chunks_exact(heads * rows * columns).flat_map(|of| average(of, heads)).collect(),
+        Weights::Mean => {
+            weights.chunks_exact((heads * rows * columns).max(1)).flat_map(|of| average(of, heads)).collect()
+        }
     });
     Ok(LayerOutputs { out, weights })
 }

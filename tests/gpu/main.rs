@@ -9,6 +9,7 @@ mod decode;
 mod device;
 mod differential;
 mod edges;
+mod empty;
 mod hidden;
 mod layouts;
 mod limits;
@@ -103,7 +104,8 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
         Kernel::Flash | Kernel::Matrix if !lists => 4,
         _ => 6,
     };
-    let bound = |tensor: &Tensor| (u64::from(tensor.sizes[2]) - 1) * tensor.strides.row + u64::from(tensor.dim);
+    let bound =
+        |tensor: &Tensor| u64::from(tensor.sizes[2].saturating_sub(1)) * tensor.strides.row + u64::from(tensor.dim);
     let shape = p.check().unwrap();
     let longest = bound(shape.k()).max(bound(shape.v())) * shape.element.bytes();
     let alignment = u64::from(limits.min_storage_buffer_offset_alignment).max(32);
@@ -122,15 +124,14 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
         _ => u64::MAX,
     };
     let most = if full { 8 } else { 6 };
-    if p.logits.is_some() {
-        Some("score matrix")
-    } else if limits.max_storage_buffers_per_shader_stage < buffers {
-        Some("storage buffers")
-    } else if kernel == Kernel::Split && p.packed.is_some() {
+    let few = limits.max_compute_invocations_per_workgroup < 128;
+    // What the problem and the device are comes before what is asked for.
+    if kernel == Kernel::Split && p.packed.is_some() {
         Some("packed sequences")
     } else if kernel == Kernel::Split && p.head_dim.max(p.value_dim) > 256 {
         Some("lanes' registers")
-    } else if kernel == Kernel::Split && limits.max_compute_invocations_per_workgroup < 128 && !caps.int64 {
+    } else if kernel == Kernel::Split && few && !caps.int64 && limits.max_compute_workgroup_storage_size < 8836 {
+        // The bytes of its only tile of 64 invocations.
         Some("its tiles not the device")
     } else if kernel == Kernel::Matrix && p.element != Element::F16 {
         Some("its operands are f16")
@@ -140,12 +141,16 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
         Some("no cooperative matrices")
     } else if kernel == Kernel::Matrix && form.is_none() && caps.subgroup_max_size.is_none_or(|most| most > 64) {
         Some("at most 64 lanes")
-    } else if kernel == Kernel::Matrix && limits.max_compute_invocations_per_workgroup < 128 {
+    } else if kernel == Kernel::Matrix && few {
         Some("no tile fits")
     } else if kernel == Kernel::Rows && p.head_dim.max(p.value_dim) > 256 {
         Some("do not fit a lane's registers")
-    } else if kernel == Kernel::Flash && limits.max_compute_invocations_per_workgroup < 128 {
+    } else if kernel == Kernel::Flash && few {
         Some("no tile fits")
+    } else if limits.max_storage_buffers_per_shader_stage < buffers {
+        Some("storage buffers")
+    } else if p.logits.is_some() {
+        Some("score matrix")
     } else if several
         && (between > room || (kernel != Kernel::Split && limits.max_storage_buffers_per_shader_stage <= most))
     {

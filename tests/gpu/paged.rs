@@ -301,13 +301,10 @@ fn a_pool_or_block_table_beyond_a_binding_and_devices_without_a_kernel_are_refus
         let error = |p: &Problem| small.library().plan(p).unwrap_err();
         let large = paged(2, 16, |p| p.paged = Some(Paged { pages: 100, page_size: 16 }));
         let got = error(&large);
-        assert!(
-            matches!(got, Error::TooLarge { field: "k", value, limit } if value > limit && limit < 1 << 16),
-            "{got}"
-        );
+        assert!(matches!(got, Error::Room { field: "k", size, limit, .. } if size > limit && limit < 1 << 16), "{got}");
         let many = paged(2, 1, |p| (p.batch, p.seq_kv, p.paged) = (90, 300, Some(Paged { pages: 8, page_size: 1 })));
         let got = error(&many);
-        assert!(matches!(got, Error::TooLarge { field: "block_table", value, limit: 65536 } if value > 65536), "{got}");
+        assert!(matches!(got, Error::Room { field: "block_table", size, limit: 65536, .. } if size > 65536), "{got}");
         // Four storage buffers: no kernel has room for the block table.
         let floor = floor(gpu, 1 << 20, 65535);
         let p = paged(2, 16, |_| ());

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use wgpu_attention::kernel::matrix::Matrix;
+use wgpu_attention::kernel::merge::Merge;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{
@@ -26,6 +27,7 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> O
         Ok(plan) => Some(plan),
         // What is too large for the device, or excluded, says so; nothing else may go wrong.
         Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
+        Err(Error::Room { size, limit, .. }) if size > limit => None,
         Err(Error::Conflict { left: "element", right: "out", .. }) if problem.element != Element::F32 => None,
         Err(Error::Kernel { kernel: "native f16", .. }) if options.native_f16 == Some(true) => None,
         Err(Error::Kernel { kernel: "unfused", .. }) if options.form == Some(Form::Emulated) => None,
@@ -73,11 +75,15 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         let stands_in = matches!(
             (slot, bound.slot),
             (Slot::Mask | Slot::Bias, Slot::Lists)
+                // Where there is no key, see below.
+                | (Slot::K | Slot::V, Slot::Lists)
                 | (Slot::Out, Slot::Unpacked | Slot::PartialOut)
                 | (Slot::Lse, Slot::Spare | Slot::PartialLse | Slot::Totals)
                 | (Slot::Scores, Slot::Weights)
         );
         assert!(slot == bound.slot || stands_in, "{variant} {bound:?}");
+        let keys = matches!(slot, Slot::K | Slot::V) && slot != bound.slot;
+        assert!(!keys || plan.shape().k().is_empty(), "{variant} {bound:?}");
         let same = |other: &&wgpu_attention::plan::Bound| other.slot == bound.slot && (other.written || bound.written);
         assert_eq!(
             step.bindings.iter().filter(same).count(),
@@ -180,6 +186,57 @@ fn check_tuned(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tunin
     true
 }
 
+/// Plans a problem that has no batch (axis 0), no query (2) or no key (3).
+fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
+    let full = [p.batch, p.heads, p.seq_q, p.seq_kv][axis];
+    let none = |shape: &mut Broadcast| {
+        if shape.0[axis] != 1 || full == 1 {
+            shape.0[axis] = 0;
+        }
+    };
+    p.mask.iter_mut().for_each(none);
+    p.bias.iter_mut().for_each(|bias| none(&mut bias.shape));
+    *[&mut p.batch, &mut p.heads, &mut p.seq_q, &mut p.seq_kv][axis] = 0;
+    let Some(plan) = plan(&p, caps, options, &Tuning::default()) else { return };
+    tuned::every_kernel_has_one_reason(&plan);
+    slices_partition_the_steps(&plan, caps, options);
+    if axis < 3 {
+        assert_eq!((plan.dispatches(), plan.slices(), plan.scratch_bytes()), (0, 0, 0), "{plan}");
+        return;
+    }
+    plan.steps().iter().for_each(|step| within_limits(step, &plan, caps));
+    let s = plan.shape();
+    let (mut out, mut lse) = (0, 0);
+    for step in plan.steps() {
+        let rows = || -> Vec<coverage::Place> { coverage::places(&plan, step).collect() };
+        let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
+        match &step.variant {
+            Variant::Merge(Merge::Totals { lse: wanted, .. }) => {
+                lse += if *wanted { rows_of(step) } else { 0 };
+            }
+            Variant::Merge(Merge::Out { .. }) => out += rows_of(step) / u64::from(s.value_dim.div_ceil(4)),
+            Variant::Softmax(x) => lse += if x.lse { u64::from(step.params.end - step.params.first) } else { 0 },
+            Variant::Pack(_) => {}
+            _ if bound(Slot::PartialOut) => {}
+            Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_) => {
+                let first: u64 =
+                    rows().iter().filter(|place| place.cols.start == 0).map(|place| place.rows.len() as u64).sum();
+                out += first;
+                lse += if bound(Slot::Lse) { first } else { 0 };
+            }
+            other => panic!("{other} has nothing to do without a key\n{plan}"),
+        }
+    }
+    let rows = u64::from(s.batch) * u64::from(s.heads) * u64::from(s.seq_q);
+    assert_eq!((out, lse), (rows, if s.lse { rows } else { 0 }), "{plan}");
+}
+
+/// Items of a dispatch of `merge`, without those beyond the last.
+fn rows_of(step: &Step) -> u64 {
+    let threads = step.variant.threads();
+    u64::from((step.params.end * threads).min(step.params.item_count) - step.params.first * threads)
+}
+
 fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
     let steps: Vec<&Step> = (0..plan.slices()).flat_map(|slice| plan.slice(slice)).collect();
     assert!(steps.iter().copied().eq(plan.steps()) && plan.dispatches() == steps.len());
@@ -202,6 +259,13 @@ fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn without_a_row_nothing_runs_and_without_a_key_every_output_is_written_once(
+        p in problem(), c in caps(), o in options(), axis in prop::sample::select(&[0usize, 2, 3])
+    ) {
+        empty(p, &c, &o, axis);
+    }
 
     #[test]
     fn every_plan_keeps_to_its_limits_and_covers_everything_once(p in problem(), c in caps(), o in options()) {
@@ -302,7 +366,7 @@ fn each_operand_is_held_to_the_binding_limit() {
     (p.element, p.bias) = (Element::F16, Some(Bias { shape: Broadcast([1, 1, 1, 9000]), element: Element::F32 }));
     let options = Options { kernel: Some(Kernel::Rows), ..Options::default() };
     let error = Plan::new(&p.check().unwrap(), &caps, &options).unwrap_err();
-    assert!(matches!(error, Error::TooLarge { field: "bias", value, .. } if value >= 36_000), "{error}");
+    assert!(matches!(error, Error::Room { field: "bias", size, .. } if size >= 36_000), "{error}");
 }
 
 #[test]
@@ -429,10 +493,19 @@ fn a_plan_says_what_it_does_and_why() {
     let shape = Problem::new(1, 8, 512, 512, 63).check().unwrap();
     let plan = Plan::new(&shape, &gpu(), &Options::default()).unwrap();
     let text = plan.to_string();
-    for part in [plan.kernel().as_str(), "1 dispatch in 1 slice", "bytes of scratch", "estimated", "whole vectors"] {
+    for part in [plan.kernel().as_str(), "1 dispatch in 1 slice, 0 bytes of scratch", "estimated", "whole vectors"] {
         assert!(part.split('+').all(|part| text.contains(part)), "{part:?} is not in\n{text}");
     }
     assert!(!plan.reasons().is_empty());
+    let caps = Caps { cpu: true, subgroup_size: Some(8), ..gpu() };
+    let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+    let text = Plan::new(&shape, &caps, &unfused).unwrap().to_string();
+    assert!(text.contains("3 dispatches in ") && text.contains(" slices, "), "{text}");
+    // Of one there is no plural, also in the names of tiles.
+    let rows = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+    let caps = Caps { subgroup_size: None, ..caps };
+    let text = Plan::new(&shape, &caps, &rows).unwrap().to_string();
+    assert!(text.contains("8 rows a lane, 1 key, 64 dims"), "{text}");
 }
 
 #[test]
@@ -443,7 +516,7 @@ fn work_that_no_device_finishes_is_refused_rather_than_planned_for_ever() {
     for (problem, options) in [(&rows, &Options::default()), (&pairs, &Options::default()), (&pairs, &tiny)] {
         for caps in [roomy(), Caps { cpu: true, ..roomy() }] {
             let error = Plan::new(&problem.check().unwrap(), &caps, options).unwrap_err();
-            assert!(matches!(error, Error::TooLarge { field: "dispatches", value, limit } if value > limit), "{error}");
+            assert!(matches!(error, Error::Room { unit: "dispatches", size, limit, .. } if size > limit), "{error}");
         }
     }
 }

@@ -99,7 +99,7 @@ impl Data {
                 Tensor::new(bias.element, &holes)
             }),
             key_lengths: p.key_lengths.then(|| {
-                let some = [0, p.seq_kv, (p.seq_kv / 2) | 1, p.seq_kv - 1];
+                let some = [0, p.seq_kv, (p.seq_kv / 2) | 1, p.seq_kv.saturating_sub(1)];
                 (0..batch).map(|b| some[(b + r.below(2) as usize) % some.len()].min(p.seq_kv)).collect()
             }),
             offsets: (p.causal == Causal::Offset)

@@ -240,7 +240,7 @@ pub fn keras(archive: &Archive) -> Result<Loaded> {
         let width = start.work.layer.out.outputs as usize;
         expectations[0].rows = Some(Rows { keep: keep.clone(), width });
         if let Some(scores) = expectations.get_mut(1) {
-            let keep = keep.chunks(rows).flat_map(|rows| rows.repeat(start.heads)).collect();
+            let keep = keep.chunks(rows.max(1)).flat_map(|rows| rows.repeat(start.heads)).collect();
             scores.rows = Some(Rows { keep, width: keys });
         }
     }
@@ -328,6 +328,13 @@ mod tests {
         assert!(passes(&second().tensor("attn_mask", Dtype::BOOL, &[1, 1, 2], &[1, 0]), torch));
         let zero = mean().text("add_zero_attn", "true").f32s("out", &[1, 1, 1], &[2.0]);
         assert!(passes(&zero.f32s("attn_weights", &[1, 1, 3], &[1.0 / 3.0; 3]), torch));
+        // Axes of 0: no key, none but the one that the layer adds, and no query.
+        let keys =
+            || mean().f32s("key", &[1, 0, 1], &[]).f32s("value", &[1, 0, 1], &[]).f32s("out", &[1, 1, 1], &[0.0]);
+        assert!(passes(&keys().f32s("attn_weights", &[1, 1, 0], &[]), torch));
+        assert!(passes(&keys().text("add_zero_attn", "true").f32s("attn_weights", &[1, 1, 1], &[1.0]), torch));
+        let rows = mean().f32s("query", &[1, 0, 1], &[]).f32s("out", &[1, 0, 1], &[]);
+        assert!(passes(&rows.f32s("attn_weights", &[1, 0, 2], &[]), torch));
     }
 
     #[test]
@@ -345,6 +352,10 @@ mod tests {
         assert!(!passes(&keras_file(3.0).tensor("attention_mask", Dtype::BOOL, &[1, 1, 2], &[0, 1]), keras));
         let skipped = keras_file(9.0).tensor("compare_rows", Dtype::BOOL, &[1, 1], &[0]);
         assert!(passes(&skipped, keras));
+        let rows = keras_file(0.0).f32s("query", &[1, 0, 1], &[]).f32s("out", &[1, 0, 1], &[]);
+        let rows = rows.text("tol", r#"{"out": {"atol": 0}, "attention_scores": {"atol": 0}}"#);
+        let rows = rows.f32s("attention_scores", &[1, 1, 0, 2], &[]);
+        assert!(passes(&rows.tensor("compare_rows", Dtype::BOOL, &[1, 0], &[]), keras));
         let tutorial_file = |want| {
             let file = ["w.wq.kernel", "w.wk.kernel", "w.wv.kernel", "w.dense.kernel"]
                 .into_iter()

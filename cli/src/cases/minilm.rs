@@ -119,10 +119,11 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
     let [batch, seq, width] = [batch_u32, seq_u32, width_u32].map(|n| n as usize);
     let x = sentences.f32s(&hidden)?;
     let heads: u32 = weights.json_or("heads", "an integer", HEADS)?;
-    if heads == 0 || seq == 0 || width == 0 || !width_u32.is_multiple_of(heads) {
-        return Err(
-            sentences.wrong_shape(&hidden, format!("[batch, tokens, a multiple of {heads} heads], none of them 0"))
-        );
+    if heads == 0 || width == 0 || !width_u32.is_multiple_of(heads) {
+        return Err(sentences.wrong_shape(
+            &hidden,
+            format!("[batch, tokens, width], the width a multiple of {heads} heads, neither of them 0"),
+        ));
     }
     let linear = |name: &str| Linear::read(weights, &format!("encoder.layer.{layer}.attention.{name}"), width);
     let operands = Operands::new(
@@ -142,7 +143,7 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
     sentences.expect_shape("attention_mask", &[batch, seq])?;
     let mask = sentences.bools("attention_mask")?;
     let real: Vec<bool> = mask.iter().map(|&token| token != 0).collect();
-    let per_head = || real.chunks(seq).flat_map(|rows| rows.repeat(heads as usize)).collect();
+    let per_head = || real.chunks(seq.max(1)).flat_map(|rows| rows.repeat(heads as usize)).collect();
     let probs = format!("layer.{layer}.probs");
     let expectations = || -> Result<Vec<Expectation>> {
         let want = |name: &str| -> Result<_> { Ok(sentences.f32s_of(name, &[batch, seq, width])?.to_vec()) };

@@ -103,6 +103,10 @@ mod tests {
         assert!(passes(&quarter()));
         assert!(!passes(&quarter().f32s("out.output", &[1, 1, 1, 4], &[2.0, 1.0, 3.0, 4.0])));
         assert!(!passes(&quarter().tensor("in.position_ids", Dtype::I64, &[1, 1], &[0; 8])));
+        // Without a row there is no angle either.
+        let none = quarter().without("in.position_ids").f32s("in.input", &[1, 1, 0, 4], &[]);
+        let none = none.f32s("in.cos_cache", &[1, 0, 1], &[]).f32s("in.sin_cache", &[1, 0, 1], &[]);
+        assert!(passes(&none.f32s("out.output", &[1, 1, 0, 4], &[])));
     }
 
     #[test]

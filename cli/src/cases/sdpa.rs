@@ -134,6 +134,18 @@ mod tests {
     }
 
     #[test]
+    fn files_may_have_axes_of_zero() {
+        let keys =
+            || mean().f32s("k", &[1, 1, 0, 2], &[]).f32s("v", &[1, 1, 0, 1], &[]).f32s("probs", &[1, 1, 1, 0], &[]);
+        let keys = || keys().f32s("lse", &[1, 1, 1], &[f32::NEG_INFINITY]);
+        assert!(passes(&keys().f32s("out", &[1, 1, 1, 1], &[0.0])));
+        assert!(!passes(&keys().f32s("out", &[1, 1, 1, 1], &[0.5])));
+        assert!(!passes(&keys().f32s("out", &[1, 1, 1, 1], &[0.0]).f32s("lse", &[1, 1, 1], &[0.0])));
+        let rows = mean().f32s("q", &[1, 1, 0, 2], &[]).f32s("out", &[1, 1, 0, 1], &[]).f32s("lse", &[1, 1, 0], &[]);
+        assert!(passes(&rows.f32s("probs", &[1, 1, 0, 2], &[])));
+    }
+
+    #[test]
     fn gradients_are_reported_whether_they_are_there_or_were_left_out() {
         let notes = |file: Builder| case(&file).unwrap().notes;
         assert!(notes(mean()).is_empty() && notes(mean().text("has_grad", "false")).is_empty());

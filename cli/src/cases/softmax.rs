@@ -103,6 +103,9 @@ mod tests {
         assert!(passes(&columns()));
         assert!(passes(&columns().text("attributes", r#"{"axis": -2}"#)));
         assert!(!passes(&columns().text("attributes", "{}")));
+        // Axes of 0: no score in a column, and no column.
+        assert!(passes(&columns().f32s("in.x", &[0, 2], &[]).f32s("out.y", &[0, 2], &[])));
+        assert!(passes(&columns().f32s("in.x", &[2, 0], &[]).f32s("out.y", &[2, 0], &[])));
     }
 
     #[test]

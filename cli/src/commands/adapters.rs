@@ -93,6 +93,7 @@ const FIELDS: [&str; 14] = [
 ];
 
 pub fn run(report: Report) -> Result<Outcome> {
+    Gpu::check_environment()?;
     let rows: Vec<Row> = Gpu::adapters().iter().enumerate().map(|(index, adapter)| Row::new(index, adapter)).collect();
     for row in &rows {
         report.object(row)?;

@@ -10,7 +10,7 @@ use wgpu_attention::{Causal, Element, Gpu, Options, Prepared, Problem, Resident,
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::memory;
 use crate::operands::Operands;
@@ -105,6 +105,14 @@ fn problem(shape: ShapeArg, causal: Causal, element: Element) -> Problem {
     let mut problem = shape.problem();
     (problem.causal, problem.element) = (causal, element);
     problem
+}
+
+/// Refuses problems whose time would stand for nothing, and whose rates would be a division of 0.
+pub fn must_have_work(shape: ShapeArg, problem: &Problem) -> Result<()> {
+    match problem.check()?.visible_pairs() {
+        0 => Err(Error::NoWork { shape: shape.to_string() }),
+        _ => Ok(()),
+    }
 }
 
 impl Subject {
@@ -219,7 +227,8 @@ pub fn call(
         progress(slice + 1, prepared.slices());
         ms
     };
-    slices.map(time).sum()
+    // A clock too coarse to see the call must not make a rate infinite.
+    slices.map(time).sum::<wgpu_attention::Result<f64>>().map(|ms| ms.max(1e-6))
 }
 
 fn bench(
@@ -322,8 +331,8 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         }
         shapes => shapes.iter().map(|&shape| (shape, arguments.causal.into())).collect(),
     };
-    for (shape, _) in &given {
-        shape.problem().check()?;
+    for &(shape, causal) in &given {
+        must_have_work(shape, &problem(shape, causal, arguments.dtype.into()))?;
     }
     let mut gpus = Vec::new();
     for adapter in engine::choose(&arguments.adapter)? {

@@ -160,6 +160,38 @@ mod tests {
     }
 
     #[test]
+    fn tensors_may_have_axes_of_zero() {
+        let file = |[batch, rows, keys]: [usize; 3]| {
+            let zeros = vec![0.0; 1024];
+            let tensor = |n: usize| &zeros[..batch * n * 2];
+            let file = Builder::default().f32s("q", &[batch, 1, rows, 2], tensor(rows));
+            file.f32s("k", &[batch, 1, keys, 2], tensor(keys)).f32s("v", &[batch, 1, keys, 2], tensor(keys))
+        };
+        for [batch, rows, keys] in [[2, 3, 0], [2, 0, 3], [0, 2, 3], [0, 0, 0]] {
+            let written = run_on(&file([batch, rows, keys]), &["--weights", "--lse"]).unwrap();
+            assert_eq!(written.f32s_of("out", &[batch, 1, rows, 2]).unwrap(), vec![0.0; batch * rows * 2]);
+            assert_eq!(written.f32s_of("lse", &[batch, 1, rows]).unwrap(), vec![f32::NEG_INFINITY; batch * rows]);
+            assert!(written.f32s_of("weights", &[batch, 1, rows, keys]).unwrap().is_empty());
+        }
+        // No sequence, one without a token, and one without a key.
+        for (bounds_q, bounds_k) in [(&[0u32][..], &[0u32][..]), (&[0, 0], &[0, 0]), (&[0, 1], &[0, 0])] {
+            let [total_q, total_kv] = [bounds_q, bounds_k].map(|bounds| bounds[bounds.len() - 1] as usize);
+            let zeros = |n: usize| vec![0.0; 2 * n];
+            let file = Builder::default()
+                .f32s("q", &[total_q, 1, 2], &zeros(total_q))
+                .f32s("k", &[total_kv, 1, 2], &zeros(total_kv))
+                .f32s("v", &[total_kv, 1, 2], &zeros(total_kv))
+                .tensor("cu_seqlens_q", Dtype::U32, &[bounds_q.len()], bytemuck::cast_slice(bounds_q))
+                .tensor("cu_seqlens_k", Dtype::U32, &[bounds_k.len()], bytemuck::cast_slice(bounds_k));
+            let written = run_on(&file, &["--lse"]).unwrap();
+            assert_eq!(written.f32s_of("out", &[total_q, 1, 2]).unwrap(), zeros(total_q));
+            assert_eq!(written.f32s_of("lse", &[1, total_q]).unwrap(), vec![f32::NEG_INFINITY; total_q]);
+        }
+        let error = run_on(&file([1, 1, 1]).f32s("q", &[1, 0, 1, 2], &[]), &[]).unwrap_err().to_string();
+        assert!(error.contains("heads is 0; it must be at least 1"), "{error}");
+    }
+
+    #[test]
     fn wrong_input_is_refused() {
         let file = Builder::default().f32s("q", &[1, 1, 1, 2], &[0.0; 2]).f32s("k", &[1, 1, 1, 2], &[0.0; 2]).f32s(
             "v",

@@ -9,7 +9,7 @@ use wgpu_attention::{
     Causal, Choice, Class, Element, Gpu, Options, Plan, Prepared, Problem, Resident, Row as TunedRow, Tuning,
 };
 
-use super::bench::{Subject, call};
+use super::bench::{Subject, call, must_have_work};
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Label};
 use crate::error::{Error, Result};
@@ -308,6 +308,7 @@ fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>
         let mut problem = shape.problem();
         problem.causal = arguments.causal.unwrap_or_default().into();
         problem.element = arguments.dtype.unwrap_or_default().into();
+        must_have_work(shape, &problem)?;
         let class = Class::of(&problem.check()?);
         if let Some(at) = classes.iter().position(|other| *other == class) {
             return Err(Error::SameClass { left: subjects[at].0.to_string(), right: shape.to_string() });
