@@ -32,18 +32,18 @@ fn main(
         var extra = 0.0;
         if ((params.flags & BIAS) != 0u) {
             extra = lse[line + params.total_q];
-            undefined = undefined || (bitcast<u32>(extra) & 0x7fffffffu) > 0x7f800000u;
+            undefined |= (bitcast<u32>(extra) & 0x7fffffffu) > 0x7f800000u;
             keep = 1.0 - extra;
         }
         if (key < params.seq_kv) {
             let weight = w[params.s_base + here.batch * params.s_batch + (here.head + n) * params.s_head + row * params.s_row + key];
-            undefined = undefined || (bitcast<u32>(weight) & 0x7fffffffu) > 0x7f800000u;
+            undefined |= (bitcast<u32>(weight) & 0x7fffffffu) > 0x7f800000u;
             sum += keep * weight;
         } else if (key == params.seq_kv && (params.flags & BIAS) != 0u) {
             sum += extra;
         } else {
             let bits = bitcast<u32>(lse[line]) & 0x7fffffffu;
-            undefined = undefined || bits > 0x7f800000u || bitcast<u32>(lse[line]) == 0x7f800000u;
+            undefined |= (bits > 0x7f800000u) | (bitcast<u32>(lse[line]) == 0x7f800000u);
             sum += keep * exp(-lse[line]);
         }
     }

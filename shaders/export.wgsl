@@ -31,17 +31,17 @@ fn main(
     let to_place = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key;
     let x = s[from_place];
     var bits = bitcast<u32>(x);
-    let nowhere = row >= seq.rows || key >= seq.stored;
+    let nowhere = (row >= seq.rows) | (key >= seq.stored);
     if ((params.flags & EXPORT_LOGITS) != 0u) {
         // The ends of the range of f32 stand for codes in the scratch, and the next numbers for the ends.
         bits = select(bits, 0xff7fffffu, x == LOWEST);
         bits = select(bits, 0x7f7fffffu, x == HIGHEST);
         bits = select(bits, 0x7f800000u, x == PLUS);
         bits = select(bits, 0x7fc00000u, x == UNDEFINED);
-        bits = select(bits, 0xff800000u, nowhere || x < LOWEST);
+        bits = select(bits, 0xff800000u, nowhere | (x < LOWEST));
     } else {
-        bits = select(bits, 0u, nowhere || x == LEAST || x == NOTHING);
-        bits = select(bits, 0x7fc00000u, x == NO_RESULT && !nowhere);
+        bits = select(bits, 0u, nowhere | (x == LEAST) | (x == NOTHING));
+        bits = select(bits, 0x7fc00000u, (x == NO_RESULT) & !nowhere);
     }
     out[to_place] = bits;
 }

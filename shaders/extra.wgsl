@@ -37,7 +37,7 @@ fn main(
     for (var d = 0u; d < params.head_dim; d++) {
         let x = q[q_at + d];
         let k = shifts[params.k_base + kv_head * params.head_dim + d];
-        bad = bad || ends(bitcast<u32>(x)) || ends(bitcast<u32>(k));
+        bad |= ends(bitcast<u32>(x)) | ends(bitcast<u32>(k));
         dot_product += x * k;
     }
     let s = dot_product * params.scale;
@@ -60,7 +60,7 @@ fn main(
         let value = shifts[params.v_base + kv_head * params.value_dim + d];
         let sum = bitcast<u32>(keep * bitcast<f32>(before) + w * value);
         // What is NaN or an infinity before makes the sum one, as arithmetic has it or else NaN.
-        let special = ends(before) || ends(bitcast<u32>(value));
-        out[out_at + d] = select(sum, 0x7fc00000u, undefined || (special && !ends(sum)));
+        let special = ends(before) | ends(bitcast<u32>(value));
+        out[out_at + d] = select(sum, 0x7fc00000u, undefined | (special & !ends(sum)));
     }
 }

@@ -290,7 +290,7 @@ fn main(
         s_{{ r }} = sh_p[p_at + {{ r * down }}u];
 {% endfor %}
 {% else %}
-        if (key < all_first || key + TILE_KV > all_end) {
+        if ((key < all_first) | (key + TILE_KV > all_end)) {
             let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
 {% for r in range(rows) %}
             let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
@@ -313,7 +313,7 @@ fn main(
 {% for r in range(rows) %}
             let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
 {% for c in "xyzw" %}
-            let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} || q_bad_{{ r }});
+            let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} | q_bad_{{ r }});
             s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, code_{{ r }}_{{ c }} >= PLUS);
             if (code_{{ r }}_{{ c }} == MINUS) {
                 sh_minus[line + {{ r * down }}u] = 1u;
@@ -388,7 +388,7 @@ fn main(
                     if (d_{{ c }} < params.value_dim) {
                         let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
 {% for r in range(rows) %}
-                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), sh_minus[line + {{ r * down }}u] != 0u && weight_{{ r }} <= FAINT), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
+                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), (sh_minus[line + {{ r * down }}u] != 0u) & (weight_{{ r }} <= FAINT)), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
 {% endfor %}
                     }
 {% endfor %}
@@ -428,7 +428,7 @@ fn main(
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + line + {{ r * down }}u;
     if (row_{{ r }} <= row_last) {
-        var m = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && sh_minus[line + {{ r * down }}u] != 0u);
+        var m = select(m_{{ r }}, MINUS, (m_{{ r }} == LOWEST) & (sh_minus[line + {{ r * down }}u] != 0u));
         var l = sums.{{ "xyzw"[r] }};
         var shrink = 1.0;
 {% if lists %}

@@ -369,9 +369,9 @@ fn main(
         // Each invocation its own words, so that the transform stands once in the text.
         for (var i = 0u; i < EACH; i++) {
             let at = s_at + i * PER_ROW;
-            let bad = q_bad || sh_k_bad[column + i * PER_ROW] == stage;
+            let bad = q_bad | (sh_k_bad[column + i * PER_ROW] == stage);
             var dot_product = sh_s[at];
-            if (abs(dot_product * params.scale) > LARGE && !bad) {
+            if ((abs(dot_product * params.scale) > LARGE) & !bad) {
                 let k_row = stored_at(seq, batch, min(key + column + i * PER_ROW, key_end - 1u));
                 dot_product = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
             }
@@ -384,18 +384,18 @@ fn main(
 {% else %}
 {% for i in range(each) %}
         var dot_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
-        let bad_{{ i }} = q_bad || sh_k_bad[column + {{ i * per_row }}u] == stage;
-        if (abs(dot_{{ i }} * params.scale) > LARGE && !bad_{{ i }}) {
+        let bad_{{ i }} = q_bad | (sh_k_bad[column + {{ i * per_row }}u] == stage);
+        if ((abs(dot_{{ i }} * params.scale) > LARGE) & !bad_{{ i }}) {
             let k_row = stored_at(seq, batch, min(key + column + {{ i * per_row }}u, key_end - 1u));
             dot_{{ i }} = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
         }
         var s_{{ i }} = select(scaled(dot_{{ i }}), scaled_code(dot_{{ i }}), bad_{{ i }});
 {% endfor %}
-        if (key < all_first || key + TILE_KV > all_end) {
+        if ((key < all_first) | (key + TILE_KV > all_end)) {
             let seen = key_range(seq, row_there);
 {% for i in range(each) %}
             let j_{{ i }} = key + column + {{ i * per_row }}u;
-            s_{{ i }} = select(HIDDEN, s_{{ i }}, j_{{ i }} >= seen.x && j_{{ i }} < seen.y);
+            s_{{ i }} = select(HIDDEN, s_{{ i }}, (j_{{ i }} >= seen.x) & (j_{{ i }} < seen.y));
 {% endfor %}
         }
 {% endif %}
@@ -468,7 +468,7 @@ fn main(
         }
         if (sh_any == stage) {
 {% for i in range(each) %}
-            if (p_{{ i }} != 0.0 && sh_bad[column + {{ i * per_row }}u] == stage) {
+            if ((p_{{ i }} != 0.0) & (sh_bad[column + {{ i * per_row }}u] == stage)) {
                 let at = stored_at(seq, batch, key + column + {{ i * per_row }}u);
                 let v_row = v_at + at.x * params.v_batch + at.y * params.v_row + dim_first;
                 for (var d = 0u; d < min(DIMS, params.value_dim - dim_first); d += 4u) {

@@ -129,7 +129,7 @@ fn weigh(x: f32, m: f32) -> f32 {
             let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
             let k_{{ j }}_{{ c }} = {{ k_vector(j, c) }};
-            {{ "k_bad = k_bad || !finite(k_%s_%s)" | format(j, c) if careful else "sizes = larger(sizes, k_%s_%s)" | format(j, c) }};
+            {{ "k_bad |= !finite(k_%s_%s)" | format(j, c) if careful else "sizes = larger(sizes, k_%s_%s)" | format(j, c) }};
 {% endif %}
 {% for r in range(rows) %}
             let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
@@ -142,7 +142,7 @@ fn weigh(x: f32, m: f32) -> f32 {
 {% for r in range(rows) %}
 {% for j in range(keys) %}
 {% if careful %}
-            s_{{ r }}_{{ j }} = select(scaled(s_{{ r }}_{{ j }}), scaled_code(s_{{ r }}_{{ j }}), k_bad || (q_bad & {{ 2 ** r }}u) != 0u);
+            s_{{ r }}_{{ j }} = select(scaled(s_{{ r }}_{{ j }}), scaled_code(s_{{ r }}_{{ j }}), k_bad | ((q_bad & {{ 2 ** r }}u) != 0u));
 {% else %}
             s_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
 {% endif %}
@@ -165,7 +165,7 @@ fn weigh(x: f32, m: f32) -> f32 {
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            s_{{ r }}_{{ j }} = select(HIDDEN, s_{{ r }}_{{ j }}, key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < end_{{ r }});
+            s_{{ r }}_{{ j }} = select(HIDDEN, s_{{ r }}_{{ j }}, (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < end_{{ r }}));
 {% endfor %}
 {% endfor %}
 {% endif %}
@@ -275,7 +275,7 @@ fn main(
         q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
-        let good = {% for c in range(parts) %}{{ " && " if not loop.first }}finite(x_{{ c }}){% endfor %};
+        let good = {% for c in range(parts) %}{{ " & " if not loop.first }}finite(x_{{ c }}){% endfor %};
         q_bad |= select(1u << r, 0u, good);
     }
 
@@ -292,7 +292,7 @@ fn main(
     // The largest exponents of what this lane loaded of keys and values.
     var sizes = vec4<u32>();
 {{ walk(keys, subgroup, false) }}
-    let own = u32(any_ends(sizes) || q_bad != 0u{% if full %} || slope_ends(head){% for r in range(rows) %} || m_{{ r }} == UNDEFINED{% endfor %}{% endif %});
+    let own = u32(any_ends(sizes) | (q_bad != 0u){% if full %} | slope_ends(head){% for r in range(rows) %} | (m_{{ r }} == UNDEFINED){% endfor %}{% endif %});
     let again = {% if subgroup %}{% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(own, {{ n }}u){% endfor %}{% else %}own{% endif %};
     // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
     for (var once = again; once > 0u; once--) {

@@ -53,9 +53,9 @@ const KEYS: u32 = {{ tile_cols }}u;
 fn with_codes(x: f32, before: f32, dot_product: f32, bad: bool, scales: bool) -> f32 {
     let own = select(0.0, code_of(dot_product), bad);
     let ends = abs(before) > HIGHEST;
-    let both = ends && bad && own != before;
+    let both = ends & bad & (own != before);
     let code = select(select(own, before, ends), UNDEFINED, both);
-    return select(x, select(code, scale_code(code), scales), ends || bad);
+    return select(x, select(code, scale_code(code), scales), ends | bad);
 }
 
 @compute @workgroup_size({{ lanes }})
@@ -76,7 +76,7 @@ fn main(
     let key_begin = max(key_first, range.x & ~3u);
     let key_stop = min(min(key_first + KEYS, params.key_end), min(range.y, seq.stored));
     // No early return: a CPU driver would run all that follows under a mask. Without work the loop is empty.
-    let key_end = select(0u, key_stop, here.inside && line_first < line_end);
+    let key_end = select(0u, key_stop, here.inside & (line_first < line_end));
     let key_last = max(seq.stored, 1u) - 1u;
 {% for r in range(rows) %}
     let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
@@ -158,7 +158,7 @@ fn main(
             var x_{{ r }} = clamp((before_{{ r }} + sum_{{ r }}) * scale, vec4<f32>(LOWEST), vec4<f32>(HIGHEST));
 {% endfor %}
             // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
-            for (var once = u32((q_bad | k_bad) != 0u || {% for r in range(rows) %}{{ " || " if not loop.first }}any(abs(before_{{ r }}) > vec4<f32>(HIGHEST)){% endfor %}); once > 0u; once--) {
+            for (var once = u32(((q_bad | k_bad) != 0u) | {% for r in range(rows) %}{{ " | " if not loop.first }}any(abs(before_{{ r }}) > vec4<f32>(HIGHEST)){% endfor %}); once > 0u; once--) {
 {% for r in range(rows) %}
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}

@@ -144,7 +144,7 @@ fn main(
 {% endfor %}
 
     // Bit r: row r holds NaN or an infinity in q.
-    let q_own = {% for r in range(rows) %}{{ " | " if not loop.first }}select({{ 2 ** r }}u, 0u, {% for c in range(chunks) %}{{ " && " if not loop.first }}finite(q_{{ r }}_{{ c }}){% endfor %}){% endfor %};
+    let q_own = {% for r in range(rows) %}{{ " | " if not loop.first }}select({{ 2 ** r }}u, 0u, {% for c in range(chunks) %}{{ " & " if not loop.first }}finite(q_{{ r }}_{{ c }}){% endfor %}){% endfor %};
 {% if streams > 1 and not shuffle %}
     marks[thread] = q_own;
     workgroupBarrier();
@@ -183,7 +183,7 @@ fn main(
             let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
 {% endfor %}
 {% endfor %}
-            let k_own = {% for j in range(keys) %}{{ " | " if not loop.first }}select({{ 2 ** j }}u, 0u, {% for c in range(chunks) %}{{ " && " if not loop.first }}finite(k_{{ j }}_{{ c }}){% endfor %}){% endfor %};
+            let k_own = {% for j in range(keys) %}{{ " | " if not loop.first }}select({{ 2 ** j }}u, 0u, {% for c in range(chunks) %}{{ " & " if not loop.first }}finite(k_{{ j }}_{{ c }}){% endfor %}){% endfor %};
             // Bit j: key j holds NaN or an infinity.
 {% if shuffle %}
             let k_bad = {{ union("k_own") }};
@@ -240,7 +240,7 @@ fn main(
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            x_{{ r }}_{{ j }} = select(HIDDEN, x_{{ r }}_{{ j }}, key + {{ j }}u >= range_{{ r }}.x && key + {{ j }}u < min(range_{{ r }}.y, end));
+            x_{{ r }}_{{ j }} = select(HIDDEN, x_{{ r }}_{{ j }}, (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < min(range_{{ r }}.y, end)));
 {% endfor %}
 {% endfor %}
 {% endif %}
@@ -250,7 +250,7 @@ fn main(
 {% for j in range(keys) %}
                 let code_{{ r }}_{{ j }} = outcome(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
                 m_{{ r }} = max(m_{{ r }}, select(code_{{ r }}_{{ j }}, HIDDEN, code_{{ r }}_{{ j }} == MINUS));
-                minus_{{ r }} = minus_{{ r }} || code_{{ r }}_{{ j }} == MINUS;
+                minus_{{ r }} |= code_{{ r }}_{{ j }} == MINUS;
 {% endfor %}
 {% endfor %}
             }
@@ -280,7 +280,7 @@ fn main(
             o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
 {% endfor %}
 {% endfor %}
-            for (var once = u32(!({% for j in range(keys) %}{{ " && " if not loop.first }}{% for c in range(chunks) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+            for (var once = u32(!({% for j in range(keys) %}{{ " & " if not loop.first }}{% for c in range(chunks) %}{{ " & " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
 {% for j in range(keys) %}
 {% for w in range(words) %}
                 let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
@@ -294,7 +294,7 @@ fn main(
         first = end;
     }
 {% for r in range(rows) %}
-    m_{{ r }} = select(m_{{ r }}, MINUS, m_{{ r }} == LOWEST && minus_{{ r }});
+    m_{{ r }} = select(m_{{ r }}, MINUS, (m_{{ r }} == LOWEST) & minus_{{ r }});
 {% endfor %}
 {% if streams > 1 %}
 

@@ -126,7 +126,7 @@ fn main(
     for (var key = key_begin; key < key_end; key += 4u) {
 {% for r in range(rows) %}
         let w_{{ r }} = load_s((s_{{ r }} + (key >> 2u)) << 2u, 4u);
-        broken_{{ r }} = broken_{{ r }} || any(w_{{ r }} < vec4<f32>());
+        broken_{{ r }} |= any(w_{{ r }} < vec4<f32>());
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
@@ -138,7 +138,7 @@ fn main(
 {% for w in range(words) %}
         var own_{{ w }} = 0u;
 {% endfor %}
-        for (var once = u32(!({% for t in range(loads) %}{{ " && " if not loop.first }}good_{{ t }}{% endfor %})); once > 0u; once--) {
+        for (var once = u32(!({% for t in range(loads) %}{{ " & " if not loop.first }}good_{{ t }}{% endfor %})); once > 0u; once--) {
 {% for t in range(loads) %}
             own_{{ t // 4 }} |= classes(raw_{{ t }}) << {{ t % 4 * 8 }}u;
 {% endfor %}
@@ -181,7 +181,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-        for (var once = u32(!({% for j in range(4) %}{{ " && " if not loop.first }}{% for c in range(parts) %}{{ " && " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+        for (var once = u32(!({% for j in range(4) %}{{ " & " if not loop.first }}{% for c in range(parts) %}{{ " & " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
 {% for j in range(4) %}
 {% for g in range(groups) %}
             let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
@@ -287,7 +287,7 @@ fn main(
 {% for j4 in range(dims // 4) %}
 {% for r in range(rows) %}
         let w_{{ j4 }}_{{ r }} = sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ j4 }}u];
-        broken_{{ r }} = broken_{{ r }} || any(w_{{ j4 }}_{{ r }} < vec4<f32>());
+        broken_{{ r }} |= any(w_{{ j4 }}_{{ r }} < vec4<f32>());
 {% endfor %}
 {% for c in range(cols) %}
 {% for j in range(4) %}

@@ -41,8 +41,8 @@ fn main(
         let range = key_range(seq, row);
         if (key >= range.x && key < range.y) {
             let x = logit(here.batch, here.head, row, key, seq, bitcast<f32>(s[at]));
-            bits = bitcast<u32>(select(0.0, exp(max(x - m, -150.0)) / l, x > MINUS && l > 0.0));
-            bits = select(bits, 0x7fc00000u, broken(m) && x > HIDDEN);
+            bits = bitcast<u32>(select(0.0, exp(max(x - m, -150.0)) / l, (x > MINUS) & (l > 0.0)));
+            bits = select(bits, 0x7fc00000u, broken(m) & (x > HIDDEN));
         }
         if ((params.flags & LSE) != 0u && key == 0u) {
             lse[line] = lse_bits(m, l);

@@ -18,5 +18,5 @@ fn coded(bits: u32) -> f32 {
 
 // Whether a row of which m is the largest logit (or sink) has no finite result: it sees NaN, +∞ or nothing but −∞.
 fn broken(m: f32) -> bool {
-    return m >= PLUS || m == MINUS;
+    return (m >= PLUS) | (m == MINUS);
 }

@@ -3,7 +3,7 @@
 fn lse_bits(m: f32, l: f32) -> u32 {
     // The ends of what is finite stand for those of f32.
     let top = select(select(m, HIDDEN, m == LOWEST), UNDEFINED, m == HIGHEST);
-    let finite_or_minus = select(0xff800000u, bitcast<u32>(top + log(l)), l > 0.0 && m > MINUS);
+    let finite_or_minus = select(0xff800000u, bitcast<u32>(top + log(l)), (l > 0.0) & (m > MINUS));
     return select(select(finite_or_minus, 0x7f800000u, m == PLUS), 0x7fc00000u, m == UNDEFINED);
 }
 

@@ -48,8 +48,8 @@ fn bias_bits(batch: u32, head: u32, row: u32, key: u32) -> u32 {
 fn sum_of(x: f32, y: f32) -> f32 {
     let x_ends = abs(x) > HIGHEST;
     let y_ends = abs(y) > HIGHEST;
-    let ended = select(select(y, x, x_ends), UNDEFINED, x_ends && y_ends && x != y);
-    return select(clamp(x + y, LOWEST, HIGHEST), ended, x_ends || y_ends);
+    let ended = select(select(y, x, x_ends), UNDEFINED, x_ends & y_ends & (x != y));
+    return select(clamp(x + y, LOWEST, HIGHEST), ended, x_ends | y_ends);
 }
 
 // Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN.
@@ -63,17 +63,17 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
         let distance = f32(abs(i32(row) + s.offset - i32(key)));
         let slope = coded(lists[params.list_slopes + head]);
         // An infinite slope is 0 · ∞ at distance 0.
-        let ended = select(-slope, UNDEFINED, slope == UNDEFINED || distance == 0.0);
+        let ended = select(-slope, UNDEFINED, (slope == UNDEFINED) | (distance == 0.0));
         x = sum_of(x, select(max(min(-slope * distance, HIGHEST), LOWEST), ended, abs(slope) > HIGHEST));
     }
     var visible = mask_allows(batch, head, row, key);
     if ((params.flags & BIAS) != 0u) {
         let bits = bias_bits(batch, head, row, key);
-        visible = visible && bits != 0xff800000u;
+        visible &= bits != 0xff800000u;
         x = sum_of(x, coded(bits));
     }
     let range = key_range(s, row);
-    visible = visible && key >= range.x && key < range.y;
+    visible &= (key >= range.x) & (key < range.y);
     return select(HIDDEN, x, visible);
 }
 
@@ -92,12 +92,12 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
     var ended = false;
     if ((params.flags & BIAS) != 0u) {
         let bits = bias_bits(batch, head, row, key);
-        visible = visible && bits != 0xff800000u;
+        visible &= bits != 0xff800000u;
         ended = (bits & 0x7f800000u) == 0x7f800000u;
         x += bitcast<f32>(select(bits, 0u, ended));
     }
     let range = key_range(s, row);
-    visible = visible && key >= range.x && key < range.y;
+    visible &= (key >= range.x) & (key < range.y);
     return select(HIDDEN, select(clamp(x, LOWEST, HIGHEST), UNDEFINED, ended), visible);
 }
 
@@ -123,7 +123,7 @@ fn code_of(dot_product: f32) -> f32 {
 // Step 1 of a code: the sign of the scale changes that of an infinity, and 0 · ∞ is NaN.
 fn scale_code(code: f32) -> f32 {
     let turned = select(code, -code, params.scale < 0.0);
-    return select(turned, UNDEFINED, code == UNDEFINED || params.scale == 0.0);
+    return select(turned, UNDEFINED, (code == UNDEFINED) | (params.scale == 0.0));
 }
 
 fn scaled_code(dot_product: f32) -> f32 {
@@ -134,7 +134,7 @@ fn scaled_code(dot_product: f32) -> f32 {
 // PLUS, UNDEFINED, MINUS or, where a soft cap makes a number of it, HIDDEN for nothing.
 fn outcome(x: f32, dot_product: f32, bad: bool) -> f32 {
     let code = scaled_code(dot_product);
-    let capped = (params.flags & SOFTCAP) != 0u && code != UNDEFINED;
-    let shown = select(code, UNDEFINED, code == MINUS && x >= PLUS);
-    return select(shown, HIDDEN, !bad || x <= HIDDEN || capped);
+    let capped = ((params.flags & SOFTCAP) != 0u) & (code != UNDEFINED);
+    let shown = select(code, UNDEFINED, (code == MINUS) & (x >= PLUS));
+    return select(shown, HIDDEN, !bad | (x <= HIDDEN) | capped);
 }
