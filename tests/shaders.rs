@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
-use naga::{AddressSpace, Module, ShaderStage, StorageAccess, TypeInner};
+use naga::{AddressSpace, Block, Module, ShaderStage, Statement, StorageAccess, TypeInner};
 use wgpu_attention::kernel::Variant;
 use wgpu_attention::kernel::params::Params;
 use wgpu_attention::shader;
@@ -116,6 +116,31 @@ fn every_variant_that_a_browser_could_run_is_accepted_by_tint() {
     let node = node.expect("node can be started");
     println!("{}", String::from_utf8_lossy(&node.stdout));
     assert!(node.status.success(), "{}: {}", node.status, String::from_utf8_lossy(&node.stderr));
+}
+
+/// `a || b` is a branch. Hundreds of them side by side, as unrolled loops make them, cost the compilers of drivers minutes and gigabytes:
+/// SwiftShader's took 8 GB over 64 in one loop.
+#[test]
+fn unrolled_code_combines_conditions_without_branches() {
+    fn branches(block: &Block) -> usize {
+        let each = block.iter().map(|statement| match statement {
+            Statement::If { accept, reject, .. } => 1 + branches(accept) + branches(reject),
+            Statement::Loop { body, continuing, .. } => branches(body) + branches(continuing),
+            Statement::Switch { cases, .. } => cases.iter().map(|case| branches(&case.body)).sum(),
+            Statement::Block(body) => branches(body),
+            _ => 0,
+        });
+        each.sum()
+    }
+    let mut most: BTreeMap<&str, usize> = BTreeMap::new();
+    each(|Checked { variant, module, .. }| {
+        let all = branches(&module.entry_points[0].function.body);
+        let most = most.entry(variant.kernel()).or_default();
+        *most = (*most).max(all);
+    });
+    println!("{most:?}");
+    let at_most = most.values().max().expect("there are kernels");
+    assert!(*at_most <= 130, "{most:?}");
 }
 
 #[test]
