@@ -135,8 +135,11 @@ fn refusal(gpu: &Gpu, kernel: Kernel, feature: &Feature) -> Option<&'static str>
     let listed = REFUSED.iter().find(|&&(k, name, _)| k == kernel && name == feature.name).map(|&(.., why)| why);
     let native = feature.name == "native f16" || kernel == Kernel::Matrix;
     let no_f16 = (native && !gpu.library().caps().f16).then_some("no shader f16");
-    // Devices too small for a kernel as such have tests of their own (limits.rs).
-    listed.or(no_f16)
+    // Devices too small for a kernel as such have tests of their own (limits.rs). What the device lacks comes before what is asked for.
+    match listed {
+        Some("score matrix") => no_f16.or(listed),
+        _ => listed.or(no_f16),
+    }
 }
 
 fn planned(gpu: &Gpu, kernel: Kernel, feature: &Feature, p: &Problem) -> Option<Plan> {
