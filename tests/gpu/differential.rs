@@ -27,9 +27,9 @@ use crate::{KERNELS, obstacle};
 const VISIBLE_SPECIALS: bool = true;
 
 /// Problems of a family.
-const FAMILY: u64 = 8;
+const FAMILY: u64 = 4;
 /// Fewest problems on each adapter, however slow it is.
-const FEWEST: u64 = 4 * FAMILY;
+const FEWEST: u64 = 8 * FAMILY;
 
 const SEQS: [u32; 16] = [1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 47, 64, 65, 100, 129];
 /// What hidden places hold, and what visible ones hold that must show: NaN of several kinds among them.
