@@ -63,7 +63,7 @@ pub fn of_reference(shape: &Shape, size: u64, budget: bool) -> u64 {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
     let heads = threads.min(u64::from(shape.batch) * u64::from(shape.kv_heads));
     // Keys and values of a head, and for the budget the magnitudes of the keys. A sequence may have all pages.
-    let sequences = if shape.paged.is_some() { 1 } else { shape.k().sizes[0] };
+    let sequences = if shape.paged.is_some() { 1 } else { shape.k().sizes[0].max(1) };
     let head = (2 * shape.k().extent() + shape.v().extent()) / (u64::from(sequences) * u64::from(shape.kv_heads));
     let rows = threads * VECTORS * u64::from(shape.seq_kv);
     size * (copies * results + heads * head + rows) + ROW * shape.lse_len()
