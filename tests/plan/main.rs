@@ -3,6 +3,7 @@
 
 mod address;
 mod coverage;
+mod golden;
 mod long;
 mod strategy;
 mod tuned;
