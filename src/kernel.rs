@@ -2,9 +2,11 @@
 
 pub mod append;
 pub mod average;
+mod body;
 pub mod export;
 pub mod extra;
 pub mod flash;
+mod format;
 pub mod logits;
 pub mod matrix;
 pub mod merge;
@@ -14,6 +16,7 @@ pub mod project;
 pub mod rotary;
 pub mod rows;
 pub mod scores;
+mod slot;
 pub mod softmax;
 pub mod split;
 pub mod values;
@@ -22,209 +25,10 @@ pub mod weights;
 use std::fmt;
 
 use minijinja::Value;
-use serde::{Deserialize, Serialize};
 
-use crate::problem::Element;
-
-/// What a storage binding holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Slot {
-    /// Queries.
-    Q,
-    /// Keys.
-    K,
-    /// Values.
-    V,
-    /// The output.
-    Out,
-    /// Log-sum-exp output.
-    Lse,
-    /// Weights output.
-    Weights,
-    /// Logits output.
-    Logits,
-    /// Boolean mask.
-    Mask,
-    /// Additive bias.
-    Bias,
-    /// The small per-batch and per-head arrays, a buffer that `Prepared` owns.
-    Lists,
-    /// Scratch of scores, then weights.
-    Scores,
-    /// Scratch: `out` in f32 before it is packed.
-    Unpacked,
-    /// Scratch that stands for an output which a shader can write but the problem does not ask for.
-    Spare,
-    /// Scratch: how far a fused kernel is that walks the keys in several dispatches.
-    State,
-    /// The layer's query input, or the rows that one projection reads.
-    Query,
-    /// The layer's key input.
-    Key,
-    /// The layer's value input.
-    Value,
-    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
-    Matrix(u8),
-    /// The layer's biases, one after the other.
-    Shifts,
-    /// The layer's output, or the rows that one operation writes.
-    Result,
-    /// The weights that the layer gives out.
-    Averaged,
-    /// Cosines and sines of `rotary`.
-    Angles,
-    /// Positions of rows, for `rotary`.
-    Positions,
-    /// New rows for a cache.
-    Rows,
-    /// The cache that they go to.
-    Cache,
-    /// The row of the cache that each batch's first new row goes to.
-    Starts,
-    /// Which pages of a cache each batch has.
-    BlockTable,
-    /// The layer's cache of keys.
-    KeyCache,
-    /// The layer's cache of values.
-    ValueCache,
-    /// Outputs to merge.
-    PartialOut,
-    /// Log-sum-exps to merge.
-    PartialLse,
-    /// Attention sinks, where a kernel reads them from a buffer of their own.
-    Sinks,
-    /// Scratch: maximum and sum of each row, for `merge` and `weights`.
-    Totals,
-}
-
-impl Slot {
-    /// The operand's name in errors and labels.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Slot::Q => "q",
-            Slot::K => "k",
-            Slot::V => "v",
-            Slot::Out => "out",
-            Slot::Lse => "lse",
-            Slot::Weights => "weights",
-            Slot::Logits => "logits",
-            Slot::Mask => "mask",
-            Slot::Bias => "bias",
-            Slot::Lists => "lists",
-            Slot::Scores => "scores",
-            Slot::Unpacked => "unpacked",
-            Slot::Spare => "spare",
-            Slot::State => "state",
-            Slot::Query => "query",
-            Slot::Key => "key",
-            Slot::Value => "value",
-            Slot::Matrix(_) => "weight matrix",
-            Slot::Shifts => "biases",
-            Slot::Result => "result",
-            Slot::Averaged => "layer weights",
-            Slot::Angles => "rotary table",
-            Slot::Positions => "positions",
-            Slot::Rows => "x",
-            Slot::Cache => "cache",
-            Slot::Starts => "starts",
-            Slot::BlockTable => "block_table",
-            Slot::KeyCache => "key cache",
-            Slot::ValueCache => "value cache",
-            Slot::PartialOut => "partial_out",
-            Slot::PartialLse => "partial_lse",
-            Slot::Sinks => "sinks",
-            Slot::Totals => "totals",
-        }
-    }
-}
-
-/// How a kernel reads or writes a tensor's elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Format {
-    /// Type in memory.
-    pub element: Element,
-    /// f16 is read with the adapter's own type rather than unpacked from u32.
-    pub native: bool,
-    /// Every row starts at a multiple of four elements and has a multiple of four of them.
-    pub vector: bool,
-}
-
-impl Format {
-    fn all() -> impl Iterator<Item = Format> {
-        let kinds = [(Element::F32, false), (Element::F16, false), (Element::F16, true), (Element::Bf16, false)];
-        kinds.into_iter().flat_map(|(element, native)| [true, false].map(|vector| Format { element, native, vector }))
-    }
-}
-
-/// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
-pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
-
-/// Tile parameters of `scores` and `values`. Rows live in [`crate::tuning`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tile {
-    /// Which body.
-    pub body: Body,
-    /// Rows per invocation.
-    pub rows: u32,
-    /// Tiled: columns per invocation (keys in `scores`, vectors of four dims in `values`). Lanes: unused, 1.
-    pub cols: u32,
-    /// Tiled: rows per workgroup. Lanes: `rows` times the lanes.
-    pub tile_rows: u32,
-    /// Columns per workgroup: keys in `scores`, value dims in `values`.
-    pub tile_cols: u32,
-    /// Extent of one step along the summed axis in the tiled body; dims held in registers in the lane body.
-    pub depth: u32,
-}
-
-/// Body of `scores` and `values`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Body {
-    /// Tiles in workgroup memory and registers, for GPUs.
-    Tiled,
-    /// A row per lane, for CPU adapters: keys and values spread by subgroup broadcast.
-    Lanes {
-        /// Invocations of a workgroup; with `subgroup` also the adapter's subgroup size.
-        lanes: u32,
-        /// Whether operands are spread by subgroup broadcast. Otherwise every lane loads them.
-        subgroup: bool,
-        /// Whether whole vectors are loaded by 64 bits: for drivers that load component by component.
-        wide: bool,
-    },
-}
-
-impl fmt::Display for Body {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Body::Tiled => f.pad("tiled"),
-            Body::Lanes { lanes, subgroup: true, wide } => {
-                write!(f, "lanes, subgroup {lanes}{}", if *wide { ", 64-bit loads" } else { "" })
-            }
-            Body::Lanes { .. } => f.pad("lanes, no subgroup"),
-        }
-    }
-}
-
-impl Tile {
-    /// Invocations of a workgroup, `columns` being what one invocation's columns span of `tile_cols`.
-    fn threads(&self, columns: u32) -> u32 {
-        match self.body {
-            Body::Tiled => (self.tile_rows / self.rows) * (self.tile_cols / columns),
-            Body::Lanes { lanes, .. } => lanes,
-        }
-    }
-
-    fn context(&self, threads: u32) -> Value {
-        let (lanes, subgroup, wide) = match self.body {
-            Body::Tiled => (0, false, false),
-            Body::Lanes { lanes, subgroup, wide } => (lanes, subgroup, wide),
-        };
-        minijinja::context! {
-            lanes, subgroup, wide, threads,
-            rows => self.rows, cols => self.cols, tile_rows => self.tile_rows, tile_cols => self.tile_cols, dims => self.depth,
-        }
-    }
-}
+pub use body::{Body, SUBGROUP_SIZES, Tile};
+pub use format::Format;
+pub use slot::Slot;
 
 /// One renderable shader: the key of the pipeline cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -416,13 +220,5 @@ impl Variant {
 impl fmt::Display for Variant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         each!(self, x => x.fmt(f))
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let native = if self.native { " native" } else { "" };
-        let vector = if self.vector { "" } else { " unaligned" };
-        write!(f, "{}{native}{vector}", self.element)
     }
 }

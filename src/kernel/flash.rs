@@ -5,7 +5,8 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::{Format, Slot};
+use super::format::Format;
+use super::slot::Slot;
 use crate::problem::Element;
 use crate::tuning;
 

@@ -6,7 +6,8 @@ use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
 use super::flash::Operands;
-use super::{Format, Slot};
+use super::format::Format;
+use super::slot::Slot;
 use crate::problem::Element;
 use crate::tuning;
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::Slot;
+use super::slot::Slot;
 use crate::problem::Element;
 use crate::tuning::ELEMENTWISE;
 

@@ -4,7 +4,8 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::{Body, Slot, Tile};
+use super::body::{Body, Tile};
+use super::slot::Slot;
 use crate::problem::Element;
 use crate::tuning;
 

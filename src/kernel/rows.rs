@@ -5,8 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::body::Body;
 use super::flash::Operands;
-use super::{Body, Format, Slot};
+use super::format::Format;
+use super::slot::Slot;
 use crate::error::counted;
 use crate::problem::Element;
 use crate::tuning;

@@ -4,7 +4,9 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::{Body, Format, Slot, Tile};
+use super::body::{Body, Tile};
+use super::format::Format;
+use super::slot::Slot;
 use crate::tuning;
 
 /// A variant of `scores`.

@@ -1,0 +1,76 @@
+//! The bodies and tiles that several kernels share.
+
+use std::fmt;
+
+use minijinja::Value;
+use serde::{Deserialize, Serialize};
+
+/// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
+pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
+
+/// Tile parameters of `scores` and `values`. Rows live in [`crate::tuning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Which body.
+    pub body: Body,
+    /// Rows per invocation.
+    pub rows: u32,
+    /// Tiled: columns per invocation (keys in `scores`, vectors of four dims in `values`). Lanes: unused, 1.
+    pub cols: u32,
+    /// Tiled: rows per workgroup. Lanes: `rows` times the lanes.
+    pub tile_rows: u32,
+    /// Columns per workgroup: keys in `scores`, value dims in `values`.
+    pub tile_cols: u32,
+    /// Extent of one step along the summed axis in the tiled body; dims held in registers in the lane body.
+    pub depth: u32,
+}
+
+/// Body of `scores` and `values`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Body {
+    /// Tiles in workgroup memory and registers, for GPUs.
+    Tiled,
+    /// A row per lane, for CPU adapters: keys and values spread by subgroup broadcast.
+    Lanes {
+        /// Invocations of a workgroup; with `subgroup` also the adapter's subgroup size.
+        lanes: u32,
+        /// Whether operands are spread by subgroup broadcast. Otherwise every lane loads them.
+        subgroup: bool,
+        /// Whether whole vectors are loaded by 64 bits: for drivers that load component by component.
+        wide: bool,
+    },
+}
+
+impl fmt::Display for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Body::Tiled => f.pad("tiled"),
+            Body::Lanes { lanes, subgroup: true, wide } => {
+                write!(f, "lanes, subgroup {lanes}{}", if *wide { ", 64-bit loads" } else { "" })
+            }
+            Body::Lanes { .. } => f.pad("lanes, no subgroup"),
+        }
+    }
+}
+
+impl Tile {
+    /// Invocations of a workgroup, `columns` being what one invocation's columns span of `tile_cols`.
+    pub(crate) fn threads(&self, columns: u32) -> u32 {
+        match self.body {
+            Body::Tiled => (self.tile_rows / self.rows) * (self.tile_cols / columns),
+            Body::Lanes { lanes, .. } => lanes,
+        }
+    }
+
+    pub(crate) fn context(&self, threads: u32) -> Value {
+        let (lanes, subgroup, wide) = match self.body {
+            Body::Tiled => (0, false, false),
+            Body::Lanes { lanes, subgroup, wide } => (lanes, subgroup, wide),
+        };
+        minijinja::context! {
+            lanes, subgroup, wide, threads,
+            rows => self.rows, cols => self.cols, tile_rows => self.tile_rows, tile_cols => self.tile_cols, dims => self.depth,
+        }
+    }
+}

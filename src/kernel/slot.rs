@@ -1,0 +1,113 @@
+//! What the storage bindings of kernels hold.
+
+/// What a storage binding holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The output.
+    Out,
+    /// Log-sum-exp output.
+    Lse,
+    /// Weights output.
+    Weights,
+    /// Logits output.
+    Logits,
+    /// Boolean mask.
+    Mask,
+    /// Additive bias.
+    Bias,
+    /// The small per-batch and per-head arrays, a buffer that `Prepared` owns.
+    Lists,
+    /// Scratch of scores, then weights.
+    Scores,
+    /// Scratch: `out` in f32 before it is packed.
+    Unpacked,
+    /// Scratch that stands for an output which a shader can write but the problem does not ask for.
+    Spare,
+    /// Scratch: how far a fused kernel is that walks the keys in several dispatches.
+    State,
+    /// The layer's query input, or the rows that one projection reads.
+    Query,
+    /// The layer's key input.
+    Key,
+    /// The layer's value input.
+    Value,
+    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
+    Matrix(u8),
+    /// The layer's biases, one after the other.
+    Shifts,
+    /// The layer's output, or the rows that one operation writes.
+    Result,
+    /// The weights that the layer gives out.
+    Averaged,
+    /// Cosines and sines of `rotary`.
+    Angles,
+    /// Positions of rows, for `rotary`.
+    Positions,
+    /// New rows for a cache.
+    Rows,
+    /// The cache that they go to.
+    Cache,
+    /// The row of the cache that each batch's first new row goes to.
+    Starts,
+    /// Which pages of a cache each batch has.
+    BlockTable,
+    /// The layer's cache of keys.
+    KeyCache,
+    /// The layer's cache of values.
+    ValueCache,
+    /// Outputs to merge.
+    PartialOut,
+    /// Log-sum-exps to merge.
+    PartialLse,
+    /// Attention sinks, where a kernel reads them from a buffer of their own.
+    Sinks,
+    /// Scratch: maximum and sum of each row, for `merge` and `weights`.
+    Totals,
+}
+
+impl Slot {
+    /// The operand's name in errors and labels.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Slot::Q => "q",
+            Slot::K => "k",
+            Slot::V => "v",
+            Slot::Out => "out",
+            Slot::Lse => "lse",
+            Slot::Weights => "weights",
+            Slot::Logits => "logits",
+            Slot::Mask => "mask",
+            Slot::Bias => "bias",
+            Slot::Lists => "lists",
+            Slot::Scores => "scores",
+            Slot::Unpacked => "unpacked",
+            Slot::Spare => "spare",
+            Slot::State => "state",
+            Slot::Query => "query",
+            Slot::Key => "key",
+            Slot::Value => "value",
+            Slot::Matrix(_) => "weight matrix",
+            Slot::Shifts => "biases",
+            Slot::Result => "result",
+            Slot::Averaged => "layer weights",
+            Slot::Angles => "rotary table",
+            Slot::Positions => "positions",
+            Slot::Rows => "x",
+            Slot::Cache => "cache",
+            Slot::Starts => "starts",
+            Slot::BlockTable => "block_table",
+            Slot::KeyCache => "key cache",
+            Slot::ValueCache => "value cache",
+            Slot::PartialOut => "partial_out",
+            Slot::PartialLse => "partial_lse",
+            Slot::Sinks => "sinks",
+            Slot::Totals => "totals",
+        }
+    }
+}
