@@ -3,13 +3,18 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::encode::Attention;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Slot, Variant, append};
-use crate::plan::{Bound, Options, Step};
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, append};
+use crate::operation::Operation;
+use crate::options::Options;
 use crate::problem::{Element, Elements, Layout, Paged, Strides};
 use crate::shape::{MAX_SIZE, Tensor};
+use crate::step::{Bound, Step};
 use crate::steps::{Span, Steps, bind, small};
-use crate::{Attention, Error, Gpu, Operation, Result};
 
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
 ///

@@ -1,7 +1,9 @@
 //! What a device can do, as pure data.
 
-use crate::kernel::{SUBGROUP_SIZES, matrix};
-use crate::{Error, Kernel, Result};
+use crate::error::{Error, Result};
+use crate::kernel::body::SUBGROUP_SIZES;
+use crate::kernel::matrix;
+use crate::options::Kernel;
 
 /// What the planner needs to know of a device.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,13 +1,16 @@
 //! Which kernel runs a problem on a device, with which tile, and why not another.
 
 use crate::caps::Caps;
-use crate::kernel::{Body, Format, Tile, Variant, flash, matrix, rows, scores, split, values};
-use crate::plan::{Form, Kernel, Options};
+use crate::error::{Error, Result};
+use crate::kernel::body::{Body, Tile};
+use crate::kernel::format::Format;
+use crate::kernel::{Variant, flash, matrix, rows, scores, split, values};
+use crate::options::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
 use crate::tuned::{Choice, Class, Tuning};
+use crate::tuning;
 use crate::walk::most_keys;
-use crate::{Error, Result, tuning};
 
 fn lane_body(caps: &Caps) -> Body {
     match caps.lanes() {

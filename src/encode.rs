@@ -5,11 +5,16 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::kernel::Slot;
+use crate::caps::Caps;
+use crate::error::{Error, Result};
 use crate::kernel::params::STRIDE;
+use crate::kernel::slot::Slot;
+use crate::options::Options;
 use crate::pipelines::{Pipeline, Pipelines};
-use crate::plan::{Options, Step};
-use crate::{Caps, Causal, Error, Plan, Problem, Result, Tuning};
+use crate::plan::Plan;
+use crate::problem::{Causal, Problem};
+use crate::step::Step;
+use crate::tuned::Tuning;
 
 /// Compiled steps and their uniforms: what every operation on the GPU records.
 #[derive(Debug)]

@@ -10,12 +10,13 @@ use futures::channel::oneshot;
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
 use crate::error::counted;
-use crate::kernel::Slot;
+use crate::error::{Error, Result};
+use crate::kernel::slot::Slot;
 use crate::operation::Operation;
-use crate::plan::{Options, Plan};
+use crate::options::Options;
+use crate::plan::Plan;
 use crate::problem::{Element, Inputs, Outputs, Problem};
 use crate::shape::Shape;
-use crate::{Error, Result};
 
 /// How to open a device.
 #[derive(Clone, Debug, Default)]
@@ -601,7 +602,7 @@ fn outputs(plan: &Plan, out: Vec<u8>, [lse_bytes, weights, logits]: [Option<Vec<
 #[cfg(test)]
 mod tests {
     use super::{rank, unknown_variable};
-    use crate::Error;
+    use crate::error::Error;
     use wgpu::DeviceType::{Cpu, DiscreteGpu, IntegratedGpu, Other, VirtualGpu};
 
     #[test]

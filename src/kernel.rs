@@ -2,11 +2,11 @@
 
 pub mod append;
 pub mod average;
-mod body;
+pub(crate) mod body;
 pub mod export;
 pub mod extra;
 pub mod flash;
-mod format;
+pub(crate) mod format;
 pub mod logits;
 pub mod matrix;
 pub mod merge;
@@ -16,7 +16,7 @@ pub mod project;
 pub mod rotary;
 pub mod rows;
 pub mod scores;
-mod slot;
+pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
 pub mod values;

@@ -14,6 +14,7 @@ pub mod load;
 mod merge;
 mod multihead;
 mod operation;
+mod options;
 mod pipelines;
 pub mod plan;
 mod planner;
@@ -24,6 +25,7 @@ mod rotation;
 mod runner;
 pub mod shader;
 pub mod shape;
+mod step;
 mod steps;
 mod tuned;
 pub mod tuning;
@@ -38,7 +40,8 @@ pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights
 pub use merge::Merge;
 pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
 pub use operation::Operation;
-pub use plan::{Form, Kernel, Options, Plan};
+pub use options::{Form, Kernel, Options};
+pub use plan::Plan;
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,

@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 
 use safetensors::{Dtype, SafeTensors};
 
+use crate::error::{Error, Result};
 use crate::layer::{Layer, Linear};
 use crate::projection::Order;
-use crate::{Error, Result};
 
 /// The tensors of one layer, and which of them were read.
 struct Tensors<'a> {

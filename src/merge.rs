@@ -3,13 +3,20 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::choose;
+use crate::encode::Attention;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Slot, Variant, merge};
-use crate::plan::{Bound, Options, Step};
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, merge};
+use crate::operation::Operation;
+use crate::options::Options;
+use crate::planner;
 use crate::problem::{Element, Elements, Layout, Outputs};
 use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
+use crate::step::{Bound, Step};
 use crate::steps::{Span, Steps, bind, small};
-use crate::{Attention, Error, Gpu, Operation, Result, choose, planner};
 
 /// Exact merge of the results of the same query rows over `partials` disjoint parts of the keys.
 ///

@@ -5,17 +5,20 @@ use std::cmp::Ordering;
 use crate::append::{self, Append};
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, Set, allocate, constant};
+use crate::error::{Error, Result};
 use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Slot, Variant, average, extra};
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operation::Operation;
-use crate::plan::{Bound, Options, Step, no_more_slices};
+use crate::options::Options;
+use crate::plan::no_more_slices;
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
 use crate::projection::{self, Order, Projection};
 use crate::rotation::{self, Positions, Rotation};
+use crate::step::{Bound, Step};
 use crate::steps::{Span, Steps, bind, small};
-use crate::{Error, Result};
 
 /// A [`Layer`] whose weights are on a device.
 #[derive(Debug)]

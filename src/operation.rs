@@ -3,14 +3,16 @@
 use std::ops::Range;
 
 use crate::encode::{Attention, Program, Recording, Scratch, allocate, check_slice};
+use crate::error::{Error, Result};
 use crate::gpu::{Gpu, upload_bytes};
-use crate::kernel::Slot;
-use crate::plan::{Options, Step, no_more_slices};
+use crate::kernel::slot::Slot;
+use crate::options::Options;
+use crate::plan::no_more_slices;
 use crate::problem::{Element, Elements};
 use crate::projection::Projection;
 use crate::rotation::Rotation;
+use crate::step::Step;
 use crate::steps::Steps;
-use crate::{Error, Result};
 
 /// Compiled dispatches with the buffers that they need, ready to be recorded any number of times, from any number of threads.
 #[derive(Debug)]

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use crate::error::{Error, Result};
 use crate::kernel::Variant;
-use crate::{Error, Result, shader};
+use crate::shader;
 
 /// A compiled variant and the layout of its bind group.
 #[derive(Debug)]

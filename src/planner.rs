@@ -7,16 +7,22 @@ use crate::choose::{
     choose_body, choose_fused, choose_native, fused_step, key_step, partial_bytes, partials, scores_tile, transforms,
     values_tile, whole_vectors,
 };
+use crate::error::{Error, Result};
+use crate::kernel::body::Body;
+use crate::kernel::format::Format;
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Format, Slot, Variant, export, logits, pack, scores, softmax, values, weights};
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, export, logits, pack, scores, softmax, values, weights};
 use crate::merge::Merge;
-use crate::plan::{Bound, Options, Plan};
+use crate::options::Options;
+use crate::plan::Plan;
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
+use crate::step::Bound;
 use crate::steps::{self, Span, Steps, few, flops_per_second, small};
 use crate::tuned::{Choice, Tuning};
+use crate::tuning;
 use crate::walk::{Band, most_keys};
-use crate::{Error, Result, tuning};
 
 /// Places of the small arrays, in u32 words of one buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,13 +3,18 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::choose;
+use crate::error::{Error, Result};
+use crate::kernel::body::{Body, Tile};
 use crate::kernel::params::{Params, flags};
-use crate::kernel::{Body, Slot, Tile, Variant, project};
-use crate::plan::{Bound, Options};
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, project};
+use crate::options::Options;
 use crate::problem::{Element, Strides};
 use crate::shape::MAX_SIZE;
+use crate::step::Bound;
 use crate::steps::{Span, Steps, bind, small};
-use crate::{Error, Result, choose, tuning};
+use crate::tuning;
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -42,8 +42,9 @@ pub use softmax::softmax;
 pub use values::values;
 pub use weights::weights;
 
+use crate::error::{Error, Result};
 use crate::problem::{Inputs, Outputs, Problem};
-use crate::{Error, Result, Shape};
+use crate::shape::Shape;
 use rows::{Row, Sequence};
 use values::Values;
 

@@ -3,13 +3,14 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::error::{Error, Result};
 use crate::kernel::params::Params;
-use crate::kernel::{Slot, Variant, rotary};
-use crate::plan::Bound;
+use crate::kernel::slot::Slot;
+use crate::kernel::{Variant, rotary};
 use crate::problem::{Element, Strides};
 use crate::shape::{MAX_DIM, MAX_SIZE};
+use crate::step::Bound;
 use crate::steps::{Span, Steps, bind, small};
-use crate::{Error, Result};
 
 /// Which position a row has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

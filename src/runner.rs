@@ -1,8 +1,9 @@
 //! One call path for machines with and without a GPU.
 
+use crate::error::{Error, Result};
 use crate::gpu::{Gpu, describe};
 use crate::problem::{Inputs, Outputs, Problem};
-use crate::{Error, Result, reference};
+use crate::reference;
 
 /// Runs problems on the GPU, or on the CPU reference where the caller allows that. Which one is never a secret: match on it,
 /// or ask for its [`Runner::name`].

@@ -2,9 +2,9 @@
 
 use std::ops::Deref;
 
+use crate::error::{Error, Result};
 use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
 use crate::walk::Band;
-use crate::{Error, Result};
 
 /// Largest head and value dimension.
 pub const MAX_DIM: u32 = 512;

@@ -3,10 +3,12 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::params::Params;
-use crate::plan::{Bound, Options, Step};
-use crate::{Error, Result, tuning};
+use crate::options::Options;
+use crate::step::{Bound, Step};
+use crate::tuning;
 
 /// Elements of an operand that a part touches, `[first, end)`.
 pub(crate) type Span = (u64, u64);

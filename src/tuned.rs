@@ -4,11 +4,13 @@
 use serde::{Deserialize, Serialize};
 
 use crate::caps::Caps;
+use crate::choose;
+use crate::error::Result;
 use crate::kernel::{Variant, flash, matrix, rows, split};
-use crate::plan::Kernel;
+use crate::options::Kernel;
 use crate::problem::{Causal, Element};
 use crate::shape::{MAX_DIM, Shape};
-use crate::{Result, choose, tuning};
+use crate::tuning;
 
 /// Head dims that classes tell apart: a class holds those up to its own and above the one before.
 const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];

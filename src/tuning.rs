@@ -1,6 +1,8 @@
 //! Tile parameters: the one table of measured or reasoned rows that the planner picks from.
 
-use crate::kernel::{Body, Format, SUBGROUP_SIZES, Tile, flash, matrix, rows, split};
+use crate::kernel::body::{Body, SUBGROUP_SIZES, Tile};
+use crate::kernel::format::Format;
+use crate::kernel::{flash, matrix, rows, split};
 
 /// Invocations of a workgroup in the element-wise kernels.
 pub const ELEMENTWISE: u32 = 64;

@@ -98,7 +98,7 @@ fn ramp(first: i64, count: i64, top: i64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Problem, Window};
+    use crate::problem::{Problem, Window};
 
     #[test]
     fn pairs_and_widths_are_those_that_counting_row_by_row_gives() {

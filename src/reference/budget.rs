@@ -5,8 +5,9 @@ use std::fmt;
 use super::rows::{self, Row, Sequence};
 use super::scores::dot;
 use super::{Evaluated, Head, collect, evaluate, logits};
+use crate::error::Result;
 use crate::problem::{Element, Inputs, Logits, Outputs, Problem};
-use crate::{Result, Shape};
+use crate::shape::Shape;
 
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / (1u32 << 24) as f64;

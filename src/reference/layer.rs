@@ -2,11 +2,11 @@
 
 use super::scores::dot;
 use super::{Real, average, extra, project, rotary};
+use crate::error::{Error, Result};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Weights};
 use crate::problem::{Elements, Inputs, Layout, Problem, Strides};
 use crate::projection::Projection;
 use crate::rotation::{Positions, Rotation};
-use crate::{Error, Result};
 
 /// A [`Layer`] as the textbook writes it, without a cache. Between its stages, values are rounded to f32 once: that is what
 /// [`Inputs`] holds.

@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::rows::{self, Row};
-use crate::Shape;
 use crate::problem::{Inputs, Logits};
+use crate::shape::Shape;
 
 /// From scores to logits, in order and as far as `upto` says:
 ///

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Real;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Attention of some rows over a part of their keys, without sinks.
 #[derive(Clone, Copy, Debug)]

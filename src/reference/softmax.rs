@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::rows::{self, Row};
-use crate::Shape;
 use crate::problem::Inputs;
+use crate::shape::Shape;
 
 /// `weights[j] = exp(x[j] − lse)` with `lse = ln(Σ_j exp(x[j]) + exp(sink))`, over the visible keys.
 ///

@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::rows::{self, Row};
-use crate::Shape;
 use crate::problem::Inputs;
+use crate::shape::Shape;
 
 /// `weights[j] = exp(x[j] − m) / l` over keys whose logit is not −inf, `totals` holding for each row its maximum `m` and the sum
 /// `l = Σ_j exp(x[j] − m) + exp(sink − m)`, in the order of `lse`. Where `l` is 0, all weights are 0.

@@ -1,0 +1,33 @@
+//! One dispatch, as pure data.
+
+use crate::kernel::Variant;
+use crate::kernel::params::Params;
+use crate::kernel::slot::Slot;
+
+/// A storage binding: which operand, and which bytes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// The operand.
+    pub slot: Slot,
+    /// First byte, a multiple of the device's offset alignment.
+    pub offset: u64,
+    /// Bytes, a multiple of 4.
+    pub size: u64,
+    /// Whether the kernel writes it.
+    pub written: bool,
+}
+
+/// One dispatch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// The shader.
+    pub variant: Variant,
+    /// Its uniform.
+    pub params: Params,
+    /// Its storage bindings 1, 2, …
+    pub bindings: Vec<Bound>,
+    /// Workgroups on the three grid axes: at least `params.end − params.first`.
+    pub grid: [u32; 3],
+    /// Estimated floating-point operations.
+    pub flops: f64,
+}
