@@ -27,6 +27,15 @@ pub struct Caps {
     pub limits: wgpu::Limits,
 }
 
+/// Turns that all loops of an invocation may take together on a CPU adapter, the test that ends each among them: llvmpipe ends them after
+/// 2^16, and what they did not reach stays undone.
+pub(crate) const CPU_TURNS: u64 = 65_000;
+
+/// Work that one second is assumed to hold when dispatches are sliced: below what any adapter of the class measured.
+const CPU_FLOPS: f64 = 10e9;
+/// The same for GPUs: an old integrated one.
+const GPU_FLOPS: f64 = 200e9;
+
 impl Caps {
     /// Of a device; it may have been created with less than its adapter offers. A device does not know its adapter; without it
     /// there are no [`Caps::matrices`].
@@ -59,6 +68,11 @@ impl Caps {
     /// Whether the device's driver takes minutes to compile a kernel: `rows` on CPU adapters of four lanes.
     pub fn takes_minutes(&self, kernel: Kernel) -> bool {
         kernel == Kernel::Rows && self.cpu && self.lanes().is_some_and(|lanes| lanes < 8)
+    }
+
+    /// Floating-point operations that one second is assumed to hold when dispatches are sliced.
+    pub fn flops_per_second(&self) -> f64 {
+        if self.cpu { CPU_FLOPS } else { GPU_FLOPS }
     }
 
     /// The subgroup size, where lane-per-row bodies are rendered for it.

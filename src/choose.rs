@@ -1,20 +1,20 @@
 //! Which kernel runs a problem on a device, with which tile, and why not another.
 
-use crate::caps::Caps;
+use crate::caps::{CPU_TURNS, Caps};
 use crate::error::{Error, Result};
-use crate::kernel::body::{Body, Tile};
+use crate::kernel::body::{Body, LANE_DIMS, LANE_ROWS, Tile, WIDE_LANES, lane_bodies};
 use crate::kernel::format::Format;
+use crate::kernel::fused::Operands;
 use crate::kernel::{Variant, flash, matrix, rows, scores, split, values};
 use crate::options::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};
 use crate::shape::{Shape, Tensor};
 use crate::tuned::{Choice, Class, Tuning};
-use crate::tuning;
 use crate::walk::most_keys;
 
 fn lane_body(caps: &Caps) -> Body {
     match caps.lanes() {
-        Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == tuning::WIDE_LANES },
+        Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == WIDE_LANES },
         None => Body::Lanes { lanes: 8, subgroup: false, wide: false },
     }
 }
@@ -165,6 +165,10 @@ pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
     Ok(choices)
 }
 
+/// Most rows for which `split` is preferred on a GPU, all query heads of a key/value head together: a tile of `flash` would be
+/// mostly empty.
+const SPLIT_ROWS: u32 = 16;
+
 /// Why a kernel that can run is expected to be slower than another one.
 fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Option<&'static str> {
     match kernel {
@@ -179,9 +183,7 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
         Kernel::Split if caps.cpu && matches!(lane_body(caps), Body::Lanes { lanes, .. } if shape.seq_q > lanes) => {
             Some("so many queries would read the keys again and again")
         }
-        Kernel::Split if !caps.cpu && lines(shape) > tuning::SPLIT_ROWS.into() => {
-            Some("so many rows fill the tiles of flash")
-        }
+        Kernel::Split if !caps.cpu && lines(shape) > SPLIT_ROWS.into() => Some("so many rows fill the tiles of flash"),
         // Emulated matrices prove its text, not what drivers make of cooperative ones; `tune` checks its results before it takes it.
         Kernel::Matrix => Some("no graphics card is known to run it rightly: a tuned row takes it, or who asks for it"),
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
@@ -240,7 +242,7 @@ fn within(
         "keys or values of one head exceed a binding".into()
     } else {
         let turns = turns(&variant, shape, most_keys(shape, tile_rows(&variant)));
-        format!("its loops take {turns} turns, and those of a CPU adapter {} at most", tuning::CPU_TURNS)
+        format!("its loops take {turns} turns, and those of a CPU adapter {} at most", CPU_TURNS)
     };
     let room = caps.binding().min(options.scratch_budget);
     let (carried, state) = match variant {
@@ -288,7 +290,7 @@ pub(crate) fn fused_step(variant: &Variant, shape: &Shape, caps: &Caps, key_step
 /// The most keys that a workgroup of a fused kernel can walk on the device: whole tiles of keys, one at least.
 fn most_turning(variant: &Variant, shape: &Shape, caps: &Caps) -> u64 {
     let all = u64::from(shape.seq_kv);
-    let fits = |keys: u64| !caps.cpu || turns(variant, shape, keys) <= tuning::CPU_TURNS;
+    let fits = |keys: u64| !caps.cpu || turns(variant, shape, keys) <= CPU_TURNS;
     if fits(all) {
         return all;
     }
@@ -365,8 +367,8 @@ fn rows(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Ve
     let full = transforms(shape);
     let dim = shape.head_dim.max(shape.value_dim);
     let own = lane_body(caps);
-    let others = tuning::lane_bodies().filter(|&body| body != own && runs(body, caps));
-    let tiles = std::iter::once(own).chain(others).filter_map(|body| tuning::rows_tiles(body).find(|t| dim <= t.dims));
+    let others = lane_bodies().filter(|&body| body != own && runs(body, caps));
+    let tiles = std::iter::once(own).chain(others).filter_map(|body| rows::tiles(body).find(|t| dim <= t.dims));
     let format = whole_format(shape, false);
     let found: Vec<_> = tiles.map(|tile| Variant::Rows(rows::Rows { tile, format, full, carry: false })).collect();
     if found.is_empty() {
@@ -388,11 +390,10 @@ fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     }
     let dim = shape.head_dim.max(shape.value_dim);
     let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= split::ACROSS);
-    let wide = caps.int64 && caps.lanes() == Some(tuning::WIDE_LANES);
+    let wide = caps.int64 && caps.lanes() == Some(WIDE_LANES);
     let one_stream = caps.cpu && wide;
     let many_rows = lines(shape) > 2;
-    let tiles =
-        tuning::split_tiles().filter(|tile| dim <= tile.dims && (shuffle || !tile.shuffle) && (wide || !tile.wide()));
+    let tiles = split::tiles().filter(|tile| dim <= tile.dims && (shuffle || !tile.shuffle) && (wide || !tile.wide()));
     let format = whole_format(shape, false);
     let variants = tiles.map(|tile| split::Split { tile, format, full });
     let mut fitting: Vec<_> = variants.filter(|x| fits(caps, x.threads(), x.workgroup_bytes())).collect();
@@ -431,8 +432,8 @@ pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &sp
     let tiles = lines(shape).div_ceil(split.tile.rows.into());
     let batch = if options.batch_invariant { 1 } else { shape.batch };
     let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
-    let wanted = u64::from(tuning::SPLIT_WORKGROUPS[class]).div_ceil(workgroups.max(1));
-    let most = most_keys(shape, split.tile.rows).div_ceil(tuning::SPLIT_KEYS[class].into());
+    let wanted = u64::from(split::WORKGROUPS[class]).div_ceil(workgroups.max(1));
+    let most = most_keys(shape, split.tile.rows).div_ceil(split::LEAST_KEYS[class].into());
     let [one, _] = partial_bytes(shape, 1);
     let room = caps.binding().min(options.scratch_budget) / one.max(1);
     let dispatches = shape.seq_kv.div_ceil(key_step);
@@ -462,9 +463,9 @@ fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
     let format = whole_format(shape, native);
     let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= flash::ACROSS);
-    let largest = tuning::FLASH.iter().map(|tile| tile.dims).max().expect("the table has rows");
+    let largest = flash::TILES.iter().map(|tile| tile.dims).max().expect("the table has rows");
     let dims = shape.value_dim.min(largest);
-    let mut found: Vec<_> = tuning::FLASH
+    let mut found: Vec<_> = flash::TILES
         .into_iter()
         .map(|tile| flash::Flash { tile, format, operands, carry: false })
         .filter(|x| {
@@ -511,10 +512,10 @@ fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<
     let vector = whole_format(shape, true).vector;
     let varying = caps.subgroup_size != Some(matrix::LANES);
     let has = |tile: &matrix::Tile| match emulated {
-        true => tuning::emulates(tile) && (caps.matrices.is_empty() || caps.matrices.contains(&tile.size)),
+        true => matrix::emulates(tile) && (caps.matrices.is_empty() || caps.matrices.contains(&tile.size)),
         false => caps.matrices.contains(&tile.size),
     };
-    let fitting: Vec<_> = tuning::matrix_tiles()
+    let fitting: Vec<_> = matrix::tiles()
         .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
         .map(|tile| matrix::Matrix { tile, varying, emulated, vector, operands })
         .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
@@ -536,7 +537,7 @@ fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<
 }
 
 /// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.
-fn operands(shape: &Shape) -> flash::Operands {
+fn operands(shape: &Shape) -> Operands {
     let small_arrays = shape.weights
         || shape.lse
         || shape.sinks
@@ -545,9 +546,9 @@ fn operands(shape: &Shape) -> flash::Operands {
         || shape.paged.is_some()
         || shape.causal == Causal::Offset;
     match (transforms(shape), small_arrays) {
-        (true, _) => flash::Operands::Full,
-        (false, true) => flash::Operands::Lists,
-        (false, false) => flash::Operands::Bare,
+        (true, _) => Operands::Full,
+        (false, true) => Operands::Lists,
+        (false, false) => Operands::Bare,
     }
 }
 
@@ -576,8 +577,8 @@ pub(crate) fn choose_native(shape: &Shape, caps: &Caps, body: Body, options: &Op
 
 fn lane_tile(tile: fn(Body, u32, u32) -> Tile, body: Body, shape: &Shape, dim: u32, format: Format) -> Tile {
     let Body::Lanes { lanes, .. } = body else { unreachable!("called for lane bodies") };
-    let [one, many] = tuning::LANE_ROWS;
-    let [narrow, wide] = tuning::LANE_DIMS;
+    let [one, many] = LANE_ROWS;
+    let [narrow, wide] = LANE_DIMS;
     let rows = if lines(shape) <= u64::from(lanes) { one } else { many };
     let dims = if dim <= narrow && format.vector { narrow } else { wide };
     tile(body, rows, dims)
@@ -585,24 +586,24 @@ fn lane_tile(tile: fn(Body, u32, u32) -> Tile, body: Body, shape: &Shape, dim: u
 
 pub(crate) fn scores_tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile> {
     if body != Body::Tiled {
-        return Ok(lane_tile(tuning::scores_lanes, body, shape, shape.head_dim, format));
+        return Ok(lane_tile(scores::lane_tile, body, shape, shape.head_dim, format));
     }
     let fits = |tile: &Tile| {
         let variant = scores::Scores { tile: *tile, format, full: false };
         fits(caps, variant.threads(), variant.workgroup_bytes())
     };
-    largest(&tuning::SCORES_TILED, shape.seq_q, fits, "scores")
+    largest(&scores::TILED, shape.seq_q, fits, "scores")
 }
 
 pub(crate) fn values_tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile> {
     if body != Body::Tiled {
-        return Ok(lane_tile(tuning::values_lanes, body, shape, shape.value_dim, format));
+        return Ok(lane_tile(values::lane_tile, body, shape, shape.value_dim, format));
     }
     let fits = |tile: &Tile| {
         let variant = values::Values { tile: *tile, format, out: Element::F32 };
         fits(caps, variant.threads(), variant.workgroup_bytes())
     };
-    largest(&tuning::VALUES_TILED, shape.seq_q, fits, "values")
+    largest(&values::TILED, shape.seq_q, fits, "values")
 }
 
 pub(crate) fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {

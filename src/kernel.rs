@@ -7,6 +7,7 @@ pub mod export;
 pub mod extra;
 pub mod flash;
 pub(crate) mod format;
+pub mod fused;
 pub mod logits;
 pub mod matrix;
 pub mod merge;

@@ -28,7 +28,6 @@ pub mod shape;
 mod step;
 mod steps;
 mod tuned;
-pub mod tuning;
 mod walk;
 
 pub use append::Append;

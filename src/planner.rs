@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::caps::Caps;
+use crate::caps::{CPU_TURNS, Caps};
 use crate::choose::{
     choose_body, choose_fused, choose_native, fused_step, key_step, partial_bytes, partials, scores_tile, transforms,
     values_tile, whole_vectors,
@@ -19,9 +19,8 @@ use crate::plan::Plan;
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::step::Bound;
-use crate::steps::{self, Span, Steps, few, flops_per_second, small};
+use crate::steps::{self, Span, Steps, few, small};
 use crate::tuned::{Choice, Tuning};
-use crate::tuning;
 use crate::walk::{Band, most_keys};
 
 /// Places of the small arrays, in u32 words of one buffer.
@@ -120,8 +119,8 @@ impl<'a> Planner<'a> {
             // Its parts are shorter.
             Some(Variant::Split(_)) => key_step,
             Some(fused) => fused_step(fused, shape, caps, key_step),
-            None if caps.cpu && most_keys(shape, VALUES_ROWS) > tuning::CPU_KEYS.into() => {
-                key_step.min(tuning::CPU_KEYS)
+            None if caps.cpu && most_keys(shape, VALUES_ROWS) > values::CPU_KEYS.into() => {
+                key_step.min(values::CPU_KEYS)
             }
             None => key_step,
         };
@@ -213,21 +212,20 @@ impl<'a> Planner<'a> {
         let values = values::Values { tile: values_tile(shape, caps, body, vo)?, format: vo, out };
         let threads = match (caps.cpu, shape.seq_kv) {
             // Two turns for 32 keys of a row.
-            (true, keys) if u64::from(keys / 16) > tuning::CPU_TURNS => tuning::SOFTMAX_THREADS[2],
-            (true, _) => tuning::SOFTMAX_THREADS[0],
-            (false, ..=512) => tuning::SOFTMAX_THREADS[1],
-            (false, _) => tuning::SOFTMAX_THREADS[2],
+            (true, keys) if u64::from(keys / 16) > CPU_TURNS => softmax::THREADS[2],
+            (true, _) => softmax::THREADS[0],
+            (false, ..=512) => softmax::THREADS[1],
+            (false, _) => softmax::THREADS[2],
         };
         let threads = threads
             .min(caps.limits.max_compute_invocations_per_workgroup)
             .min(caps.limits.max_compute_workgroup_size_x);
-        let threads =
-            tuning::SOFTMAX_THREADS.into_iter().rev().find(|&t| t <= threads).expect("8 is below every floor");
+        let threads = softmax::THREADS.into_iter().rev().find(|&t| t <= threads).expect("8 is below every floor");
         Ok(Planner {
             shape,
             caps,
             budget: caps.binding().min(options.scratch_budget),
-            flops_per_second: flops_per_second(caps),
+            flops_per_second: caps.flops_per_second(),
             lists: Lists::new(shape),
             fused,
             partials,

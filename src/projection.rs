@@ -14,7 +14,6 @@ use crate::problem::{Element, Strides};
 use crate::shape::MAX_SIZE;
 use crate::step::Bound;
 use crate::steps::{Span, Steps, bind, small};
-use crate::tuning;
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -190,14 +189,14 @@ impl Projection {
     fn tile(&self, caps: &Caps, options: &Options) -> Result<Tile> {
         let (body, _) = choose::choose_body(caps, options);
         if let Body::Lanes { lanes, .. } = body {
-            let [many, one] = tuning::project_lanes(body);
+            let [many, one] = project::lane_tiles(body);
             return Ok(if self.rows <= lanes { one } else { many });
         }
         let fits = |tile: &Tile| {
             let variant = Variant::Project(self.variant(*tile));
             choose::fits(caps, variant.threads(), variant.workgroup_bytes())
         };
-        choose::largest(&tuning::PROJECT_TILED, self.rows, fits, "project")
+        choose::largest(&project::TILED, self.rows, fits, "project")
     }
 
     fn variant(&self, tile: Tile) -> project::Project {

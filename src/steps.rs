@@ -8,7 +8,6 @@ use crate::kernel::Variant;
 use crate::kernel::params::Params;
 use crate::options::Options;
 use crate::step::{Bound, Step};
-use crate::tuning;
 
 /// Elements of an operand that a part touches, `[first, end)`.
 pub(crate) type Span = (u64, u64);
@@ -22,7 +21,7 @@ pub(crate) struct Steps<'a> {
 
 impl<'a> Steps<'a> {
     pub(crate) fn new(caps: &'a Caps, options: &Options) -> Self {
-        let flops_per_step = flops_per_second(caps) * options.work_budget.as_secs_f64().max(1e-6);
+        let flops_per_step = caps.flops_per_second() * options.work_budget.as_secs_f64().max(1e-6);
         Steps { caps, flops_per_step, list: Vec::new() }
     }
 
@@ -116,10 +115,6 @@ impl<'a> Steps<'a> {
         let slices = slices(&self.list, self.flops_per_step);
         (self.list, slices)
     }
-}
-
-pub(crate) fn flops_per_second(caps: &Caps) -> f64 {
-    if caps.cpu { tuning::CPU_FLOPS } else { tuning::GPU_FLOPS }
 }
 
 /// Byte offset and size of the binding of a span, and the base address to use in it, `origin` being the place of

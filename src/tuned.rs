@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use crate::caps::Caps;
 use crate::choose;
 use crate::error::Result;
+use crate::kernel::body::lane_bodies;
 use crate::kernel::{Variant, flash, matrix, rows, split};
 use crate::options::Kernel;
 use crate::problem::{Causal, Element};
 use crate::shape::{MAX_DIM, Shape};
-use crate::tuning;
 
 /// Head dims that classes tell apart: a class holds those up to its own and above the one before.
 const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];
@@ -106,10 +106,10 @@ impl Choice {
     pub fn exists(&self) -> bool {
         match self {
             Choice::Unfused => true,
-            Choice::Rows(tile) => tuning::lane_bodies().flat_map(tuning::rows_tiles).any(|known| known == *tile),
-            Choice::Flash(tile) => tuning::FLASH.contains(tile),
-            Choice::Matrix(tile) => tuning::matrix_tiles().any(|known| known == *tile),
-            Choice::Split(tile) => tuning::split_tiles().any(|known| known == *tile),
+            Choice::Rows(tile) => lane_bodies().flat_map(rows::tiles).any(|known| known == *tile),
+            Choice::Flash(tile) => flash::TILES.contains(tile),
+            Choice::Matrix(tile) => matrix::tiles().any(|known| known == *tile),
+            Choice::Split(tile) => split::tiles().any(|known| known == *tile),
         }
     }
 }

@@ -223,7 +223,9 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");
     // What several kernels share.
-    ["params", "slot", "format", "body"].iter().for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
+    ["params", "slot", "format", "body", "fused"]
+        .iter()
+        .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
     assert_eq!(shaders, modules);
     assert_eq!(shaders, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
     // The error budget has no kernel, a list of rows is where results are put, and `layer` composes the others.

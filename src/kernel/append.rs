@@ -4,8 +4,8 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::body::ELEMENTWISE;
 use super::slot::Slot;
-use crate::tuning::ELEMENTWISE;
 
 /// A variant of `append`: what one invocation copies. The bits are copied as they are, so that the element type plays no part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -5,10 +5,12 @@ use std::fmt;
 use minijinja::Value;
 use serde::{Deserialize, Serialize};
 
+use super::format::Format;
+
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
 pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
 
-/// Tile parameters of `scores` and `values`. Rows live in [`crate::tuning`].
+/// Tile parameters of `scores` and `values`. Each kernel has the table of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Which body.
@@ -72,5 +74,45 @@ impl Tile {
             lanes, subgroup, wide, threads,
             rows => self.rows, cols => self.cols, tile_rows => self.tile_rows, tile_cols => self.tile_cols, dims => self.depth,
         }
+    }
+}
+
+/// Invocations of a workgroup in the element-wise kernels.
+pub const ELEMENTWISE: u32 = 64;
+
+/// A tile of the tiled body.
+pub(crate) const fn tiled(tile_rows: u32, tile_cols: u32, depth: u32, rows: u32, cols: u32) -> Tile {
+    Tile { body: Body::Tiled, rows, cols, tile_rows, tile_cols, depth }
+}
+
+/// Subgroup size of the CPU adapters that load component by component.
+pub const WIDE_LANES: u32 = 8;
+
+/// Every lane-per-row body.
+pub(crate) fn lane_bodies() -> impl Iterator<Item = Body> {
+    let lanes = |lanes, subgroup, wide| Body::Lanes { lanes, subgroup, wide };
+    let spread = SUBGROUP_SIZES.map(|size| lanes(size, true, false));
+    spread.into_iter().chain([lanes(WIDE_LANES, true, true), lanes(8, false, false)])
+}
+
+/// Dims that a lane keeps in registers: the smallest that holds them all, or several passes of the largest.
+pub const LANE_DIMS: [u32; 2] = [32, 64];
+
+/// Rows per lane: one for few queries, else as many as the first-level cache holds of them.
+pub const LANE_ROWS: [u32; 2] = [1, 4];
+
+/// Every lane-per-row tile of a kernel.
+pub(crate) fn lane_tiles(tile: fn(Body, u32, u32) -> Tile) -> impl Iterator<Item = Tile> {
+    lane_bodies().flat_map(move |body| {
+        LANE_DIMS.into_iter().flat_map(move |dims| LANE_ROWS.into_iter().map(move |rows| tile(body, rows, dims)))
+    })
+}
+
+/// Whether a tile is rendered for a format: lane forms read f16 packed (conversion is not their cost), and unaligned rows
+/// only with the larger bucket of dims.
+pub(crate) fn renders(tile: Tile, format: Format) -> bool {
+    match tile.body {
+        Body::Tiled => true,
+        Body::Lanes { .. } => !format.native && (format.vector || tile.depth == LANE_DIMS[1]),
     }
 }

@@ -6,9 +6,9 @@ use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
 use super::format::Format;
+use super::fused::Operands;
 use super::slot::Slot;
 use crate::problem::Element;
-use crate::tuning;
 
 /// A variant of `flash`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,48 +23,7 @@ pub struct Flash {
     pub carry: bool,
 }
 
-/// Which operands a fused kernel binds beside q, k, v and out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Operands {
-    /// None: four storage buffers.
-    Bare,
-    /// Log-sum-exp and the small per-batch and per-head arrays: six.
-    Lists,
-    /// Also mask and bias, and the whole score transform is applied: eight.
-    Full,
-}
-
-impl Operands {
-    /// Storage buffers that a fused kernel binds.
-    pub fn buffers(self) -> u32 {
-        match self {
-            Operands::Bare => 4,
-            Operands::Lists => 6,
-            Operands::Full => 8,
-        }
-    }
-
-    pub(crate) fn all() -> [Operands; 3] {
-        [Operands::Bare, Operands::Lists, Operands::Full]
-    }
-
-    /// The bindings of a fused kernel.
-    pub(crate) fn bindings(self) -> Vec<(Slot, bool)> {
-        let slots = [
-            (Slot::Q, false),
-            (Slot::K, false),
-            (Slot::V, false),
-            (Slot::Out, true),
-            (Slot::Lse, true),
-            (Slot::Lists, false),
-            (Slot::Mask, false),
-            (Slot::Bias, false),
-        ];
-        slots[..self.buffers() as usize].to_vec()
-    }
-}
-
-/// Tile parameters of `flash`. The table lives in [`crate::tuning`].
+/// Tile parameters of `flash`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Value dims of a workgroup.
@@ -108,9 +67,23 @@ impl Tile {
     }
 }
 
+/// The tiles, fewest dims first: for each bucket of value dims one for devices with subgroups and 32 KiB of workgroup
+/// memory, then one that runs on every device. 64 rows × 32 keys, four rows of four keys an invocation: half a load from
+/// workgroup memory a multiply-add; with 256 dims half the rows, so that o stays in 64 registers.
+pub const TILES: [Tile; 8] = [
+    Tile { dims: 32, rows: 4, depth: 32, value_keys: 32, resident: true, shuffle: true },
+    Tile { dims: 32, rows: 4, depth: 16, value_keys: 16, resident: false, shuffle: false },
+    Tile { dims: 64, rows: 4, depth: 32, value_keys: 16, resident: true, shuffle: true },
+    Tile { dims: 64, rows: 4, depth: 16, value_keys: 8, resident: false, shuffle: false },
+    Tile { dims: 128, rows: 4, depth: 32, value_keys: 16, resident: false, shuffle: true },
+    Tile { dims: 128, rows: 4, depth: 16, value_keys: 4, resident: false, shuffle: false },
+    Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
+    Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
+];
+
 impl Flash {
     pub(crate) fn all() -> impl Iterator<Item = Flash> {
-        tuning::FLASH.into_iter().flat_map(|tile| {
+        TILES.into_iter().flat_map(|tile| {
             Format::all().flat_map(move |format| {
                 let forms = Operands::all().map(|operands| (operands, false)).into_iter();
                 let forms = forms.chain([(Operands::Lists, true), (Operands::Full, true)]);

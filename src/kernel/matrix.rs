@@ -5,11 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::flash::Operands;
 use super::format::Format;
+use super::fused::Operands;
 use super::slot::Slot;
 use crate::problem::Element;
-use crate::tuning;
 
 /// A variant of `matrix`. q, k and v are f16, read with the adapter's own type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,7 +25,7 @@ pub struct Matrix {
     pub operands: Operands,
 }
 
-/// Tile parameters of `matrix`. The table lives in [`crate::tuning`].
+/// Tile parameters of `matrix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Rows and columns of a matrix, one of [`SIZES`].
@@ -70,11 +69,26 @@ impl Tile {
     }
 }
 
+/// The entries of the table, fewest dims first: dims, dims of q and k staged at once, whether q stays. By its place, not
+/// measured: q stays where it fits beside the rest; the last row is for devices with 32 KiB of workgroup memory and 16×16 matrices.
+const TILES: [(u32, u32, bool); 5] =
+    [(32, 32, true), (64, 64, true), (128, 128, true), (128, 64, false), (32, 32, false)];
+
+/// The tiles: for each size of matrices, largest first, those of [`TILES`] in order.
+pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
+    SIZES.into_iter().flat_map(|size| TILES.map(|(dims, depth, resident)| Tile { size, dims, depth, resident }))
+}
+
+/// Whether a tile has an emulated form: those that fit the CPU adapters and compile in seconds there.
+pub(crate) fn emulates(tile: &Tile) -> bool {
+    tile.dims == TILES[0].0
+}
+
 impl Matrix {
     pub(crate) fn all() -> impl Iterator<Item = Matrix> {
-        let forms = tuning::matrix_tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
+        let forms = tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
         let forms = forms.flat_map(|(tile, varying)| [false, true].map(|emulated| (tile, varying, emulated)));
-        let forms = forms.filter(|&(tile, _, emulated)| !emulated || tuning::emulates(&tile));
+        let forms = forms.filter(|&(tile, _, emulated)| !emulated || emulates(&tile));
         forms.flat_map(|(tile, varying, emulated)| {
             let vectors = [true, false].into_iter();
             vectors.flat_map(move |vector| {

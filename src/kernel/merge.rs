@@ -4,9 +4,9 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::body::ELEMENTWISE;
 use super::slot::Slot;
 use crate::problem::Element;
-use crate::tuning::ELEMENTWISE;
 
 /// A variant of `merge`: one of its two passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,10 +4,10 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::body::{Body, Tile};
+use super::body::{Body, Tile, lane_bodies};
+use super::scores;
 use super::slot::Slot;
 use crate::problem::Element;
-use crate::tuning;
 
 /// A variant of `project`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,12 +24,30 @@ pub struct Project {
     pub turned: bool,
 }
 
+/// Tiled entries, largest first: those of `scores`.
+pub const TILED: [Tile; 2] = scores::TILED;
+
+/// Lane-per-row tiles of `project`, many rows first.
+pub(crate) fn lane_tiles(body: Body) -> [Tile; 2] {
+    let Body::Lanes { lanes, subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
+    let cols = if subgroup { 32 } else { 16 };
+    ROWS.map(|rows| Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: cols, depth: 4 })
+}
+
+/// Rows per lane in `project`.
+const ROWS: [u32; 2] = [8, 1];
+
+/// Every tile of `project`.
+pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
+    lane_bodies().flat_map(lane_tiles).chain(TILED)
+}
+
 impl Project {
     pub(crate) fn all() -> impl Iterator<Item = Project> {
         // Transposed, vector, turned.
         let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
         let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
-        tuning::project_tiles().flat_map(move |tile| {
+        tiles().flat_map(move |tile| {
             let kinds = kinds.clone();
             [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
                 kinds.clone().map(move |(transposed, vector, turned)| Project {

@@ -5,13 +5,12 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::body::Body;
-use super::flash::Operands;
+use super::body::{Body, lane_bodies};
 use super::format::Format;
+use super::fused::Operands;
 use super::slot::Slot;
 use crate::error::counted;
 use crate::problem::Element;
-use crate::tuning;
 
 /// A variant of `rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,7 +25,7 @@ pub struct Rows {
     pub carry: bool,
 }
 
-/// Tile parameters of `rows`. The table lives in [`crate::tuning`].
+/// Tile parameters of `rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Lanes, and how keys and values are spread over them.
@@ -52,10 +51,25 @@ impl Tile {
     }
 }
 
+/// The entries of the table: dims, rows per lane and keys per step with subgroups, and without. More rows share each load and
+/// broadcast: with subgroups q and o of a workgroup take 32 KiB, and 16 dot products a step are as many as compile in two seconds
+/// with 128 dims; without, every load feeds as many rows as compile in a second.
+const TILES: [(u32, [u32; 2], [u32; 2]); 4] =
+    [(32, [8, 4], [8, 2]), (64, [8, 4], [8, 1]), (128, [4, 2], [4, 1]), (256, [2, 2], [2, 1])];
+
+/// The tiles of a body, fewest dims first.
+pub(crate) fn tiles(body: Body) -> impl Iterator<Item = Tile> {
+    let Body::Lanes { subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
+    TILES.into_iter().map(move |(dims, spread, alone)| {
+        let [rows, keys] = if subgroup { spread } else { alone };
+        Tile { body, rows, keys, dims }
+    })
+}
+
 impl Rows {
     pub(crate) fn all() -> impl Iterator<Item = Rows> {
         let formats = || Format::all().filter(|format| !format.native);
-        tuning::lane_bodies().flat_map(tuning::rows_tiles).flat_map(move |tile| {
+        lane_bodies().flat_map(tiles).flat_map(move |tile| {
             let forms = [(false, false), (false, true), (true, false), (true, true)];
             formats().flat_map(move |format| forms.map(|(full, carry)| Rows { tile, format, full, carry }))
         })

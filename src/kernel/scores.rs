@@ -4,10 +4,9 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::body::{Body, Tile};
+use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
 use super::slot::Slot;
-use crate::tuning;
 
 /// A variant of `scores`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,11 +20,25 @@ pub struct Scores {
     pub full: bool,
 }
 
+/// Tiled entries, largest first: 8×4 scores per invocation need 0.375 workgroup-memory loads a multiply-add, 4×4 need 0.5.
+pub const TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 4), tiled(32, 32, 16, 4, 4)];
+
+/// The lane-per-row tile of `scores`: rows per lane and dims in registers.
+pub fn lane_tile(body: Body, rows: u32, dims: u32) -> Tile {
+    let Body::Lanes { lanes, .. } = body else { panic!("not a lane body: {body:?}") };
+    Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: 256, depth: dims }
+}
+
+/// Every tile of `scores`.
+pub(crate) fn tiles() -> Vec<Tile> {
+    lane_tiles(lane_tile).chain(TILED).collect()
+}
+
 impl Scores {
     pub(crate) fn all() -> impl Iterator<Item = Scores> {
-        tuning::scores_tiles().into_iter().flat_map(|tile| {
+        tiles().into_iter().flat_map(|tile| {
             Format::all()
-                .filter(move |format| tuning::renders(tile, *format))
+                .filter(move |format| renders(tile, *format))
                 .flat_map(move |format| [false, true].map(|full| Scores { tile, format, full }))
                 .filter(|scores| !scores.full || scores.tile.body == Body::Tiled)
         })

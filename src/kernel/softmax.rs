@@ -5,7 +5,6 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::slot::Slot;
-use crate::tuning;
 
 /// A variant of `softmax`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -16,9 +15,12 @@ pub struct Softmax {
     pub lse: bool,
 }
 
+/// Invocations that share a row: CPU adapters, short rows, long rows.
+pub const THREADS: [u32; 3] = [8, 64, 256];
+
 impl Softmax {
     pub(crate) fn all() -> impl Iterator<Item = Softmax> {
-        tuning::SOFTMAX_THREADS.into_iter().flat_map(|threads| [false, true].map(|lse| Softmax { threads, lse }))
+        THREADS.into_iter().flat_map(|threads| [false, true].map(|lse| Softmax { threads, lse }))
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {

@@ -5,11 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::flash::Operands;
 use super::format::Format;
+use super::fused::Operands;
 use super::slot::Slot;
 use crate::error::counted;
-use crate::tuning;
 
 /// A variant of `split`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,7 +21,7 @@ pub struct Split {
     pub full: bool,
 }
 
-/// Tile parameters of `split`. The table lives in [`crate::tuning`].
+/// Tile parameters of `split`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Dims that the lanes of a stream keep in registers: the smallest bucket that holds head_dim and value_dim.
@@ -47,9 +46,29 @@ impl Tile {
 /// Lanes of a stream.
 pub const ACROSS: u32 = 8;
 
+/// The entries of the table: dims, rows of a workgroup, keys per step. A lane keeps 1/8 of the dims of q, k and o of each row.
+/// Then the streams of a workgroup on GPUs: 128 invocations keep enough loads under way, and their outputs fit any device.
+const TILES: [(u32, u32, u32, u32); 5] =
+    [(64, 1, 4, 16), (64, 4, 2, 16), (128, 1, 4, 16), (128, 4, 2, 16), (256, 1, 2, 8)];
+
+/// The tiles, fewest dims first and then fewest rows. CPU adapters run the subgroups of a workgroup one after the
+/// other: a single stream spares them the merge; it loads by 64 bits.
+pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
+    TILES.into_iter().flat_map(move |(dims, rows, keys, many)| {
+        let forms = [(1, true), (many, true), (many, false)];
+        forms.map(|(streams, shuffle)| Tile { dims, rows, keys, streams, shuffle })
+    })
+}
+
+/// Workgroups that keep every unit of a CPU adapter, and of a GPU, busy: `split` shares out keys until there are as many.
+pub const WORKGROUPS: [u32; 2] = [16, 512];
+
+/// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
+pub const LEAST_KEYS: [u32; 2] = [512, 256];
+
 impl Split {
     pub(crate) fn all() -> impl Iterator<Item = Split> {
-        tuning::split_tiles().flat_map(|tile| {
+        tiles().flat_map(|tile| {
             let formats = Format::all().filter(|format| !format.native);
             formats.flat_map(move |format| [false, true].map(|full| Split { tile, format, full }))
         })

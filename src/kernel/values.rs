@@ -4,11 +4,10 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::body::{Body, Tile};
+use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
 use super::slot::Slot;
 use crate::problem::Element;
-use crate::tuning;
 
 /// A variant of `values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,10 +20,27 @@ pub struct Values {
     pub out: Element,
 }
 
+/// Tiled entries, largest first: 8 rows × 4 dims per invocation.
+pub const TILED: [Tile; 2] = [tiled(64, 64, 16, 8, 1), tiled(32, 32, 16, 4, 1)];
+
+/// Most keys of a dispatch of `values` on a CPU adapter, so that its loops stay below that.
+pub const CPU_KEYS: u32 = 1 << 15;
+
+/// The lane-per-row tile of `values`: rows per lane and dims in registers.
+pub fn lane_tile(body: Body, rows: u32, dims: u32) -> Tile {
+    let Body::Lanes { lanes, .. } = body else { panic!("not a lane body: {body:?}") };
+    Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: dims, depth: dims }
+}
+
+/// Every tile of `values`.
+pub(crate) fn tiles() -> Vec<Tile> {
+    lane_tiles(lane_tile).chain(TILED).collect()
+}
+
 impl Values {
     pub(crate) fn all() -> impl Iterator<Item = Values> {
-        tuning::values_tiles().into_iter().flat_map(|tile| {
-            Format::all().filter(move |format| tuning::renders(tile, *format)).flat_map(move |format| {
+        tiles().into_iter().flat_map(|tile| {
+            Format::all().filter(move |format| renders(tile, *format)).flat_map(move |format| {
                 let direct = format.vector && format.element != Element::F32;
                 [Some(Element::F32), direct.then_some(format.element)].into_iter().flatten().map(move |out| Values {
                     tile,

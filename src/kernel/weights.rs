@@ -4,8 +4,8 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::body::ELEMENTWISE;
 use super::slot::Slot;
-use crate::tuning::ELEMENTWISE;
 
 /// A variant of `weights`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

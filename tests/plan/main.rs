@@ -18,7 +18,7 @@ use wgpu_attention::kernel::merge::Merge;
 use wgpu_attention::kernel::{Body, Slot, Variant};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, tuning, wgpu,
+    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Options, Plan, Problem, Tuning, wgpu,
 };
 
 use strategy::{caps, options, problem};
@@ -241,7 +241,7 @@ fn rows_of(step: &Step) -> u64 {
 fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
     let steps: Vec<&Step> = (0..plan.slices()).flat_map(|slice| plan.slice(slice)).collect();
     assert!(steps.iter().copied().eq(plan.steps()) && plan.dispatches() == steps.len());
-    let rate = if caps.cpu { tuning::CPU_FLOPS } else { tuning::GPU_FLOPS };
+    let rate = caps.flops_per_second();
     let budget = rate * options.work_budget.as_secs_f64();
     for slice in 0..plan.slices() {
         let steps = plan.slice(slice);
