@@ -1,9 +1,10 @@
 //! Attention on the CPU as the textbook writes it: what every kernel of this crate is checked against.
 //!
 //! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`weights`], [`merge`]), [`attention`] for all of them at
-//! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]; nothing is
-//! shared with the GPU path but [`Problem`] and [`Shape`]. Generic over [`Real`]: the f64 instance is the truth,
-//! the f32 instance shows what plain f32 loses.
+//! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]. With the GPU
+//! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`crate::Layer`],
+//! [`crate::Append`], [`crate::Merge`] and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
+//! instance shows what plain f32 loses.
 //!
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
 //! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
@@ -16,8 +17,8 @@ mod layer;
 mod logits;
 mod merge;
 mod project;
+mod query;
 mod rotary;
-mod rows;
 mod scores;
 mod softmax;
 mod values;
@@ -45,7 +46,7 @@ pub use weights::weights;
 use crate::error::{Error, Result};
 use crate::problem::{Inputs, Outputs, Problem};
 use crate::shape::Shape;
-use rows::{Row, Sequence};
+use query::{Row, Sequence};
 use values::Values;
 
 /// The arithmetic of the reference: f64 for the truth, f32 to see what plain f32 loses.
@@ -90,7 +91,7 @@ pub fn attention<T: Real>(problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
     let shape = problem.check()?;
     shape.check_inputs(inputs)?;
     room::<T>(&shape)?;
-    let rows = rows::map(&shape, inputs, Head::load, |row, head| evaluate(row, head).keep(&shape));
+    let rows = query::map(&shape, inputs, Head::load, |row, head| evaluate(row, head).keep(&shape));
     Ok(collect(&shape, rows))
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::rows::{self, Row, Sequence};
+use super::query::{self, Row, Sequence};
 use super::scores::dot;
 use super::{Evaluated, Head, collect, evaluate, logits};
 use crate::error::Result;
@@ -172,7 +172,7 @@ pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(
         let key_magnitudes = magnitudes(&head.keys);
         (head, key_magnitudes)
     };
-    let rows = rows::map(&shape, inputs, load, |row, (head, key_magnitudes)| {
+    let rows = query::map(&shape, inputs, load, |row, (head, key_magnitudes)| {
         let evaluated = evaluate(row, head);
         (self::row(row, head, key_magnitudes, &evaluated), evaluated.keep(&shape))
     });

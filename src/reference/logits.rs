@@ -1,7 +1,7 @@
 //! Soft cap, ALiBi, bias, visibility.
 
 use super::Real;
-use super::rows::{self, Row};
+use super::query::{self, Row};
 use crate::problem::{Inputs, Logits};
 use crate::shape::Shape;
 
@@ -25,7 +25,7 @@ pub fn logits<T: Real>(shape: &Shape, inputs: &Inputs<'_>, scores: &[T], upto: L
         self::row(row, &mut x, upto);
         x
     };
-    rows::matrix(shape, rows::map(shape, inputs, |_, _| (), one), T::neg_infinity())
+    query::matrix(shape, query::map(shape, inputs, |_, _| (), one), T::neg_infinity())
 }
 
 /// The logits of one row, in place.

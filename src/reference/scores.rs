@@ -1,6 +1,6 @@
 //! scale · q·k.
 
-use super::rows::{self, Row};
+use super::query::{self, Row};
 use super::{Real, logits};
 use crate::problem::Inputs;
 use crate::shape::Shape;
@@ -15,8 +15,8 @@ use crate::shape::Shape;
 /// If `inputs` do not pass [`Shape::check_inputs`].
 pub fn scores<T: Real>(shape: &Shape, inputs: &Inputs<'_>) -> Vec<T> {
     let rows =
-        rows::map(shape, inputs, |sequence, head| sequence.keys(head), |row, keys: &Vec<T>| self::row(row, keys));
-    rows::matrix(shape, rows, T::neg_infinity())
+        query::map(shape, inputs, |sequence, head| sequence.keys(head), |row, keys: &Vec<T>| self::row(row, keys));
+    query::matrix(shape, rows, T::neg_infinity())
 }
 
 /// The scores of one row against `keys` [keys, head_dim].

@@ -1,7 +1,7 @@
 //! Softmax over the visible keys, and its normaliser.
 
 use super::Real;
-use super::rows::{self, Row};
+use super::query::{self, Row};
 use crate::problem::Inputs;
 use crate::shape::Shape;
 
@@ -18,11 +18,11 @@ pub fn softmax<T: Real>(shape: &Shape, inputs: &Inputs<'_>, logits: &[T]) -> (Ve
     assert_eq!(logits.len() as u64, shape.scores_len(), "length of logits");
     let one = |row: &Row<'_>, (): &()| self::row(&logits[row.matrix()..][..row.keys()], |j| row.visible(j), row.sink());
     let mut lse = vec![T::zero(); shape.lse_len() as usize];
-    let weights = rows::map(shape, inputs, |_, _| (), one).into_iter().map(|(row, (weights, sum))| {
+    let weights = query::map(shape, inputs, |_, _| (), one).into_iter().map(|(row, (weights, sum))| {
         lse[row.place()] = sum;
         (row, weights)
     });
-    let weights = rows::matrix(shape, weights.collect(), T::zero());
+    let weights = query::matrix(shape, weights.collect(), T::zero());
     (weights, lse)
 }
 

@@ -1,7 +1,7 @@
 //! weights × v.
 
 use super::Real;
-use super::rows::{self, Row, Sequence};
+use super::query::{self, Row, Sequence};
 use crate::problem::Inputs;
 use crate::shape::Shape;
 
@@ -17,7 +17,7 @@ pub fn values<T: Real>(shape: &Shape, inputs: &Inputs<'_>, weights: &[T]) -> Vec
     assert_eq!(weights.len() as u64, shape.scores_len(), "length of weights");
     let one = |row: &Row<'_>, values: &Values<T>| self::row(row, &weights[row.matrix()..][..row.keys()], values);
     let mut out = vec![T::zero(); shape.out().extent() as usize];
-    for (row, x) in rows::map(shape, inputs, Values::load, one) {
+    for (row, x) in query::map(shape, inputs, Values::load, one) {
         out[row.out()..][..x.len()].copy_from_slice(&x);
     }
     out

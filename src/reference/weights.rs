@@ -1,7 +1,7 @@
 //! Weights from what is left of a softmax.
 
 use super::Real;
-use super::rows::{self, Row};
+use super::query::{self, Row};
 use crate::problem::Inputs;
 use crate::shape::Shape;
 
@@ -21,5 +21,5 @@ pub fn weights<T: Real>(shape: &Shape, inputs: &Inputs<'_>, logits: &[T], totals
         let weight = |&x: &T| if x == T::neg_infinity() || l.is_zero() { T::zero() } else { (x - m).exp() / l };
         logits[row.matrix()..][..row.keys()].iter().map(weight).collect()
     };
-    rows::matrix(shape, rows::map(shape, inputs, |_, _| (), one), T::zero())
+    query::matrix(shape, query::map(shape, inputs, |_, _| (), one), T::zero())
 }
