@@ -43,6 +43,7 @@ enable f16;
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
+{% include "shared/weight.wgsl" %}
 {% if lists %}
 {% include "shared/total.wgsl" %}
 {% endif %}
@@ -79,18 +80,13 @@ var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
 // The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
-// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any) does. Not 0: the row sees
-// a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
+// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any) does.
 var<workgroup> sh_k_bad: array<u32, TILE_KV>;
 var<workgroup> sh_k_any: u32;
 var<workgroup> sh_q_bad: array<u32, TILE_Q>;
 var<workgroup> sh_q_any: u32;
-var<workgroup> sh_minus: array<u32, TILE_Q>;
 
-// The weight of a key whose logit may be −∞: what is as low as `weigh` gives.
-const FAINT: f32 = 1.7e-38;
-
-// exp(x − m), and no less than f32 can tell from 0.
+// exp(x − m), and no less than f32 can tell from 0, which is more than NOTHING.
 fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
     return exp(max(x - m, vec4<f32>(-87.0)));
 }
@@ -170,7 +166,6 @@ fn main(
     }
     if (thread < TILE_Q) {
         sh_q_bad[thread] = 0u;
-        sh_minus[thread] = 0u;
     }
     workgroupBarrier();
 {% if carry %}
@@ -180,15 +175,11 @@ fn main(
     if ((params.flags & ADD) != 0u) {
         let kept_m = bitcast<vec4<f32>>(state[state_at]);
         let kept_l = bitcast<vec4<f32>>(state[state_at + THREADS]);
-        let kept_minus = state[state_at + 2u * THREADS];
 {% for r in range(rows) %}
         m_{{ r }} = kept_m.{{ "xyzw"[r] }};
         l_{{ r }} = kept_l.{{ "xyzw"[r] }};
-        if (kept_minus.{{ "xyzw"[r] }} != 0u) {
-            sh_minus[line + {{ r * down }}u] = 1u;
-        }
 {% for c in range(parts) %}
-        let kept_{{ r }}_{{ c }} = bitcast<vec4<f32>>(state[state_at + {{ 3 + r * parts + c }}u * THREADS]);
+        let kept_{{ r }}_{{ c }} = bitcast<vec4<f32>>(state[state_at + {{ 2 + r * parts + c }}u * THREADS]);
         class_{{ r }}_{{ c // 4 }} |= classes(kept_{{ r }}_{{ c }}) << {{ c % 4 * 8 }}u;
         o_{{ r }}_{{ c }} = finite_or_zero(kept_{{ r }}_{{ c }});
 {% endfor %}
@@ -314,10 +305,7 @@ fn main(
             let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
 {% for c in "xyzw" %}
             let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} | q_bad_{{ r }});
-            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, code_{{ r }}_{{ c }} >= PLUS);
-            if (code_{{ r }}_{{ c }} == MINUS) {
-                sh_minus[line + {{ r * down }}u] = 1u;
-            }
+            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, (code_{{ r }}_{{ c }} >= PLUS) | (code_{{ r }}_{{ c }} == MINUS));
 {% endfor %}
 {% endfor %}
         }
@@ -337,7 +325,8 @@ fn main(
         let higher_{{ r }} = max(m_{{ r }}, top.{{ "xyzw"[r] }});
         let shrink_{{ r }} = exp(max(m_{{ r }} - higher_{{ r }}, -150.0));
         m_{{ r }} = higher_{{ r }};
-        let p_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
+        let visible_{{ r }} = select(vec4<f32>(), weigh(s_{{ r }}, higher_{{ r }}), s_{{ r }} > vec4<f32>(HIDDEN));
+        let p_{{ r }} = select(visible_{{ r }}, vec4<f32>(NOTHING), s_{{ r }} == vec4<f32>(MINUS));
         l_{{ r }} = l_{{ r }} * shrink_{{ r }} + (p_{{ r }}.x + p_{{ r }}.y) + (p_{{ r }}.z + p_{{ r }}.w);
         sh_p[p_at + {{ r * down }}u] = p_{{ r }};
 {% for c in range(parts) %}
@@ -388,7 +377,7 @@ fn main(
                     if (d_{{ c }} < params.value_dim) {
                         let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
 {% for r in range(rows) %}
-                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), (sh_minus[line + {{ r * down }}u] != 0u) & (weight_{{ r }} <= FAINT)), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
+                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), weight_{{ r }} == NOTHING), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
 {% endfor %}
                     }
 {% endfor %}
@@ -402,10 +391,9 @@ fn main(
     if (params.key_end < params.seq_kv) {
         state[state_at] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(m_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
         state[state_at + THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(l_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
-        state[state_at + 2u * THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "sh_minus[line + %su]" | format(r * down) if r < rows else "0u" }}{% endfor %});
 {% for r in range(rows) %}
 {% for c in range(parts) %}
-        state[state_at + {{ 3 + r * parts + c }}u * THREADS] = result_bits(o_{{ r }}_{{ c }}, class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+        state[state_at + {{ 2 + r * parts + c }}u * THREADS] = result_bits(o_{{ r }}_{{ c }}, class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
 {% endfor %}
 {% endfor %}
         return;
@@ -428,7 +416,7 @@ fn main(
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + line + {{ r * down }}u;
     if (row_{{ r }} <= row_last) {
-        var m = select(m_{{ r }}, MINUS, (m_{{ r }} == LOWEST) & (sh_minus[line + {{ r * down }}u] != 0u));
+        var m = m_{{ r }};
         var l = sums.{{ "xyzw"[r] }};
         var shrink = 1.0;
 {% if lists %}

@@ -2,7 +2,8 @@
 // Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
 //   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
 // A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row NaN; a NaN or an
-// infinity in out shows in its element. m may be a code (shared/score.wgsl).
+// infinity in out shows in its element. m may be a code (shared/score.wgsl). With TOTALS a partial gives m and l instead: m + ln l would
+// lose l where m is large, as in a row of which every bias is the lowest number.
 // (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
 {% if totals %}
 // This pass: m and l of each row{{ ", and its lse" if lse }}. With ADD it goes on from those of the partials before.
@@ -39,12 +40,16 @@
 {% endif %}
 
 const EMPTY: u32 = 0xff800000u;
-// What `split` leaves of a row whose visible logits are all −∞, the bits of that code: no weight, but not empty.
-const ONLY_MINUS: u32 = 0xff7ffffeu;
 
-// The number or code of a partial's lse.
-fn lse_of(bits: u32) -> f32 {
-    return select(select(coded(bits), HIDDEN, bits == EMPTY), MINUS, bits == ONLY_MINUS);
+// Maximum and sum of a line of partial n: those that `split` left, with TOTALS, else its lse, a number or a code, and 1.
+fn partial(n: u32, at: u32) -> vec2<f32> {
+    let line = n * params.partial_lse + at;
+    if ((params.flags & TOTALS) != 0u) {
+        let first = params.partial_base + 2u * line;
+        return vec2<f32>(bitcast<f32>(partial_lse[first]), bitcast<f32>(partial_lse[first + 1u]));
+    }
+    let bits = partial_lse[params.partial_base + line];
+    return vec2<f32>(select(coded(bits), HIDDEN, bits == EMPTY), 1.0);
 }
 
 // exp(x − m), as low as f32 can tell from 0.
@@ -86,12 +91,12 @@ fn main(
     }
     let before = m;
     for (var n = params.key0; n < params.key_end; n++) {
-        m = max(m, lse_of(partial_lse[params.partial_base + n * params.partial_lse + at]));
+        m = max(m, partial(n, at).x);
     }
     l *= weigh(before, m);
     for (var n = params.key0; n < params.key_end; n++) {
-        let x = lse_of(partial_lse[params.partial_base + n * params.partial_lse + at]);
-        l += select(0.0, weigh(x, m), x > MINUS);
+        let one = partial(n, at);
+        l += select(0.0, weigh(one.x, m) * one.y, one.x > MINUS);
     }
 {% if sinks %}
     let with_sink = join_sink(m, l, coded(sinks[head]));
@@ -123,12 +128,11 @@ fn main(
     }
 {% endif %}
     for (var n = params.key0; n < params.key_end; n++) {
-        let bits = partial_lse[params.partial_base + n * params.partial_lse + at];
-        let x = lse_of(bits);
-        if (x > MINUS) {
+        let one = partial(n, at);
+        if (one.x > MINUS) {
             let part = load_partial_out(from_place + n * params.partial_out, valid);
             all |= classes(part);
-            sum += weigh(x, total.x) * inverse * part;
+            sum += weigh(one.x, total.x) * one.y * inverse * part;
         }
     }
     store_out(to, valid, result_bits(sum, all));

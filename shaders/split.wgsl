@@ -133,7 +133,6 @@ fn main(
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
     // It sees a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
-    var minus_{{ r }} = false;
 {% for w in range(words) %}
     var class_{{ r }}_{{ w }} = 0u;
 {% endfor %}
@@ -249,8 +248,7 @@ fn main(
 {% for r in range(rows) %}
 {% for j in range(keys) %}
                 let code_{{ r }}_{{ j }} = outcome(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
-                m_{{ r }} = max(m_{{ r }}, select(code_{{ r }}_{{ j }}, HIDDEN, code_{{ r }}_{{ j }} == MINUS));
-                minus_{{ r }} |= code_{{ r }}_{{ j }} == MINUS;
+                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, code_{{ r }}_{{ j }}, (code_{{ r }}_{{ j }} >= PLUS) | (code_{{ r }}_{{ j }} == MINUS));
 {% endfor %}
 {% endfor %}
             }
@@ -285,7 +283,7 @@ fn main(
 {% for w in range(words) %}
                 let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
 {% for r in range(rows) %}
-                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} <= LOWEST), x_{{ r }}_{{ j }} > HIDDEN);
+                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -293,14 +291,11 @@ fn main(
         }
         first = end;
     }
-{% for r in range(rows) %}
-    m_{{ r }} = select(m_{{ r }}, MINUS, (m_{{ r }} == LOWEST) & minus_{{ r }});
-{% endfor %}
 {% if streams > 1 %}
 
     if (lane == 0u) {
 {% for r in range(rows) %}
-        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, select(l_{{ r }}, 0.0, m_{{ r }} == MINUS));
+        totals[{{ r * streams }}u + stream] = vec2<f32>(m_{{ r }}, l_{{ r }});
 {% endfor %}
     }
     workgroupBarrier();
@@ -334,12 +329,7 @@ fn main(
         let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
         if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
             let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
-            if (params.partial_lse != 0u && m == MINUS) {
-                // For `merge`, which must tell this from a row that sees no key.
-                lse[at] = bitcast<u32>(m);
-            } else {
-                store_lse(at, m, l);
-            }
+            store_lse(at, m, l);
         }
 {% if streams > 1 %}
         for (var i = thread; i < {{ dims // 4 }}u; i += {{ threads }}u) {

@@ -250,7 +250,8 @@ fn within(
         Variant::Flash(x) => (Variant::Flash(x.carried()), x.state_bytes()),
         // Its parts are merged.
         Variant::Split(x) => {
-            let [out, _] = partial_bytes(shape, needed(shape, caps, &x, key_step));
+            let [out, totals] = partial_bytes(shape, needed(shape, caps, &x, key_step));
+            let out = out.max(totals);
             let why = format!("{why}; the results of its parts exceed a binding or the scratch budget");
             return if out > room { Err(why) } else { Ok(variant) };
         }
@@ -412,7 +413,8 @@ fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     if options.native_f16 == Some(true) && shape.element == Element::F16 {
         return Err("it reads f16 packed".into());
     }
-    let [out, _] = partial_bytes(shape, 1);
+    let [out, totals] = partial_bytes(shape, 1);
+    let out = out.max(totals);
     if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
         return Err("its results in f32 exceed a binding or the scratch budget".into());
     }
@@ -434,7 +436,8 @@ pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &sp
     let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
     let wanted = u64::from(split::WORKGROUPS[class]).div_ceil(workgroups.max(1));
     let most = most_keys(shape, split.tile.rows).div_ceil(split::LEAST_KEYS[class].into());
-    let [one, _] = partial_bytes(shape, 1);
+    let [out, totals] = partial_bytes(shape, 1);
+    let one = out.max(totals);
     let room = caps.binding().min(options.scratch_budget) / one.max(1);
     let dispatches = shape.seq_kv.div_ceil(key_step);
     let each = (wanted.min(most).min(room) as u32 / dispatches.max(1)).max(1) * dispatches;
@@ -452,10 +455,10 @@ fn needed(shape: &Shape, caps: &Caps, split: &split::Split, key_step: u32) -> u3
     each.saturating_mul(shape.seq_kv.div_ceil(key_step))
 }
 
-/// Bytes of the partial outputs and log-sum-exps of `split`.
+/// Bytes of the partial outputs of `split`, and of the maximum and the sum of each of their rows.
 pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
     let rows = u64::from(partials) * shape.lse_len();
-    [4 * rows * u64::from(shape.value_dim), 4 * rows]
+    [4 * rows * u64::from(shape.value_dim), 8 * rows]
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {

@@ -134,21 +134,23 @@ impl Merge {
     fn build<'a>(&self, caps: &'a Caps, options: &Options) -> Result<(Steps<'a>, [u64; 2])> {
         caps.check()?;
         let mut steps = Steps::new(caps, options);
-        let scratch = self.append(caps, &mut steps)?;
+        let scratch = self.append(caps, &mut steps, false)?;
         Ok((steps, scratch))
     }
 
-    /// Adds the dispatches; gives the bytes of the two scratch buffers.
-    pub(crate) fn append<'a>(&self, caps: &'a Caps, steps: &mut Steps<'a>) -> Result<[u64; 2]> {
+    /// Adds the dispatches; gives the bytes of the two scratch buffers. With `totals` the maximum and the sum of each row of a partial, two
+    /// f32, stand in [`Slot::PartialLse`] in place of its log-sum-exp.
+    pub(crate) fn append<'a>(&self, caps: &'a Caps, steps: &mut Steps<'a>, totals: bool) -> Result<[u64; 2]> {
         let out = self.checked()?;
         if out.is_empty() {
             return Ok([0, 0]);
         }
-        let mut planner = Planner { merge: self, caps, out, unpacked: false, steps };
+        let words = if totals { 2 } else { 1 };
+        let mut planner = Planner { merge: self, caps, out, unpacked: false, words, steps };
         let mut parts = Vec::new();
         planner.divide(Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.seq_q }, &mut parts)?;
         // Whether several dispatches add to one output decides its scratch, whose size may divide parts further.
-        let several = parts.iter().any(|part| planner.step(part, 4 * u64::from(self.value_dim)) < self.partials);
+        let several = parts.iter().any(|part| planner.step(part, planner.out_step()) < self.partials);
         if self.element != Element::F32 && (several || !choose::whole_vectors(&out)) {
             if !out.is_dense() {
                 return Err(Error::Conflict {
@@ -189,6 +191,8 @@ struct Planner<'a, 'b> {
     caps: &'a Caps,
     out: Tensor,
     unpacked: bool,
+    /// Words of a row in [`Slot::PartialLse`].
+    words: u64,
     steps: &'b mut Steps<'a>,
 }
 
@@ -219,6 +223,11 @@ impl Planner<'_, '_> {
         (first, last + u64::from(self.out.dim))
     }
 
+    /// Bytes of a row of the longer of the two operands that each partial has.
+    fn out_step(&self) -> u64 {
+        4 * self.words.max(self.merge.value_dim.into())
+    }
+
     fn out_bytes(&self) -> u64 {
         if self.unpacked { 4 } else { self.merge.element.bytes() }
     }
@@ -228,7 +237,7 @@ impl Planner<'_, '_> {
         let limit = self.caps.binding();
         let one = |each: u64| self.partial_span(&part, &(0..1), each);
         let operands = [
-            ("partial_out", bind(self.caps, one(self.merge.value_dim.into()), 4, 0).1 + self.caps.alignment()),
+            ("partial_out", bind(self.caps, one(self.out_step() / 4), 4, 0).1 + self.caps.alignment()),
             ("out", bind(self.caps, self.out_span(&part), self.out_bytes(), 0).1),
             // Twice the binding of lse, see `part`.
             ("totals", 2 * (bind(self.caps, one(1), 4, 0).1 + self.caps.alignment())),
@@ -269,7 +278,7 @@ impl Planner<'_, '_> {
 
     fn part(&mut self, part: &Part) -> Result<()> {
         let m = self.merge;
-        for partials in self.chunks(part, 4) {
+        for partials in self.chunks(part, 4 * self.words) {
             let lse = m.lse && partials.end == m.partials;
             let sinks = m.sinks && partials.start == 0;
             self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, part.lines())?;
@@ -277,7 +286,7 @@ impl Planner<'_, '_> {
         let element = if self.unpacked { Element::F32 } else { m.element };
         let vector = m.value_dim.is_multiple_of(4) && choose::whole_vectors(&self.out);
         let items = part.lines() * u64::from(m.value_dim.div_ceil(4));
-        for partials in self.chunks(part, 4 * u64::from(m.value_dim)) {
+        for partials in self.chunks(part, self.out_step()) {
             self.dispatch(merge::Merge::Out { element, vector }, part, &partials, items)?;
         }
         Ok(())
@@ -299,7 +308,7 @@ impl Planner<'_, '_> {
             key0: partials.start,
             key_end: partials.end,
             value_dim: m.value_dim,
-            flags: if partials.start > 0 { flags::ADD } else { 0 },
+            flags: if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 },
             x_batch: (u64::from(m.heads) * plane) as u32,
             x_head: plane as u32,
             x_row: m.value_dim,
@@ -325,7 +334,7 @@ impl Planner<'_, '_> {
                     (slot, (offset, size))
                 }
                 Slot::PartialLse => {
-                    let (offset, size, base) = bind(caps, self.partial_span(part, partials, 1), 4, 0);
+                    let (offset, size, base) = bind(caps, self.partial_span(part, partials, self.words), 4, 0);
                     params.partial_base = base;
                     (slot, (offset, size))
                 }

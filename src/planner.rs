@@ -297,7 +297,7 @@ impl<'a> Planner<'a> {
                 lse: s.lse,
                 sinks: s.sinks,
             };
-            let [totals, unpacked] = merge.append(self.caps, &mut self.steps)?;
+            let [totals, unpacked] = merge.append(self.caps, &mut self.steps, true)?;
             let [out, lse] = partial_bytes(s, self.partials);
             scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
             scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
@@ -490,8 +490,9 @@ impl<'a> Planner<'a> {
     fn part(&mut self, part: &Part) -> Result<()> {
         let s = self.shape;
         if let Some(fused) = self.fused {
-            let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 };
-            let lse = if s.lse || self.partials > 0 { flags::LSE } else { 0 };
+            // m + ln l would lose l where m is large.
+            let totals = if self.totals() || self.partials > 0 { flags::LSE | flags::TOTALS } else { 0 };
+            let lse = if s.lse { flags::LSE } else { 0 };
             self.state = self.state.max(self.state_bytes(part));
             for keys in self.ranges() {
                 let add = if keys.start > 0 { flags::ADD } else { 0 };

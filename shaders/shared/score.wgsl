@@ -136,6 +136,8 @@ fn scaled_code(dot_product: f32) -> f32 {
 fn outcome(x: f32, dot_product: f32, bad: bool) -> f32 {
     let code = scaled_code(dot_product);
     let capped = ((params.flags & SOFTCAP) != 0u) & (code != UNDEFINED);
-    let shown = select(code, UNDEFINED, (code == MINUS) & (x >= PLUS));
+    // Infinities of both signs, of which one may come from a bias or a slope.
+    let undefined = ((code == MINUS) & (x >= PLUS)) | ((code == PLUS) & ((x == MINUS) | (x == UNDEFINED)));
+    let shown = select(code, UNDEFINED, undefined);
     return select(shown, HIDDEN, !bad | (x <= HIDDEN) | capped);
 }

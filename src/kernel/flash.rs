@@ -111,7 +111,7 @@ impl Flash {
 
     /// Vectors of four of an invocation between two dispatches: maxima, sums and a flag of its rows, and their outputs.
     fn state_vectors(&self) -> u32 {
-        3 + self.tile.rows * self.tile.dims / (4 * ACROSS)
+        2 + self.tile.rows * self.tile.dims / (4 * ACROSS)
     }
 
     /// Bytes of a workgroup between two dispatches.
@@ -147,7 +147,7 @@ impl Flash {
         bytes * (self.tile.staged_q() + self.staged_kv())
             + maxima
             + weights
-            + 4 * (value_keys + self.tile.tile_keys() + 2 * self.tile.tile_rows() + 3)
+            + 4 * (value_keys + self.tile.tile_keys() + self.tile.tile_rows() + 3)
     }
 
     /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.

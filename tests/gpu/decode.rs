@@ -1,9 +1,9 @@
 //! Few queries over many keys: `split`, and `merge` where several workgroups share the keys of a row.
 
-use wgpu_attention::{Causal, Element, Kernel, Options, Window};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Options, Window};
 
 use crate::problem;
-use crate::support::{Case, Data, gpus, is_small};
+use crate::support::{Case, Data, Tensor, gpus, is_small};
 
 fn split() -> Options {
     Options { kernel: Some(Kernel::Split), ..Options::default() }
@@ -53,6 +53,28 @@ fn parts_without_a_visible_key_count_nothing() {
     let case = Case::new(p, operands);
     for gpu in gpus() {
         case.check(gpu, &split());
+    }
+}
+
+/// The lowest of all biases at every key: each weighs the same, however many a part has. m + ln l would not tell two parts apart.
+#[test]
+fn parts_of_large_logits_count_by_the_number_of_their_keys() {
+    for (value_dim, lowest) in [(24, f32::MIN), (1, 3e7)] {
+        let p = problem([1, 2, 2, 1601, 24], |p| {
+            (p.value_dim, p.lse, p.weights, p.logits) = (value_dim, true, false, None);
+            p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 1601]), element: Element::F32 });
+            p.scale = Some(0.0);
+        });
+        let mut operands = Data::random(&p, 5, 1.0);
+        // Two of three parts have few keys, or none.
+        let bias: Vec<f32> =
+            (0..1601).map(|key| if key < 600 || key == 900 { lowest } else { f32::NEG_INFINITY }).collect();
+        operands.bias = Some(Tensor::new(Element::F32, &bias));
+        let case = Case::new(p, operands);
+        for gpu in gpus() {
+            let (_, plan) = case.check(gpu, &split());
+            assert!(plan.steps()[0].params.col_tiles > 1, "{plan}");
+        }
     }
 }
 

@@ -119,8 +119,8 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
             let lanes = u64::from(caps.subgroup_size.filter(|lanes| [4, 8].contains(lanes)).unwrap_or(8));
             16 * lanes * (512 / dims).min(8) * (1 + dims / 4)
         }
-        Kernel::Flash => 2048 * (3 + dims(p.value_dim).min(128) / 8),
-        Kernel::Split => longest.div_ceil(room - alignment) * 4 * shape.lse_len() * u64::from(p.value_dim),
+        Kernel::Flash => 2048 * (2 + dims(p.value_dim).min(128) / 8),
+        Kernel::Split => longest.div_ceil(room - alignment) * 4 * shape.lse_len() * u64::from(p.value_dim).max(2),
         _ => u64::MAX,
     };
     let most = if full { 8 } else { 6 };

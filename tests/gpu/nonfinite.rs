@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use wgpu_attention::{Bias, Broadcast, Causal, Element, Problem};
 
 use crate::support::staged::{Guarded, Staged};
-use crate::support::{Case, Data, gpus};
+use crate::support::{Case, Data, Tensor, gpus};
 use crate::{everywhere, lean, problem, ways};
 
 const KINDS: [f32; 3] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
@@ -180,5 +180,31 @@ fn infinities_keep_their_sign_in_sixteen_bits() {
         let largest = if element == Element::F16 { f16::INFINITY.to_f64() } else { bf16::INFINITY.to_f64() };
         assert!(case.want.out[0].is_nan() && case.want.out[1] == largest && case.want.out[2] == -largest);
         everywhere(case);
+    }
+}
+
+/// The lowest finite logit is no logit of −∞, and one of −∞ is not the lowest finite one, beside each other and each alone: an infinite
+/// value at the first keeps its sign however little it weighs, and at the second it is 0 · ∞.
+#[test]
+fn the_lowest_logit_is_not_minus_infinity() {
+    for (with_infinite_k, softcap) in [(false, None), (false, Some(3.0)), (true, None)] {
+        let p = problem([1, 2, 3, 9, 8], |p| {
+            (p.softcap, p.lse, p.weights, p.logits) = (softcap, true, false, None);
+            p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 9]), element: Element::F32 });
+        });
+        let mut data = Data::random(&p, 5, 1.0);
+        let bias = |high: bool| (0..9).map(|key| if high && key > 5 { 1.0 } else { f32::MIN }).collect::<Vec<_>>();
+        for high in [false, true] {
+            data.bias = Some(Tensor::new(Element::F32, &bias(high)));
+            let mut case = data.clone();
+            // Key 2 has a finite logit; of key 4, −∞ in some rows.
+            put(&p, &mut case, "v", 0, 2, 1, f32::NEG_INFINITY);
+            put(&p, &mut case, "v", 1, 2, 3, f32::INFINITY);
+            if with_infinite_k {
+                put(&p, &mut case, "k", 0, 4, 0, f32::NEG_INFINITY);
+                put(&p, &mut case, "v", 0, 4, 5, f32::INFINITY);
+            }
+            everywhere(Case::new(p.clone(), case));
+        }
     }
 }

@@ -103,7 +103,8 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let want = dense([1, s.heads, s.seq_q, 1], [want, place.head, row, 0]);
                     let part =
                         [(place.part, p.partial_lse), (place.batch, p.lse_batch), (place.head, p.lse_head), (row, 1)];
-                    hits(step, bound, 4, sum(p.lse_base, part), want);
+                    // The maximum and the sum of a row.
+                    hits(step, bound, 8, sum(p.lse_base, part), want);
                 }
                 Slot::Lse | Slot::Totals => {
                     let (rows, batch, tokens) = match s.packed {
