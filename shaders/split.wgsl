@@ -56,8 +56,8 @@ var<workgroup> marks: array<u32, {{ threads }}>;
 // Of each row and stream: maximum and sum. Of one row and each stream: the output, relative to the common maximum.
 var<workgroup> totals: array<vec2<f32>, {{ rows * streams }}>;
 var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
-// Of one row: the classes of each vector of dims.
-var<workgroup> row_classes: array<atomic<u32>, {{ dims // 4 }}>;
+// Of each row: the classes of each vector of dims. They are seldom touched, and registers are few.
+var<workgroup> row_classes: array<atomic<u32>, {{ rows * dims // 4 }}>;
 {% endif %}
 
 // exp(x − m), as low as f32 can tell from 0.
@@ -132,16 +132,23 @@ fn main(
     let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
-    // It sees a logit of −∞, which stands at LOWEST here: if all do, the row has no result.
+{% if streams == 1 %}
 {% for w in range(words) %}
     var class_{{ r }}_{{ w }} = 0u;
 {% endfor %}
+{% endif %}
 {% for c in range(chunks) %}
     let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_at_{{ r }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
 
+{% if streams > 1 %}
+    for (var i = thread; i < {{ rows * dims // 4 }}u; i += {{ threads }}u) {
+        atomicStore(&row_classes[i], 0u);
+    }
+    workgroupBarrier();
+{% endif %}
     // Bit r: row r holds NaN or an infinity in q.
     let q_own = {% for r in range(rows) %}{{ " | " if not loop.first }}select({{ 2 ** r }}u, 0u, {% for c in range(chunks) %}{{ " & " if not loop.first }}finite(q_{{ r }}_{{ c }}){% endfor %}){% endfor %};
 {% if streams > 1 and not shuffle %}
@@ -279,6 +286,7 @@ fn main(
 {% endfor %}
 {% endfor %}
             for (var once = u32(!({% for j in range(keys) %}{{ " & " if not loop.first }}{% for c in range(chunks) %}{{ " & " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+{% if streams == 1 %}
 {% for j in range(keys) %}
 {% for w in range(words) %}
                 let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
@@ -287,6 +295,19 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
+{% else %}
+{% for j in range(keys) %}
+{% for c in range(chunks) %}
+                let class_of_{{ j }}_{{ c }} = classes(raw_{{ j }}_{{ c }});
+{% for r in range(rows) %}
+                let own_{{ r }}_{{ j }}_{{ c }} = select(0u, select(class_of_{{ j }}_{{ c }}, classes_of_zero(class_of_{{ j }}_{{ c }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
+                if (own_{{ r }}_{{ j }}_{{ c }} != 0u) {
+                    atomicOr(&row_classes[lane + {{ r * dims // 4 + c * across }}u], own_{{ r }}_{{ j }}_{{ c }});
+                }
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% endif %}
             }
         }
         first = end;
@@ -331,23 +352,13 @@ fn main(
             let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
             store_lse(at, m, l);
         }
-{% if streams > 1 %}
-        for (var i = thread; i < {{ dims // 4 }}u; i += {{ threads }}u) {
-            atomicStore(&row_classes[i], all_nan);
-        }
-        workgroupBarrier();
-{% endif %}
 {% for c in range(chunks) %}
-        let own_{{ c }} = ({{ pick("class_#_" ~ c // 4) }} >> {{ c % 4 * 8 }}u) & 0xffu;
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
-        if (own_{{ c }} != 0u) {
-            atomicOr(&row_classes[lane + {{ c * across }}u], own_{{ c }});
-        }
 {% else %}
         if (r < turns && dim_{{ c }} < params.value_dim) {
-            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | own_{{ c }});
+            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | (({{ pick("class_#_" ~ c // 4) }} >> {{ c % 4 * 8 }}u) & 0xffu));
         }
 {% endif %}
 {% endfor %}
@@ -358,7 +369,7 @@ fn main(
             for (var n = 0u; n < STREAMS; n++) {
                 sum += outputs[n * {{ dims // 4 }}u + thread];
             }
-            write(batch, head, row, here.col_tile, thread * 4u, sum, atomicLoad(&row_classes[thread]));
+            write(batch, head, row, here.col_tile, thread * 4u, sum, all_nan | atomicLoad(&row_classes[r * {{ dims // 4 }}u + thread]));
         }
         workgroupBarrier();
 {% endif %}

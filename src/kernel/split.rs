@@ -86,7 +86,7 @@ impl Split {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let pairs = rows * keys;
         let dots = if shuffle { 0 } else { 4 * streams * (pairs * (ACROSS + 1) + ACROSS) };
-        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims + dims } else { 0 };
+        let merge = if streams > 1 { 8 * rows * streams + 4 * streams * dims + rows * dims } else { 0 };
         dots + merge
     }
 
