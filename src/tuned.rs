@@ -102,7 +102,7 @@ impl Choice {
         }
     }
 
-    /// Whether the table ([`crate::tuning`]) has this tile.
+    /// Whether the kernel's own table of tiles has this one.
     pub fn exists(&self) -> bool {
         match self {
             Choice::Unfused => true,
