@@ -45,9 +45,7 @@ fn main(
     // −inf: the row saw no key so far.
     let bits = lse[line];
     let hidden = bits == 0xff800000u;
-    // Arithmetic gives a code its sign; a compiler that assumes that it cannot be gives anything else, which counts as NaN.
-    let s_bits = bitcast<u32>(s);
-    let own = select(s, select(UNDEFINED, coded(s_bits), (s_bits & 0x7fffffffu) == 0x7f800000u), bad);
+    let own = select(s, code_of(s), bad);
     let undefined = broken(max(select(coded(bits), HIDDEN, hidden), own));
     // exp(lse − s), where it is neither 0 nor infinite in f32; beyond, one of the two weights is 0 to all its digits.
     let e = select(exp(clamp(bitcast<f32>(select(bits, 0u, hidden)) - s, -80.0, 80.0)), 0.0, hidden);

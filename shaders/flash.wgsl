@@ -6,7 +6,7 @@
 //
 // Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
 // scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
-// NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/code.wgsl); in v they count
 // as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
 // weight is not 0, as that of a visible key never is.
 {% if carry %}
@@ -35,7 +35,7 @@ enable f16;
 @group(0) @binding(8) var<storage, read> bias: array<u32>;
 {% endif %}
 {% if carry %}
-// Of each invocation m, l and whether its rows see a logit of −∞, then o, in which NaN and infinities stand for the classes of values seen.
+// Of each invocation m and l of its rows, then o, in which NaN and infinities stand for the classes of values seen.
 @group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
 {% endif %}
 
@@ -304,8 +304,7 @@ fn main(
 {% for r in range(rows) %}
             let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
 {% for c in "xyzw" %}
-            let code_{{ r }}_{{ c }} = outcome(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} | q_bad_{{ r }});
-            s_{{ r }}.{{ c }} = select(s_{{ r }}.{{ c }}, code_{{ r }}_{{ c }}, (code_{{ r }}_{{ c }} >= PLUS) | (code_{{ r }}_{{ c }} == MINUS));
+            s_{{ r }}.{{ c }} = with_code(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} | q_bad_{{ r }});
 {% endfor %}
 {% endfor %}
         }
@@ -377,7 +376,7 @@ fn main(
                     if (d_{{ c }} < params.value_dim) {
                         let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
 {% for r in range(rows) %}
-                        class_{{ r }}_{{ c // 4 }} |= select(0u, select(all, classes_of_zero(all), weight_{{ r }} == NOTHING), weight_{{ r }} != 0.0) << {{ c % 4 * 8 }}u;
+                        class_{{ r }}_{{ c // 4 }} |= classes_seen(all, weight_{{ r }} != 0.0, weight_{{ r }} == NOTHING) << {{ c % 4 * 8 }}u;
 {% endfor %}
                     }
 {% endfor %}

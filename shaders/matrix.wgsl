@@ -19,7 +19,7 @@
 // Who:       a subgroup owns {{ size }} rows ({{ "as many times as there are fewer subgroups than that: it may have any number of lanes up to 64" if varying else "it has 32 lanes" }}) for both products, its o
 //            stays in registers; for softmax, staging and stores {{ per_row }} invocations own a row, wherever they run. They meet in workgroup memory
 //            behind workgroup barriers, never by lane. NaN and infinities are found by their bits when they are staged:
-//            in q or k they make codes of logits (shared/score.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
+//            in q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
 //            key, and each invocation keeps the classes of those its row sees (shared/value.wgsl) until they meet at the end.
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory. Rows of matrices there begin at multiples of 16 bytes, as Vulkan wants.

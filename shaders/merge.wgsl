@@ -2,7 +2,7 @@
 // Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
 //   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
 // A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row NaN; a NaN or an
-// infinity in out shows in its element. m may be a code (shared/score.wgsl). With TOTALS a partial gives m and l instead: m + ln l would
+// infinity in out shows in its element. m may be a code (shared/code.wgsl). With TOTALS a partial gives m and l instead: m + ln l would
 // lose l where m is large, as in a row of which every bias is the lowest number.
 // (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
 {% if totals %}

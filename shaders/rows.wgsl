@@ -9,7 +9,7 @@
 // Without subgroup operations every lane loads every key and value.
 {% endif %}
 // NaN and infinities: the walk over the keys only notes whether it met any, by the bits of what it loaded. If so, each row is walked once more
-// key by key, with codes for its logits (shared/score.wgsl) and classes for the values that it sees (shared/value.wgsl).
+// key by key, with codes for its logits (shared/code.wgsl) and classes for the values that it sees (shared/value.wgsl).
 {% if carry %}
 // The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
 {% endif %}
@@ -205,7 +205,7 @@ fn weigh(x: f32, m: f32) -> f32 {
 {% for g in range(groups) %}
             let class_of_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_0_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
 {% for r in range(rows) %}
-            class_{{ r }}_{{ g }} |= select(0u, select(class_of_{{ g }}, classes_of_zero(class_of_{{ g }}), s_{{ r }}_0 == MINUS), s_{{ r }}_0 > HIDDEN);
+            class_{{ r }}_{{ g }} |= classes_seen(class_of_{{ g }}, s_{{ r }}_0 > HIDDEN, s_{{ r }}_0 == MINUS);
 {% endfor %}
 {% endfor %}
 {% endif %}

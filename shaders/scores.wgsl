@@ -1,7 +1,7 @@
 {% from "shared/element.wgsl" import storage, load %}
 // Scores:  s = scale · q kᵀ  (with `full`: the whole logit, hidden keys marked), f32, into the score scratch.
 //
-// A NaN or an infinity in q or k is found by its bits when it is loaded and makes codes of scores (shared/score.wgsl).
+// A NaN or an infinity in q or k is found by its bits when it is loaded and makes codes of scores (shared/code.wgsl).
 //
 // Grid:      columns = tiles of keys, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.

@@ -1,7 +1,7 @@
 // Softmax:  row of logits -> row of weights, in place;  w[j] = exp(x[j] − m) / l,  l = Σ exp(x[j] − m) (+ exp(sink − m)),  lse = m + ln l.
 // Two passes over the row: one keeps a running (m, l) per invocation, merged over the workgroup; one writes.
 // Keys outside the row's range and HIDDEN ones weigh 0; a row with no visible key is all 0 with lse −inf. Logits may be codes
-// (shared/score.wgsl), weights too (shared/weight.wgsl).
+// (shared/code.wgsl), weights too (shared/weight.wgsl).
 //
 // Grid:      rows = single query rows, then heads and batches; a workgroup owns one row, of any length.
 // Memory:    {{ 8 * threads }} bytes of workgroup memory.

@@ -7,7 +7,7 @@
 // At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where several
 // workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al., Flash-Decoding, 2023.)
 // Lanes of a stream sum their parts of a dot product by {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}.
-// NaN and infinities are found by their bits when they are loaded. In q or k they make codes of logits (shared/score.wgsl); in v they count
+// NaN and infinities are found by their bits when they are loaded. In q or k they make codes of logits (shared/code.wgsl); in v they count
 // as 0, so that 0 · NaN cannot leak from a hidden key, and each lane keeps the classes of its dims of what a row sees (shared/value.wgsl).
 //
 // Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the group), then key/value
@@ -254,8 +254,7 @@ fn main(
             for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-                let code_{{ r }}_{{ j }} = outcome(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
-                x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, code_{{ r }}_{{ j }}, (code_{{ r }}_{{ j }} >= PLUS) | (code_{{ r }}_{{ j }} == MINUS));
+                x_{{ r }}_{{ j }} = with_code(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
 {% endfor %}
 {% endfor %}
             }
@@ -291,7 +290,7 @@ fn main(
 {% for w in range(words) %}
                 let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
 {% for r in range(rows) %}
-                class_{{ r }}_{{ w }} |= select(0u, select(class_of_{{ j }}_{{ w }}, classes_of_zero(class_of_{{ j }}_{{ w }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
+                class_{{ r }}_{{ w }} |= classes_seen(class_of_{{ j }}_{{ w }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -300,7 +299,7 @@ fn main(
 {% for c in range(chunks) %}
                 let class_of_{{ j }}_{{ c }} = classes(raw_{{ j }}_{{ c }});
 {% for r in range(rows) %}
-                let own_{{ r }}_{{ j }}_{{ c }} = select(0u, select(class_of_{{ j }}_{{ c }}, classes_of_zero(class_of_{{ j }}_{{ c }}), x_{{ r }}_{{ j }} == MINUS), x_{{ r }}_{{ j }} > HIDDEN);
+                let own_{{ r }}_{{ j }}_{{ c }} = classes_seen(class_of_{{ j }}_{{ c }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
                 if (own_{{ r }}_{{ j }}_{{ c }} != 0u) {
                     atomicOr(&row_classes[lane + {{ r * dims // 4 + c * across }}u], own_{{ r }}_{{ j }}_{{ c }});
                 }

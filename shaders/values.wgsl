@@ -57,7 +57,7 @@ fn give(at: u32, valid: u32, sum: vec4<f32>, own: u32) {
 
 // The classes of a value for a row that gives its key this weight.
 fn seen(all: u32, weight: f32) -> u32 {
-    return select(0u, select(all, classes_of_zero(all), weight == NOTHING), weight != 0.0);
+    return classes_seen(all, weight != 0.0, weight == NOTHING);
 }
 
 {% if lanes %}

@@ -27,8 +27,8 @@ pub struct Caps {
     pub limits: wgpu::Limits,
 }
 
-/// Turns that all loops of an invocation may take together on a CPU adapter, the test that ends each among them: llvmpipe ends them after
-/// 2^16, and what they did not reach stays undone.
+/// Most iterations that all loops of an invocation may run together on a CPU adapter. The test that ends a loop counts as an iteration.
+/// llvmpipe ends all loops after 2^16 iterations, and what they had left to do is not done.
 pub(crate) const CPU_TURNS: u64 = 65_000;
 
 /// Work that one second is assumed to hold when dispatches are sliced: below what any adapter of the class measured.

@@ -184,7 +184,8 @@ fn slower(kernel: Kernel, shape: &Shape, caps: &Caps, options: &Options) -> Opti
             Some("so many queries would read the keys again and again")
         }
         Kernel::Split if !caps.cpu && lines(shape) > SPLIT_ROWS.into() => Some("so many rows fill the tiles of flash"),
-        // Emulated matrices prove its text, not what drivers make of cooperative ones; `tune` checks its results before it takes it.
+        // Emulated matrices show that the shader is right, but not that a driver compiles cooperative matrices rightly. `tune` checks the
+        // results of the kernel before it stores it.
         Kernel::Matrix => Some("no graphics card is known to run it rightly: a tuned row takes it, or who asks for it"),
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
         _ => None,
@@ -250,10 +251,9 @@ fn within(
         Variant::Flash(x) => (Variant::Flash(x.carried()), x.state_bytes()),
         // Its parts are merged.
         Variant::Split(x) => {
-            let [out, totals] = partial_bytes(shape, needed(shape, caps, &x, key_step));
-            let out = out.max(totals);
+            let partials = needed(shape, caps, &x, key_step);
             let why = format!("{why}; the results of its parts exceed a binding or the scratch budget");
-            return if out > room { Err(why) } else { Ok(variant) };
+            return if longer_partial_bytes(shape, partials) > room { Err(why) } else { Ok(variant) };
         }
         _ => return Err(why),
     };
@@ -413,9 +413,7 @@ fn split(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<V
     if options.native_f16 == Some(true) && shape.element == Element::F16 {
         return Err("it reads f16 packed".into());
     }
-    let [out, totals] = partial_bytes(shape, 1);
-    let out = out.max(totals);
-    if shape.element != Element::F32 && out > caps.binding().min(options.scratch_budget) {
+    if shape.element != Element::F32 && longer_partial_bytes(shape, 1) > caps.binding().min(options.scratch_budget) {
         return Err("its results in f32 exceed a binding or the scratch budget".into());
     }
     Ok(fitting.into_iter().map(Variant::Split).collect())
@@ -436,9 +434,7 @@ pub(crate) fn partials(shape: &Shape, caps: &Caps, options: &Options, split: &sp
     let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
     let wanted = u64::from(split::WORKGROUPS[class]).div_ceil(workgroups.max(1));
     let most = most_keys(shape, split.tile.rows).div_ceil(split::LEAST_KEYS[class].into());
-    let [out, totals] = partial_bytes(shape, 1);
-    let one = out.max(totals);
-    let room = caps.binding().min(options.scratch_budget) / one.max(1);
+    let room = caps.binding().min(options.scratch_budget) / longer_partial_bytes(shape, 1).max(1);
     let dispatches = shape.seq_kv.div_ceil(key_step);
     let each = (wanted.min(most).min(room) as u32 / dispatches.max(1)).max(1) * dispatches;
     match each.max(needed(shape, caps, split, key_step)) {
@@ -459,6 +455,12 @@ fn needed(shape: &Shape, caps: &Caps, split: &split::Split, key_step: u32) -> u3
 pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
     let rows = u64::from(partials) * shape.lse_len();
     [4 * rows * u64::from(shape.value_dim), 8 * rows]
+}
+
+/// Bytes of the longer of the two buffers that the parts of `split` fill.
+fn longer_partial_bytes(shape: &Shape, partials: u32) -> u64 {
+    let [out, totals] = partial_bytes(shape, partials);
+    out.max(totals)
 }
 
 fn flash(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<Vec<Variant>, String> {
@@ -539,7 +541,7 @@ fn matrix(shape: &Shape, caps: &Caps, options: &Options) -> std::result::Result<
     Ok(variants)
 }
 
-/// What a fused kernel that can do with fewer bindings binds beside q, k, v and out.
+/// The operands that `flash` and `matrix` bind beside q, k, v and out: no more than the problem has.
 fn operands(shape: &Shape) -> Operands {
     let small_arrays = shape.weights
         || shape.lse

@@ -52,8 +52,8 @@ pub enum Form {
 pub struct Options {
     /// Forces a kernel; planning fails where it cannot run.
     pub kernel: Option<Kernel>,
-    /// Forces a body of `scores` and `values`, and thereby these, or [`Form::Emulated`] of `matrix`, which must be forced with it;
-    /// planning fails where it cannot run.
+    /// Forces a body: [`Form::Tiled`] or [`Form::Lanes`] of `scores` and `values`, for which the planner takes the three kernels unless
+    /// another kernel is forced, or [`Form::Emulated`] of `matrix`, which must be forced too. Planning fails where the body cannot run.
     pub form: Option<Form>,
     /// Forces f16 to be read with the adapter's own type (`true`) or unpacked from u32 (`false`).
     pub native_f16: Option<bool>,

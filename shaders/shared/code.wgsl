@@ -24,3 +24,10 @@ fn coded(bits: u32) -> f32 {
 fn broken(m: f32) -> bool {
     return (m >= PLUS) | (m == MINUS);
 }
+
+// The code of a dot product of which an operand holds NaN or an infinity, as the bits of what was loaded told: the code of what arithmetic
+// made of it. A compiler that assumes that neither occurs may give anything else here, which counts as NaN.
+fn code_of(dot_product: f32) -> f32 {
+    let bits = bitcast<u32>(dot_product);
+    return select(UNDEFINED, coded(bits), (bits & 0x7fffffffu) == 0x7f800000u);
+}

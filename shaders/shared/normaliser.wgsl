@@ -1,4 +1,4 @@
-{# Maximum and sum of a row, of which the log-sum-exp is m + ln l. Needs score.wgsl. #}
+{# Maximum and sum of a row, of which the log-sum-exp is m + ln l. Needs code.wgsl. #}
 // The bits of the log-sum-exp of a row with maximum m, a number or a code, and sum l of exp(x − m).
 fn lse_bits(m: f32, l: f32) -> u32 {
     // The ends of what is finite stand for those of f32.

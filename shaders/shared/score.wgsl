@@ -114,13 +114,6 @@ fn scaled(dot_product: f32) -> f32 {
     return clamp(dot_product * params.scale, LOWEST, HIGHEST);
 }
 
-// The code of a dot product of which q or k holds NaN or an infinity, as their bits told when they were loaded: what arithmetic made of
-// it. A compiler that assumes that neither occurs may give anything else here, which counts as NaN.
-fn code_of(dot_product: f32) -> f32 {
-    let bits = bitcast<u32>(dot_product);
-    return select(UNDEFINED, coded(bits), (bits & 0x7fffffffu) == 0x7f800000u);
-}
-
 // Step 1 of a code: the sign of the scale changes that of an infinity, and 0 · ∞ is NaN.
 fn scale_code(code: f32) -> f32 {
     let turned = select(code, -code, params.scale < 0.0);
@@ -131,13 +124,12 @@ fn scaled_code(dot_product: f32) -> f32 {
     return scale_code(code_of(dot_product));
 }
 
-// What a pair of which q or k holds NaN or an infinity makes of its row, where the row sees it and x is its logit as arithmetic clamped it:
-// PLUS, UNDEFINED, MINUS or, where a soft cap makes a number of it, HIDDEN for nothing.
-fn outcome(x: f32, dot_product: f32, bad: bool) -> f32 {
+// The logit x of a pair as arithmetic clamped it, or its code where q or k of the pair holds NaN or an infinity (`bad`) and the row sees
+// the key. A soft cap makes a number of an infinite score, so that x stays.
+fn with_code(x: f32, dot_product: f32, bad: bool) -> f32 {
     let code = scaled_code(dot_product);
     let capped = ((params.flags & SOFTCAP) != 0u) & (code != UNDEFINED);
     // Infinities of both signs, of which one may come from a bias or a slope.
     let undefined = ((code == MINUS) & (x >= PLUS)) | ((code == PLUS) & ((x == MINUS) | (x == UNDEFINED)));
-    let shown = select(code, UNDEFINED, undefined);
-    return select(shown, HIDDEN, !bad | (x <= HIDDEN) | capped);
+    return select(select(code, UNDEFINED, undefined), x, !bad | (x <= HIDDEN) | capped);
 }

@@ -31,6 +31,11 @@ fn classes_of_zero(all: u32) -> u32 {
     return all | ((all >> 4u) & 0x0f0f0f0fu) | ((all & 0x0f0f0f0fu) << 4u);
 }
 
+// The classes that a row takes from a value whose key it sees or not, and weighs exactly 0 or not. For any number of classes side by side.
+fn classes_seen(all: u32, visible: bool, weighs_zero: bool) -> u32 {
+    return select(0u, select(all, classes_of_zero(all), weighs_zero), visible);
+}
+
 // The bits of four elements of out with these classes: NaN where both bits are set, else the infinity.
 fn result_bits(x: vec4<f32>, all: u32) -> vec4<u32> {
     let plus = (vec4<u32>(all) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
