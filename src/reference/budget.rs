@@ -210,8 +210,11 @@ pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(
 /// A tensor's limit is four times the largest error of the reference's own f32 instance in it, four units in the last place of its
 /// largest value and an eighth of the budget, together, and never more than the budget. (The factors are measured: the kernels come
 /// to between one and three times the error of the f32 instance, and to a tenth of the budget where few keys make both small.)
-/// Of the budget of weights it is a quarter: a fused kernel and `scores` after it may each form the logits of a row, with rounding of their
-/// own, and where a row sees few keys the f32 instance, which forms each once, makes no error at all.
+/// Of the budget of weights it is half: a fused kernel and `scores` after it may each form the logits of a row, with rounding of their own,
+/// and where a row sees few keys the f32 instance, which forms each once, makes no error at all. (The most that was measured, over
+/// thousands of random problems, is 0.27 of the budget, by `matrix` where the terms of a logit sum to some thousands.)
+/// What flushing and rounding of subnormals may do is part of every limit in full: where a sink takes nearly all of the weight, all that is
+/// left of a row is of their size.
 /// What must be exact in the budget must be so here.
 ///
 /// `want` and `budget` are what [`attention_with_budget`] gives; the limits are compared with like those of the budget.
@@ -226,8 +229,9 @@ pub fn regression_limit(
     budget: &Budget,
 ) -> Result<Budget> {
     let plain = super::attention::<f32>(problem, inputs)?;
-    // Rounding to subnormals of the element type is not the kernel's loss.
+    // Subnormals of f32 may be flushed, and those of the element type are coarse: neither is the kernel's loss.
     let subnormal = if problem.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
+    let flushed = f64::from(problem.seq_kv) * FLUSH;
     let limit = |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, share: f64, least: f64| {
         let (Some(plain), Some(want)) = (plain, want) else { return budget.clone() };
         let finite = || plain.iter().zip(want).filter(|(plain, want)| plain.is_finite() && want.is_finite());
@@ -237,10 +241,10 @@ pub fn regression_limit(
         Tolerance { atol: budget.atol.iter().map(of).collect(), rtol: budget.rtol }
     };
     Ok(Budget {
-        out: limit(&budget.out, Some(&plain.out), Some(&want.out), 0.125, subnormal),
+        out: limit(&budget.out, Some(&plain.out), Some(&want.out), 0.125, subnormal + flushed),
         lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), 0.125, 0.0),
-        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.25, 0.0),
-        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.125, 0.0),
+        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.5, FLUSH),
+        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.125, FLUSH),
     })
 }
 

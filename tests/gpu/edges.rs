@@ -5,7 +5,7 @@ use wgpu_attention::{Bias, Causal, Element, Layout, Logits, Packed, Problem, Win
 
 use crate::composed::{broadcast, strided};
 use crate::support::{Case, Data, Random, gpus, small};
-use crate::ways;
+use crate::{problem, ways};
 
 const SEQS: [u32; 12] = [1, 2, 3, 5, 8, 17, 31, 32, 63, 65, 96, 131];
 // One bucket of dims: each more takes seconds to compile, and `types` has them all.
@@ -138,6 +138,24 @@ fn the_edges_hold_in_random_company() {
         for case in &cases {
             for way in ways(gpu, &case.problem) {
                 case.check(gpu, &way);
+            }
+        }
+    }
+}
+
+/// Where a sink takes nearly all of the weight, what is left of a row is a subnormal, or flushed to 0.
+#[test]
+fn a_row_whose_weights_are_next_to_subnormal_is_no_loss_of_accuracy() {
+    for element in [Element::F32, Element::Bf16] {
+        for dim in [31, 32] {
+            let p = problem([1, 3, 5, 7, dim], |p| (p.sinks, p.element, p.logits) = (true, element, None));
+            let mut data = Data::random(&p, 11, 1.0);
+            data.sinks = Some(vec![84.0, 88.0, 92.0]);
+            let case = Case::new(p, data);
+            for gpu in gpus() {
+                for way in ways(gpu, &case.problem) {
+                    case.check(gpu, &way);
+                }
             }
         }
     }
