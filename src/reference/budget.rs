@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::query::{self, Row, Sequence};
 use super::scores::dot;
+use super::values::Values;
 use super::{Evaluated, Head, collect, evaluate, logits};
 use crate::error::Result;
 use crate::problem::{Element, Inputs, Logits, Outputs, Problem};
@@ -26,13 +27,14 @@ const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 ///   `|Δo_d| ≤ (1 + g) Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|` and a weight by `|Δp_j| ≤ p_j (exp(e_j) (1 + g) − 1)`: to first order
 ///   `Σ_j p_j e_j |v_jd − o_d|` and `p_j (e_j + Σ_k p_k e_k)`, but valid for large `e` too. Where f32 cannot tell which key is
 ///   largest (`g ≥ 1`), the output may be anywhere between the values: `|Δo_d| ≤ max_j |v_jd − o_d|`, `|Δp_j| ≤ 1`.
-/// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ per term.
+/// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ for each
+///   weight and for each product. (llvmpipe's exp of −∞ is 2⁻¹²⁶, too.)
 /// - The output of a row with no visible key must be exactly 0.
 /// - What is NaN or an infinity in the reference must be just that. Elements of `out` that are have no share in the bound of their row.
 ///
 /// | tensor | absolute | relative |
 /// |---|---|---|
-/// | `out` | max over d of `\|Δo_d\|`, `+ (8 + √seq_kv) u vmax + seq_kv 2⁻¹²⁶`, f16: `+ 2⁻²⁴` | `4u + 1.01 u16` |
+/// | `out` | max over d of `\|Δo_d\|`, `+ (8 + √seq_kv) u vmax + seq_kv 2⁻¹²⁶ (1 + vmax)`, f16: `+ 2⁻²⁴` | `4u + 1.01 u16` |
 /// | `lse` | `ln(1 + Σ_j p_j (exp(δ_j) − 1))`, or `max δ_j` if that is 1 or more, `+ u (2 \|lse\| + 16 + 2 √seq_kv)` | 0 |
 /// | `weights` | `\|Δp_j\| + (8 + √seq_kv) u p_j + 2⁻¹²⁶`; hidden: 0 | `4u` |
 /// | `logits` | `4u` times the terms of `A_j` that are in so far (masked: `δ_j`) `+ 2⁻¹²⁶`; hidden: 0 | `u` |
@@ -229,22 +231,26 @@ pub fn regression_limit(
     budget: &Budget,
 ) -> Result<Budget> {
     let plain = super::attention::<f32>(problem, inputs)?;
-    // Subnormals of f32 may be flushed, and those of the element type are coarse: neither is the kernel's loss.
-    let subnormal = if problem.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
-    let flushed = f64::from(problem.seq_kv) * FLUSH;
-    let limit = |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, share: f64, least: f64| {
+    // What subnormals lose is not the kernel's loss.
+    let shape = problem.check()?;
+    let mut lost = vec![0.0; shape.lse_len() as usize];
+    for (row, bound) in query::map(&shape, inputs, Values::load, subnormals) {
+        lost[row.place()] = bound;
+    }
+    let flushed = |tolerance: &Tolerance| vec![FLUSH; tolerance.atol.len()];
+    let limit = |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, share: f64, least: &[f64]| {
         let (Some(plain), Some(want)) = (plain, want) else { return budget.clone() };
         let finite = || plain.iter().zip(want).filter(|(plain, want)| plain.is_finite() && want.is_finite());
         let error = finite().fold(0.0, |error: f64, (&plain, want)| error.max((f64::from(plain) - want).abs()));
         let largest = finite().fold(0.0, |largest: f64, (_, want)| largest.max(want.abs()));
-        let of = |&atol: &f64| atol.min(4.0 * error + 4.0 * U * largest + atol * share + least);
-        Tolerance { atol: budget.atol.iter().map(of).collect(), rtol: budget.rtol }
+        let of = |(&atol, least)| f64::min(atol, 4.0 * error + 4.0 * U * largest + atol * share + least);
+        Tolerance { atol: budget.atol.iter().zip(least).map(of).collect(), rtol: budget.rtol }
     };
     Ok(Budget {
-        out: limit(&budget.out, Some(&plain.out), Some(&want.out), 0.125, subnormal + flushed),
-        lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), 0.125, 0.0),
-        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.5, FLUSH),
-        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.125, FLUSH),
+        out: limit(&budget.out, Some(&plain.out), Some(&want.out), 0.125, &lost),
+        lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), 0.125, &flushed(&budget.lse)),
+        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.5, &flushed(&budget.weights)),
+        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.125, &flushed(&budget.logits)),
     })
 }
 
@@ -308,9 +314,8 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
 
     let keys = f64::from(shape.seq_kv);
     let sum = (8.0 + keys.sqrt()) * U;
-    let peak = visible().map(|j| head.values.peak[j]).fold(0.0, f64::max);
-    let subnormal = if shape.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
-    let out = moved.fold(0.0, f64::max) + sum * peak + keys * FLUSH + subnormal;
+    let peak = peak(visible(), &head.values);
+    let out = moved.fold(0.0, f64::max) + sum * peak + subnormals(row, &head.values);
 
     let furthest = visible().map(|j| terms[j].delta).fold(0.0, f64::max);
     let shift =
@@ -336,6 +341,20 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
         weights,
         logits: if shape.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },
     }
+}
+
+/// Largest magnitude of the finite values at some keys.
+fn peak(keys: impl Iterator<Item = usize>, values: &Values<f64>) -> f64 {
+    keys.map(|j| values.peak[j]).fold(0.0, f64::max)
+}
+
+/// What an output may be off by because of subnormals: the weight of each key may be flushed, or be the smallest normal number in place of 0
+/// (llvmpipe's exp of a very low logit, or of −∞), and its product with the value may be flushed; f16 rounds to multiples of its smallest
+/// subnormal.
+fn subnormals(row: &Row<'_>, values: &Values<f64>) -> f64 {
+    let rounded = if row.shape.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
+    let seen = (0..row.keys()).filter(|&j| row.visible(j));
+    f64::from(row.shape.seq_kv) * FLUSH * (1.0 + peak(seen, values)) + rounded
 }
 
 fn magnitudes(values: &[f64]) -> Vec<f64> {
