@@ -1,11 +1,11 @@
-//! What a device can do, as pure data.
+//! The features and limits of a device, as pure data.
 
 use crate::error::{Error, Result};
 use crate::kernel::body::SUBGROUP_SIZES;
 use crate::kernel::matrix;
 use crate::options::Kernel;
 
-/// What the planner needs to know of a device.
+/// What the planner needs to know about a device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caps {
     /// The adapter is a CPU that runs shaders (lavapipe, llvmpipe, SwiftShader, WARP): it wants other kernels than a GPU.
@@ -20,29 +20,30 @@ pub struct Caps {
     pub subgroup_min_size: Option<u32>,
     /// Shaders may use subgroup operations, and no subgroup has more lanes than this.
     pub subgroup_max_size: Option<u32>,
-    /// Shaders may use cooperative matrices of f16 with f32 sums, and these are their sizes: rows, columns and summed axis alike.
-    /// Empty where they may not, and where the device's adapter, which alone knows the sizes, was not given.
+    /// Sizes of the cooperative matrices (f16 operands, f32 sums) that shaders may use; rows, columns and summed axis have the same
+    /// size. Empty where shaders may not use any. Only an adapter knows the sizes: without one the list is empty too.
     pub matrices: Vec<u32>,
     /// The device's limits.
     pub limits: wgpu::Limits,
 }
 
-/// Most iterations that all loops of an invocation may run together on a CPU adapter. The test that ends a loop counts as an iteration.
-/// llvmpipe ends all loops after 2^16 iterations, and what they had left to do is not done.
+/// The most iterations that all loops of one invocation may run in total on a CPU adapter. The test that ends a loop counts as an
+/// iteration. llvmpipe ends all loops after 2^16 iterations, and silently leaves out the rest of their work.
 pub(crate) const CPU_TURNS: u64 = 65_000;
 
-/// Work that one second is assumed to hold when dispatches are sliced: below what any adapter of the class measured.
+/// Operations per second that are assumed for a CPU adapter when a plan is divided into slices. Every CPU adapter measured so far is
+/// faster.
 const CPU_FLOPS: f64 = 10e9;
-/// The same for GPUs: an old integrated one.
+/// Operations per second that are assumed for a GPU: those of an old integrated one.
 const GPU_FLOPS: f64 = 200e9;
 
 impl Caps {
-    /// Of a device; it may have been created with less than its adapter offers. A device does not know its adapter; without it
-    /// there are no [`Caps::matrices`].
+    /// The features and limits of a device, which may be lower than those of its adapter. Pass the adapter that the device was made
+    /// from to fill [`Caps::matrices`]; a device does not know its adapter.
     ///
     /// # Errors
     ///
-    /// If the adapter is not the one that the device was made from.
+    /// [`Error::Conflict`] if the adapter is not the one that the device was made from.
     pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Result<Self> {
         let info = device.adapter_info();
         let features = device.features();
@@ -65,32 +66,34 @@ impl Caps {
         })
     }
 
-    /// Whether the device's driver takes minutes to compile a kernel: `rows` on CPU adapters of four lanes.
+    /// Whether the device's driver takes minutes to compile this kernel: `rows` on CPU adapters whose subgroups have four lanes.
     pub fn takes_minutes(&self, kernel: Kernel) -> bool {
         kernel == Kernel::Rows && self.cpu && self.lanes().is_some_and(|lanes| lanes < 8)
     }
 
-    /// Floating-point operations that one second is assumed to hold when dispatches are sliced.
+    /// Floating-point operations per second that are assumed when a plan is divided into slices.
     pub fn flops_per_second(&self) -> f64 {
         if self.cpu { CPU_FLOPS } else { GPU_FLOPS }
     }
 
-    /// The subgroup size, where lane-per-row bodies are rendered for it.
+    /// The subgroup size, if there are lane-per-row forms for it.
     pub(crate) fn lanes(&self) -> Option<u32> {
         self.subgroup_size.filter(|size| SUBGROUP_SIZES.contains(size))
     }
 
-    /// Largest range that one storage binding may span. Addresses in shaders are u32, and no backend binds more than i32 anyway.
+    /// The most bytes that one storage binding may have, a multiple of 4. Addresses in shaders are u32, and no backend binds more than
+    /// `i32::MAX` bytes.
     pub(crate) fn binding(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size).min(i32::MAX as u64) & !3
     }
 
-    /// What every storage binding's offset must be a multiple of. At least 32, so that no vector straddles a start.
+    /// The alignment of the offset of every storage binding, in bytes: at least 32, so that a vector is either wholly before the offset
+    /// or wholly after it.
     pub(crate) fn alignment(&self) -> u64 {
         u64::from(self.limits.min_storage_buffer_offset_alignment).max(32)
     }
 
-    /// Refuses devices below what the smallest variants need.
+    /// Refuses devices whose limits are below what the smallest variants need.
     pub(crate) fn check(&self) -> Result<()> {
         let l = &self.limits;
         let needs = [
@@ -114,8 +117,8 @@ impl Caps {
     }
 }
 
-/// Sizes of the cooperative matrices that an adapter has and `matrix` has variants for: f16 operands, f32 sums; rows, columns and summed
-/// axis alike.
+/// Sizes of the cooperative matrices (f16 operands, f32 sums) that an adapter has and that the kernel `matrix` has variants for. Rows,
+/// columns and summed axis have the same size.
 pub fn matrix_sizes(adapter: &wgpu::Adapter) -> Vec<u32> {
     let found = adapter.cooperative_matrix_properties();
     let offers = |size: &u32| {

@@ -5,21 +5,24 @@ use crate::problem::Element;
 /// Shorthand for a result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong. Each message names the field, its value and the limit; what can be done about it follows where
-/// the name of the field does not say it.
+/// Everything that can go wrong. Each message names the field, its value and the limit. Where the name does not tell what can be done
+/// about it, the message says so.
+///
+/// A *field* below is the name of what is wrong, as the message prints it: a field of [`crate::Problem`] or of another description, an
+/// operand, or a short phrase such as `batch·heads`.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A size that must be at least 1 is 0. Set it.
     #[error("{field} is 0; it must be at least 1")]
     Zero {
-        /// Field of [`crate::Problem`].
+        /// The size.
         field: &'static str,
     },
     /// A number that the caller gives is larger than the crate or the device can address.
     #[error("{field} is {value}; the limit is {limit}")]
     TooLarge {
-        /// Field of [`crate::Problem`], say.
+        /// The number.
         field: &'static str,
         /// Its value.
         value: u64,
@@ -29,15 +32,15 @@ pub enum Error {
     /// A tensor or a plan takes more than the crate or the device can hold, bind or run.
     #[error("{field} takes {size} {unit}; the limit is {limit} {unit}: {advice}")]
     Room {
-        /// The tensor, or what is planned.
+        /// The tensor or the plan.
         field: &'static str,
-        /// How much it takes.
+        /// The room that it takes, in `unit`.
         size: u64,
-        /// Of what: bytes, elements, dispatches, …
+        /// The unit of `size` and `limit`: bytes, elements, dispatches, …
         unit: &'static str,
         /// The most that works.
         limit: u64,
-        /// What takes less.
+        /// What the caller can do to need less.
         advice: &'static str,
     },
     /// Query heads must be a whole multiple of key/value heads.
@@ -57,7 +60,7 @@ pub enum Error {
         value: u64,
         /// What it must divide.
         of: &'static str,
-        /// The value of that.
+        /// The value of what must be divided.
         whole: u64,
     },
     /// A size of the problem or of an input differs from the layer's.
@@ -67,23 +70,23 @@ pub enum Error {
         field: &'static str,
         /// Its value.
         got: u32,
-        /// The layer's.
+        /// The value that the layer needs.
         want: u32,
     },
     /// A size or stride must be a multiple of a small number.
     #[error("{field} is {value}; it must be a multiple of {of}")]
     Multiple {
-        /// What it is.
+        /// The size or stride.
         field: &'static str,
         /// Its value.
         value: u64,
-        /// The number.
+        /// The number that must divide it.
         of: u64,
     },
     /// A number that must be finite (and, for `softcap`, positive) is not.
     #[error("{field} is {value}; it must be {want}")]
     Number {
-        /// Field of [`crate::Problem`].
+        /// The number.
         field: &'static str,
         /// Its value.
         value: f32,
@@ -111,7 +114,7 @@ pub enum Error {
         /// Its rank.
         rank: usize,
     },
-    /// Strides under which two elements of an output share a place.
+    /// With these strides two elements of an output have the same address.
     #[error("{field} has strides of {strides:?} elements (batch, head, row), which overlap for the sizes {sizes:?}")]
     Overlap {
         /// The output.
@@ -163,18 +166,18 @@ pub enum Error {
         /// Type needed.
         want: Element,
     },
-    /// A length, offset or boundary in a small operand is out of range.
+    /// An entry of a small array (a length, a boundary, a page number) is out of range.
     #[error("{field}[{index}] is {value}; it must be {want} {limit}")]
     Entry {
         /// `key_lengths`, `cu_seqlens_q`, …
         field: &'static str,
-        /// Position.
+        /// Index of the entry.
         index: usize,
         /// Its value.
         value: i64,
-        /// How it must compare.
+        /// `at most` or `at least`.
         want: &'static str,
-        /// With what.
+        /// The bound.
         limit: i64,
     },
     /// A buffer slice is shorter than the problem needs.
@@ -187,7 +190,7 @@ pub enum Error {
         /// Bytes needed.
         want: u64,
     },
-    /// A buffer was created without a usage that is needed.
+    /// A buffer was created without a usage that the call needs.
     #[error("buffer {field} lacks the usage {usage}")]
     BufferUsage {
         /// The operand.
@@ -264,22 +267,22 @@ pub enum Error {
         /// Its type.
         got: String,
     },
-    /// An environment variable that wgpu reads is set to what wgpu does not know and would ignore.
+    /// An environment variable that wgpu reads has a value that wgpu does not know and would ignore.
     #[error("the environment variable {variable} is {value:?}; it must be {want}, or not set")]
     Environment {
         /// Its name.
         variable: &'static str,
         /// Its value.
         value: String,
-        /// What is known.
+        /// The values that wgpu knows.
         want: &'static str,
     },
     /// No GPU adapter matches.
     #[error("no GPU adapter{wanted}; found: {found}")]
     NoAdapter {
-        /// What was asked for, or nothing.
+        /// A phrase that names the adapter that was asked for; empty if none was.
         wanted: String,
-        /// The adapters there are.
+        /// The adapters that exist.
         found: String,
     },
     /// More than one adapter matches the given name.
@@ -318,7 +321,7 @@ pub enum Error {
     },
 }
 
-/// The unit of a limit of wgpu, with a space before it: a number of bytes, or of whatever the limit's name says.
+/// The unit of a limit of wgpu with a space before it: bytes, or nothing where the limit's name says what is counted.
 fn unit_of(limit: &str) -> &'static str {
     let bytes = ["_buffer_size", "_binding_size", "_storage_size"].iter().any(|end| limit.ends_with(end));
     if bytes { " bytes" } else { "" }
@@ -352,12 +355,12 @@ fn advice(field: &str) -> &'static str {
 }
 
 impl Error {
-    /// Of a tensor that takes too many bytes.
+    /// The error for a tensor that takes too many bytes.
     pub(crate) fn bytes(field: &'static str, size: u64, limit: u64) -> Self {
         Error::Room { field, size, unit: "bytes", limit, advice: advice(field) }
     }
 
-    /// Of a tensor whose elements stand farther apart than can be counted.
+    /// The error for a tensor whose elements are farther apart than can be addressed.
     pub(crate) fn elements(field: &'static str, size: u64, limit: u64) -> Self {
         Error::Room { field, size, unit: "elements", limit, advice: "use smaller sizes or strides" }
     }

@@ -1,4 +1,124 @@
-//! Attention on any GPU that wgpu reaches.
+//! Attention for transformers on any GPU that [wgpu](https://wgpu.rs) reaches, inside the caller's own device, queue and command
+//! encoder, and checked against a CPU reference.
+//!
+//! Attention lets each query of a sequence read from all keys and values: `out = softmax(scale · q kᵀ) v`. Around this formula models
+//! put masks, causal rules, biases and caches. A [`Problem`] describes all of them; its documentation is the contract that
+//! every kernel and the reference keep, with the arguments of PyTorch, ONNX, Keras, FlashAttention and Burn beside ours.
+//!
+//! # A first example
+//!
+//! [`Gpu`] takes host slices and returns host vectors. [`mod@reference`] computes the same in f64 on the CPU, with a bound for the error that
+//! f32 arithmetic may make on these very numbers, so that a result can be checked without a tolerance that somebody picked.
+//!
+//! ```no_run
+//! use wgpu_attention::{Causal, Gpu, Inputs, Problem, reference};
+//!
+//! # fn main() -> wgpu_attention::Result<()> {
+//! let mut problem = Problem::new(1, 8, 77, 77, 64); // batch, heads, seq_q, seq_kv, head_dim
+//! problem.causal = Causal::TopLeft;
+//! let x: Vec<f32> = (0..8 * 77 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+//! let inputs = Inputs { q: (&x).into(), k: (&x).into(), v: (&x).into(), ..Inputs::default() };
+//!
+//! let outputs = Gpu::new()?.attention(&problem, &inputs)?;
+//!
+//! let (want, budget) = reference::attention_with_budget(&problem, &inputs)?;
+//! assert!(budget.compare_out(&problem.check()?, &outputs.out, &want.out).passed());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The path of the data
+//!
+//! ```text
+//! Problem ─ check ─▶ Shape ─ plan ─▶ Plan ─ prepare ─▶ Prepared ─ encode ─▶ your CommandEncoder ─▶ outputs
+//!                             ▲               compiles pipelines,                                     │ compare
+//!              Caps, Options, Tuning          allocates scratch                                       │
+//! Problem and inputs ─ reference::attention_with_budget ─▶ expected outputs and error budget ─────────┘
+//! ```
+//!
+//! 1. A [`Problem`] is a plain struct. [`Problem::check`] verifies it once and returns a [`Shape`]; no later step checks shapes again.
+//! 2. A [`Plan`] says which kernels run, over which parts of the problem, in which order, with how much scratch, and why. It is pure
+//!    data: [`Plan::new`] needs the [`Caps`] of a device, but no device. Print a plan to read it.
+//! 3. [`Attention::prepare`] compiles the pipelines and allocates the scratch. No other step compiles or allocates.
+//! 4. [`Prepared::encode`] records the dispatches into the caller's command encoder, any number of times. It submits nothing and waits
+//!    for nothing. A program with its own device uses steps 1 to 4 directly, as `examples/own_device.rs` does; [`Gpu`] does them, uploads
+//!    the inputs and reads the outputs back.
+//!
+//! A plan can be made and read on a machine without a GPU:
+//!
+//! ```
+//! use wgpu_attention::{Caps, Options, Plan, Problem, wgpu};
+//!
+//! let caps = Caps {
+//!     cpu: false,
+//!     f16: false,
+//!     int64: false,
+//!     subgroup_size: None,
+//!     subgroup_min_size: None,
+//!     subgroup_max_size: None,
+//!     matrices: Vec::new(),
+//!     limits: wgpu::Limits::default(),
+//! };
+//! let plan = Plan::new(&Problem::new(1, 8, 1024, 1024, 64).check()?, &caps, &Options::default())?;
+//! assert_eq!(plan.kernel(), "flash");
+//! print!("{plan}");
+//! # Ok::<(), wgpu_attention::Error>(())
+//! ```
+//!
+//! Where a kernel was forced ([`Options::kernel`]) and cannot run, planning is an error that says why. Nothing falls back in silence.
+//!
+//! # Beside attention
+//!
+//! - [`MultiHeadAttention`] is the whole layer: projections, rotary position embedding and a key/value cache. [`Layer`] describes it.
+//! - [`Append`] writes new keys or values into a cache, [`Merge`] joins results over parts of the keys, [`Projection`] multiplies rows
+//!   by a weight matrix, [`Rotation`] applies the rotary embedding; each becomes an [`Operation`] that is recorded like [`Prepared`].
+//! - [`Runner`] runs problems on the best GPU, or on the CPU reference where there is none and the caller allows that.
+//! - [`Tuning`] holds what was measured on an adapter, and plans follow it.
+//!
+//! # Cargo features
+//!
+//! `safetensors` adds the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and
+//! Hugging Face. No feature is on by default.
+//!
+//! # Glossary
+//!
+//! Each word has one meaning in this crate.
+//!
+//! | word | meaning |
+//! |---|---|
+//! | *query row* | one query of one head of one batch: a row of q, of the score matrix and of out |
+//! | *key/value head* | a head of k and v; in grouped-query attention several query heads share one |
+//! | *score* | `scale · q·k` of one query row and one key; the *score matrix* holds the scores of all pairs of a head |
+//! | *logit* | a score after soft cap, ALiBi, bias and visibility: what enters the softmax |
+//! | *visible*, *hidden* | a key that a query row may attend, and one that mask, length, causal rule, window or a bias of −∞ excludes |
+//! | *lse* | log-sum-exp: the natural logarithm of the softmax denominator of a query row |
+//! | *operand* | a tensor or a small array that a call reads beside q, k and v: mask, bias, key lengths, offsets, slopes, sinks, sequence boundaries, block table |
+//! | *kernel* | one compute shader with its host code, such as `rows` or `softmax`; [`Kernel`] lists the ways of computing attention that can be forced |
+//! | *fused kernel* | a kernel that computes out in one pass over the keys, without a score matrix |
+//! | *three kernels* | `scores`, `softmax` and `values` one after the other, with the score matrix in memory between them |
+//! | *form* | one of several algorithms of a kernel: *tiled* for GPUs, *lanes* (one row per lane) for CPU adapters; see [`Form`] |
+//! | *tile* | the query rows and keys that a workgroup works on at once; also the numbers that fix their sizes |
+//! | *variant* | a kernel with its form, tile, element types and set of operands: what one pipeline is compiled for |
+//! | *part* | a range of batches, heads, query rows or keys that is small enough for one binding or for the scratch budget |
+//! | *step* | one dispatch of a plan, as data: variant, uniform, bindings, grid, estimated work |
+//! | *slice* | consecutive steps that together keep to the work budget; submit after each slice where a driver has a watchdog |
+//! | *scratch* | device memory for intermediate results, allocated when a plan is prepared |
+//! | *work budget*, *scratch budget* | the most estimated time of one slice, and the most bytes of scratch, in [`Options`] |
+//! | *error budget* | how far each element may be from the f64 reference by f32 arithmetic, computed from the same data; see [`reference::Budget`] |
+//! | *regression limit* | a bound within the error budget near what kernels reach; beyond it digits were lost, though the result is right |
+//! | *tuning row* | the fastest kernel and tile that was measured for a class of problems on one adapter; see [`Row`] |
+//! | *adapter*, *CPU adapter* | what wgpu found to run shaders on, and one that computes on the CPU, such as lavapipe |
+//! | *page*, *block table* | a fixed number of cached keys in a pool, and the list that says which pages hold which keys of a batch |
+//! | *sink* | a logit per head that joins the softmax denominator and has no value |
+//!
+//! # Where to read on
+//!
+//! - [`Problem`]: the contract, and the same arguments in other libraries.
+//! - [`Attention`], [`Prepared`] and [`Recording`]: recording into your own encoder, slice by slice where work is long.
+//! - [`Options`] and [`Kernel`]: what can be asked of the planner.
+//! - [`mod@reference`]: the CPU reference and the error budget.
+//! - The repository: `README.md` for the command line and figures, `shaders/` for the kernels (each begins with its formula),
+//!   `docs/experiments.md` for what was tried.
 #![warn(missing_docs)]
 
 mod append;

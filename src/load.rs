@@ -1,7 +1,14 @@
 //! Layers from safetensors files of PyTorch, Keras, TensorFlow and Hugging Face (cargo feature `safetensors`).
 //!
-//! Each loader takes the bytes of a file and the prefix that the layer's tensors share in it. Files are not trusted: what is
-//! missing, too many, of another shape or type is an error that names the tensor. F32, F16, BF16 and F64 are read.
+//! Each loader takes the bytes of a file and the prefix that the names of the layer's tensors share in it. Files are not trusted: a
+//! tensor that is missing, that the layer does not have, or that has a wrong shape or type is an error that names it. The types F32,
+//! F16, BF16 and F64 are read.
+//!
+//! # Errors
+//!
+//! Every loader returns [`Error::File`] for bytes that are not a safetensors file, [`Error::MissingTensor`], [`Error::ExtraTensor`],
+//! [`Error::TensorShape`] and [`Error::TensorType`] for tensors that do not fit, [`Error::TooLarge`] for
+//! sizes beyond u32, and what [`Layer::new`] finds.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::layer::{Layer, Linear};
 use crate::projection::Order;
 
-/// The tensors of one layer, and which of them were read.
+/// The tensors of one layer, and the names of those that were read.
 struct Tensors<'a> {
     file: SafeTensors<'a>,
     prefix: &'a str,
@@ -28,7 +35,7 @@ impl<'a> Tensors<'a> {
         self.file.tensor(&format!("{}{name}", self.prefix)).is_ok()
     }
 
-    /// Values and shape of a tensor; `None` in `want` is an axis of any length but 0.
+    /// Shape and values of a tensor. `None` in `want` accepts an axis of any length but 0.
     fn take<const N: usize>(&mut self, name: &str, want: [Option<u32>; N]) -> Result<([u32; N], Vec<f32>)> {
         let tensor = format!("{}{name}", self.prefix);
         let Ok(view) = self.file.tensor(&tensor) else { return Err(Error::MissingTensor { tensor }) };
@@ -65,7 +72,7 @@ impl<'a> Tensors<'a> {
         Ok(Linear { inputs, outputs, weight, order: Order::OutIn, bias })
     }
 
-    /// Every tensor under the prefix must have been read, or be one of `others`.
+    /// Checks that every tensor under the prefix was read or is one of `others`.
     fn finish(self, layer: Layer, others: &[&str]) -> Result<Layer> {
         let known = |name: &str| self.read.contains(name) || others.contains(&&name[self.prefix.len()..]);
         let extra =
@@ -78,7 +85,11 @@ impl<'a> Tensors<'a> {
 }
 
 /// `torch.nn.MultiheadAttention`: `in_proj_weight` or `q_proj_weight`, `k_proj_weight` and `v_proj_weight`; `in_proj_bias`,
-/// `out_proj.weight`, `out_proj.bias`, `bias_k`, `bias_v`. A state dict does not say `add_zero_attn`: set [`Layer::zero_attn`].
+/// `out_proj.weight`, `out_proj.bias`, `bias_k`, `bias_v`. A state dict does not tell `add_zero_attn`: set [`Layer::zero_attn`].
+///
+/// # Errors
+///
+/// Those of the [module](self), and [`Error::Divide`] if `heads` does not divide the width.
 pub fn pytorch(file: &[u8], prefix: &str, heads: u32) -> Result<Layer> {
     let mut tensors = Tensors::new(file, prefix)?;
     let ([width, inner], out) = tensors.take("out_proj.weight", [None, None])?;
@@ -118,7 +129,12 @@ pub fn pytorch(file: &[u8], prefix: &str, heads: u32) -> Result<Layer> {
 }
 
 /// Keras 3 `MultiHeadAttention` and `GroupQueryAttention`: `query/kernel` [in, heads, key_dim], `key/kernel`, `value/kernel`,
-/// `attention_output/kernel` [heads, value_dim, out], each with an optional `/bias`. The heads are in the shapes.
+/// `attention_output/kernel` [heads, value_dim, out], each with an optional `/bias`. The numbers of heads follow from the
+/// shapes.
+///
+/// # Errors
+///
+/// Those of the [module](self).
 pub fn keras(file: &[u8], prefix: &str) -> Result<Layer> {
     let mut tensors = Tensors::new(file, prefix)?;
     let mut part = |name: &str, heads: Option<u32>, dim: Option<u32>| -> Result<(u32, u32, Linear)> {
@@ -139,6 +155,10 @@ pub fn keras(file: &[u8], prefix: &str) -> Result<Layer> {
 }
 
 /// The layer of the TensorFlow transformer tutorial: `wq.kernel` [in, d_model] and `wq.bias`, likewise `wk`, `wv`, `dense`.
+///
+/// # Errors
+///
+/// Those of the [module](self), and [`Error::Divide`] if `heads` does not divide the width.
 pub fn tensorflow_tutorial(file: &[u8], prefix: &str, heads: u32) -> Result<Layer> {
     let mut tensors = Tensors::new(file, prefix)?;
     let mut part = |name: &str, inputs: Option<u32>, outputs: Option<u32>| -> Result<Linear> {
@@ -155,8 +175,12 @@ pub fn tensorflow_tutorial(file: &[u8], prefix: &str, heads: u32) -> Result<Laye
     tensors.finish(layer, &[])
 }
 
-/// Hugging Face names of BERT and its kin: `self.query`, `self.key`, `self.value`, `output.dense`, each `.weight` and `.bias`.
+/// The names that Hugging Face uses for BERT and similar models: `self.query`, `self.key`, `self.value`, `output.dense`, each `.weight` and `.bias`.
 /// The normalisation beside them (`output.LayerNorm`) is not part of the layer.
+///
+/// # Errors
+///
+/// Those of the [module](self), and [`Error::Divide`] if `heads` does not divide the width.
 pub fn bert(file: &[u8], prefix: &str, heads: u32) -> Result<Layer> {
     let mut tensors = Tensors::new(file, prefix)?;
     let query = tensors.torch("self.query", None, None)?;
@@ -170,8 +194,12 @@ pub fn bert(file: &[u8], prefix: &str, heads: u32) -> Result<Layer> {
     tensors.finish(layer, &norm.each_ref().map(String::as_str))
 }
 
-/// Hugging Face names of Llama and its kin: `q_proj`, `k_proj`, `v_proj`, `o_proj`, each `.weight` and perhaps `.bias`. The file
-/// does not say how rows turn: set [`Layer::rotary`].
+/// The names that Hugging Face uses for Llama and similar models: `q_proj`, `k_proj`, `v_proj`, `o_proj`, each with `.weight` and an
+/// optional `.bias`. The file does not hold the rotary embedding: set [`Layer::rotary`].
+///
+/// # Errors
+///
+/// Those of the [module](self), and [`Error::Divide`] if `heads` does not divide the width of the queries.
 pub fn llama(file: &[u8], prefix: &str, heads: u32, kv_heads: u32) -> Result<Layer> {
     let mut tensors = Tensors::new(file, prefix)?;
     let query = tensors.torch("q_proj", None, None)?;

@@ -1,4 +1,4 @@
-//! Compiles and caches pipelines: the only file that does.
+//! Compiles and caches pipelines. No other file does.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -20,7 +20,7 @@ pub(crate) struct Pipelines {
     device: wgpu::Device,
     checked: bool,
     compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
-    /// What the backend keeps of its compiler's work, where it lets us have it.
+    /// The backend's cache of compiled pipelines, if it has one.
     cache: Option<wgpu::PipelineCache>,
 }
 
@@ -31,29 +31,29 @@ impl Pipelines {
         Pipelines { device: device.clone(), checked, compiled: Mutex::default(), cache }
     }
 
-    /// Starts from what [`Pipelines::data`] gave out earlier. Returns whether the backend took it; where it did not, everything
-    /// is compiled anew.
+    /// Starts from data that [`Pipelines::data`] returned earlier. Returns whether the backend accepted the data; if it did not,
+    /// everything is compiled again.
     ///
     /// # Safety
     ///
-    /// `data` came from [`Pipelines::data`], or its checksum is wrong.
+    /// `data` must come from [`Pipelines::data`], or have a wrong checksum.
     pub(crate) unsafe fn load(&mut self, data: &[u8]) -> bool {
         let Some((_, data)) = data.split_first_chunk().filter(|(sum, data)| **sum == checksum(data)) else {
             return false;
         };
-        // SAFETY: the caller promises that wgpu gave the data out; the checksum shows that storage did not alter it.
+        // SAFETY: the caller promises that the data comes from wgpu; the checksum shows that storage did not alter it.
         let Some(cache) = (unsafe { create_cache(&self.device, Some(data)) }) else { return false };
         self.cache = Some(cache);
         true
     }
 
-    /// What a later process can start from, behind a checksum.
+    /// Data that a later process can start from, with a checksum before it.
     pub(crate) fn data(&self) -> Option<Vec<u8>> {
         let data = self.cache.as_ref()?.get_data()?;
         Some([&checksum(&data)[..], &data].concat())
     }
 
-    /// How many variants are compiled.
+    /// The number of compiled variants.
     pub(crate) fn count(&self) -> usize {
         self.compiled.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).len()
     }
@@ -125,19 +125,20 @@ impl Pipelines {
     }
 }
 
-/// Bytes of the checksum before the data of a pipeline cache: wgpu checks whose the data is, but not whether it is whole.
+/// Bytes of the checksum before the data of a pipeline cache. wgpu checks which adapter and driver the data is for, but not whether it is
+/// complete.
 const CHECKSUM: usize = 4;
 
-/// Against damage, not against forgery: CRC-32 as in zip files, the same in every build of this crate.
+/// The CRC-32 of zip files, which is the same in every build of this crate. It detects damage, not forgery.
 fn checksum(data: &[u8]) -> [u8; CHECKSUM] {
     crc32fast::hash(data).to_le_bytes()
 }
 
-/// A pipeline cache where the device has them and, if it is to start from data, takes that.
+/// A pipeline cache; `None` if the device has none, or if it does not accept the data.
 ///
 /// # Safety
 ///
-/// `data` was given out by [`wgpu::PipelineCache::get_data`].
+/// `data` must come from [`wgpu::PipelineCache::get_data`].
 unsafe fn create_cache(device: &wgpu::Device, data: Option<&[u8]>) -> Option<wgpu::PipelineCache> {
     if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
         return None;

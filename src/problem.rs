@@ -1,4 +1,4 @@
-//! What is asked: one attention problem in the field's words.
+//! One attention problem: what is to be computed, independent of any device.
 
 use std::fmt;
 
@@ -37,7 +37,7 @@ impl fmt::Display for Element {
     }
 }
 
-/// Causal visibility: query row `i` of batch `b` stands at position `p = i + offset[b]` and sees keys `j <= p`.
+/// Causal visibility: query row `i` of batch `b` has the position `p = i + offset[b]` and sees keys `j <= p`.
 ///
 /// The position also anchors [`Window`] and ALiBi. With [`Causal::None`] the offset is 0.
 #[non_exhaustive]
@@ -46,13 +46,13 @@ pub enum Causal {
     /// No causal rule; offset 0.
     #[default]
     None,
-    /// `offset = 0`: the first query stands at the first key (PyTorch `is_causal`, ONNX without cache).
+    /// `offset = 0`: the first query has the position of the first key (PyTorch `is_causal`, ONNX without cache).
     TopLeft,
-    /// `offset[b] = key length of b − query length of b`: the last query stands at the last key
+    /// `offset[b] = key length of b − query length of b`: the last query has the position of the last key
     /// (FlashAttention ≥ 2.1, ONNX external cache). May be negative: leading rows then see nothing.
     BottomRight,
-    /// `offset[b]` is given per batch in the operand `offsets` (i32, any sign), as for a cache of past keys. Beyond ±2³⁰ it counts
-    /// as ±2³⁰, farther from any key than a mask or window can tell.
+    /// `offset[b]` is given per batch in the operand `offsets` (i32, any sign), as for a cache of past keys. An offset beyond ±2³⁰
+    /// counts as ±2³⁰; no mask or window can tell the difference.
     Offset,
 }
 
@@ -72,7 +72,11 @@ pub struct Window {
 pub struct Broadcast(pub [u32; 4]);
 
 impl Broadcast {
-    /// From a shape of rank 1 to 4.
+    /// A shape of rank 1 to 4, filled up with ones at the left. `field` is the operand's name in errors.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Rank`] if the rank is 0 or above 4.
     pub fn new(field: &'static str, shape: &[u32]) -> crate::Result<Self> {
         if shape.is_empty() || shape.len() > 4 {
             return Err(crate::Error::Rank { field, rank: shape.len() });
@@ -82,12 +86,12 @@ impl Broadcast {
         Ok(Broadcast(full))
     }
 
-    /// Elements in the operand, at most `usize::MAX`.
+    /// Number of elements in the operand; `usize::MAX` if there are more.
     pub fn len(&self) -> usize {
         self.0.iter().fold(1, |len: usize, &n| len.saturating_mul(n as usize))
     }
 
-    /// Whether an axis is 0, as that of a batch, of queries or of keys may be which the problem has none of.
+    /// Whether the operand has no element, because an axis is 0. This is valid where the problem has no batch, query or key.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -102,7 +106,7 @@ pub struct Bias {
     pub element: Element,
 }
 
-/// Where the elements of a [batch, head, row, last] tensor stand. The last axis is dense.
+/// Layout of the elements of a [batch, head, row, last] tensor in memory. The last axis is dense.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Layout {
@@ -115,16 +119,16 @@ pub enum Layout {
     Strided(Strides),
 }
 
-/// Strides of a tensor in elements; element (b, h, s, d) stands at `offset + b·batch + h·head + s·row + d`.
+/// Strides of a tensor in elements; element (b, h, s, d) is at `offset + b·batch + h·head + s·row + d`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Strides {
-    /// Place of element (0, 0, 0, 0) from the start of the buffer slice.
+    /// Offset of element (0, 0, 0, 0) from the start of the buffer slice.
     pub offset: u64,
-    /// From one batch to the next. Unused for packed sequences.
+    /// Distance from one batch to the next. Unused for packed sequences.
     pub batch: u64,
-    /// From one head to the next.
+    /// Distance from one head to the next.
     pub head: u64,
-    /// From one row (token) to the next.
+    /// Distance from one row (token) to the next.
     pub row: u64,
 }
 
@@ -132,8 +136,9 @@ pub struct Strides {
 ///
 /// Sequence `b` owns the query tokens `cu_seqlens_q[b] .. cu_seqlens_q[b + 1]` and the keys `cu_seqlens_kv[b] .. cu_seqlens_kv[b + 1]`.
 /// `seq_q` and `seq_kv` of the [`Problem`] are then the longest lengths, `batch` the number of sequences,
-/// and the layouts' batch stride is unused. Mask and bias count rows and keys within a sequence, as weights and logits do, which
-/// hold 0 and −inf where a sequence is shorter. Tokens of `out` and `lse` that no sequence owns are not written (0 in [`Outputs`]).
+/// and the layouts' batch stride is unused. Mask, bias, weights and logits index rows and keys within a sequence. Where a sequence is
+/// shorter than the longest, weights hold 0 and logits −inf. Tokens of `out` and `lse` that no sequence owns are not written (0 in
+/// [`Outputs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Packed {
     /// Query tokens of all sequences together.
@@ -142,24 +147,24 @@ pub struct Packed {
     pub total_kv: u32,
 }
 
-/// Keys and values in pages of a pool that a block table hands out ("paged attention").
+/// Keys and values in pages of a pool; a block table says which pages belong to which batch ("paged attention").
 ///
 /// k and v are [pages, kv_heads, page_size, dim] ([`Layout::Bhsd`]) or [pages, page_size, kv_heads, dim] ([`Layout::Bshd`]), or
-/// have any strides: the page takes the place of the batch. Key `j` of batch `b` is row `j % page_size` of page
-/// `block_table[b, j / page_size]`. The block table is u32 (or i32) [batch, ⌈seq_kv / page_size⌉]. Sequences may share pages, which
-/// stand in any order; no entry is read for keys beyond `key_lengths[b]`. On the GPU a page number outside the pool, also a
-/// negative one, counts as that of the last page, so that nothing outside is read; on host slices it is an error.
+/// have any strides, where the page is the batch axis. Key `j` of batch `b` is row `j % page_size` of page
+/// `block_table[b, j / page_size]`. The block table is u32 (or i32) [batch, ⌈seq_kv / page_size⌉]. Sequences may share pages,
+/// and pages may be in any order. No entry is read for keys beyond `key_lengths[b]`. On the GPU a page number outside the pool, or a
+/// negative one, counts as the last page, so that nothing outside the pool is read. On host slices it is an error.
 ///
-/// [`crate::Append`] writes new rows to their pages by the same table.
+/// [`crate::Append`] uses the same table to write new rows to their pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Paged {
-    /// Pages of the pool, 1 or more unless the sequences have no keys at all.
+    /// Number of pages in the pool: 1 or more, or 0 if the sequences have no keys at all.
     pub pages: u32,
-    /// Keys of a page, 1 or more.
+    /// Number of keys in a page, 1 or more.
     pub page_size: u32,
 }
 
-/// Which logits to give out, as ONNX's `qk_matmul_output_mode` 0 to 2 (mode 3 is [`Problem::weights`]).
+/// Which logits to return, as ONNX's `qk_matmul_output_mode` 0 to 2 (mode 3 is [`Problem::weights`]).
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Logits {
@@ -189,20 +194,20 @@ pub enum Logits {
 ///
 /// - **Broadcasting.** Shapes of mask and bias are aligned at the right with [batch, heads, seq_q, seq_kv]; each axis is 1 or
 ///   full ([`Broadcast`]). A last axis of 1 broadcasts, any other one shorter than `seq_kv` hides the keys beyond it.
-/// - **Alignment.** [`Causal`] says which key the first query stands at. It is 0 unless you say otherwise, also for a window
-///   or ALiBi without a causal rule. A negative offset leaves the first rows without a key; it is not clamped.
+/// - **Alignment.** [`Causal`] gives the position of the first query. It is 0 unless you say otherwise, also for a window
+///   or ALiBi without a causal rule. A negative offset leaves the first rows without a visible key; it is not clamped.
 /// - **A row that sees no key** has `weights = 0`, `out = 0`, `lse = −inf` (or `z[h]` with a sink), and masked logits of −inf.
 /// - **Sizes of 0.** `batch`, `seq_q`, `seq_kv` and the totals of [`Packed`] may be 0, as in PyTorch. Outputs that have no element
 ///   are then empty; without a key every row is one that sees no key. `heads`, `kv_heads`, `head_dim` and `value_dim` are 1 or
 ///   more: less is [`crate::Error::Zero`].
-/// - **Hidden is not low.** Whatever stands in hidden keys and values (NaN, infinities, garbage) does not reach the result; raw
-///   and capped logits, which nothing hides yet, aside. A logit that overflows f32,
+/// - **Hidden is not low.** The contents of hidden keys and values (NaN, infinities, garbage) do not reach the result, except in raw
+///   and capped logits, which are taken before any key is hidden. A logit that overflows f32,
 ///   or whose `q·k` does, is clamped to the largest finite f32 and stays visible, so a row whose logits are all `f32::MIN` by
 ///   bias is an ordinary row: its output is the mean of the values.
-/// - **NaN and infinities** that a row sees show in what depends on them, as IEEE arithmetic has it, and in nothing else. A row that sees
-///   a logit of NaN or +∞ has NaN in `out` and in the weights of its visible keys, and NaN or +∞ in `lse`; so has a row all of whose
-///   logits are −∞, with `lse = −∞`. Under a soft cap an infinite score is ± the cap. A NaN or an infinity in a value shows in its own
-///   element of `out`.
+/// - **NaN and infinities** that a row sees change the results that depend on them, as in IEEE arithmetic, and no others. A row that sees
+///   a logit of NaN or +∞ has NaN in `out` and in the weights of its visible keys, and NaN or +∞ in `lse`. A row all of whose
+///   visible logits are −∞ has NaN in `out` and in those weights, and `lse = −∞`. With a soft cap an infinite score is ± the cap. A NaN
+///   or an infinity in a value changes only its own element of `out`.
 /// - **Element types.** q, k, v and out are all f32, all f16 or all bf16; the bias has a type of its own; mask: one byte an
 ///   element; small arrays: u32, i32 and f32; lse, weights and logits: f32. Arithmetic is f32 throughout, softmax included;
 ///   the result is rounded once to the element type, to nearest, ties to even. Nothing is computed in f16, bf16 or f64.
@@ -212,8 +217,8 @@ pub enum Logits {
 /// # From other libraries
 ///
 /// `true` means *may attend* here, as in PyTorch's `scaled_dot_product_attention`, ONNX and Keras. In the rows marked **invert**
-/// it means the opposite there: give `!mask`, or the answer is wrong without an error. All rules may be combined; a key must
-/// pass each of them.
+/// the other library means the opposite: pass `!mask`, because otherwise the answer is wrong without an error. All rules may be
+/// combined; a key must pass each of them.
 ///
 /// | theirs | ours |
 /// |---|---|
@@ -270,16 +275,16 @@ pub enum Logits {
 /// | `is_causal` | [`Causal::BottomRight`], unless its `causal_alignment` (from 0.23 on) says otherwise |
 /// | `scale`, `softcap` | [`Problem::scale`], [`Problem::softcap`] |
 ///
-/// A window without a causal rule stands at offset 0 here; FlashAttention and ONNX put it where the causal rule would stand. Where
-/// that offset `o` is not 0, say the same as a causal rule whose position is moved by `right`: [`Causal::Offset`] with
-/// `o + right`, [`Window::left`] = `left + right` and no [`Window::right`]; for no bound at the right take `seq_q + seq_kv`.
-/// FlashAttention's ALiBi stands there too: without a causal rule and with lengths that differ, it is a [`Problem::bias`] here.
+/// A window without a causal rule has the offset 0 here. FlashAttention and ONNX give it the offset `o` that the causal rule would have.
+/// Where `o` is not 0, express such a window as a causal rule at a position moved by `right`: [`Causal::Offset`] with
+/// `o + right`, [`Window::left`] = `left + right` and no [`Window::right`]. Without a bound at the right, use `seq_q + seq_kv` for `right`.
+/// FlashAttention's ALiBi has the offset `o` too: without a causal rule and with lengths that differ, pass it as a [`Problem::bias`].
 ///
 /// # Where ONNX leaves a choice
 ///
 /// - `softmax_precision` is not followed: softmax is f32 for every value of it, f64 included.
 /// - A mask whose last axis is 1 broadcasts, as the operator's text says; ONNX's reference evaluator pads it with −inf, so that
-///   the first key alone is visible. Other short masks hide the rest, in every opset; the text of opset 23 has none of them.
+///   only the first key is visible. Other short masks hide the rest, in every opset; the text of opset 23 does not allow them.
 /// - `qk_matmul_output_mode` 0 is the product before the soft cap, as the text says; the reference evaluator caps it.
 /// - A row without a visible key gives zeros, weights included, in every opset; releases before 1.23 gave NaN.
 /// - Modes 1 and 2 are those of release 1.23: after the soft cap, and after mask and bias. Older releases swapped them.
@@ -294,9 +299,9 @@ pub struct Problem {
     pub heads: u32,
     /// Key/value heads, 1 or more; divides `heads`. 1 is multi-query, less than `heads` grouped-query attention.
     pub kv_heads: u32,
-    /// Query rows per batch and head, 0 or more.
+    /// Query rows of each batch and head, 0 or more.
     pub seq_q: u32,
-    /// Keys per batch and head, 0 or more: a capacity if there are `key_lengths`.
+    /// Keys of each batch and head, 0 or more. With `key_lengths` this is a capacity.
     pub seq_kv: u32,
     /// Last axis of q and k, 1 to 512.
     pub head_dim: u32,
@@ -314,7 +319,7 @@ pub struct Problem {
     pub mask: Option<Broadcast>,
     /// Additive bias.
     pub bias: Option<Bias>,
-    /// Whether there are `key_lengths[b]`: keys from there on are hidden.
+    /// Whether there are `key_lengths`: keys `j >= key_lengths[b]` are hidden.
     pub key_lengths: bool,
     /// Whether there are ALiBi slopes, one per query head.
     pub alibi: bool,
@@ -334,11 +339,11 @@ pub struct Problem {
     pub packed: Option<Packed>,
     /// Keys and values in pages of a pool.
     pub paged: Option<Paged>,
-    /// Give out the natural-log log-sum-exp of each row, f32: [batch, heads, seq_q], packed: [heads, total_q].
+    /// Whether to return the log-sum-exp of each row (natural logarithm), f32: [batch, heads, seq_q], packed: [heads, total_q].
     pub lse: bool,
-    /// Give out the weights, f32: dense [batch, heads, seq_q, seq_kv].
+    /// Whether to return the weights, f32: dense [batch, heads, seq_q, seq_kv].
     pub weights: bool,
-    /// Give out logits, f32: dense [batch, heads, seq_q, seq_kv].
+    /// Which logits to return, if any, f32: dense [batch, heads, seq_q, seq_kv].
     pub logits: Option<Logits>,
 }
 
@@ -381,7 +386,12 @@ impl Problem {
         self
     }
 
-    /// Checks every field and gives the [`crate::Shape`] that the rest of the crate works with.
+    /// Checks every field and returns the [`crate::Shape`] that the rest of the crate works with.
+    ///
+    /// # Errors
+    ///
+    /// An error that names the field: a size that is 0 or too large, heads that do not divide, a number that is not finite, a mask or
+    /// bias that does not broadcast, fields that exclude each other, strides of `out` that overlap.
     pub fn check(&self) -> crate::Result<crate::Shape> {
         crate::Shape::new(self)
     }
@@ -399,7 +409,7 @@ pub enum Elements<'a> {
 }
 
 impl<'a> Elements<'a> {
-    /// Their type.
+    /// The element type.
     pub fn element(&self) -> Element {
         match self {
             Elements::F32(_) => Element::F32,
@@ -408,7 +418,7 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// How many there are.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         match self {
             Elements::F32(x) => x.len(),
@@ -417,7 +427,7 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Whether there are none.
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -431,7 +441,7 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Their bytes as they lie in memory.
+    /// The elements as bytes, as they are in memory.
     pub fn bytes(&self) -> &'a [u8] {
         match self {
             Elements::F32(x) => bytemuck::cast_slice(x),
@@ -459,7 +469,7 @@ impl Default for Elements<'_> {
     }
 }
 
-/// Operands of a problem on the host. Those that the problem does not use stay `None`.
+/// Operands of a problem on the host. An operand that the problem does not use must be `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Inputs<'a> {
     /// Queries, in the problem's layout.
@@ -468,7 +478,7 @@ pub struct Inputs<'a> {
     pub k: Elements<'a>,
     /// Values.
     pub v: Elements<'a>,
-    /// Boolean mask, one byte an element; 0 hides, anything else attends.
+    /// Boolean mask, one byte per element; 0 hides the key, and any other value lets it be visible.
     pub mask: Option<&'a [u8]>,
     /// Additive bias.
     pub bias: Option<Elements<'a>>,
@@ -488,10 +498,10 @@ pub struct Inputs<'a> {
     pub block_table: Option<&'a [u32]>,
 }
 
-/// Results on the host, widened to `T` (f32, or f64 from the reference). Those not asked for are `None`.
+/// Results on the host, widened to `T` (f32, or f64 from the reference). An output that the problem does not ask for is `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs<T = f32> {
-    /// The output tensor in the problem's layout. With strides, places between rows hold 0.
+    /// The output tensor in the problem's layout. With strides, the elements between rows are 0.
     pub out: Vec<T>,
     /// Log-sum-exp per row, natural log.
     pub lse: Option<Vec<T>>,

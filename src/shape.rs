@@ -1,4 +1,4 @@
-//! A checked [`Problem`]. Holding one is the proof: nothing downstream checks shapes again.
+//! A checked [`Problem`]. Whoever holds a [`Shape`] knows that it was checked, so nothing downstream checks shapes again.
 
 use std::ops::Deref;
 
@@ -18,7 +18,7 @@ pub struct Tensor {
     pub sizes: [u32; 3],
     /// Last axis.
     pub dim: u32,
-    /// Where elements stand.
+    /// Offset of the first element, and the distances between elements.
     pub strides: Strides,
 }
 
@@ -47,7 +47,7 @@ impl Tensor {
         Some(end)
     }
 
-    /// The same checked: addressable, and no two elements in one place.
+    /// An output tensor, checked: every element can be addressed, and no two elements share an address.
     pub(crate) fn output(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
         let tensor = Tensor::input(field, sizes, dim, layout)?;
         if !tensor.disjoint() {
@@ -57,10 +57,10 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// The same checked: addressable.
+    /// An input tensor, checked: every element can be addressed.
     pub(crate) fn input(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
         let tensor = Tensor::new(sizes, dim, layout);
-        // Byte counts stay far from u64's end, so that the planner adds without checks.
+        // Byte counts stay far below the maximum of u64, so that the planner can add them without checks.
         let limit = u64::MAX / 64;
         match tensor.checked_extent() {
             Some(extent) if extent <= limit => Ok(tensor),
@@ -68,23 +68,23 @@ impl Tensor {
         }
     }
 
-    /// Whether it has no element. Nothing is then read or written, wherever its strides point.
+    /// Whether the tensor has no element. Nothing is then read or written, whatever the strides are.
     pub fn is_empty(&self) -> bool {
         self.sizes.contains(&0)
     }
 
-    /// Elements from the start of the buffer slice to the last one, that one included; 0 where there is none.
+    /// Elements from the start of the buffer slice up to and including the tensor's last one; 0 for an empty tensor.
     pub fn extent(&self) -> u64 {
         self.checked_extent().expect("checked by Shape::new")
     }
 
-    /// Place of element (b, h, s, 0).
+    /// Offset of element (batch, head, row, 0) from the start of the buffer slice, in elements.
     pub fn at(&self, batch: u32, head: u32, row: u32) -> u64 {
         let s = &self.strides;
         s.offset + u64::from(batch) * s.batch + u64::from(head) * s.head + u64::from(row) * s.row
     }
 
-    /// Whether no two elements share a place: each stride clears everything that the smaller ones span.
+    /// Whether no two elements share an address: each stride is at least the span of all smaller ones.
     fn disjoint(&self) -> bool {
         if self.is_empty() {
             return true;
@@ -114,7 +114,7 @@ impl Tensor {
     }
 }
 
-/// A checked problem with its numbers worked out. Derefs to the [`Problem`].
+/// A checked problem with the numbers that follow from it. Derefs to the [`Problem`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
     problem: Problem,
@@ -147,7 +147,7 @@ impl Shape {
             ("value_dim", p.value_dim, MAX_DIM),
         ];
         for (field, value, limit) in sizes {
-            // Without a batch, a query or a key there is a result all the same; without a head or a dim nothing has a shape.
+            // A problem without a batch, a query or a key has a result. Without a head or a dimension no tensor has a shape.
             if value == 0 && !["batch", "seq_q", "seq_kv"].contains(&field) {
                 return Err(Error::Zero { field });
             }
@@ -265,7 +265,7 @@ impl Shape {
         &self.out
     }
 
-    /// The scale in force.
+    /// The factor of q·k: that of the problem, or 1/√head_dim where the problem gives none.
     pub fn scale(&self) -> f32 {
         self.scale
     }
@@ -278,7 +278,7 @@ impl Shape {
         }
     }
 
-    /// Entries of the block table, 0 without one.
+    /// Entries of the block table; 0 where the problem has none.
     pub fn block_table_len(&self) -> u64 {
         self.paged.map_or(0, |paged| u64::from(self.batch) * u64::from(paged.of(self.seq_kv)))
     }
@@ -288,7 +288,7 @@ impl Shape {
         u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q) * u64::from(self.seq_kv)
     }
 
-    /// Each tensor that a call reads or writes with its bytes, `None` where the problem has none of it.
+    /// The name of each tensor that a call reads or writes, and its size in bytes; `None` where the problem does not use the tensor.
     pub(crate) fn tensor_bytes(&self) -> [(&'static str, Option<u64>); 9] {
         let bytes = self.element.bytes();
         [
@@ -304,9 +304,9 @@ impl Shape {
         ]
     }
 
-    /// Visible (row, key) pairs counted over batches and heads, as far as the plan knows them: causal rule and window are
-    /// counted, lengths, masks and per-batch offsets are not (their contents are not part of the problem). With per-batch offsets a row
-    /// counts as many keys as a window leaves it, or all.
+    /// Number of visible (row, key) pairs over all batches and heads, as far as the problem tells. Causal rule and window count.
+    /// The contents of lengths, masks and per-batch offsets are not part of the problem, so that these hide nothing here. With
+    /// per-batch offsets a row counts the width of the window, or all keys without one.
     pub fn visible_pairs(&self) -> u64 {
         let head = Band::of(self, 1).pairs(0..self.seq_q.into(), &(0..self.seq_kv));
         head * u64::from(self.batch) * u64::from(self.heads)
@@ -317,7 +317,12 @@ impl Shape {
         self.visible_pairs() as f64 * 2.0 * f64::from(self.head_dim + self.value_dim)
     }
 
-    /// Checks host operands: presence, type, length and, for the small ones, contents.
+    /// Checks host operands: presence, type, length and, for the small arrays, contents.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Missing`], [`Error::Unexpected`], [`Error::Element`] or [`Error::Length`] for an operand that does not fit the problem;
+    /// [`Error::Entry`] or [`Error::Number`] for an entry out of range.
     pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
         let tensor = |field, data: &Elements<'_>, tensor: &Tensor| {
             same_element(field, data, self.element)?;
@@ -329,7 +334,7 @@ impl Shape {
         self.check_operands(inputs)
     }
 
-    /// The same for all but q, k and v.
+    /// Like [`Shape::check_inputs`], for all operands but q, k and v.
     pub(crate) fn check_operands(&self, inputs: &Inputs<'_>) -> Result<()> {
         let batch = self.batch as usize;
         let packed = self.packed.is_some();
@@ -400,19 +405,18 @@ impl Shape {
         Ok(())
     }
 
-    /// The f32 scratch row of scores is padded to whole vectors of four, and is one of them where there is no key: a binding may
-    /// not be empty.
+    /// Elements of a row of the f32 scratch of scores: `seq_kv`, padded to a multiple of 4. At least 4, because a binding must not be empty.
     pub(crate) fn score_row(&self) -> u32 {
         self.seq_kv.next_multiple_of(4).max(4)
     }
 
-    /// Whether masked or raw logits leave the pipeline.
+    /// Whether the problem asks for these logits.
     pub(crate) fn wants(&self, logits: Logits) -> bool {
         self.logits == Some(logits)
     }
 }
 
-/// What pages exclude.
+/// Refuses what cannot be combined with pages.
 fn check_paged(p: &Problem) -> Result<()> {
     let excluded = [
         (
@@ -430,15 +434,15 @@ fn check_paged(p: &Problem) -> Result<()> {
 }
 
 impl Paged {
-    /// Pages that hold the keys of one sequence: entries of a row of the block table.
+    /// Number of pages that hold the keys of one sequence: entries of a row of the block table.
     pub(crate) fn of(&self, keys: u32) -> u32 {
         keys.div_ceil(self.page_size)
     }
 
-    /// Whether pages and the block table of so many sequences can be addressed.
+    /// Checks that the pages, and a block table of so many sequences, can be addressed.
     pub(crate) fn check(&self, batch: u32, keys: u32) -> Result<()> {
         for (field, value) in [("paged.pages", self.pages), ("paged.page_size", self.page_size)] {
-            // A pool without pages holds all keys where there are none.
+            // An empty pool is enough where there are no keys.
             if value == 0 && (field == "paged.page_size" || (batch > 0 && keys > 0)) {
                 return Err(Error::Zero { field });
             }

@@ -1,5 +1,5 @@
-//! What was measured on an adapter: for a class of problems, which kernel with which tile was fastest. Pure data; the planner
-//! follows it before its own judgement.
+//! Tuning rows: which kernel with which tile was fastest on an adapter, for a class of problems. They are pure data. The planner follows
+//! a row that fits before it makes a choice of its own.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,10 +12,10 @@ use crate::options::Kernel;
 use crate::problem::{Causal, Element};
 use crate::shape::{MAX_DIM, Shape};
 
-/// Head dims that classes tell apart: a class holds those up to its own and above the one before.
+/// The head dimensions that tell classes apart. A class holds the dimensions up to its own and above the one before it.
 const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];
 
-/// Most query rows of a head that are few: below the rows of any workgroup's tile.
+/// The largest number of query rows per head that counts as few. It is below the rows of any workgroup's tile.
 const FEW: u32 = 16;
 
 /// How many query rows a head has.
@@ -30,7 +30,7 @@ pub enum Queries {
     Many,
 }
 
-/// Problems that are expected to want the same kernel and tile on one adapter.
+/// A class of problems for which the same kernel and tile is expected to be fastest on one adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Class {
     /// The smallest of 32, 64, 128, 256 and 512 that holds head_dim and value_dim.
@@ -41,12 +41,12 @@ pub struct Class {
     pub operands: bool,
     /// Query rows of a head.
     pub queries: Queries,
-    /// Whether there are many queries and a causal rule: it hides half of their keys, and next to none from a few.
+    /// Whether there is a causal rule and many queries. The rule hides half of the keys from many queries, and almost none from few.
     pub causal: bool,
 }
 
 impl Class {
-    /// Of a problem.
+    /// The class of a problem.
     pub fn of(shape: &Shape) -> Class {
         let dim = shape.head_dim.max(shape.value_dim);
         let queries = match shape.seq_q {
@@ -64,7 +64,7 @@ impl Class {
     }
 }
 
-/// A kernel, with its tile where it is a fused one.
+/// A kernel, with its tile if it is fused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Choice {
@@ -102,7 +102,7 @@ impl Choice {
         }
     }
 
-    /// Whether the kernel's own table of tiles has this one.
+    /// Whether the kernel has this tile.
     pub fn exists(&self) -> bool {
         match self {
             Choice::Unfused => true,
@@ -114,34 +114,38 @@ impl Choice {
     }
 }
 
-/// What was fastest for a class.
+/// A tuning row: what was fastest for a class.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// The problems.
+    /// The class of problems.
     pub class: Class,
     /// What was fastest.
     pub choice: Choice,
-    /// Milliseconds that it took, of the problem that stood for its class.
+    /// Milliseconds that the choice took for the problem that was measured for its class.
     pub ms: f64,
 }
 
-/// Rows that were measured on one adapter.
+/// Tuning rows that were measured on one adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tuning {
-    /// Where the rows come from, for the plan's reasons: a file, say.
+    /// Where the rows come from, such as the path of a file. The plan's reasons name it.
     pub source: String,
-    /// The rows. Where several are for one class, the first one that can run is followed.
+    /// The rows. Of several rows for one class, the planner follows the first one that can run.
     pub rows: Vec<Row>,
 }
 
 impl Tuning {
-    /// The rows that no plan follows, because the table has no such tile.
+    /// The rows that no plan follows, because their kernel does not have their tile.
     pub fn unknown(&self) -> impl Iterator<Item = &Row> {
         self.rows.iter().filter(|row| !row.choice.exists())
     }
 
-    /// What can be measured against each other for a problem on a device: every kernel and tile of its dims that can run, except
-    /// those that a driver takes minutes to compile. The planner's own choice comes first.
+    /// The choices to measure for a problem on a device: every kernel and tile for its dimensions that can run, except those that a
+    /// driver takes minutes to compile. The planner's own choice comes first.
+    ///
+    /// # Errors
+    ///
+    /// If no kernel can run the problem on the device.
     pub fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
         choose::candidates(shape, caps)
     }

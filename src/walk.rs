@@ -1,34 +1,37 @@
-//! How many keys the rows of a problem see by range, and what a tile of rows walks of them: in closed form, whatever the lengths.
+//! How many keys the rows of a problem see by causal rule and window, and how many of them a tile of rows loads: in closed form, so that
+//! the cost does not depend on the lengths.
 
 use std::ops::Range;
 
 use crate::problem::Causal;
 use crate::shape::Shape;
 
-/// The key range of every row, `[row + first, row + end)` cut to `[0, keys)`; a bound that is `None` is the end of the keys.
+/// The key range of every row: `[row + first, row + end)`, cut to `[0, keys)`. A `first` of `None` is key 0, and an `end` of `None` is
+/// `keys`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Band {
     first: Option<i64>,
     end: Option<i64>,
     keys: i64,
-    /// Most keys of a row where its place is not known, else all.
+    /// The most keys that a row sees, where its position is known only to the GPU; otherwise `keys`.
     width: i64,
 }
 
-/// Keys before and behind its position that a row sees, where there is a bound.
+/// How many keys before and after its position a row sees; `None` where there is no bound.
 fn sides(s: &Shape) -> (Option<i64>, Option<i64>) {
     let right = if s.causal == Causal::None { s.window.right } else { Some(0) };
     (s.window.left.map(i64::from), right.map(i64::from))
 }
 
 impl Band {
-    /// What each row is charged with where tiles of `tile` rows walk what any of their rows sees. Offsets that the GPU knows alone
-    /// leave the width of a window, or all keys; the lengths of batches and sequences count as the longest.
+    /// The key range that each row is charged with, where a tile of `tile` rows loads every key that any of its rows sees. Where only
+    /// the GPU knows the offsets, a row is charged with the width of the window, or with all keys. Lengths of batches and sequences
+    /// count as the longest.
     pub(crate) fn of(s: &Shape, tile: u32) -> Band {
         let (left, right) = sides(s);
         let keys = i64::from(s.seq_kv);
         let all = Band { first: None, end: None, keys, width: keys };
-        // From the middle of a tile to its ends.
+        // The range of a tile is wider than that of one row: half of the excess is at each end.
         let wider = i64::from(tile.min(s.seq_q).max(1)) - 1;
         let offset = match s.causal {
             Causal::None | Causal::TopLeft => 0,
@@ -42,13 +45,13 @@ impl Band {
         Band { first, end, ..all }
     }
 
-    /// Every key of every row.
+    /// The band in which every row sees every key.
     pub(crate) fn every(s: &Shape) -> Band {
         let keys = s.seq_kv.into();
         Band { first: None, end: None, keys, width: keys }
     }
 
-    /// Pairs of these rows and the keys of a range.
+    /// Number of pairs of one of these rows and a key of a range that the row sees.
     pub(crate) fn pairs(&self, rows: Range<u64>, keys: &Range<u32>) -> u64 {
         let count = rows.end - rows.start;
         let (low, top) = (i64::from(keys.start), i64::from(keys.end - keys.start));
@@ -64,18 +67,18 @@ impl Band {
     }
 }
 
-/// Most keys that any of `tile` neighbouring rows sees, where both sides are bounded.
+/// The most keys that `tile` neighbouring rows see together, where both sides are bounded.
 fn width(left: Option<i64>, right: Option<i64>, tile: i64) -> Option<i64> {
     Some(left? + right? + tile)
 }
 
-/// Most keys that a tile of `tile` rows walks, whatever lengths and offsets the GPU finds.
+/// The most keys that a tile of `tile` rows loads, whatever lengths and offsets the GPU finds.
 pub(crate) fn most_keys(s: &Shape, tile: u32) -> u64 {
     let (left, right) = sides(s);
     let [rows, keys] = [s.seq_q, s.seq_kv].map(i64::from);
     let offset = match s.causal {
         Causal::None | Causal::TopLeft => Some(0),
-        // Fewer keys move the positions, but widen no range.
+        // A shorter key length moves the positions, but widens no range.
         Causal::BottomRight if s.packed.is_none() => Some(keys - rows),
         _ => None,
     };
@@ -88,7 +91,7 @@ pub(crate) fn most_keys(s: &Shape, tile: u32) -> u64 {
 
 /// Σ clamp(first + i, 0, top) over i < count.
 fn ramp(first: i64, count: i64, top: i64) -> i64 {
-    // Terms at 0, and terms below the top.
+    // The number of terms that are clamped to 0, and of terms below `top`.
     let zeros = (1 - first).clamp(0, count);
     let below = (top - first).clamp(zeros, count);
     let rising = below - zeros;

@@ -25,7 +25,7 @@ enum Data {
     Floats(Floats),
     Bools(Vec<u8>),
     Integers(Vec<i64>),
-    /// Of a type that nothing here reads.
+    /// A type that this program does not read.
     Other,
 }
 
@@ -37,7 +37,7 @@ pub struct Archive {
     tensors: BTreeMap<String, Tensor>,
 }
 
-/// Little-endian elements, whatever the alignment of the file.
+/// Decodes little-endian elements of any alignment.
 fn decode<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
     bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
 }
@@ -46,7 +46,7 @@ impl Archive {
     pub fn read(path: &Path) -> Result<Self> {
         let file = |source| Error::File { path: path.into(), source };
         let length = std::fs::metadata(path).map_err(file)?.len();
-        // As it stands there, decoded, and as operands.
+        // Three copies: the bytes of the file, the decoded tensors, and the operands.
         memory::room("the file", 3 * length).map_err(|source| Error::Problem { path: path.into(), source })?;
         let bytes = std::fs::read(path).map_err(file)?;
         Self::parse(path, &bytes)
@@ -187,17 +187,17 @@ impl Archive {
         self.shape(name)?.iter().map(axis).collect()
     }
 
-    /// The same for a tensor that must have rank `N`.
+    /// The shape of a tensor that must have rank `N`, in u32.
     pub fn sizes_of_rank<const N: usize>(&self, name: &str) -> Result<[u32; N]> {
         self.sizes(name)?.try_into().map_err(|_| self.wrong_shape(name, format!("of rank {N}")))
     }
 
-    /// A library error about this file.
+    /// Wraps an error of the library with the path of this file.
     pub fn problem(&self, source: wgpu_attention::Error) -> Error {
         Error::Problem { path: self.path.clone(), source }
     }
 
-    /// A metadata value as it stands, if there is one.
+    /// The text of a metadata value, if there is one.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.metadata.get(key).map(String::as_str)
     }
@@ -208,7 +208,7 @@ impl Archive {
         serde_json::from_str(text).map_err(|_| self.bad_metadata(key, want))
     }
 
-    /// Like [`Archive::json`], with a value for an absent key.
+    /// Like [`Archive::json`], with a default for an absent key.
     pub fn json_or<T: DeserializeOwned>(&self, key: &str, want: &str, absent: T) -> Result<T> {
         if self.metadata.contains_key(key) { self.json(key, want) } else { Ok(absent) }
     }
@@ -219,7 +219,7 @@ impl Archive {
     }
 }
 
-/// Files for the tests of what reads them.
+/// Builds files for tests.
 #[cfg(test)]
 pub mod builder {
     use std::collections::HashMap;
@@ -229,7 +229,7 @@ pub mod builder {
 
     use super::*;
 
-    /// Tensors and metadata of a file to be.
+    /// The tensors and metadata of a file to write.
     #[derive(Default)]
     pub struct Builder {
         tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,

@@ -1,6 +1,6 @@
-//! How far a result is from what is expected: `|got − want| <= atol + rtol·|want|`, element by element.
+//! Compares a result with what is expected: `|got − want| <= atol + rtol·|want|`, element by element.
 
-/// What one element may be off by.
+/// How far one element may be from the expected one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Deserialize)]
 pub struct Rule {
     pub atol: f64,
@@ -13,21 +13,21 @@ pub struct Rule {
 pub struct Difference {
     /// Largest absolute error; infinite where one side is NaN or infinite and the other is not.
     pub max_error: f64,
-    /// Largest ratio of the error to what is allowed there; above 1 the comparison fails.
+    /// Largest ratio of an element's error to its tolerance. Above 1 the comparison fails.
     pub worst: f64,
-    /// Where that is.
+    /// Index of the element with this ratio.
     pub index: usize,
-    /// The two values there.
+    /// The two values of this element.
     pub got: f64,
     pub want: f64,
-    /// Elements beyond the rule.
+    /// Number of elements beyond their tolerance.
     pub failures: usize,
-    /// Elements compared.
+    /// Number of elements compared.
     pub compared: usize,
 }
 
 impl Difference {
-    /// Whether all compared elements are within the rule.
+    /// Whether all compared elements are within their tolerance.
     pub fn passes(&self) -> bool {
         self.failures == 0
     }
@@ -36,13 +36,13 @@ impl Difference {
     pub fn add(&mut self, index: usize, got: f64, want: f64, rule: Rule) {
         let first = self.compared == 0;
         self.compared += 1;
-        // Equal infinities have no difference. NaN is never right, not even where NaN is expected.
+        // Equal infinities have no difference. NaN always fails, even where NaN is expected.
         let error = if got == want { 0.0 } else { (got - want).abs() };
         let error = if error.is_nan() { f64::INFINITY } else { error };
         let allowed = rule.atol + rule.rtol * want.abs();
         let ratio = match () {
             _ if error == 0.0 => 0.0,
-            // An infinite `want` makes the allowance infinite: only equality is right.
+            // An infinite `want` makes the tolerance infinite, so that only equality may pass.
             _ if error.is_infinite() || allowed <= 0.0 || allowed.is_nan() => f64::INFINITY,
             _ => error / allowed,
         };

@@ -52,13 +52,13 @@ impl EngineArgs {
     }
 }
 
-/// How kernels are chosen; what is absent is left to the planner.
+/// How kernels are chosen. The planner decides what is `None`.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
 pub struct KernelArgs {
     /// How attention is computed
     #[arg(long, value_enum)]
     pub kernel: Option<KernelArg>,
-    /// Body of the scores and values kernels, or of the matrix kernel
+    /// Algorithm of the scores and values kernels, or of the matrix kernel
     #[arg(long, value_enum)]
     pub form: Option<FormArg>,
     /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
@@ -74,9 +74,9 @@ pub enum KernelArg {
     Rows,
     /// Fused, tiles shared by a workgroup: for GPUs
     Flash,
-    /// Fused, products by cooperative matrices: for GPUs that have them, f16 alone
+    /// Fused, products by cooperative matrices: for GPUs that have them, f16 only
     Matrix,
-    /// Fused, keys of a row shared out to workgroups: for few queries, as in decoding
+    /// Fused, keys of a row divided among workgroups: for few queries, as in decoding
     Split,
 }
 
@@ -86,7 +86,7 @@ pub enum FormArg {
     Tiled,
     /// One row per invocation: for adapters that run on a CPU
     Lanes,
-    /// The matrix kernel without hardware for it (slow)
+    /// The matrix kernel on plain arithmetic, without hardware for matrices (slow)
     Emulated,
 }
 
@@ -97,7 +97,7 @@ pub enum F16Arg {
 }
 
 impl KernelArgs {
-    /// The same, with the three kernels whatever was asked for: they alone have stages.
+    /// These arguments with the three kernels instead of the kernel asked for: only the three kernels have stages.
     pub fn staged(&self) -> Self {
         KernelArgs { kernel: Some(KernelArg::Unfused), ..*self }
     }
@@ -128,7 +128,8 @@ pub enum Engine {
     Cpu,
 }
 
-/// How an engine is named in every table and object. lavapipe and llvmpipe call themselves the same, so the backend is always there.
+/// The name of an engine in every table and object. It always holds the backend, because Mesa's Vulkan and OpenGL adapters have the same
+/// name.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Label {
     pub adapter: String,
@@ -161,7 +162,7 @@ impl Engine {
         }
     }
 
-    /// Runs one problem. The CPU has one kernel, so `kernels` does not concern it.
+    /// Runs one problem. `kernels` has no effect on the CPU reference.
     pub fn attention(
         &self,
         problem: &Problem,
@@ -171,7 +172,7 @@ impl Engine {
         self.attention_in_slices(problem, inputs, kernels, &mut |_, _| ())
     }
 
-    /// The same; `progress(done, of)` follows each slice on a GPU.
+    /// Like [`Engine::attention`]; on a GPU `progress(done, of)` is called after each slice.
     pub fn attention_in_slices(
         &self,
         problem: &Problem,
@@ -211,13 +212,13 @@ impl Engine {
         Ok(Outputs { out: outputs.out, weights: outputs.weights, ..Outputs::default() })
     }
 
-    /// Turns rows in place.
+    /// Applies a rotary embedding in place.
     pub fn rotation(&self, work: &RotationWork) -> wgpu_attention::Result<Outputs> {
         let RotationWork { rotation, x, table, positions } = work;
         let out = match self {
             Engine::Gpu(gpu) => gpu.rotate(rotation, x.elements(), table, positions)?,
             Engine::Cpu => {
-                // The reference gives dense heads; these rows go back to where they stood.
+                // The reference returns dense heads; each row is copied back to its own offset.
                 let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions);
                 let (mut out, mut rows) = (x.widened(), turned.chunks_exact(rotation.head_dim as usize));
                 for (b, h, row) in places(rotation) {
@@ -233,7 +234,7 @@ impl Engine {
 }
 
 impl Engine {
-    /// Puts new rows into a cache.
+    /// Writes new rows into a cache.
     pub fn append(&self, work: &AppendWork) -> wgpu_attention::Result<Outputs> {
         let AppendWork { append, x, cache, starts } = work;
         let out = match self {
@@ -254,7 +255,7 @@ fn places(rotation: &Rotation) -> impl Iterator<Item = (u64, u64, u64)> {
     (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..rows).map(move |row| (b, h, row))))
 }
 
-/// Opens one adapter, with what is kept for it.
+/// Opens one adapter, with the tuning rows and the pipeline cache that are stored for it.
 pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<Device> {
     let mut options = DeviceOptions { checked: device.checked, ..DeviceOptions::default() };
     if device.low_limits {
@@ -264,7 +265,7 @@ pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<De
     Ok(Device::new(Gpu::open(adapter, &options)?, device))
 }
 
-/// The adapters that `wanted` names, in its order. If it names none: those that `WGPU_ADAPTER_NAME` matches, or all.
+/// The adapters that `wanted` names, in the same order. If `wanted` is empty: those that `WGPU_ADAPTER_NAME` matches, or all.
 pub fn choose(wanted: &[String]) -> wgpu_attention::Result<Vec<Adapter>> {
     Gpu::check_environment()?;
     let adapters = Gpu::adapters();
@@ -293,7 +294,7 @@ pub fn one(wanted: Option<&str>, device: &DeviceArgs) -> wgpu_attention::Result<
     }
 }
 
-/// Positions of all adapters with this index, part of their name, or `backend:part`; at least one.
+/// The indices of all adapters that match an index, a part of a name, or `backend:part`; at least one.
 fn all(wanted: &str, labels: &[Label]) -> wgpu_attention::Result<Vec<usize>> {
     let wanted_lower = wanted.to_lowercase();
     let by_backend = wanted_lower.split_once(':');
@@ -319,7 +320,7 @@ fn list(indices: &[usize], labels: &[Label]) -> String {
     if named.is_empty() { "none".into() } else { named.join(", ") }
 }
 
-/// What to do on this operating system to get an adapter.
+/// Tells how to get an adapter on this operating system.
 pub fn how_to_get_one() -> &'static str {
     if cfg!(target_os = "linux") {
         "Install a Vulkan driver of your GPU, or Mesa's, which also runs on the CPU:\n  \

@@ -1,4 +1,4 @@
-//! What can go wrong on the command line. Each message names the file, the tensor or the option.
+//! The errors of the command line. Each message names the file, the tensor or the option.
 
 use std::path::PathBuf;
 

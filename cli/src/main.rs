@@ -73,7 +73,7 @@ fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            // Nothing is parsed yet, so that the option is looked for by hand.
+            // The arguments could not be parsed, so this searches them for the option.
             if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
                 Report { json: true }.error(error.to_string().trim_start_matches("error: ").trim_end());
                 return ExitCode::from(2);
@@ -83,8 +83,8 @@ fn main() -> ExitCode {
     };
     let report = Report { json: arguments.json };
     if arguments.command.is_some() && arguments.check != check::Arguments::default() {
-        // Only --json may stand before a subcommand: the rest there belongs to the check that runs without one.
-        report.error("options of a subcommand stand after it");
+        // Only --json may come before a subcommand. All other options there belong to `check`, which runs without a subcommand.
+        report.error("options of a subcommand must come after it");
         return ExitCode::from(2);
     }
     let outcome = match &arguments.command {
@@ -101,7 +101,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(Outcome::Right) => ExitCode::SUCCESS,
         Ok(Outcome::Differs) => ExitCode::from(1),
-        // The reader has seen enough, as in `… | head`.
+        // The program that reads the output has closed it, as in `… | head`.
         Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error @ Error::Attention(wgpu_attention::Error::NoAdapter { .. })) => {
             let mut text = error.to_string();

@@ -1,18 +1,18 @@
-//! The host's memory: what a command would allocate is held against what is left, before any of it is allocated. An allocation that
-//! fails ends the program, and one that only seems to succeed ends it later.
+//! Checks that the host has the memory that a command needs, before the command allocates any of it. An allocation that fails ends
+//! the program, and one that the system grants but cannot back ends it later.
 
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
 use wgpu_attention::{Error, Plan, Result, Shape};
 
-/// Bytes of the reference for each row beside its results: where it stands, and what its vectors cost when they are short.
+/// Bytes that the reference needs for each row beside its results: the row's indices, and the overhead of short vectors.
 const ROW: u64 = 512;
-/// Vectors of one number a key that the reference works on for one row.
+/// Number of vectors, with one number per key, that the reference uses while it works on a row.
 const VECTORS: u64 = 8;
 
-/// Refuses what takes more bytes than the host has left.
+/// Returns an error if `what` takes more bytes than the host has left.
 pub fn room(what: impl std::fmt::Display, bytes: u64) -> Result<()> {
     let left = left();
-    // The system may know a limit of this process that `left` does not count.
+    // The system may have a limit for this process that `left` does not know.
     let granted = || usize::try_from(bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
     if left.is_none_or(|left| bytes <= left) && granted() {
         return Ok(());
@@ -21,7 +21,7 @@ pub fn room(what: impl std::fmt::Display, bytes: u64) -> Result<()> {
     Err(Error::OutOfMemory(format!("{what} takes about {bytes} bytes on the host; {limit}")))
 }
 
-/// Bytes that this process may still allocate, swap included; `None` where the system does not say.
+/// Bytes that this process may still allocate, including swap; `None` if the system does not tell.
 fn left() -> Option<u64> {
     let mut system = System::new().ok()?;
     system.refresh_memory();
@@ -29,11 +29,11 @@ fn left() -> Option<u64> {
     let pid = sysinfo::get_current_pid().ok()?;
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, ProcessRefreshKind::nothing());
     let container = system.process(pid).and_then(|process| process.cgroup_limits());
-    // The files that a container has in its cache count as used, and make room when memory is needed.
+    // Files in a container's page cache count as used, but are dropped when memory is needed. So the resident size is subtracted.
     Some(container.map_or(machine, |own| machine.min(own.total_memory.saturating_sub(own.rss) + own.free_swap)))
 }
 
-/// Bytes of the operands and of the results of a call.
+/// Bytes of the operands, and of the results, of a call.
 fn tensors(shape: &Shape) -> [u64; 2] {
     let mask = shape.mask.map_or(0, |mask| mask.len() as u64);
     let bias = shape.bias.map_or(0, |bias| bias.shape.len() as u64 * bias.element.bytes());
@@ -47,22 +47,22 @@ fn asked(shape: &Shape) -> u64 {
     u64::from(shape.lse) * shape.lse_len() + matrices * shape.scores_len()
 }
 
-/// Bytes that a call takes beside its operands: what is copied on the way to the device and back, and on a CPU adapter the
-/// device's buffers too.
+/// Bytes that a call takes on the host beside its operands: copies on the way to the device and back and, on a CPU adapter, the
+/// device's buffers.
 pub fn of_call(plan: &Plan, cpu_adapter: bool) -> u64 {
     let [given, results] = tensors(plan.shape());
     let buffers = if cpu_adapter { given + results + plan.scratch_bytes() } else { 0 };
     2 * given + 3 * results + buffers
 }
 
-/// Bytes that the CPU reference takes beside the operands in numbers of `size` bytes, with the error budget or without.
+/// Bytes that the CPU reference takes beside the operands, in numbers of `size` bytes, with or without the error budget.
 pub fn of_reference(shape: &Shape, size: u64, budget: bool) -> u64 {
     let results = shape.out().extent() + shape.lse_len() + asked(shape);
-    // Each row's own results, and the same in their places.
+    // The results of each row, and the same results in the outputs.
     let copies = if budget { 4 } else { 3 };
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
     let heads = threads.min(u64::from(shape.batch) * u64::from(shape.kv_heads));
-    // Keys and values of a head, and for the budget the magnitudes of the keys. A sequence may have all pages.
+    // Keys and values of a head, and the magnitudes of the keys for the budget. One sequence may own all pages.
     let sequences = if shape.paged.is_some() { 1 } else { shape.k().sizes[0].max(1) };
     let head = (2 * shape.k().extent() + shape.v().extent()) / (u64::from(sequences) * u64::from(shape.kv_heads));
     let rows = threads * VECTORS * u64::from(shape.seq_kv);

@@ -29,7 +29,7 @@ impl std::fmt::Display for ShapeArg {
 }
 
 impl ShapeArg {
-    /// The dense problem of this shape. It is not checked yet.
+    /// The dense problem of this shape, not checked.
     pub fn problem(&self) -> Problem {
         let [batch, heads, kv_heads, seq_q, seq_kv, head_dim] = self.0;
         let mut problem = Problem::new(batch, heads, seq_q, seq_kv, head_dim);
@@ -42,9 +42,9 @@ impl ShapeArg {
 pub enum CausalArg {
     #[default]
     None,
-    /// The first query stands at the first key
+    /// The first query has the position of the first key
     TopLeft,
-    /// The last query stands at the last key
+    /// The last query has the position of the last key
     BottomRight,
 }
 
@@ -58,7 +58,7 @@ impl From<CausalArg> for Causal {
     }
 }
 
-/// The option's spelling of a causal rule.
+/// The name of a causal rule as the option takes it.
 pub fn causal_name(causal: Causal) -> &'static str {
     match causal {
         Causal::None => "none",
@@ -86,7 +86,7 @@ impl From<LayoutArg> for Layout {
     }
 }
 
-/// What the tensors of a file do not say of a problem.
+/// The fields of a problem that do not follow from the tensors of a file.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct TermArgs {
     #[arg(long, value_enum, default_value_t)]
@@ -109,7 +109,7 @@ pub struct TermArgs {
 }
 
 impl TermArgs {
-    /// Sets all but the layout, which the tensors are read by.
+    /// Sets all fields but the layout, which is needed earlier, to read the tensors.
     pub fn apply(&self, problem: &mut Problem) {
         problem.causal = self.causal.into();
         (problem.scale, problem.softcap) = (self.scale, self.softcap);

@@ -3,7 +3,7 @@
 use wgpu_attention::reference::{self, Budget, Comparison, Tolerance};
 use wgpu_attention::{Inputs, Outputs, Problem, Shape};
 
-/// What is right, and how far an f32 kernel may be from it.
+/// The expected outputs, and how far an f32 kernel may be from them.
 #[derive(Debug)]
 pub struct Oracle {
     shape: Shape,
@@ -11,7 +11,7 @@ pub struct Oracle {
     budget: Budget,
 }
 
-/// A comparison with the largest error that was allowed anywhere.
+/// A comparison, and the largest tolerance of any element.
 #[derive(Clone, Copy, Debug)]
 pub struct Judgement {
     pub comparison: Comparison,
@@ -44,7 +44,7 @@ fn judge(tolerance: &Tolerance, got: &[f32], want: &[f64]) -> Option<Judgement> 
     Some(Judgement { comparison: tolerance.check(got, want), budget: largest(tolerance, want) })
 }
 
-/// Largest absolute part plus the relative part of the largest value: no element is allowed more.
+/// An upper bound of the tolerance of every element: the largest absolute part plus the relative part of the largest value.
 fn largest(tolerance: &Tolerance, want: &[f64]) -> f64 {
     let peak = want.iter().filter(|x| x.is_finite()).fold(0.0f64, |peak, x| peak.max(x.abs()));
     tolerance.atol.iter().copied().fold(0.0, f64::max) + tolerance.rtol * peak

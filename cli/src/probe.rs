@@ -1,4 +1,4 @@
-//! Measures an adapter's own ceilings, in the same run as the benchmark: multiply-adds and copy bandwidth of plain shaders.
+//! Measures the ceilings of an adapter in the same run as the benchmark: the multiply-add rate and the copy bandwidth of plain shaders.
 
 use wgpu_attention::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferDescriptor, BufferUsages, CommandEncoder,
@@ -11,15 +11,15 @@ use crate::timer::Timer;
 
 /// Operations of one round of either multiply-add probe: 48 multiply-adds of 4 lanes.
 const FLOPS_A_ROUND: f64 = 48.0 * 4.0 * 2.0;
-/// Few chains fit the registers of a CPU adapter, many hide the latency of a GPU: the faster one is the ceiling.
+/// Few dependent chains fit the registers of a CPU adapter, and many hide the latency of a GPU. The faster probe is the ceiling.
 const MULTIPLY_ADD: [&str; 2] = ["few_chains", "many_chains"];
 /// Workgroups of 64 invocations: enough to fill any GPU.
 const GROUPS: u32 = 1024;
-/// A measurement lasts at least this long, so that the cost of a submission does not count.
+/// A measurement takes at least this long, so that the cost of a submission is negligible.
 const LONG_MS: f64 = 20.0;
-/// Rounds are a float in the shader's data: this many are exact, and no GPU needs more.
+/// The most rounds. The shader's data holds their number as a float, which is exact up to here, and no GPU needs more.
 const MOST_ROUNDS: u32 = 1 << 23;
-/// Bytes copied, if the device binds as much: beyond any cache.
+/// Bytes to copy, or less if the device cannot bind as much. They exceed every cache.
 const COPY_BYTES: u64 = 128 << 20;
 /// Bytes that a workgroup of `copy` moves: 256 invocations of 4 vec4.
 const GROUP_BYTES: u64 = 256 * 4 * 16;
@@ -29,14 +29,14 @@ const REPEATS: usize = 5;
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
     pub gflops: f64,
-    /// Bytes read plus bytes written, 10⁹ a second.
+    /// Bytes read plus bytes written, in 10⁹ bytes per second.
     pub gbs: f64,
 }
 
 /// Runs both probes.
 pub fn ceilings(gpu: &Gpu, timer: &Timer<'_>) -> Result<Ceilings> {
     let device = gpu.device();
-    // What wgpu refuses comes back as an error, not as a panic in its default handler.
+    // The error scope returns wgpu's errors; its default handler would panic.
     let scopes = [ErrorFilter::Validation, ErrorFilter::OutOfMemory].map(|filter| device.push_error_scope(filter));
     let measured = measure(gpu, timer);
     for scope in scopes.into_iter().rev() {
@@ -68,7 +68,7 @@ fn multiply_add(gpu: &Gpu, timer: &Timer<'_>, module: &ShaderModule, entry: &'st
             let ms = ms.min(probe.best(timer, REPEATS)?);
             return Ok(invocations as f64 * f64::from(rounds) * FLOPS_A_ROUND / ms / 1e6);
         }
-        // At most eight times as long as a run that was short: no dispatch outlasts a watchdog.
+        // At most eight times as long as a short run, so that no dispatch runs into a watchdog.
         rounds = if ms * 8.0 < LONG_MS { rounds * 8 } else { rounds * 2 };
     }
 }
@@ -126,7 +126,7 @@ impl Probe {
         pass.dispatch_workgroups(self.groups, 1, 1);
     }
 
-    /// Shortest time of some runs in milliseconds: a ceiling is what nothing disturbed.
+    /// Shortest time of some runs in milliseconds: a ceiling is a run that nothing disturbed.
     fn best(&self, timer: &Timer<'_>, runs: usize) -> Result<f64> {
         let mut best = f64::INFINITY;
         for _ in 0..runs {
@@ -135,7 +135,7 @@ impl Probe {
                 Ok(())
             })?);
         }
-        // A clock too coarse to see the run must not make the rate infinite.
+        // A clock that is too coarse may return 0; the rate must stay finite.
         Ok(best.max(1e-6))
     }
 }

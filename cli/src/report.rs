@@ -1,4 +1,4 @@
-//! What goes to standard output: tables and lines for people, or one JSON object a line for machines.
+//! Writes standard output: tables and lines for people, or one JSON object per line for machines.
 
 use std::io::{self, Write};
 use std::ops::Deref;
@@ -11,14 +11,14 @@ use serde::Serialize;
 
 use crate::error::Result;
 
-/// Writes in the form that was asked for.
+/// Writes for people or for machines, as the caller asked.
 #[derive(Clone, Copy, Debug)]
 pub struct Report {
     pub json: bool,
 }
 
 impl Report {
-    /// A line for people; machines do not see it.
+    /// Writes a line for people; omitted for machines.
     pub fn line(&self, text: impl std::fmt::Display) -> Result<()> {
         if !self.json {
             writeln!(io::stdout().lock(), "{text}")?;
@@ -26,7 +26,7 @@ impl Report {
         Ok(())
     }
 
-    /// A remark that nobody may miss: where machines read standard output, it goes to standard error.
+    /// Writes a remark that people must see: where machines read standard output, it goes to standard error.
     pub fn note(&self, text: impl std::fmt::Display) -> Result<()> {
         if self.json {
             // Nothing is left to do where standard error is closed.
@@ -35,14 +35,14 @@ impl Report {
         self.line(text)
     }
 
-    /// A problem that ends the command or a part of it: text on standard error, and an object where machines read.
+    /// Writes an error that ends the command or a part of it: as text on standard error and, for machines, as an object too.
     pub fn error(&self, message: impl std::fmt::Display) {
-        // Where standard output is closed too, the exit code is left.
+        // Where standard output is closed too, only the exit code can tell.
         let _ = self.object(&serde_json::json!({"error": message.to_string()}));
         complain(message);
     }
 
-    /// An object for machines; people do not see it.
+    /// Writes an object for machines; omitted for people.
     pub fn object(&self, object: &impl Serialize) -> Result<()> {
         if self.json {
             let text = serde_json::to_string(object).map_err(io::Error::from)?;
@@ -51,7 +51,7 @@ impl Report {
         Ok(())
     }
 
-    /// A table for people.
+    /// Writes a table for people.
     pub fn table(&self, header: &[&str], rows: &[Vec<String>]) -> Result<()> {
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
@@ -60,26 +60,26 @@ impl Report {
     }
 }
 
-/// The text of a problem, on standard error.
+/// Writes the text of an error to standard error.
 pub fn complain(message: impl std::fmt::Display) {
     // Nothing is left to do where standard error is closed.
     let _ = writeln!(io::stderr().lock(), "error: {message}");
 }
 
-/// Something that was left aside, on standard error.
+/// Writes a warning to standard error.
 pub fn warn(message: impl std::fmt::Display) {
     // Nothing is left to do where standard error is closed.
     let _ = writeln!(io::stderr().lock(), "warning: {message}");
 }
 
-/// Time between the lines that stand in for a bar.
+/// Time between two lines, where lines replace the bar.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// A bar on standard error. Where that is no terminal, a line says there now and then how far the command is, also when it does
-/// not get any further.
+/// A progress bar on standard error. Where that is not a terminal, a line every few seconds says how far the command is, even if
+/// there is no progress.
 pub struct Progress {
     bar: ProgressBar,
-    /// The lines end with this.
+    /// The lines stop when this is dropped.
     _until: Sender<()>,
 }
 
@@ -90,7 +90,7 @@ impl Deref for Progress {
     }
 }
 
-/// A bar of so many steps.
+/// A progress bar of `steps` steps.
 pub fn progress(steps: usize) -> Progress {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("the template is a constant");
     let bar = ProgressBar::new(steps as u64).with_style(style);
@@ -108,25 +108,25 @@ pub fn progress(steps: usize) -> Progress {
     Progress { bar, _until }
 }
 
-/// A bar over the slices of one long run, with the time that is left; [`advance`] draws it.
+/// A progress bar over the slices of one long run, with the time that is left. [`advance`] draws it.
 pub fn slices() -> ProgressBar {
     let style =
         ProgressStyle::with_template("{bar:30} {pos}/{len} slices, {eta} left").expect("the template is a constant");
     ProgressBar::new(0).with_style(style)
 }
 
-/// Shows on a bar of [`slices`] that so many of them are done.
+/// Shows on a bar of [`slices`] that `done` of `of` slices are done.
 pub fn advance(bar: &ProgressBar, done: usize, of: usize) {
     bar.set_length(of as u64);
     bar.set_position(done as u64);
 }
 
-/// A number of things: `1 slice`, `2 slices`.
+/// A number with its noun: `1 slice`, `2 slices`.
 pub fn count(n: usize, one: &str, many: &str) -> String {
     format!("{n} {}", if n == 1 { one } else { many })
 }
 
-/// Three significant digits.
+/// A number with three significant digits.
 pub fn short(x: f64) -> String {
     match x.abs() {
         _ if x == 0.0 => "0".into(),

@@ -7,7 +7,7 @@ use crate::archive::Archive;
 use crate::error::Result;
 use crate::operands::Operands;
 
-/// What a file asks for, and the shapes of what comes out.
+/// The problem that a file describes, and the shapes of its results.
 #[derive(Debug)]
 pub struct Request {
     pub problem: Problem,
@@ -17,12 +17,12 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads the tensors, which lie in `layout`; with `cu_seqlens_q` they are [tokens, heads, dim] instead.
+    /// Reads the tensors, which have the given layout or, with `cu_seqlens_q`, the layout [tokens, heads, dim].
     pub fn read(archive: &Archive, layout: Layout) -> Result<Self> {
         Self::with_values(archive, layout, "v")
     }
 
-    /// The same where only the weights matter: without a tensor v, the keys stand in for it.
+    /// Like [`Request::read`], where only the weights are needed: without a tensor v, the keys are used in its stead.
     pub fn read_for_weights(archive: &Archive, layout: Layout) -> Result<Self> {
         Self::with_values(archive, layout, if archive.has("v") { "v" } else { "k" })
     }
@@ -92,11 +92,11 @@ fn packed(archive: &Archive, operands: &mut Operands, v: &str) -> Result<(Proble
     }
     let bounds_q = archive.lengths("cu_seqlens_q")?;
     let bounds_kv = archive.lengths("cu_seqlens_k")?;
-    // Of no sequence at all there is one boundary, too.
+    // Even without any sequence there is one boundary.
     let Some(batch) = bounds_q.len().checked_sub(1) else {
         return Err(archive.wrong_shape("cu_seqlens_q", "of at least one boundary"));
     };
-    // Falling boundaries are the library's to refuse.
+    // The library refuses boundaries that decrease.
     let longest = |bounds: &[u32]| bounds.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0);
     let mut problem =
         Problem::new(batch as u32, heads, longest(&bounds_q), longest(&bounds_kv), head_dim).with_layout(Layout::Bshd);

@@ -1,5 +1,5 @@
-//! What is kept between runs in the user's cache folder, for each adapter: the rows that `tune` measured, and what the driver
-//! compiled. Nothing there is needed: a file that does not fit is ignored with a warning.
+//! The files in the user's cache folder, for each adapter: the tuning rows that `tune` measured, and the driver's compiled pipelines.
+//! No file is necessary; one that cannot be used is ignored with a warning.
 
 use std::io;
 use std::ops::Deref;
@@ -14,10 +14,10 @@ use crate::engine::{DeviceArgs, Label};
 use crate::error::{Error, Result};
 use crate::report;
 
-/// The environment variable that names another folder.
+/// The environment variable that names a folder to use instead of the user's cache folder.
 pub const FOLDER: &str = "WGPU_ATTENTION_CACHE";
 
-/// The folder; `None` on a system without one.
+/// The cache folder; `None` on a system without one.
 pub fn folder() -> Option<PathBuf> {
     match std::env::var_os(FOLDER) {
         Some(folder) if !folder.is_empty() => Some(folder.into()),
@@ -25,14 +25,14 @@ pub fn folder() -> Option<PathBuf> {
     }
 }
 
-/// Where the rows of an adapter are kept.
+/// The path of the tuning rows of an adapter.
 pub fn tuning_file(folder: &Path, info: &AdapterInfo) -> PathBuf {
     let name = format!("{} {}", info.backend, info.name).to_lowercase();
     let words: Vec<_> = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
     folder.join(format!("tuning-{}.json", words.join("-")))
 }
 
-/// What rows were measured with. With another driver or version they say nothing.
+/// The adapter, driver and version that rows were measured with. Rows of another one are not used.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Origin {
     version: String,
@@ -46,7 +46,7 @@ impl Origin {
     }
 }
 
-/// The file: whose rows, then the rows.
+/// The contents of a file: the origin of the rows, then the rows.
 #[derive(Serialize)]
 struct File<'a> {
     #[serde(flatten)]
@@ -59,14 +59,14 @@ struct Rows {
     rows: Vec<Row>,
 }
 
-/// The rows of a file, if there is one, or why they cannot be used on this adapter.
+/// The rows of a file; `None` if there is no file, and the reason if the rows cannot be used on this adapter.
 pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, String> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.to_string()),
     };
-    // The origin first: rows of another version may name what this one does not know.
+    // The origin is read first: rows of another version may name kernels that this version does not know.
     let got: Origin = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
     let want = Origin::of(info);
     let fields = [
@@ -76,7 +76,7 @@ pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, St
         ("driver", &got.label.driver, &want.label.driver),
     ];
     if let Some((field, got, want)) = fields.into_iter().find(|(_, got, want)| got != want) {
-        return Err(format!("measured with {field} {got:?}, this is {want:?}; `wgpu-attention tune` measures anew"));
+        return Err(format!("measured with {field} {got:?}, this is {want:?}; `wgpu-attention tune` measures again"));
     }
     let Rows { rows } = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
     Ok(Some(Tuning { source: path.display().to_string(), rows }))
@@ -88,7 +88,7 @@ pub fn write_tuning(path: &Path, info: &AdapterInfo, rows: &[Row]) -> Result<()>
     write(path, text.as_bytes())
 }
 
-/// Replaces a file, or makes it and its folder.
+/// Replaces a file, or creates it and its folder.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)
@@ -96,7 +96,7 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(|source| Error::File { path: path.into(), source })
 }
 
-/// An adapter's device that plans by its tuned rows, and starts from and keeps what its driver compiles.
+/// A device that plans by the tuning rows of its adapter, and that loads and stores the pipelines that its driver compiles.
 #[derive(Debug)]
 pub struct Device {
     gpu: Gpu,
@@ -107,7 +107,7 @@ pub struct Device {
 #[derive(Debug)]
 struct Pipelines {
     path: PathBuf,
-    /// What the file holds.
+    /// The contents of the file, if there is one.
     stored: Option<Vec<u8>>,
 }
 
@@ -148,12 +148,12 @@ impl Device {
         let path = folder.join(name);
         let stored = std::fs::read(&path).ok();
         if let Some(data) = &stored {
-            // SAFETY: the file lies in the user's own cache folder, where this program wrote what the library gave out; damage
-            // since then is found by the library's checksum. Who else can write there can replace this program as well.
+            // SAFETY: the file is in the user's own cache folder, where this program wrote data that the library returned. The
+            // library's checksum detects damage since then. Whoever else can write to that folder can replace this program too.
             let used = unsafe { self.gpu.library_mut().load_pipeline_cache(data) };
             if !used && self.gpu.library().pipeline_cache_data().is_some() {
                 report::warn(format!(
-                    "{}: ignored: damaged, or of another adapter or driver; it is written anew",
+                    "{}: ignored: damaged, or of another adapter or driver; it will be written again",
                     path.display()
                 ));
             }
@@ -224,7 +224,7 @@ mod tests {
         assert!(why.contains("driver \"old\", this is \"new\""), "{why}");
         let why = read_tuning(&path, &info("b", "old")).unwrap_err();
         assert!(why.contains("adapter \"a\", this is \"b\""), "{why}");
-        // Rows that this version does not understand do not hide that they are another version's.
+        // Rows of another version are reported as such, even if this version cannot read them.
         std::fs::write(&path, r#"{"version":"9","adapter":"a","backend":"vulkan","driver":"old","rows":[{"x":1}]}"#)
             .unwrap();
         let why = read_tuning(&path, &info("a", "old")).unwrap_err();

@@ -1,4 +1,4 @@
-//! Times GPU work: with the GPU's own timestamps where the device has them, else by the wall clock around submission and wait.
+//! Times GPU work by the GPU's timestamps, or by the wall clock around submission and wait where the device has none.
 
 use std::time::Instant;
 
@@ -15,12 +15,12 @@ const BYTES: u64 = 16;
 #[derive(Debug)]
 pub struct Timer<'a> {
     gpu: &'a Gpu,
-    /// Where the timestamps go, if there are any.
+    /// The query set and buffer of the timestamps; `None` for the wall clock.
     stamps: Option<(QuerySet, Buffer)>,
 }
 
 impl<'a> Timer<'a> {
-    /// By the wall clock if that is asked for.
+    /// A timer that uses the wall clock if `wall_clock` is set or the device has no timestamps.
     pub fn new(gpu: &'a Gpu, wall_clock: bool) -> Self {
         let wanted = Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let stamps = (!wall_clock && gpu.device().features().contains(wanted)).then(|| {
@@ -32,12 +32,12 @@ impl<'a> Timer<'a> {
         Timer { gpu, stamps }
     }
 
-    /// How time is taken.
+    /// How this timer measures.
     pub fn name(&self) -> &'static str {
         if self.stamps.is_some() { "GPU timestamps" } else { "wall clock" }
     }
 
-    /// Records, submits and waits; gives milliseconds.
+    /// Records, submits and waits; returns milliseconds.
     pub fn time(&self, record: impl FnOnce(&mut CommandEncoder) -> Result<()>) -> Result<f64> {
         let mut encoder = self.gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("timed") });
         if let Some((set, _)) = &self.stamps {

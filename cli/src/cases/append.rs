@@ -48,7 +48,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     want[axis] = rows as usize;
     archive.expect_shape("in.update", &want)?;
 
-    // An empty cache may name any sizes; the library refuses those that are too large.
+    // An empty cache may have axes of any size; the library refuses those that are too large.
     let product = |sizes: &[u32]| sizes.iter().fold(1, |product: u32, &n| product.saturating_mul(n));
     let [batch, heads, dim] = [sizes[0], product(&sizes[1..axis]), product(&sizes[axis + 1..])];
     let mut append = Append::new(batch, heads, rows, sizes[axis], dim);
@@ -57,7 +57,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         true => archive.lengths("in.write_indices")?,
         false => vec![0; batch as usize],
     };
-    // A copy is exact, whatever the file allows.
+    // A copy is exact, whatever tolerance the file gives.
     let (want, rule) = (archive.floats("out.present_cache")?.widened(), Rule { atol: 0.0, rtol: 0.0 });
     let expectation = Expectation::new("out.present_cache", Quantity::Out, want, rule);
     let work = Work::Append(Box::new(AppendWork { append, x, cache, starts }));
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
     use crate::archive::builder::Builder;
 
-    /// Two new rows of one element for three places, the first of them at the last place.
+    /// Two new rows of one element for a cache of three rows; the first one goes to the last row.
     fn circular() -> Builder {
         Builder::default()
             .text("op", "TensorScatter")

@@ -1,4 +1,4 @@
-//! One case: calls to make and what must come out.
+//! One case: calls to make, and their expected results.
 
 use wgpu_attention::{
     Append, Call as LayerCall, Element, Elements, Inputs, Layer, LayerInputs, Outputs, Problem, Rotation,
@@ -14,14 +14,14 @@ use crate::operands::Operands;
 pub struct Case {
     pub name: String,
     pub calls: Vec<Call>,
-    /// What the file holds that is not compared.
+    /// Contents of the file that are not compared.
     pub notes: Vec<&'static str>,
 }
 
 /// One call of the library.
 #[derive(Debug)]
 pub struct Call {
-    /// Tells the calls of a case apart; empty if there is one.
+    /// Distinguishes the calls of a case; empty if there is only one.
     pub label: &'static str,
     pub work: Work,
     pub expectations: Vec<Expectation>,
@@ -37,7 +37,7 @@ pub enum Work {
     Layer(Box<LayerWork>),
     Rotation(Box<RotationWork>),
     Append(Box<AppendWork>),
-    /// A score matrix given as the bias: the three kernels, since they alone have it.
+    /// A score matrix that is given as the bias. It runs on the three kernels, because only they have a score matrix.
     Scores {
         problem: Box<Problem>,
         operands: Box<Operands>,
@@ -68,7 +68,7 @@ impl LayerWork {
     }
 }
 
-/// A rotation in place.
+/// A rotary embedding, in place.
 #[derive(Debug)]
 pub struct RotationWork {
     pub rotation: Rotation,
@@ -93,13 +93,13 @@ pub enum Quantity {
     Lse,
     Weights,
     Logits,
-    /// Made on the host while loading.
+    /// Computed on the host while loading.
     Host(Vec<f32>),
-    /// The rest of the attention layer applied to `out`, on the host.
+    /// `out`, after the rest of the attention layer was applied to it on the host.
     Projected(Projection),
 }
 
-/// One tensor that must come out.
+/// One expected tensor.
 #[derive(Debug)]
 pub struct Expectation {
     /// The tensor's name in the file.
@@ -107,7 +107,7 @@ pub struct Expectation {
     pub quantity: Quantity,
     pub want: Vec<f32>,
     pub rule: Rule,
-    /// Results are rounded once to this type before they are compared.
+    /// The type to which results are rounded once before they are compared.
     pub element: Element,
     /// Rows to compare, if not all.
     pub rows: Option<Rows>,
@@ -120,10 +120,10 @@ pub struct Rows {
     pub width: usize,
 }
 
-/// One comparison that was made.
+/// The outcome of one comparison.
 #[derive(Debug)]
 pub struct Verdict {
-    /// Call and tensor.
+    /// The names of the call and the tensor.
     pub name: String,
     pub difference: Difference,
 }
@@ -169,7 +169,7 @@ impl Call {
         }
     }
 
-    /// Compares what came out.
+    /// Compares the outputs with what is expected.
     pub fn verdicts(&self, outputs: &Outputs) -> Vec<Verdict> {
         self.expectations.iter().map(|expectation| expectation.verdict(self.label, outputs)).collect()
     }

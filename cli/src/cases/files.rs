@@ -33,7 +33,7 @@ pub enum Loaded {
     },
 }
 
-/// The case files of a folder and of the folders in it, in order. Links to folders are not followed: they may lead back.
+/// The case files of a folder and of the folders in it, in order. Links to folders are not followed, because they may form a loop.
 fn in_folder(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut entries: Vec<_> = std::fs::read_dir(folder)?.collect::<std::io::Result<_>>()?;
     entries.sort_by_key(|entry| entry.path());
@@ -49,7 +49,7 @@ fn in_folder(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Every case file of the given folders, with those in them, and files, in order, each once.
+/// Every case file in the given folders and their subfolders, and every given file, in order and without repetition.
 pub fn sources(paths: &[PathBuf]) -> Result<Vec<Source>> {
     let mut found = Vec::new();
     let mut folders = BTreeSet::new();

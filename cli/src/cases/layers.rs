@@ -16,7 +16,7 @@ pub const TORCH: &str = "conf-mha/1";
 pub const KERAS: &str = "conf-keras-mha/1";
 pub const TUTORIAL: &str = "conf-tf-tutorial-mha/1";
 
-/// What the tutorial adds to the logit of a masked key.
+/// The number that the tutorial adds to the logit of a masked key.
 const MASKED: f32 = -1e9;
 
 /// A layer with its inputs, before masks and expectations.
@@ -58,7 +58,7 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
             archive.wrong_shape("value", format!("of {batch} batches, {keys} rows and {} columns", layer.value.inputs))
         );
     }
-    // Masks are widened to the whole score matrix.
+    // Masks are expanded to the whole score matrix.
     let scores = [batch, layer.heads, rows, keys].iter().map(|&n| u128::from(n)).product::<u128>();
     memory::room(format!("a mask of {scores} elements"), u64::try_from(4 * scores).unwrap_or(u64::MAX))
         .map_err(|source| archive.problem(source))?;
@@ -80,7 +80,7 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
 }
 
 impl Start {
-    /// An operand of the full score matrix, element by element.
+    /// An operand with the shape of the score matrix, computed element by element.
     fn full<T>(&self, each: impl Fn([usize; 4]) -> T) -> (Broadcast, Vec<T>) {
         let sizes = [self.batch, self.heads, self.rows, self.keys];
         let place = |n: usize| {
@@ -139,7 +139,7 @@ fn flag(archive: &Archive, key: &str) -> Result<bool> {
     archive.json_or(key, "true or false", false)
 }
 
-/// Finds the element for a [batch, head, row, key] in a mask.
+/// Maps [batch, head, row, key] to the index of an element in a mask.
 type Place = Box<dyn Fn([usize; 4]) -> usize>;
 
 /// A PyTorch mask of [batch, keys], [rows, keys] or [batch · heads, rows, keys], and how to find an element in it.

@@ -1,4 +1,4 @@
-//! Case files: what other implementations computed, as problems, operands and expectations.
+//! Case files: results of other implementations, as problems, operands and expected outputs.
 
 mod append;
 mod case;

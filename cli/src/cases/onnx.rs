@@ -76,7 +76,7 @@ impl Operand {
     }
 }
 
-/// What anchors the positions of the queries.
+/// What determines the positions of the queries.
 enum Anchor {
     Start,
     /// The length of the cache that comes before the keys.
@@ -151,7 +151,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         let shape = archive.broadcast("bias", "in.attn_mask")?;
         operands.set_bias(&mut problem, shape, archive.floats("in.attn_mask")?.clone());
     }
-    // What follows is as large as the sizes of the problem say.
+    // The tensors made below are as large as the sizes of the problem, which are therefore checked first.
     let holds = |problem: &Problem| problem.check().map(|_| ()).map_err(|error| archive.problem(error));
     holds(&problem)?;
     visibility(&mut problem, &mut operands, &attributes, &anchor);
@@ -159,7 +159,8 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     expected(archive, problem, operands, &attributes)
 }
 
-/// Puts a past [batch, heads, rows, dim] before the rows of K or V; the result is dense [batch, heads, rows, dim]. Gives the past rows.
+/// Puts a past [batch, heads, rows, dim] before the rows of K or V. The result is dense [batch, heads, rows, dim]. Returns the number of
+/// past rows.
 fn join(archive: &Archive, name: &'static str, operand: &mut Operand, data: &mut Floats) -> Result<u32> {
     let [batch, heads, rows, dim] = operand.sizes;
     let past = match archive.sizes(name)?[..] {
@@ -183,7 +184,7 @@ fn join(archive: &Archive, name: &'static str, operand: &mut Operand, data: &mut
     Ok(past)
 }
 
-/// Chunks of `past` and `new` in turn: the caches of one head after the other.
+/// Alternates chunks of `past` and `new`: the cache of one head after the other.
 fn interleave<T: Copy>(mut past: &[T], mut new: &[T], chunks: [usize; 2]) -> Vec<T> {
     let mut all = Vec::with_capacity(past.len() + new.len());
     while !(past.is_empty() && new.is_empty()) {
@@ -195,7 +196,7 @@ fn interleave<T: Copy>(mut past: &[T], mut new: &[T], chunks: [usize; 2]) -> Vec
     all
 }
 
-/// Brings merged heads into dense [batch, heads, rows, dim].
+/// Rearranges merged heads into dense [batch, heads, rows, dim].
 fn transpose(operand: &mut Operand, data: &mut Floats) {
     if operand.layout == Layout::Bshd {
         operand.layout = Layout::Bhsd;
@@ -210,7 +211,7 @@ fn transpose(operand: &mut Operand, data: &mut Floats) {
 fn heads_first<T: Copy>(x: &[T], sizes: [u32; 4]) -> Vec<T> {
     let [batch, heads, rows, dim] = sizes.map(|n| n as usize);
     let mut all = Vec::with_capacity(x.len());
-    // An empty tensor may name any sizes: its rows are not walked.
+    // An empty tensor may have axes of any size, so its rows are not visited.
     for b in 0..if x.is_empty() { 0 } else { batch } {
         for h in 0..heads {
             for row in 0..rows {
@@ -224,7 +225,7 @@ fn heads_first<T: Copy>(x: &[T], sizes: [u32; 4]) -> Vec<T> {
 
 /// Causal rule and window. ONNX anchors a window at the same offset as the causal rule, also where there is no causal rule.
 fn visibility(problem: &mut Problem, operands: &mut Operands, attributes: &Attributes, anchor: &Anchor) {
-    // A window of all queries and keys together bounds nothing, so longer ones need not be told apart.
+    // A window as long as all queries and keys together hides nothing, so longer windows can be shortened to it.
     let all = problem.seq_q.saturating_add(problem.seq_kv);
     let side = |size: i64| u32::try_from(size).ok().map(|size| size.min(all));
     problem.window.left = side(attributes.left_window_size);
@@ -372,7 +373,7 @@ mod tests {
         assert!(passes(&cached("{}", [1.5, 1.5])));
         assert!(passes(&cached(r#"{"is_causal": 1}"#, [1.0, 1.5])));
         assert!(passes(&cached(r#"{"is_causal": 1, "left_window_size": 0}"#, [2.0, 3.0])));
-        // Without the causal rule the window stands at the same place.
+        // Without the causal rule the window has the same offset.
         assert!(passes(&cached(r#"{"left_window_size": 0, "right_window_size": 0}"#, [2.0, 3.0])));
         assert!(passes(&cached(r#"{"left_window_size": 1, "right_window_size": -1}"#, [2.0, 2.5])));
         assert!(passes(&cached(r#"{"right_window_size": 0}"#, [1.0, 1.5])));

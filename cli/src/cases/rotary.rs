@@ -75,7 +75,7 @@ mod tests {
     use super::*;
     use crate::archive::builder::Builder;
 
-    /// A quarter turn of (1, 2), then two elements that do not turn.
+    /// A rotation of (1, 2) by a right angle, then two elements that are not rotated.
     fn quarter() -> Builder {
         Builder::default()
             .text("op", "RotaryEmbedding")

@@ -1,7 +1,7 @@
-//! Node tests of the ONNX operator `Softmax` (opset 13): the stages of attention with a score matrix that is given.
+//! Node tests of the ONNX operator `Softmax` (opset 13), run as attention with a given score matrix.
 //!
-//! The scores come as a bias on products that are all 0, and the weights go out, so that the kernel `softmax` does the work. What
-//! differs from the operator: a score of −∞ hides its key, so that a row of nothing else gives 0 and not NaN.
+//! The scores are the bias of products that are all 0, and the weights are the result, so that the kernel `softmax` does the work. There
+//! is one difference to the operator: a score of −∞ hides its key, so that a row of only −∞ gives 0 and not NaN.
 
 use serde::Deserialize;
 use wgpu_attention::{Broadcast, Problem};
@@ -44,7 +44,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     let Ok(count) = u32::try_from(x.len()) else {
         return Err(archive.wrong_shape("in.x", "of less than 2³² elements"));
     };
-    // An empty tensor may name any sizes: nothing is made of them.
+    // An empty tensor may have axes of any size, so they are not used as sizes.
     let keys = if count == 0 { 0 } else { size };
     let behind = if count == 0 { 0 } else { shape[axis as usize + 1..].iter().product::<u32>() };
     let last = |x: &[f32]| rows_last(x, keys as usize, behind as usize);

@@ -1,4 +1,4 @@
-//! `adapters`: what there is to run on.
+//! `adapters`: lists the adapters.
 
 use serde::Serialize;
 use wgpu_attention::Gpu;
@@ -18,9 +18,9 @@ struct Row {
     device_type: String,
     f16: bool,
     int64: bool,
-    /// Sizes of a subgroup, where shaders can use subgroups.
+    /// Smallest and largest subgroup size; `None` where shaders cannot use subgroups.
     subgroups: Option<[u32; 2]>,
-    /// Sizes of cooperative matrices of f16 with f32 sums: rows, columns and summed axis alike.
+    /// Sizes of cooperative matrices (f16 operands, f32 sums); rows, columns and summed axis have the same size.
     matrices: Vec<u32>,
     timestamps: bool,
     storage_buffers_per_stage: u32,
@@ -101,7 +101,7 @@ pub fn run(report: Report) -> Result<Outcome> {
     if rows.is_empty() {
         report.note(format!("No GPU adapter was found.\n{}", engine::how_to_get_one()))?;
     } else {
-        // One column an adapter: their names are long and their properties many.
+        // Adapters are columns, because they have many properties.
         let columns: Vec<_> = rows.iter().map(Row::cells).collect();
         let line = |field: usize| {
             let values = columns.iter().map(|column| column[field].clone());

@@ -1,4 +1,4 @@
-//! `bench`: times problems beside what plain shaders reach on the same adapter in the same run.
+//! `bench`: times problems, and plain shaders on the same adapter in the same run.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -33,7 +33,7 @@ pub struct Arguments {
     /// Timed runs after the first (default: as many as fit in two seconds, 5 to 50)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repeats: Option<u32>,
-    /// Time by the wall clock around submission and wait, even where the device has timestamps: as programs that have none
+    /// Time by the wall clock around submission and wait even where the device has timestamps, to compare with programs without them
     #[arg(long)]
     wall_clock: bool,
     /// Adapter: index, part of its name, or backend:part (repeatable; default all)
@@ -45,7 +45,7 @@ pub struct Arguments {
     device: DeviceArgs,
 }
 
-/// What is timed where no shape is given: prefill, the same causal, a sentence encoder, and one step of decoding.
+/// The shapes that are timed where none is given: prefill, prefill with a causal rule, a sentence encoder, one step of decoding.
 const SHAPES: [([u32; 6], Causal); 5] = [
     ([1, 8, 8, 512, 512, 64], Causal::None),
     ([1, 8, 8, 1024, 1024, 64], Causal::None),
@@ -54,11 +54,11 @@ const SHAPES: [([u32; 6], Causal); 5] = [
     ([1, 32, 8, 1, 4096, 128], Causal::None),
 ];
 
-/// Work of the f64 reference that a check may cost. Of larger problems some rows are checked.
+/// The most operations of the f64 reference for a check. Of larger problems only some rows are checked.
 const CHECK_FLOPS: f64 = 3e9;
-/// Runs of neighbouring rows among those: the first rows, the last ones, and some at equal distances between.
+/// The number of runs of neighbouring rows that are checked then: the first rows, the last rows, and runs at equal distances between.
 const CHECK_RUNS: u32 = 5;
-/// Seconds of timed runs where their number is not given, and its bounds.
+/// Seconds of timed runs where their number is not given, and the bounds of that number.
 const SECONDS: f64 = 2.0;
 const LEAST_RUNS: u32 = 5;
 const MOST_RUNS: u32 = 50;
@@ -80,7 +80,7 @@ struct Row {
     ceiling_gflops: f64,
     error: f64,
     budget: f64,
-    /// Whether each element is within its own budget.
+    /// Whether each element is within its own error budget.
     #[serde(skip)]
     within_budget: bool,
     ceiling_gbs: f64,
@@ -91,13 +91,13 @@ struct Row {
     version: &'static str,
 }
 
-/// A problem to time, with the reference's answer for all of its rows or some.
+/// A problem to time, with the reference's results for all or some of its rows.
 pub struct Subject {
     pub shape: ShapeArg,
     pub problem: Problem,
     pub operands: Operands,
     flops: f64,
-    /// Rows of each head, and what is right for them.
+    /// Ranges of rows of each head, and their expected results.
     checked: Vec<(Range<u32>, Oracle)>,
 }
 
@@ -107,7 +107,7 @@ fn problem(shape: ShapeArg, causal: Causal, element: Element) -> Problem {
     problem
 }
 
-/// Refuses problems whose time would stand for nothing, and whose rates would be a division of 0.
+/// Refuses problems without work: their times would mean nothing, and their rates would be 0 divided by a time.
 pub fn must_have_work(shape: ShapeArg, problem: &Problem) -> Result<()> {
     match problem.check()?.visible_pairs() {
         0 => Err(Error::NoWork { shape: shape.to_string() }),
@@ -116,7 +116,7 @@ pub fn must_have_work(shape: ShapeArg, problem: &Problem) -> Result<()> {
 }
 
 impl Subject {
-    /// Of a problem without operands beside q, k and v, whose check may cost so many operations.
+    /// Prepares a problem without operands beside q, k and v. The check may take at most `check_flops` operations.
     pub fn new(shape: ShapeArg, problem: Problem, check_flops: f64) -> Result<Self> {
         let checked = problem.check()?;
         let flops = checked.flops();
@@ -132,17 +132,17 @@ impl Subject {
         Ok(Subject { shape, problem, operands, flops, checked })
     }
 
-    /// Bytes of the operands, which are copied for a run of rows, and of the reference for so many rows of each head.
+    /// Bytes on the host for the operands, a copy of them for a run of rows, and the reference for `rows` rows of each head.
     fn bytes(shape: &Shape, rows: u32) -> Result<u64> {
         let [q, k, v] = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent());
         let mut part: Problem = (**shape).clone();
         part.seq_q = rows;
         let reference = memory::of_reference(&part.check()?, 8, true);
-        // Numbers are drawn in f32 and rounded afterwards.
+        // Random numbers are made in f32 and rounded afterwards.
         Ok(2 * shape.element.bytes() * (q + k + v) + 4 * q.max(k).max(v) + reference)
     }
 
-    /// The run of rows that is worst in its budget.
+    /// The judgement of the run of rows that uses most of its error budget.
     pub fn judge(&self, out: &[f32]) -> Judgement {
         let p = &self.problem;
         let one = |(rows, oracle): &(Range<u32>, Oracle)| {
@@ -156,7 +156,7 @@ impl Subject {
         self.checked.iter().map(one).reduce(worse).expect("at least one run of rows")
     }
 
-    /// Which rows are checked, where it is not all of them.
+    /// Tells which rows are checked; `None` if all are.
     fn sampled(&self) -> Option<String> {
         let names: Vec<String> =
             self.checked.iter().map(|(rows, _)| format!("{} to {}", rows.start, rows.end - 1)).collect();
@@ -168,7 +168,8 @@ impl Subject {
     }
 }
 
-/// At most `rows` of `seq_q` rows, in runs that begin with the first row, end with the last and lie at equal distances.
+/// At most `rows` of `seq_q` rows, as runs at equal distances. The first run begins with the first row, and the last one ends with the last
+/// row.
 fn runs(seq_q: u32, rows: u32) -> Vec<Range<u32>> {
     if rows >= seq_q {
         return std::iter::once(0..seq_q).collect();
@@ -176,14 +177,14 @@ fn runs(seq_q: u32, rows: u32) -> Vec<Range<u32>> {
     let count = CHECK_RUNS.min(rows);
     let each = rows / count;
     let start = |n: u32| match count {
-        // A single row: the last, which sees most under a causal rule.
+        // A single row: the last one, which sees the most keys under a causal rule.
         1 => seq_q - each,
         _ => (u64::from(seq_q - each) * u64::from(n) / u64::from(count - 1)) as u32,
     };
     (0..count).map(|n| start(n)..start(n) + each).collect()
 }
 
-/// The problem of some query rows of each head: the same keys, the same positions.
+/// The problem of some query rows of each head, with the same keys and positions.
 fn only(problem: &Problem, operands: &Operands, rows: &Range<u32>) -> (Problem, Operands) {
     let (mut part, mut operands) = (problem.clone(), operands.clone());
     if rows.len() as u32 == problem.seq_q {
@@ -227,7 +228,7 @@ pub fn call(
         progress(slice + 1, prepared.slices());
         ms
     };
-    // A clock too coarse to see the call must not make a rate infinite.
+    // A clock that is too coarse may return 0; rates must stay finite.
     slices.map(time).sum::<wgpu_attention::Result<f64>>().map(|ms| ms.max(1e-6))
 }
 
@@ -249,7 +250,7 @@ fn bench(
     let start = Instant::now();
     gpu.run(&prepared, &resident, progress)?;
     let first_ms = (compiled + start.elapsed()).as_secs_f64() * 1e3;
-    // Nothing is timed before it is known to be right; the caller says so when it is not.
+    // Results are checked before they are timed. The caller reports a wrong result.
     let judgement = subject.judge(&gpu.download(&plan, &resident)?.out);
 
     let mut timed = || call(timer, &prepared, &resident, progress);
@@ -323,7 +324,7 @@ const HEADER: [&str; 12] = [
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let given: Vec<(ShapeArg, Causal)> = match &arguments.shape[..] {
         [] => {
-            // A causal rule that is given holds for all shapes, so the one that has its own would stand there twice.
+            // A given causal rule holds for all shapes, so the shape with a causal rule of its own would be listed twice.
             let causal: Causal = arguments.causal.into();
             let own = |&(_, rule): &([u32; 6], Causal)| causal == Causal::None || rule == Causal::None;
             let rule = |rule| if causal == Causal::None { rule } else { causal };
@@ -352,7 +353,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let mut failed = false;
     for &(shape, causal) in &given {
         bar.set_message(format!("reference {shape}"));
-        // What no adapter can run is not worth gigabytes of operands and the reference's time.
+        // A problem that no adapter can run is refused before operands are made and the reference runs.
         let problem = problem(shape, causal, element);
         let refused: Vec<_> = gpus.iter().filter_map(|gpu| gpu.library().plan_with(&problem, &options).err()).collect();
         let subject = match &refused[..] {

@@ -1,4 +1,4 @@
-//! `cases`: runs case files and says which pass.
+//! `cases`: runs case files and tells which pass.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,13 +14,13 @@ use crate::report::{self, Report};
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Folders of case files, with the folders in them, or single files
+    /// Case files, or folders that are searched for them with their subfolders
     #[arg(required = true)]
     paths: Vec<PathBuf>,
     /// Adapter: index, part of its name, or backend:part (repeatable; default all)
     #[arg(long)]
     adapter: Vec<String>,
-    /// Run the CPU reference in f32; with --adapter beside it, otherwise instead of the adapters
+    /// Run the CPU reference in f32: together with the adapters that --adapter names, or else without any adapter
     #[arg(long)]
     cpu: bool,
     #[command(flatten)]
@@ -29,14 +29,14 @@ pub struct Arguments {
     device: DeviceArgs,
 }
 
-/// What one engine made of the cases.
+/// The results of one engine.
 #[derive(Clone, Debug, Default)]
 struct Count {
     passed: usize,
     failed: usize,
-    /// A kernel that was asked for cannot run it, and says why.
+    /// Number of cases that the forced kernel cannot run.
     refused: usize,
-    /// Largest error in units of what was allowed, over all cases that passed.
+    /// Largest ratio of an error to its tolerance, over all cases that passed.
     worst: f64,
     worst_case: String,
 }
@@ -54,7 +54,7 @@ fn engines(arguments: &Arguments) -> Result<Vec<Engine>> {
     Ok(engines)
 }
 
-/// Whether a forced kernel says that it is not for this problem. The planner's own choice never does.
+/// Whether the error says that a forced kernel cannot run the problem. The planner's own choice always can.
 fn refuses(error: &wgpu_attention::Error) -> bool {
     matches!(error, wgpu_attention::Error::Kernel { .. })
 }
@@ -75,7 +75,7 @@ fn verdicts(case: &Case, engine: &Engine, kernels: &KernelArgs) -> wgpu_attentio
     Ok(verdicts)
 }
 
-/// Tells what became of one case on one engine.
+/// Reports the result of one case on one engine.
 fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::Result<Vec<Verdict>>) -> Result<()> {
     let label = engine.label();
     let mut object = json!({
@@ -222,7 +222,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     report.object(&json!({"passed": passed, "failed": failed, "skipped": skipped}))?;
     let skips = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
     report.line(format!("{passed} passed, {failed} failed{skips}"))?;
-    // Nothing that ran is as little a success as something that failed.
+    // It is a failure too if no case ran.
     Ok(if failed > 0 || passed == 0 { Outcome::Differs } else { Outcome::Right })
 }
 
@@ -237,7 +237,7 @@ mod tests {
         Case { name: "x".into(), calls: Vec::new(), notes: Vec::new() }
     }
 
-    /// A comparison of an element with 1, which may be off by 0.5.
+    /// A comparison of `got` with 1, with a tolerance of 0.5.
     fn verdict(got: f32) -> Verdict {
         let difference = compare(&[got], &[1.0], Rule { atol: 0.5, rtol: 0.0 }, |_| true);
         Verdict { name: "out".into(), difference }
@@ -264,7 +264,7 @@ mod tests {
             all.add(&case(), result);
         }
         assert_eq!(counted(&all), [1, 5, 1]);
-        // Of the case that passed alone.
+        // Only the case that passed counts.
         assert_eq!((all.worst, all.worst_case.as_str()), (0.5, "x, out"));
     }
 }

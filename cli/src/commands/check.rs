@@ -32,34 +32,34 @@ pub struct Arguments {
 /// The verdict on a result within its error budget.
 const OK: &str = "ok";
 
-/// How the verdict of a kernel begins that cannot run a problem on an adapter, or is left out there.
+/// The beginning of the verdict on a kernel that cannot run a problem on an adapter, or is left out there.
 const NOT_RUN: &str = "not run";
 
 /// Timed runs after the first.
 const RUNS: usize = 3;
 
-/// A problem with everything that is shared between the engines.
+/// A problem, with everything that the engines share.
 struct Subject {
     name: &'static str,
     problem: Problem,
     operands: Operands,
     /// Operations of each stage over the visible pairs.
     flops: [f64; 3],
-    /// Every kernel runs it, not only the planner's choice.
+    /// Whether every kernel runs it, not only the planner's choice.
     every_kernel: bool,
 }
 
-/// The stages of the three kernels and the dispatches that make up each: the score transform belongs to the softmax.
+/// The stages of the three kernels, and the kernels whose dispatches belong to each stage. The score transform belongs to the softmax.
 const STAGES: [(&str, &[&str]); 3] =
     [("scores", &["scores"]), ("softmax", &["logits", "softmax"]), ("values", &["values", "pack"])];
 
-/// Operations that the softmax is counted with, for each score: maximum, difference, exponential, sum, quotient.
+/// Operations that count for the softmax of each score: maximum, difference, exponential, sum, quotient.
 const SOFTMAX_FLOPS: f64 = 5.0;
 
 /// Every output of a problem, and the milliseconds of each stage.
 type Staged = (Outputs, [f64; 3]);
 
-/// How the problem ran as a whole, without the stages' outputs.
+/// The run of a whole problem, without the outputs of the stages.
 struct Whole {
     out: Vec<f32>,
     ms: f64,
@@ -74,18 +74,18 @@ struct Row {
     shape: String,
     dtype: String,
     stage: &'static str,
-    /// What computed the whole.
+    /// The kernel that computed the whole.
     kernel: Option<String>,
     max_error: Option<f64>,
     budget: Option<f64>,
-    /// Largest error in units of what is allowed where it stands.
+    /// Largest ratio of an element's error to its error budget.
     of_budget: Option<f64>,
     ms: Option<f64>,
     gflops: Option<f64>,
     verdict: String,
 }
 
-/// The problems: small ones of each kind and one that takes a while.
+/// The problems: small ones of each kind, and a larger one.
 fn subjects() -> Result<Vec<Subject>> {
     let mut odd = Problem::new(2, 3, 37, 53, 40);
     odd.value_dim = 24;
@@ -111,7 +111,7 @@ fn subjects() -> Result<Vec<Subject>> {
             let shape = [problem.batch, 1, problem.seq_q, problem.seq_kv];
             let mut mask: Vec<u8> =
                 (0..Broadcast(shape).len()).map(|_| u8::from(!sample.bits().is_multiple_of(4))).collect();
-            // One row sees nothing.
+            // One row sees no key.
             mask[..problem.seq_kv as usize].fill(0);
             operands.set_mask(&mut problem, Broadcast(shape), mask);
             operands.set_key_lengths(&mut problem, vec![65, 29]);
@@ -119,7 +119,7 @@ fn subjects() -> Result<Vec<Subject>> {
         let pairs = problem.check()?.visible_pairs() as f64;
         let [head_dim, value_dim] = [problem.head_dim, problem.value_dim].map(f64::from);
         let flops = [2.0 * head_dim, SOFTMAX_FLOPS, 2.0 * value_dim].map(|each| each * pairs);
-        // One without operands beside q, k and v, and one with.
+        // Every kernel runs one problem without operands beside q, k and v, and one with operands.
         let every_kernel = ["causal", "masked"].contains(&name);
         Ok(Subject { name, problem, operands, flops, every_kernel })
     };
@@ -132,14 +132,14 @@ impl Subject {
         format!("{},{},{},{},{},{}", p.batch, p.heads, p.kv_heads, p.seq_q, p.seq_kv, p.head_dim)
     }
 
-    /// The same problem with every stage's result given out.
+    /// The same problem with the result of every stage as an output.
     fn staged(&self) -> Problem {
         let mut problem = self.problem.clone();
         (problem.lse, problem.weights, problem.logits) = (true, true, Some(Logits::Raw));
         problem
     }
 
-    /// One row for each stage and one for the whole, or the error that stopped it.
+    /// One table row for each stage and one for the whole, or the error that ended the run.
     fn rows(&self, engine: &Engine, oracle: &Oracle, kernels: &KernelArgs) -> Vec<Row> {
         match self.compute(engine, kernels) {
             Ok((staged, whole)) => {
@@ -161,7 +161,7 @@ impl Subject {
         }
     }
 
-    /// One row for each stage and one for the whole.
+    /// One table row for each stage and one for the whole.
     fn judged(&self, engine: &Engine, oracle: &Oracle, (staged, times): &Staged, whole: &Whole) -> Vec<Row> {
         let judgements = [oracle.logits(staged), oracle.weights(staged), Some(oracle.out(&staged.out))];
         let stages = STAGES.iter().zip(judgements).zip(times).zip(self.flops);
@@ -172,7 +172,7 @@ impl Subject {
         rows
     }
 
-    /// The whole by one kernel; `None` if it is the planner's choice, which ran already.
+    /// The table row of one forced kernel; `None` if it is the planner's choice, which ran already.
     fn forced(&self, engine: &Engine, gpu: &Gpu, oracle: &Oracle, kernel: Kernel, chosen: &str) -> Option<Row> {
         let without_result = |verdict: String| {
             let mut row = self.row(engine, kernel.name(), None, None, None);
@@ -227,7 +227,7 @@ impl Subject {
         }
     }
 
-    /// The three kernels stage by stage, and the whole as the planner, or the caller, chooses its kernel.
+    /// Runs the three kernels stage by stage, and the whole with the kernel that the planner or the caller chooses.
     fn compute(&self, engine: &Engine, kernels: &KernelArgs) -> wgpu_attention::Result<(Staged, Whole)> {
         match engine {
             Engine::Gpu(gpu) => Ok((self.stages_on_gpu(gpu, kernels)?, self.time_gpu(gpu, &kernels.options())?)),
@@ -295,7 +295,8 @@ fn median(mut run: impl FnMut() -> wgpu_attention::Result<f64>) -> wgpu_attentio
     Ok(times[RUNS / 2])
 }
 
-/// Milliseconds of the dispatches of some kernels alone: submission and wait. What they compute from is left from the run before.
+/// Milliseconds of only the dispatches of some kernels, from submission to the end of the wait. Their inputs are in the buffers since
+/// the run before.
 fn stage(gpu: &Gpu, prepared: &Prepared, resident: &Resident, kernels: &[&str]) -> wgpu_attention::Result<f64> {
     let mut encoder = gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("stage") });
     let belongs = |step: &Step| kernels.contains(&step.variant.kernel());
@@ -402,7 +403,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     Ok(if right < ran || broken > 0 { Outcome::Differs } else { Outcome::Right })
 }
 
-/// How many results are right, and how many there are.
+/// The number of right results, and of all results.
 fn tally<'a>(rows: impl Iterator<Item = &'a Row>) -> (usize, usize) {
     let ran = rows.filter(|row| !row.verdict.starts_with(NOT_RUN));
     ran.fold((0, 0), |(right, ran), row| (right + usize::from(row.verdict == OK), ran + 1))
@@ -427,7 +428,7 @@ mod tests {
             };
             let stages = ["scores", "softmax", "values", "whole"];
             assert_eq!(verdicts(computed()), stages.map(|stage| (stage, "ok".into())));
-            // One element of one stage, the last.
+            // Only the last element of one stage is wrong.
             for (at, wrong) in stages.into_iter().enumerate() {
                 for error in [0.1, f32::NAN] {
                     let (mut staged, mut whole) = computed();

@@ -16,25 +16,25 @@ use crate::request::Request;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Weights as `run --weights` writes them, or tensors q, k and what else `run` takes, to compute them from
+    /// Weights as `run --weights` writes them, or q, k and the other tensors that `run` takes, to compute weights from
     #[arg(long)]
     input: PathBuf,
-    /// The picture, .svg or .png; one that is there stays until the new one is written
+    /// The picture to write, .svg or .png; an existing file is replaced only when the new one is complete
     #[arg(long)]
     output: PathBuf,
     /// Draw this tensor, [batch, heads, queries, keys] (default: weights, if the file has it, else computed from q and k)
     #[arg(long)]
     tensor: Option<String>,
-    /// Text file with a token on each line; as many rows and columns are drawn (default: all, by number)
+    /// Text file with one token on each line; only as many rows and columns are drawn (default: all, numbered)
     #[arg(long)]
     tokens: Option<PathBuf>,
-    /// The same for the keys where they are other tokens than the queries
+    /// Text file with the tokens of the keys, if they differ from those of the queries
     #[arg(long, requires = "tokens")]
     key_tokens: Option<PathBuf>,
-    /// Which of the batch is drawn, from 0 on
+    /// Index of the batch to draw, from 0
     #[arg(long, default_value_t = 0)]
     batch: usize,
-    /// Stands above the heads (default: the file's name)
+    /// Title above the heads (default: the file's name)
     #[arg(long)]
     title: Option<String>,
     #[command(flatten)]
@@ -45,7 +45,7 @@ pub struct Arguments {
     kernels: KernelArgs,
 }
 
-/// Weights, their shape, and where they come from.
+/// Weights, their shape, and their origin.
 struct Weights {
     values: Vec<f32>,
     shape: [usize; 4],
@@ -70,7 +70,7 @@ fn computed(arguments: &Arguments, archive: &Archive) -> Result<Weights> {
     Ok(Weights { values, shape, source: format!("computed by {}", engine.label()) })
 }
 
-/// The labels of an axis: the tokens of a file, or as many numbers as there are rows.
+/// The labels of an axis: the tokens of a file, or the numbers of the rows.
 fn labels(path: Option<&Path>, rows: usize) -> Result<Vec<String>> {
     let Some(path) = path else { return Ok((0..rows).map(|row| row.to_string()).collect()) };
     let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.into(), source })?;
@@ -123,7 +123,7 @@ mod tests {
         arguments: Arguments,
     }
 
-    /// The SVG that is drawn of a file, with `tokens` in a file of their own.
+    /// The SVG that is drawn from a file, with `tokens` in a second file.
     fn draw_of(file: &Builder, tokens: Option<&str>, options: &[&str]) -> Result<String> {
         let folder = tempfile::tempdir().unwrap();
         let [input, output, list] = ["x.safetensors", "y.svg", "tokens.txt"].map(|name| folder.path().join(name));

@@ -18,10 +18,10 @@ pub struct Arguments {
     causal: CausalArg,
     #[arg(long, value_enum, default_value_t)]
     dtype: ElementArg,
-    /// Give out the log-sum-exp of each row
+    /// Return the log-sum-exp of each row
     #[arg(long)]
     lse: bool,
-    /// Give out the softmax weights
+    /// Return the softmax weights
     #[arg(long)]
     weights: bool,
     /// Adapter: index, part of its name, or backend:part (default: the best one)

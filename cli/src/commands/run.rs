@@ -24,7 +24,7 @@ pub struct Arguments {
     /// Tensors q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k
     #[arg(long)]
     input: PathBuf,
-    /// Where out, and what else is asked for, is written; a file that is there stays until all of it is written
+    /// File for out and the other outputs; an existing file is replaced only when the new one is complete
     #[arg(long)]
     output: PathBuf,
     #[command(flatten)]

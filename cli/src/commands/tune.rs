@@ -1,4 +1,4 @@
-//! `tune`: measures which kernel and tile is fastest on an adapter, and keeps that.
+//! `tune`: measures which kernel and tile is fastest on an adapter, and stores the result.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -21,10 +21,10 @@ use crate::timer::Timer;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Seconds after which no other candidate is begun, and none is timed any more
+    /// Seconds after which no further candidate is tried or timed
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// B,H,HKV,SQ,SKV,D that stands for its class of problems (repeatable; default: a list of common ones)
+    /// B,H,HKV,SQ,SKV,D: an example of its class of problems (repeatable; default: a list of common ones)
     #[arg(long)]
     shape: Vec<ShapeArg>,
     #[arg(long, value_enum, requires = "shape")]
@@ -34,23 +34,23 @@ pub struct Arguments {
     /// Adapter: index, part of its name, or backend:part (default: the best one)
     #[arg(long)]
     adapter: Option<String>,
-    /// Where the rows are stored (default: in the cache folder of the user, or WGPU_ATTENTION_CACHE)
+    /// File for the rows (default: in the cache folder of the user, or in WGPU_ATTENTION_CACHE)
     #[arg(long)]
     file: Option<PathBuf>,
 }
 
-/// Work of the f64 reference that a check may cost: it counts against the time limit.
+/// The most operations of the f64 reference for a check, whose time counts against the time limit.
 const CHECK_FLOPS: f64 = 3e8;
-/// Timed rounds of the candidates that are left, and the milliseconds after which no more than the fewest are run.
+/// The fewest and the most timed rounds of the remaining candidates, and the milliseconds after which only the fewest rounds are run.
 const LEAST_ROUNDS: usize = 5;
 const MOST_ROUNDS: usize = 20;
 const ROUNDS_MS: f64 = 1000.0;
-/// A candidate that took so many times the best one's time is not timed further.
+/// A candidate that took this many times as long as the best one is not timed further.
 const SLOWER: f64 = 3.0;
-/// The planner's own choice stays unless another one is faster by more than timings scatter.
+/// Another choice replaces the planner's own only if it is faster by more than this share, which is above the noise of timings.
 const MARGIN: f64 = 0.03;
 
-/// Problems that stand for common classes, the most common first: many queries, then one and few, of each head dim.
+/// Examples of common classes of problems, the most common first: many queries, then one and few, of each head dimension.
 fn common(cpu: bool) -> Vec<(ShapeArg, Problem)> {
     let [rows, keys] = if cpu { [512, 2048] } else { [2048, 8192] };
     let mut list = Vec::new();
@@ -76,7 +76,7 @@ fn common(cpu: bool) -> Vec<(ShapeArg, Problem)> {
     list
 }
 
-/// What became of a candidate.
+/// The result of a candidate.
 #[derive(Serialize)]
 struct Row {
     #[serde(flatten)]
@@ -88,14 +88,14 @@ struct Row {
     candidate: String,
     /// The first call: planning, compiling, running.
     first_ms: Option<f64>,
-    /// Median, or the shorter of two runs of one that was left aside.
+    /// Median time, or the shorter of two runs for a candidate that was not timed further.
     ms: Option<f64>,
-    /// Time of the planner's own choice in units of this one's.
+    /// Time of the planner's own choice divided by the time of this candidate.
     speedup: Option<f64>,
     verdict: String,
 }
 
-/// The verdict on a candidate before there was another one to compare it with.
+/// The verdict on a candidate without another one to compare it with.
 const ALONE: &str = "not compared";
 
 impl Row {
@@ -120,7 +120,7 @@ const HEADER: [&str; 9] =
 
 /// A candidate that is right and not far slower than the best.
 struct Runner {
-    /// Where its row stands.
+    /// Index of its row.
     at: usize,
     choice: Choice,
     prepared: Prepared,
@@ -128,14 +128,14 @@ struct Runner {
     times: Vec<f64>,
 }
 
-/// What was found for one problem.
+/// The results for one problem.
 struct Found {
     rows: Vec<Row>,
-    /// The row to store, unless time ran out before there was something to compare, or nothing was right.
+    /// The row to store; `None` if time ran out before two candidates were compared, or if no candidate was right.
     best: Option<TunedRow>,
-    /// Some candidate was wrong or failed.
+    /// Whether some candidate was wrong or failed.
     failed: bool,
-    /// Every candidate was measured.
+    /// Whether every candidate was measured.
     in_time: bool,
 }
 
@@ -158,7 +158,7 @@ fn plan(gpu: &Gpu, problem: &Problem, choice: Choice) -> wgpu_attention::Result<
 
 impl Tuner<'_> {
     fn tune(&self, shape: ShapeArg, problem: &Problem, choices: &[Choice]) -> Result<Found> {
-        // What the device cannot run is not worth gigabytes of operands.
+        // A problem that the device cannot run is refused before its operands are made.
         self.gpu.library().plan(problem)?;
         let subject = Subject::new(shape, problem.clone(), CHECK_FLOPS)?;
         let mut found = Found { rows: Vec::new(), best: None, failed: false, in_time: true };
@@ -180,7 +180,8 @@ impl Tuner<'_> {
             found.rows.push(row);
             self.bar.inc(1);
         }
-        // The planner's own choice was the first: what beats it is worth keeping even if there is something better still.
+        // The planner's own choice was the first candidate. A candidate that is faster is worth storing even if time ran out before
+        // a still faster one was found.
         if runners.len() < 2 && !found.in_time {
             return Ok(found);
         }
@@ -220,16 +221,16 @@ impl Tuner<'_> {
         }
     }
 
-    /// Compiles, runs and checks a candidate; `None` where its result is wrong.
+    /// Compiles, runs and checks a candidate; `None` if its result is wrong.
     fn first(&self, subject: &Subject, choice: Choice, row: &mut Row) -> wgpu_attention::Result<Option<Runner>> {
         let start = Instant::now();
         let plan = plan(self.gpu, &subject.problem, choice)?;
         memory::room("the call", memory::of_call(&plan, self.gpu.library().caps().cpu))?;
         let prepared = self.gpu.library().prepare(&plan)?;
         let compiled = start.elapsed();
-        // Its own, so that no other candidate's result stands where it writes nothing.
+        // Each candidate has buffers of its own, so that elements that it fails to write do not hold another one's results.
         let resident = self.gpu.upload(&plan, &subject.operands.inputs())?;
-        // Some drivers compile when a pipeline first runs.
+        // Some drivers compile a pipeline only when it first runs.
         let start = Instant::now();
         self.gpu.run(&prepared, &resident, &mut |_, _| {})?;
         let ran = start.elapsed();
@@ -240,13 +241,13 @@ impl Tuner<'_> {
                 format!("WRONG: error {:.1e}, budget {:.1e}", judgement.comparison.max_error, judgement.budget);
             return Ok(None);
         }
-        // The shorter of two: a single run may have been held up.
+        // The shorter of two runs, because something may have delayed one of them.
         let ms = call(&self.timer, &prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
         row.ms = Some(ms);
         Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
     }
 
-    /// Who won, the planner's own choice being `own`.
+    /// Chooses the fastest candidate; `own` is the planner's own choice.
     fn judge(&self, subject: &Subject, own: Choice, runners: &[Runner], found: &mut Found) {
         let median = |runner: &Runner| {
             let mut times = runner.times.clone();
@@ -259,7 +260,7 @@ impl Tuner<'_> {
         for runner in runners {
             found.rows[runner.at].ms = Some(median(runner));
         }
-        // Candidates stand in the order of their choices, the planner's own first.
+        // Candidates are in the order of their choices, the planner's own first.
         let own_ms = found.rows[0].ms;
         for row in &mut found.rows {
             if row.verdict == ALONE {
@@ -273,8 +274,8 @@ impl Tuner<'_> {
     }
 }
 
-/// Times some candidates in turn, so that all meet the same weather: the times of each. `None` if it is `late` before the fewest rounds
-/// are complete; a round that is begun then does not count.
+/// Times candidates in alternation, so that a busy moment of the machine affects all of them, and returns the times of each. Returns `None`
+/// if it is `late` before the fewest rounds are complete. A round that is not complete does not count.
 fn in_turn(
     candidates: usize,
     late: impl Fn() -> bool,
@@ -321,7 +322,7 @@ fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let start = Instant::now();
-    // Candidates are planned by rows of their own.
+    // Each candidate is planned by a tuning row of its own, so the stored rows are not loaded.
     let device = DeviceArgs { untuned: true, ..DeviceArgs::default() };
     let gpu = engine::one(arguments.adapter.as_deref(), &device)?;
     let label = Label::of(gpu.info());
@@ -378,7 +379,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         return Ok(Outcome::Differs);
     }
     let tuned = best.len();
-    // Rows of other classes stay, if they are of this driver and version.
+    // Stored rows of other classes are kept if they are of this driver and version.
     let old = store::read_tuning(&path, gpu.info()).unwrap_or_default().unwrap_or_default();
     let others = old.rows.into_iter().filter(|old| !best.iter().any(|new| new.class == old.class));
     let rows: Vec<TunedRow> = best.iter().copied().chain(others).collect();
@@ -393,7 +394,7 @@ mod tests {
 
     use super::*;
 
-    /// What comes of three candidates where it is late after so many calls, and how many calls there were.
+    /// The times of three candidates where it is late after `calls` calls, and the number of calls made.
     fn after(calls: usize) -> (Option<Vec<Vec<f64>>>, usize) {
         let made = Cell::new(0);
         let time = |candidate: usize| {
@@ -410,7 +411,7 @@ mod tests {
         }
         let rounds = |n| [0.0, 1.0, 2.0].map(|time| vec![time; n]).to_vec();
         assert_eq!(after(3 * LEAST_ROUNDS), (Some(rounds(LEAST_ROUNDS)), 3 * LEAST_ROUNDS));
-        // A round that was begun does not count.
+        // A round that is not complete does not count.
         assert_eq!(after(3 * LEAST_ROUNDS + 2), (Some(rounds(LEAST_ROUNDS)), 3 * LEAST_ROUNDS + 2));
         assert_eq!(after(usize::MAX), (Some(rounds(MOST_ROUNDS)), 3 * MOST_ROUNDS));
     }
