@@ -12,6 +12,7 @@ use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
 use crate::error::counted;
 use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
+use crate::operands::Operands;
 use crate::operation::Operation;
 use crate::options::Options;
 use crate::plan::Plan;
@@ -61,15 +62,7 @@ pub struct Resident {
     k: wgpu::Buffer,
     v: wgpu::Buffer,
     out: wgpu::Buffer,
-    mask: Option<wgpu::Buffer>,
-    bias: Option<wgpu::Buffer>,
-    key_lengths: Option<wgpu::Buffer>,
-    offsets: Option<wgpu::Buffer>,
-    alibi_slopes: Option<wgpu::Buffer>,
-    sinks: Option<wgpu::Buffer>,
-    cu_seqlens_q: Option<wgpu::Buffer>,
-    cu_seqlens_kv: Option<wgpu::Buffer>,
-    block_table: Option<wgpu::Buffer>,
+    operands: Operands<wgpu::Buffer>,
     lse: Option<wgpu::Buffer>,
     weights: Option<wgpu::Buffer>,
     logits: Option<wgpu::Buffer>,
@@ -78,28 +71,22 @@ pub struct Resident {
 impl Resident {
     /// The operands as [`Prepared::encode`] takes them.
     pub fn buffers(&self) -> Buffers<'_> {
-        fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
-            buffer.as_ref().map(|buffer| buffer.slice(..))
-        }
         Buffers {
             q: self.q.slice(..),
             k: self.k.slice(..),
             v: self.v.slice(..),
             out: self.out.slice(..),
-            mask: whole(&self.mask),
-            bias: whole(&self.bias),
-            key_lengths: whole(&self.key_lengths),
-            offsets: whole(&self.offsets),
-            alibi_slopes: whole(&self.alibi_slopes),
-            sinks: whole(&self.sinks),
-            cu_seqlens_q: whole(&self.cu_seqlens_q),
-            cu_seqlens_kv: whole(&self.cu_seqlens_kv),
-            block_table: whole(&self.block_table),
+            operands: self.operands.as_ref().map(|_, buffer| buffer.slice(..)),
             lse: whole(&self.lse),
             weights: whole(&self.weights),
             logits: whole(&self.logits),
         }
     }
+}
+
+/// All of a buffer that there may be.
+pub(crate) fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
+    buffer.as_ref().map(|buffer| buffer.slice(..))
 }
 
 fn instance() -> wgpu::Instance {
@@ -343,10 +330,6 @@ impl Gpu {
         s.check_inputs(inputs)?;
         self.fault()?;
         let make = |label: &str, bytes: &[u8]| upload_bytes(&self.device, &self.queue, label, bytes);
-        fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
-            slice.map(bytemuck::cast_slice)
-        }
-        let some = |label: &str, bytes: Option<&[u8]>| bytes.map(|bytes| make(label, bytes));
         let nan = |label: &str, wanted: bool, len: u64| {
             wanted.then(|| make(label, bytemuck::cast_slice(&vec![f32::NAN; len as usize])))
         };
@@ -356,15 +339,7 @@ impl Gpu {
             k: make("k", inputs.k.bytes()),
             v: make("v", inputs.v.bytes()),
             out: make("out", &unwritten(s)),
-            mask: some("mask", inputs.mask),
-            bias: some("bias", inputs.bias.map(|bias| bias.bytes())),
-            key_lengths: some("key_lengths", cast(inputs.key_lengths)),
-            offsets: some("offsets", cast(inputs.offsets)),
-            alibi_slopes: some("alibi_slopes", cast(inputs.alibi_slopes)),
-            sinks: some("sinks", cast(inputs.sinks)),
-            cu_seqlens_q: some("cu_seqlens_q", cast(inputs.cu_seqlens_q)),
-            cu_seqlens_kv: some("cu_seqlens_kv", cast(inputs.cu_seqlens_kv)),
-            block_table: some("block_table", cast(inputs.block_table)),
+            operands: inputs.operands.map(|operand, data| make(operand.name(), data.bytes())),
             // Tokens that no packed sequence owns stay 0.
             lse: match s.packed {
                 Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
