@@ -321,7 +321,8 @@ impl Gpu {
             None => Ok(None),
         };
         let out = self.read_async(resident.out.slice(..)).await?;
-        outputs(&plan, out, [read(&resident.lse).await?, read(&resident.weights).await?, read(&resident.logits).await?])
+        let (lse, weights) = (read(&resident.lse).await?, read(&resident.weights).await?);
+        Ok(outputs(&plan, Outputs { out, lse, weights, logits: read(&resident.logits).await? }))
     }
 
     /// Uploads operands and makes output buffers, filled with NaN where the kernels must write.
@@ -413,8 +414,8 @@ impl Gpu {
         self.check_home("resident", &resident.home)?;
         let read =
             |buffer: &Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| self.read(buffer.slice(..))).transpose();
-        let rest = [read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?];
-        outputs(plan, self.read(resident.out.slice(..))?, rest)
+        let (lse, weights, logits) = (read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?);
+        Ok(outputs(plan, Outputs { out: self.read(resident.out.slice(..))?, lse, weights, logits }))
     }
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
@@ -559,19 +560,18 @@ pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn outputs(plan: &Plan, out: Vec<u8>, [lse_bytes, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
+fn outputs(plan: &Plan, bytes: Outputs<u8>) -> Outputs {
     let shape = plan.shape();
     // Buffers end at whole words and are never empty, outputs need not.
     let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
-    let mut widened = widened(shape.element, &out);
-    widened.truncate(shape.out().extent() as usize);
-    let [lse, matrices] = [shape.lse_len(), shape.scores_len()];
-    Ok(Outputs {
-        out: widened,
-        lse: f32s(lse_bytes, lse),
-        weights: f32s(weights, matrices),
-        logits: f32s(logits, matrices),
-    })
+    let mut out = widened(shape.element, &bytes.out);
+    out.truncate(shape.out().extent() as usize);
+    Outputs {
+        out,
+        lse: f32s(bytes.lse, shape.lse_len()),
+        weights: f32s(bytes.weights, shape.scores_len()),
+        logits: f32s(bytes.logits, shape.scores_len()),
+    }
 }
 
 #[cfg(test)]

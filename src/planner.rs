@@ -28,14 +28,14 @@ use crate::walk::{Band, most_keys};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Lists {
     /// Where each list begins, also one that the problem does not have.
-    places: Operands<u32>,
-    words: u32,
+    places: Operands<u64>,
+    words: u64,
 }
 
 impl Lists {
     fn new(shape: &Shape) -> Self {
         // A word of padding stands for no list at all: a binding may not be empty.
-        let mut words = 4u32;
+        let mut words = 4u64;
         let places = Operands::from_fn(|operand| {
             if operand.kind() != Kind::List {
                 return None;
@@ -43,20 +43,20 @@ impl Lists {
             // `merge` binds the sinks alone, and a binding begins at a multiple of 256 bytes.
             let place = if operand == Operand::Sinks { words.next_multiple_of(64) } else { words };
             if let Some(len) = operand.len(shape) {
-                words = place + len as u32;
+                words = place + len;
             }
             Some(place)
         });
         Lists { places, words }
     }
 
-    /// Where a list begins.
+    /// Where a list begins. A plan is made only where all lists together fit a binding, so that the place fits a word.
     pub(crate) fn place(&self, list: Operand) -> u32 {
-        *self.places.get(list).expect("every list has a place")
+        *self.places.get(list).expect("every list has a place") as u32
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        4 * u64::from(self.words)
+        4 * self.words
     }
 }
 
@@ -238,7 +238,8 @@ impl<'a> Planner<'a> {
     pub(crate) fn plan(mut self) -> Result<Plan> {
         if self.lists.bytes() > self.caps.binding() {
             let limit = self.caps.binding();
-            let field = if self.shape.paged.is_some() { "block_table" } else { "per-batch and per-head arrays" };
+            let field =
+                if self.shape.paged.is_some() { Operand::BlockTable.name() } else { "per-batch and per-head arrays" };
             return Err(Error::bytes(field, self.lists.bytes(), limit));
         }
         let s = self.shape;
@@ -387,10 +388,10 @@ impl<'a> Planner<'a> {
             operands.push(("v", self.key_span(&s.v, part, &(0..s.seq_kv)), bytes));
         }
         if let Some(mask) = s.mask {
-            operands.push(("mask", broadcast_span(&mask, part), 1));
+            operands.push((Operand::Mask.name(), broadcast_span(&mask, part), 1));
         }
         if let Some(bias) = s.bias {
-            operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
+            operands.push((Operand::Bias.name(), broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
         if self.weighs() {
             // Bound as twice the binding of lse, see `bound`.

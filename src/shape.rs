@@ -181,7 +181,8 @@ impl Shape {
             }
         }
         let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
-        for (field, shape) in [("mask", p.mask), ("bias", p.bias.map(|b| b.shape))] {
+        for (operand, shape) in [(Operand::Mask, p.mask), (Operand::Bias, p.bias.map(|b| b.shape))] {
+            let field = operand.name();
             if let Some(Broadcast(shape)) = shape {
                 let keys = shape[3] == 1 || shape[3] == target[3] || (1..target[3]).contains(&shape[3]);
                 let fits = keys && (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis]);
@@ -199,7 +200,7 @@ impl Shape {
             Some(packed) => {
                 let why = "packed sequences carry their lengths in cu_seqlens";
                 if p.key_lengths {
-                    return Err(Error::Conflict { left: "packed", right: "key_lengths", why });
+                    return Err(Error::Conflict { left: "packed", right: Operand::KeyLengths.name(), why });
                 }
                 for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
                     if value > MAX_SIZE {
@@ -415,7 +416,13 @@ impl Paged {
         if entries > u64::from(MAX_SIZE) {
             let advice = "use a smaller batch, larger pages or fewer keys";
             let limit = MAX_SIZE.into();
-            return Err(Error::Room { field: "block_table", size: entries, unit: "entries", limit, advice });
+            return Err(Error::Room {
+                field: Operand::BlockTable.name(),
+                size: entries,
+                unit: "entries",
+                limit,
+                advice,
+            });
         }
         Ok(())
     }
