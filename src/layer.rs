@@ -249,6 +249,12 @@ impl Layer {
         }
         let conflicts = [
             (problem.packed.is_some(), "packed", "the layer", "its projections read rows of one length"),
+            (
+                problem.paged.is_some(),
+                "paged",
+                "the layer",
+                "its projections and its cache hold keys in rows, not in pages",
+            ),
             (problem.logits.is_some(), "logits", "the layer", "they do not leave it; run the attention alone"),
             (problem.element != own.element, "element", "the layer", "its inputs and its output are f32"),
             (self.zero_attn && problem.sinks, "sinks", "zero_attn", "a key of zeros is a sink of 0 itself"),

@@ -8,8 +8,8 @@ use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Layer, LayerBuffers, LayerInputs,
-    Linear, MultiHeadAttention, Operands, Operation, Options, Order, Positions, PreparedLayer, Problem, Projection,
-    Rotation, Sources, Strides, Weights, Window, reference, wgpu,
+    Linear, MultiHeadAttention, Operands, Operation, Options, Order, Paged, Positions, PreparedLayer, Problem,
+    Projection, Rotation, Sources, Strides, Weights, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -988,6 +988,9 @@ fn wrong_layers_and_calls_are_errors() {
     assert_eq!(run(&|_, c| c.sources = Sources::Key), Err(Error::Missing { field: "key" }));
     assert_eq!(run(&|p, _| p.key_lengths = true), Err(Error::Missing { field: "key_lengths" }));
     assert!(matches!(run(&|_, c| c.cache = true), Err(Error::Conflict { left: "cache", .. })));
+    let pages = Some(Paged { pages: 2, page_size: 3 });
+    let refused = run(&|p, _| p.paged = pages);
+    assert!(matches!(refused, Err(Error::Conflict { left: "paged", right: "the layer", .. })), "{refused:?}");
     assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
     // A row beyond the table would turn like its last one.
     let mut short = good.clone();
