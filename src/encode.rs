@@ -9,10 +9,11 @@ use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::params::STRIDE;
 use crate::kernel::slot::Slot;
+use crate::operands::{Kind, Operand, Operands};
 use crate::options::Options;
 use crate::pipelines::{Pipeline, Pipelines};
-use crate::plan::Plan;
-use crate::problem::{Causal, Problem};
+use crate::plan::{Plan, tensors};
+use crate::problem::Problem;
 use crate::step::Step;
 use crate::tuned::Tuning;
 
@@ -396,12 +397,12 @@ impl Attention {
     }
 }
 
-/// The operands of one call on the GPU. Those that the problem does not use stay `None`.
+/// What one call reads and writes on the GPU. Outputs that the problem does not ask for stay `None`.
 ///
 /// Usages: `STORAGE` for tensors; `COPY_SRC` for the small per-batch and per-head arrays and the block table, which are copied
-/// into a buffer of [`Prepared`]. Offsets of tensors are multiples of the device's `min_storage_buffer_offset_alignment` (finer
-/// offsets go into [`crate::Strides::offset`]), those of small arrays of 4. A slice that ends inside a 4-byte word must be
-/// followed by the rest of that word. Outputs have buffers of their own.
+/// into a buffer of [`Prepared`]; [`Kind`] says which operand is which. Offsets of tensors are multiples of the device's
+/// `min_storage_buffer_offset_alignment` (finer offsets go into [`crate::Strides::offset`]), those of small arrays of 4. A slice
+/// that ends inside a 4-byte word must be followed by the rest of that word. Outputs have buffers of their own.
 ///
 /// Of an operand without elements, because there is no batch, query or key, any slice of any buffer may be given, also an empty
 /// one: it is not looked at.
@@ -415,25 +416,8 @@ pub struct Buffers<'a> {
     pub v: wgpu::BufferSlice<'a>,
     /// The output.
     pub out: wgpu::BufferSlice<'a>,
-    /// Boolean mask, a byte an element.
-    pub mask: Option<wgpu::BufferSlice<'a>>,
-    /// Additive bias.
-    pub bias: Option<wgpu::BufferSlice<'a>>,
-    /// Key lengths, u32. Values beyond `seq_kv` count as `seq_kv`.
-    pub key_lengths: Option<wgpu::BufferSlice<'a>>,
-    /// Offsets, i32.
-    pub offsets: Option<wgpu::BufferSlice<'a>>,
-    /// ALiBi slopes, f32.
-    pub alibi_slopes: Option<wgpu::BufferSlice<'a>>,
-    /// Sinks, f32.
-    pub sinks: Option<wgpu::BufferSlice<'a>>,
-    /// Boundaries of the query sequences, u32. Values beyond the buffers are clamped. None is below the one before it: where one is, a
-    /// token that several sequences claim holds the result of any of them, or none.
-    pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
-    /// Boundaries of the key sequences, u32.
-    pub cu_seqlens_kv: Option<wgpu::BufferSlice<'a>>,
-    /// Pages of each batch's keys, u32 or i32. A number outside the pool counts as that of its last page.
-    pub block_table: Option<wgpu::BufferSlice<'a>>,
+    /// Mask, bias and the small arrays.
+    pub operands: Operands<wgpu::BufferSlice<'a>>,
     /// Log-sum-exp output.
     pub lse: Option<wgpu::BufferSlice<'a>>,
     /// Weights output.
@@ -450,64 +434,19 @@ impl<'a> Buffers<'a> {
         v: wgpu::BufferSlice<'a>,
         out: wgpu::BufferSlice<'a>,
     ) -> Self {
-        Buffers {
-            q,
-            k,
-            v,
-            out,
-            mask: None,
-            bias: None,
-            key_lengths: None,
-            offsets: None,
-            alibi_slopes: None,
-            sinks: None,
-            cu_seqlens_q: None,
-            cu_seqlens_kv: None,
-            block_table: None,
-            lse: None,
-            weights: None,
-            logits: None,
-        }
+        Buffers { q, k, v, out, operands: Operands::default(), lse: None, weights: None, logits: None }
     }
 
-    /// Every operand with its name, its size in the problem, and whether it is written.
+    /// Every tensor with its size in the problem, and whether it is written.
     fn tensors(&self, plan: &Plan) -> [Tensor<'a>; 9] {
-        let slices = [
-            (Some(self.q), false),
-            (Some(self.k), false),
-            (Some(self.v), false),
-            (self.mask, false),
-            (self.bias, false),
-            (Some(self.out), true),
-            (self.lse, true),
-            (self.weights, true),
-            (self.logits, true),
-        ];
-        let mut sizes = plan.shape().tensor_bytes().into_iter();
-        slices.map(|(slice, written)| {
-            let (field, want) = sizes.next().expect("as many as slices");
-            Tensor { field, slice, want, written }
+        tensors(plan.shape()).map(|(slot, want)| {
+            let written = matches!(slot, Slot::Out | Slot::Lse | Slot::Weights | Slot::Logits);
+            Tensor { field: slot.name(), slice: self.get(slot), want, written }
         })
     }
 
-    /// The small arrays: name, slice, place in the lists (words) and length (words).
-    fn lists(&self, plan: &Plan) -> [List<'a>; 7] {
-        let s = plan.shape();
-        let l = plan.lists();
-        let list = |field, slice, present: bool, place, words| List { field, slice, present, place, words };
-        let packed = s.packed.is_some();
-        [
-            list("key_lengths", self.key_lengths, s.key_lengths, l.lengths, s.batch),
-            list("offsets", self.offsets, s.causal == Causal::Offset, l.offsets, s.batch),
-            list("alibi_slopes", self.alibi_slopes, s.alibi, l.slopes, s.heads),
-            list("sinks", self.sinks, s.sinks, l.sinks, s.heads),
-            list("cu_seqlens_q", self.cu_seqlens_q, packed, l.cu_q, s.batch + 1),
-            list("cu_seqlens_kv", self.cu_seqlens_kv, packed, l.cu_kv, s.batch + 1),
-            list("block_table", self.block_table, s.paged.is_some(), l.pages, s.block_table_len() as u32),
-        ]
-    }
-
     fn check(&self, plan: &Plan) -> Result<()> {
+        let shape = plan.shape();
         let tensors = self.tensors(plan);
         for tensor in &tensors {
             let field = tensor.field;
@@ -517,27 +456,35 @@ impl<'a> Buffers<'a> {
                 return Err(Error::BufferUsage { field, usage: "STORAGE" });
             }
         }
-        let lists = self.lists(plan);
-        for list in &lists {
-            let want = list.present.then_some(4 * u64::from(list.words));
-            let Some((slice, want)) = used(list.field, list.slice, want)? else { continue };
-            check_slice(list.field, &slice, want, 4)?;
+        for list in Operand::of_kind(Kind::List) {
+            let field = list.name();
+            let slice = self.operands.get(list).copied();
+            let Some((slice, want)) = used(field, slice, list.bytes(shape))? else { continue };
+            check_slice(field, &slice, want, 4)?;
             if !slice.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC) {
-                return Err(Error::BufferUsage { field: list.field, usage: "COPY_SRC" });
+                return Err(Error::BufferUsage { field, usage: "COPY_SRC" });
             }
         }
-        let lists = lists.iter().filter(|list| list.words > 0).map(|list| (list.field, list.slice));
+        let lists = self.lists(plan).map(|(list, slice, _)| (list.name(), Some(slice)));
         let tensors = tensors.iter().filter(|tensor| tensor.want != Some(0));
-        let others = tensors.clone().map(|t| (t.field, t.slice)).chain(lists);
+        let others: Vec<_> = tensors.clone().map(|t| (t.field, t.slice)).chain(lists).collect();
         for output in tensors.filter(|t| t.written) {
             let Some(slice) = output.slice else { continue };
-            for (other, with) in others.clone() {
+            for &(other, with) in &others {
                 if other != output.field && with.is_some_and(|with| with.buffer() == slice.buffer()) {
                     return Err(Error::Aliased { output: output.field, other });
                 }
             }
         }
         Ok(())
+    }
+
+    /// The small arrays that have elements, each with its bytes.
+    fn lists(&self, plan: &Plan) -> impl Iterator<Item = (Operand, wgpu::BufferSlice<'a>, u64)> {
+        Operand::of_kind(Kind::List).filter_map(|list| {
+            let size = list.bytes(plan.shape()).filter(|&size| size > 0)?;
+            Some((list, *self.operands.get(list)?, size))
+        })
     }
 
     fn get(&self, slot: Slot) -> Option<wgpu::BufferSlice<'a>> {
@@ -549,9 +496,7 @@ impl<'a> Buffers<'a> {
             Slot::Lse => self.lse,
             Slot::Weights => self.weights,
             Slot::Logits => self.logits,
-            Slot::Mask => self.mask,
-            Slot::Bias => self.bias,
-            _ => None,
+            slot => self.operands.get(slot.operand()?).copied(),
         }
     }
 }
@@ -562,15 +507,6 @@ struct Tensor<'a> {
     slice: Option<wgpu::BufferSlice<'a>>,
     want: Option<u64>,
     written: bool,
-}
-
-#[derive(Clone, Copy)]
-struct List<'a> {
-    field: &'static str,
-    slice: Option<wgpu::BufferSlice<'a>>,
-    present: bool,
-    place: u32,
-    words: u32,
 }
 
 /// A slice that is read or written, with the bytes that it needs: one that the problem has, and that has elements.
@@ -671,16 +607,14 @@ impl Prepared {
         let lists = own(Slot::Lists);
         let copies: Vec<_> = buffers
             .lists(&self.plan)
-            .into_iter()
-            .filter(|list| list.words > 0)
-            .filter_map(|list| {
-                let (place, size) = (4 * u64::from(list.place), 4 * u64::from(list.words));
-                Some(Copy { field: list.field, from: list.slice?, to: lists, place, size })
+            .map(|(list, from, size)| {
+                let place = 4 * u64::from(self.plan.lists().place(list));
+                Copy { field: list.name(), from, to: lists, place, size }
             })
             .collect();
         let buffer = |slot: Slot| match (slot, buffers.get(slot)) {
             // `merge` takes the sinks from a buffer of their own.
-            (Slot::Sinks, _) => (lists, 4 * u64::from(self.plan.lists().sinks)),
+            (Slot::Sinks, _) => (lists, 4 * u64::from(self.plan.lists().place(Operand::Sinks))),
             (_, Some(slice)) => (slice.buffer(), slice.offset()),
             (_, None) => (own(slot), 0),
         };

@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use crate::operands::Scalar;
 use crate::problem::Element;
 
 /// Shorthand for a result with this crate's [`Error`].
@@ -165,6 +166,16 @@ pub enum Error {
         got: Element,
         /// Type needed.
         want: Element,
+    },
+    /// An operand holds numbers of another kind than it must: integers where it takes floating-point numbers, say.
+    #[error("{field} holds {got}; it must hold {want}")]
+    Scalar {
+        /// The operand.
+        field: &'static str,
+        /// Type given.
+        got: Scalar,
+        /// Type needed.
+        want: Scalar,
     },
     /// An entry of a small array (a length, a boundary, a page number) is out of range.
     #[error("{field}[{index}] is {value}; it must be {want} {limit}")]

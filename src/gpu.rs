@@ -12,6 +12,7 @@ use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
 use crate::error::counted;
 use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
+use crate::operands::Operands;
 use crate::operation::Operation;
 use crate::options::Options;
 use crate::plan::Plan;
@@ -61,15 +62,7 @@ pub struct Resident {
     k: wgpu::Buffer,
     v: wgpu::Buffer,
     out: wgpu::Buffer,
-    mask: Option<wgpu::Buffer>,
-    bias: Option<wgpu::Buffer>,
-    key_lengths: Option<wgpu::Buffer>,
-    offsets: Option<wgpu::Buffer>,
-    alibi_slopes: Option<wgpu::Buffer>,
-    sinks: Option<wgpu::Buffer>,
-    cu_seqlens_q: Option<wgpu::Buffer>,
-    cu_seqlens_kv: Option<wgpu::Buffer>,
-    block_table: Option<wgpu::Buffer>,
+    operands: Operands<wgpu::Buffer>,
     lse: Option<wgpu::Buffer>,
     weights: Option<wgpu::Buffer>,
     logits: Option<wgpu::Buffer>,
@@ -78,28 +71,22 @@ pub struct Resident {
 impl Resident {
     /// The operands as [`Prepared::encode`] takes them.
     pub fn buffers(&self) -> Buffers<'_> {
-        fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
-            buffer.as_ref().map(|buffer| buffer.slice(..))
-        }
         Buffers {
             q: self.q.slice(..),
             k: self.k.slice(..),
             v: self.v.slice(..),
             out: self.out.slice(..),
-            mask: whole(&self.mask),
-            bias: whole(&self.bias),
-            key_lengths: whole(&self.key_lengths),
-            offsets: whole(&self.offsets),
-            alibi_slopes: whole(&self.alibi_slopes),
-            sinks: whole(&self.sinks),
-            cu_seqlens_q: whole(&self.cu_seqlens_q),
-            cu_seqlens_kv: whole(&self.cu_seqlens_kv),
-            block_table: whole(&self.block_table),
+            operands: self.operands.as_ref().map(|_, buffer| buffer.slice(..)),
             lse: whole(&self.lse),
             weights: whole(&self.weights),
             logits: whole(&self.logits),
         }
     }
+}
+
+/// All of a buffer that there may be.
+pub(crate) fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
+    buffer.as_ref().map(|buffer| buffer.slice(..))
 }
 
 fn instance() -> wgpu::Instance {
@@ -334,7 +321,8 @@ impl Gpu {
             None => Ok(None),
         };
         let out = self.read_async(resident.out.slice(..)).await?;
-        outputs(&plan, out, [read(&resident.lse).await?, read(&resident.weights).await?, read(&resident.logits).await?])
+        let (lse, weights) = (read(&resident.lse).await?, read(&resident.weights).await?);
+        Ok(outputs(&plan, Outputs { out, lse, weights, logits: read(&resident.logits).await? }))
     }
 
     /// Uploads operands and makes output buffers, filled with NaN where the kernels must write.
@@ -343,10 +331,6 @@ impl Gpu {
         s.check_inputs(inputs)?;
         self.fault()?;
         let make = |label: &str, bytes: &[u8]| upload_bytes(&self.device, &self.queue, label, bytes);
-        fn cast<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
-            slice.map(bytemuck::cast_slice)
-        }
-        let some = |label: &str, bytes: Option<&[u8]>| bytes.map(|bytes| make(label, bytes));
         let nan = |label: &str, wanted: bool, len: u64| {
             wanted.then(|| make(label, bytemuck::cast_slice(&vec![f32::NAN; len as usize])))
         };
@@ -356,15 +340,7 @@ impl Gpu {
             k: make("k", inputs.k.bytes()),
             v: make("v", inputs.v.bytes()),
             out: make("out", &unwritten(s)),
-            mask: some("mask", inputs.mask),
-            bias: some("bias", inputs.bias.map(|bias| bias.bytes())),
-            key_lengths: some("key_lengths", cast(inputs.key_lengths)),
-            offsets: some("offsets", cast(inputs.offsets)),
-            alibi_slopes: some("alibi_slopes", cast(inputs.alibi_slopes)),
-            sinks: some("sinks", cast(inputs.sinks)),
-            cu_seqlens_q: some("cu_seqlens_q", cast(inputs.cu_seqlens_q)),
-            cu_seqlens_kv: some("cu_seqlens_kv", cast(inputs.cu_seqlens_kv)),
-            block_table: some("block_table", cast(inputs.block_table)),
+            operands: inputs.operands.map(|operand, data| make(operand.name(), data.bytes())),
             // Tokens that no packed sequence owns stay 0.
             lse: match s.packed {
                 Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
@@ -438,8 +414,8 @@ impl Gpu {
         self.check_home("resident", &resident.home)?;
         let read =
             |buffer: &Option<wgpu::Buffer>| buffer.as_ref().map(|buffer| self.read(buffer.slice(..))).transpose();
-        let rest = [read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?];
-        outputs(plan, self.read(resident.out.slice(..))?, rest)
+        let (lse, weights, logits) = (read(&resident.lse)?, read(&resident.weights)?, read(&resident.logits)?);
+        Ok(outputs(plan, Outputs { out: self.read(resident.out.slice(..))?, lse, weights, logits }))
     }
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
@@ -584,19 +560,18 @@ pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn outputs(plan: &Plan, out: Vec<u8>, [lse_bytes, weights, logits]: [Option<Vec<u8>>; 3]) -> Result<Outputs> {
+fn outputs(plan: &Plan, bytes: Outputs<u8>) -> Outputs {
     let shape = plan.shape();
     // Buffers end at whole words and are never empty, outputs need not.
     let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
-    let mut widened = widened(shape.element, &out);
-    widened.truncate(shape.out().extent() as usize);
-    let [lse, matrices] = [shape.lse_len(), shape.scores_len()];
-    Ok(Outputs {
-        out: widened,
-        lse: f32s(lse_bytes, lse),
-        weights: f32s(weights, matrices),
-        logits: f32s(logits, matrices),
-    })
+    let mut out = widened(shape.element, &bytes.out);
+    out.truncate(shape.out().extent() as usize);
+    Outputs {
+        out,
+        lse: f32s(bytes.lse, shape.lse_len()),
+        weights: f32s(bytes.weights, shape.scores_len()),
+        logits: f32s(bytes.logits, shape.scores_len()),
+    }
 }
 
 #[cfg(test)]

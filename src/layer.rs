@@ -1,7 +1,8 @@
 //! The multi-head attention layer: projections, heads, attention, output projection, on the GPU from first to last.
 
 use crate::error::{Error, Result};
-use crate::problem::{Inputs, Problem};
+use crate::operands::{HostSlice, Operands};
+use crate::problem::Problem;
 use crate::projection::Order;
 use crate::shape::{MAX_DIM, MAX_SIZE};
 
@@ -110,8 +111,8 @@ pub struct LayerInputs<'a> {
     pub key: Option<&'a [f32]>,
     /// Value input.
     pub value: Option<&'a [f32]>,
-    /// Mask, bias and the small arrays; q, k and v are not used.
-    pub operands: Inputs<'a>,
+    /// Mask, bias and the small arrays of the attention inside.
+    pub operands: Operands<HostSlice<'a>>,
 }
 
 /// What a layer gives out, on the host.
@@ -248,6 +249,12 @@ impl Layer {
         }
         let conflicts = [
             (problem.packed.is_some(), "packed", "the layer", "its projections read rows of one length"),
+            (
+                problem.paged.is_some(),
+                "paged",
+                "the layer",
+                "its projections and its cache hold keys in rows, not in pages",
+            ),
             (problem.logits.is_some(), "logits", "the layer", "they do not leave it; run the attention alone"),
             (problem.element != own.element, "element", "the layer", "its inputs and its output are f32"),
             (self.zero_attn && problem.sinks, "sinks", "zero_attn", "a key of zeros is a sink of 0 itself"),

@@ -6,11 +6,12 @@ use crate::append::{self, Append};
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, Set, allocate, constant};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, upload_bytes};
+use crate::gpu::{Gpu, upload_bytes, whole};
 use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
+use crate::operands::Operands;
 use crate::operation::Operation;
 use crate::options::Options;
 use crate::plan::no_more_slices;
@@ -82,8 +83,8 @@ pub struct LayerBuffers<'a> {
     pub weights: Option<wgpu::BufferSlice<'a>>,
     /// The key/value cache, if the call has one.
     pub cache: Option<CacheBuffers<'a>>,
-    /// Mask, bias and the small arrays, as the problem says; q, k, v and out are not used.
-    pub operands: Buffers<'a>,
+    /// Mask, bias and the small arrays of the attention inside.
+    pub operands: Operands<wgpu::BufferSlice<'a>>,
 }
 
 /// A key/value cache on the GPU.
@@ -101,7 +102,7 @@ pub struct CacheBuffers<'a> {
 impl<'a> LayerBuffers<'a> {
     /// Self-attention without further operands.
     pub fn new(query: wgpu::BufferSlice<'a>, result: wgpu::BufferSlice<'a>) -> Self {
-        let operands = Buffers::new(query, query, query, result);
+        let operands = Operands::default();
         LayerBuffers { query, key: None, value: None, result, weights: None, cache: None, operands }
     }
 }
@@ -230,40 +231,25 @@ impl MultiHeadAttention {
         self.layer.check_inputs(problem, call, inputs)?;
         problem.check()?.check_operands(&inputs.operands)?;
         let prepared = self.prepare(gpu.library(), problem, call, options)?;
-        let of = &inputs.operands;
-        fn bytes<T: bytemuck::NoUninit>(slice: Option<&[T]>) -> Option<&[u8]> {
-            slice.map(bytemuck::cast_slice)
-        }
         let columns = u64::from(self.layer.weight_columns(problem.seq_kv));
         let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
         let heads = call.weights.map(|which| if which == Weights::Heads { u64::from(problem.heads) } else { 1 });
-        let nan = |count: u64| bytemuck::cast_slice(&vec![f32::NAN; count as usize]).to_vec();
-        let (result, weights) =
-            (nan(rows * u64::from(self.layer.out.outputs)), heads.map(|heads| nan(heads * rows * columns)));
-        let hosts = [
-            Some(bytemuck::cast_slice(inputs.query)),
-            bytes(inputs.key),
-            bytes(inputs.value),
-            Some(&result[..]),
-            weights.as_deref(),
-            of.mask,
-            of.bias.map(|bias| bias.bytes()),
-            bytes(of.key_lengths),
-            bytes(of.offsets),
-            bytes(of.alibi_slopes),
-            bytes(of.sinks),
-        ];
-        let uploaded = allocate(gpu.device(), || {
-            hosts.map(|host| host.map(|bytes| upload_bytes(gpu.device(), gpu.queue(), "layer operand", bytes)))
-        })?;
-        let [query, key, value, result, weights, mask, bias, lengths, offsets, slopes, sinks] =
-            uploaded.each_ref().map(|buffer| buffer.as_ref().map(|buffer| buffer.slice(..)));
-        let (query, result) = (query.expect("uploaded"), result.expect("uploaded"));
-        let mut buffers = LayerBuffers::new(query, result);
-        (buffers.key, buffers.value, buffers.weights) = (key, value, weights);
-        (buffers.operands.mask, buffers.operands.bias) = (mask, bias);
-        (buffers.operands.key_lengths, buffers.operands.offsets) = (lengths, offsets);
-        (buffers.operands.alibi_slopes, buffers.operands.sinks) = (slopes, sinks);
+        let result_len = (rows * u64::from(self.layer.out.outputs)) as usize;
+        let weights_len = heads.map(|heads| (heads * rows * columns) as usize);
+        let upload =
+            |label, values: &[f32]| upload_bytes(gpu.device(), gpu.queue(), label, bytemuck::cast_slice(values));
+        let make = || Uploaded {
+            query: upload("query", inputs.query),
+            key: inputs.key.map(|key| upload("key", key)),
+            value: inputs.value.map(|value| upload("value", value)),
+            result: upload("result", &vec![f32::NAN; result_len]),
+            weights: weights_len.map(|len| upload("weights", &vec![f32::NAN; len])),
+            operands: inputs
+                .operands
+                .map(|operand, data| upload_bytes(gpu.device(), gpu.queue(), operand.name(), data.bytes())),
+        };
+        let uploaded = allocate(gpu.device(), make)?;
+        let buffers = uploaded.buffers();
         let recording = prepared.begin()?;
         for slice in 0..prepared.slices() {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
@@ -272,9 +258,33 @@ impl MultiHeadAttention {
             gpu.wait()?;
         }
         // Buffers are never empty, outputs may be.
-        let read = |slice, bytes: usize| gpu.read(slice).map(|read| bytemuck::pod_collect_to_vec(&read[..bytes]));
-        let weights = weights.zip(hosts[4]).map(|(slice, host)| read(slice, host.len()));
-        Ok(LayerOutputs { out: read(result, hosts[3].map_or(0, <[u8]>::len))?, weights: weights.transpose()? })
+        let read = |slice, len: usize| gpu.read(slice).map(|read| bytemuck::pod_collect_to_vec(&read[..4 * len]));
+        let weights = buffers.weights.zip(weights_len).map(|(slice, len)| read(slice, len));
+        Ok(LayerOutputs { out: read(buffers.result, result_len)?, weights: weights.transpose()? })
+    }
+}
+
+/// What one call on host slices has on the device.
+struct Uploaded {
+    query: wgpu::Buffer,
+    key: Option<wgpu::Buffer>,
+    value: Option<wgpu::Buffer>,
+    result: wgpu::Buffer,
+    weights: Option<wgpu::Buffer>,
+    operands: Operands<wgpu::Buffer>,
+}
+
+impl Uploaded {
+    fn buffers(&self) -> LayerBuffers<'_> {
+        LayerBuffers {
+            query: self.query.slice(..),
+            key: whole(&self.key),
+            value: whole(&self.value),
+            result: self.result.slice(..),
+            weights: whole(&self.weights),
+            cache: None,
+            operands: self.operands.as_ref().map(|_, buffer| buffer.slice(..)),
+        }
     }
 }
 
@@ -730,15 +740,15 @@ impl PreparedLayer {
                 (k, own(set, Slot::V).unwrap_or(k))
             }
         };
-        let mut inner = Buffers { q, k, v, out, ..buffers.operands };
+        let mut inner = Buffers::new(q, k, v, out);
         inner.lse = own(set, Slot::Lse);
         inner.weights = own(set, Slot::Weights).or(buffers.weights);
-        inner.logits = None;
+        inner.operands = buffers.operands;
         if self.zero_attn {
-            inner.sinks = Some(self.zeros.slice(..));
+            inner.operands.sinks = Some(self.zeros.slice(..));
         }
         if let Some(cache) = &buffers.cache {
-            inner.offsets = Some(cache.starts);
+            inner.operands.offsets = Some(cache.starts);
         }
         inner
     }

@@ -12,7 +12,7 @@ use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 use crate::options::Options;
 use crate::planner::{Lists, Planner};
-use crate::shape::Shape;
+use crate::shape::{Shape, Tensor};
 pub use crate::step::{Bound, Step};
 use crate::tuned::{Choice, Tuning};
 
@@ -42,9 +42,9 @@ impl Plan {
         caps.check()?;
         // What no buffer of the device can hold cannot be there to be bound.
         let limit = caps.limits.max_buffer_size;
-        for (field, bytes) in shape.tensor_bytes() {
+        for (slot, bytes) in tensors(shape) {
             if let Some(value) = bytes.filter(|&bytes| bytes > limit) {
-                return Err(Error::bytes(field, value, limit));
+                return Err(Error::bytes(slot.name(), value, limit));
             }
         }
         Planner::new(shape, caps, options, tuning)?.plan()
@@ -133,6 +133,23 @@ impl Plan {
     }
 }
 
+/// Each tensor that a call binds, with its bytes: `None` where the problem has none of it.
+pub(crate) fn tensors(shape: &Shape) -> [(Slot, Option<u64>); 9] {
+    let tensor = |tensor: &Tensor| Some(tensor.extent() * shape.element.bytes());
+    let operand = |slot: Slot| (slot, slot.operand().and_then(|operand| operand.bytes(shape)));
+    [
+        (Slot::Q, tensor(&shape.q)),
+        (Slot::K, tensor(&shape.k)),
+        (Slot::V, tensor(&shape.v)),
+        operand(Slot::Mask),
+        operand(Slot::Bias),
+        (Slot::Out, tensor(&shape.out)),
+        (Slot::Lse, shape.lse.then(|| 4 * shape.lse_len())),
+        (Slot::Weights, shape.weights.then(|| 4 * shape.scores_len())),
+        (Slot::Logits, shape.logits.map(|_| 4 * shape.scores_len())),
+    ]
+}
+
 /// Refuses the number of a slice that is not there. There may be none at all, so that no largest number can be named.
 pub(crate) fn no_more_slices(slice: usize, slices: usize) -> Result<()> {
     let (value, limit) = (slice as u64 + 1, slices as u64);
@@ -177,5 +194,19 @@ impl fmt::Display for Plan {
             writeln!(f, "  {reason}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operands::{Kind, Operand};
+    use crate::problem::Problem;
+
+    #[test]
+    fn every_operand_that_is_a_tensor_is_bound() {
+        let shape = Problem::new(1, 1, 1, 1, 1).check().unwrap();
+        let bound: Vec<Operand> = tensors(&shape).into_iter().filter_map(|(slot, _)| slot.operand()).collect();
+        assert_eq!(bound, Operand::of_kind(Kind::Tensor).collect::<Vec<_>>());
     }
 }

@@ -14,6 +14,7 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, export, logits, pack, scores, softmax, values, weights};
 use crate::merge::Merge;
+use crate::operands::{Kind, Operand, Operands};
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
@@ -24,46 +25,38 @@ use crate::tuned::{Choice, Tuning};
 use crate::walk::{Band, most_keys};
 
 /// Places of the small arrays, in u32 words of one buffer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Lists {
-    pub(crate) lengths: u32,
-    pub(crate) offsets: u32,
-    pub(crate) slopes: u32,
-    pub(crate) sinks: u32,
-    pub(crate) cu_q: u32,
-    pub(crate) cu_kv: u32,
-    pub(crate) pages: u32,
-    pub(crate) words: u32,
+    /// Where each list begins, also one that the problem does not have.
+    places: Operands<u64>,
+    words: u64,
 }
 
 impl Lists {
     fn new(shape: &Shape) -> Self {
         // A word of padding stands for no list at all: a binding may not be empty.
-        let mut words = 4;
-        let mut place = |present: bool, n: u32| {
-            let at = words;
-            words += if present { n } else { 0 };
-            at
-        };
-        let packed = shape.packed.is_some();
-        let mut lists = Lists {
-            lengths: place(shape.key_lengths, shape.batch),
-            offsets: place(shape.causal == Causal::Offset, shape.batch),
-            slopes: place(shape.alibi, shape.heads),
-            sinks: 0,
-            cu_q: place(packed, shape.batch + 1),
-            cu_kv: place(packed, shape.batch + 1),
-            pages: place(shape.paged.is_some(), shape.block_table_len() as u32),
-            words: 0,
-        };
-        // Where a binding may begin.
-        lists.sinks = words.next_multiple_of(64);
-        lists.words = if shape.sinks { lists.sinks + shape.heads } else { words };
-        lists
+        let mut words = 4u64;
+        let places = Operands::from_fn(|operand| {
+            if operand.kind() != Kind::List {
+                return None;
+            }
+            // `merge` binds the sinks alone, and a binding begins at a multiple of 256 bytes.
+            let place = if operand == Operand::Sinks { words.next_multiple_of(64) } else { words };
+            if let Some(len) = operand.len(shape) {
+                words = place + len;
+            }
+            Some(place)
+        });
+        Lists { places, words }
+    }
+
+    /// Where a list begins. A plan is made only where all lists together fit a binding, so that the place fits a word.
+    pub(crate) fn place(&self, list: Operand) -> u32 {
+        *self.places.get(list).expect("every list has a place") as u32
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        4 * u64::from(self.words)
+        4 * self.words
     }
 }
 
@@ -245,7 +238,8 @@ impl<'a> Planner<'a> {
     pub(crate) fn plan(mut self) -> Result<Plan> {
         if self.lists.bytes() > self.caps.binding() {
             let limit = self.caps.binding();
-            let field = if self.shape.paged.is_some() { "block_table" } else { "per-batch and per-head arrays" };
+            let field =
+                if self.shape.paged.is_some() { Operand::BlockTable.name() } else { "per-batch and per-head arrays" };
             return Err(Error::bytes(field, self.lists.bytes(), limit));
         }
         let s = self.shape;
@@ -394,10 +388,10 @@ impl<'a> Planner<'a> {
             operands.push(("v", self.key_span(&s.v, part, &(0..s.seq_kv)), bytes));
         }
         if let Some(mask) = s.mask {
-            operands.push(("mask", broadcast_span(&mask, part), 1));
+            operands.push((Operand::Mask.name(), broadcast_span(&mask, part), 1));
         }
         if let Some(bias) = s.bias {
-            operands.push(("bias", broadcast_span(&bias.shape, part), bias.element.bytes()));
+            operands.push((Operand::Bias.name(), broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
         if self.weighs() {
             // Bound as twice the binding of lse, see `bound`.
@@ -666,7 +660,7 @@ impl<'a> Planner<'a> {
 
     fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
         let s = self.shape;
-        let l = self.lists;
+        let l = &self.lists;
         let rows = u64::from(part.rows.end - part.rows.start);
         let group = self.group(part);
         let row = u64::from(s.score_row());
@@ -706,13 +700,13 @@ impl<'a> Planner<'a> {
             s_batch: s_batch as u32,
             s_head: s_head as u32,
             s_row: s.score_row(),
-            list_lengths: l.lengths,
-            list_offsets: l.offsets,
-            list_slopes: l.slopes,
-            list_sinks: l.sinks,
-            list_cu_q: l.cu_q,
-            list_cu_kv: l.cu_kv,
-            list_pages: l.pages,
+            list_lengths: l.place(Operand::KeyLengths),
+            list_offsets: l.place(Operand::Offsets),
+            list_slopes: l.place(Operand::AlibiSlopes),
+            list_sinks: l.place(Operand::Sinks),
+            list_cu_q: l.place(Operand::CuSeqlensQ),
+            list_cu_kv: l.place(Operand::CuSeqlensKv),
+            list_pages: l.place(Operand::BlockTable),
             ..Params::default()
         }
     }

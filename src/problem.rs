@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::operands::{HostSlice, Operands};
+
 /// Element type of a tensor in memory. Arithmetic is always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -478,24 +480,8 @@ pub struct Inputs<'a> {
     pub k: Elements<'a>,
     /// Values.
     pub v: Elements<'a>,
-    /// Boolean mask, one byte per element; 0 hides the key, and any other value lets it be visible.
-    pub mask: Option<&'a [u8]>,
-    /// Additive bias.
-    pub bias: Option<Elements<'a>>,
-    /// Key lengths, `[batch]`.
-    pub key_lengths: Option<&'a [u32]>,
-    /// Offsets of [`Causal::Offset`], `[batch]`.
-    pub offsets: Option<&'a [i32]>,
-    /// ALiBi slopes, `[heads]`.
-    pub alibi_slopes: Option<&'a [f32]>,
-    /// Attention sinks, `[heads]`.
-    pub sinks: Option<&'a [f32]>,
-    /// Boundaries of the query sequences, `[batch + 1]`.
-    pub cu_seqlens_q: Option<&'a [u32]>,
-    /// Boundaries of the key sequences, `[batch + 1]`.
-    pub cu_seqlens_kv: Option<&'a [u32]>,
-    /// Pages of each batch's keys, `[batch, ⌈seq_kv / page_size⌉]`. Entries beyond its key length may hold anything.
-    pub block_table: Option<&'a [u32]>,
+    /// Mask, bias and the small arrays.
+    pub operands: Operands<HostSlice<'a>>,
 }
 
 /// Results on the host, widened to `T` (f32, or f64 from the reference). An output that the problem does not ask for is `None`.

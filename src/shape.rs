@@ -3,7 +3,8 @@
 use std::ops::Deref;
 
 use crate::error::{Error, Result};
-use crate::problem::{Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
+use crate::operands::{HostSlice, Operand, Operands, Scalar};
+use crate::problem::{Broadcast, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
 use crate::walk::Band;
 
 /// Largest head and value dimension.
@@ -180,7 +181,8 @@ impl Shape {
             }
         }
         let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
-        for (field, shape) in [("mask", p.mask), ("bias", p.bias.map(|b| b.shape))] {
+        for (operand, shape) in [(Operand::Mask, p.mask), (Operand::Bias, p.bias.map(|b| b.shape))] {
+            let field = operand.name();
             if let Some(Broadcast(shape)) = shape {
                 let keys = shape[3] == 1 || shape[3] == target[3] || (1..target[3]).contains(&shape[3]);
                 let fits = keys && (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis]);
@@ -198,7 +200,7 @@ impl Shape {
             Some(packed) => {
                 let why = "packed sequences carry their lengths in cu_seqlens";
                 if p.key_lengths {
-                    return Err(Error::Conflict { left: "packed", right: "key_lengths", why });
+                    return Err(Error::Conflict { left: "packed", right: Operand::KeyLengths.name(), why });
                 }
                 for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
                     if value > MAX_SIZE {
@@ -288,22 +290,6 @@ impl Shape {
         u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q) * u64::from(self.seq_kv)
     }
 
-    /// The name of each tensor that a call reads or writes, and its size in bytes; `None` where the problem does not use the tensor.
-    pub(crate) fn tensor_bytes(&self) -> [(&'static str, Option<u64>); 9] {
-        let bytes = self.element.bytes();
-        [
-            ("q", Some(self.q.extent() * bytes)),
-            ("k", Some(self.k.extent() * bytes)),
-            ("v", Some(self.v.extent() * bytes)),
-            ("mask", self.mask.map(|mask| mask.len() as u64)),
-            ("bias", self.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes())),
-            ("out", Some(self.out.extent() * bytes)),
-            ("lse", self.lse.then(|| 4 * self.lse_len())),
-            ("weights", self.weights.then(|| 4 * self.scores_len())),
-            ("logits", self.logits.map(|_| 4 * self.scores_len())),
-        ]
-    }
-
     /// Number of visible (row, key) pairs over all batches and heads, as far as the problem tells. Causal rule and window count.
     /// The contents of lengths, masks and per-batch offsets are not part of the problem, so that these hide nothing here. With
     /// per-batch offsets a row counts the width of the window, or all keys without one.
@@ -331,75 +317,55 @@ impl Shape {
         tensor("q", &inputs.q, &self.q)?;
         tensor("k", &inputs.k, &self.k)?;
         tensor("v", &inputs.v, &self.v)?;
-        self.check_operands(inputs)
+        self.check_operands(&inputs.operands)
     }
 
     /// Like [`Shape::check_inputs`], for all operands but q, k and v.
-    pub(crate) fn check_operands(&self, inputs: &Inputs<'_>) -> Result<()> {
-        let batch = self.batch as usize;
-        let packed = self.packed.is_some();
-        let counts = [
-            ("mask", inputs.mask.map(<[u8]>::len), self.mask.map(|m| m.len())),
-            ("bias", inputs.bias.map(|b| b.len()), self.bias.map(|b| b.shape.len())),
-            ("key_lengths", inputs.key_lengths.map(<[u32]>::len), self.key_lengths.then_some(batch)),
-            ("offsets", inputs.offsets.map(<[i32]>::len), (self.causal == Causal::Offset).then_some(batch)),
-            ("alibi_slopes", inputs.alibi_slopes.map(<[f32]>::len), self.alibi.then_some(self.heads as usize)),
-            ("sinks", inputs.sinks.map(<[f32]>::len), self.sinks.then_some(self.heads as usize)),
-            ("cu_seqlens_q", inputs.cu_seqlens_q.map(<[u32]>::len), packed.then_some(batch + 1)),
-            ("cu_seqlens_kv", inputs.cu_seqlens_kv.map(<[u32]>::len), packed.then_some(batch + 1)),
-            ("block_table", inputs.block_table.map(<[u32]>::len), self.paged.map(|_| self.block_table_len() as usize)),
-        ];
-        for (field, got, want) in counts {
-            match (got, want) {
+    pub(crate) fn check_operands(&self, operands: &Operands<HostSlice<'_>>) -> Result<()> {
+        for &operand in Operand::ALL {
+            let field = operand.name();
+            match (operands.get(operand), operand.need(self)) {
                 (None, None) => {}
-                (Some(got), Some(want)) => length(field, got, want)?,
+                (Some(data), Some((scalar, len))) => {
+                    same_scalar(field, data.scalar(), scalar)?;
+                    length(field, data.len(), len as usize)?;
+                }
                 (None, Some(_)) => return Err(Error::Missing { field }),
                 (Some(_), None) => return Err(Error::Unexpected { field }),
             }
         }
-        if let (Some(data), Some(bias)) = (&inputs.bias, self.bias) {
-            same_element("bias", data, bias.element)?;
+        self.check_entries(operands)
+    }
+
+    /// The contents of the small operands, whose types and lengths are right.
+    fn check_entries(&self, operands: &Operands<HostSlice<'_>>) -> Result<()> {
+        let key_lengths = operands.key_lengths.map(HostSlice::u32s);
+        for (index, &value) in key_lengths.unwrap_or(&[]).iter().enumerate() {
+            at_most(Operand::KeyLengths.name(), index, value, self.seq_kv)?;
         }
-        if let Some(lengths) = inputs.key_lengths {
-            for (index, &value) in lengths.iter().enumerate() {
-                at_most("key_lengths", index, value, self.seq_kv)?;
-            }
-        }
-        if let (Some(table), Some(paged)) = (inputs.block_table, self.paged) {
+        if let (Some(table), Some(paged)) = (operands.block_table.map(HostSlice::u32s), self.paged) {
             // Without keys the table is empty, and so is each of its rows.
             let each = (paged.of(self.seq_kv) as usize).max(1);
             for (b, pages) in table.chunks_exact(each).enumerate() {
-                let used = inputs.key_lengths.map_or(each, |lengths| paged.of(lengths[b]) as usize);
+                let used = key_lengths.map_or(each, |lengths| paged.of(lengths[b]) as usize);
                 for (n, &page) in pages[..used].iter().enumerate() {
-                    at_most("block_table", b * each + n, page, paged.pages - 1)?;
+                    at_most(Operand::BlockTable.name(), b * each + n, page, paged.pages - 1)?;
                 }
             }
         }
-        for (field, values) in [("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)] {
-            if let Some(&value) = values.unwrap_or(&[]).iter().find(|x| !x.is_finite()) {
-                return Err(Error::Number { field, value, want: "finite" });
+        for operand in [Operand::AlibiSlopes, Operand::Sinks] {
+            let values = operands.get(operand).map_or(&[][..], |values| values.f32s());
+            if let Some(&value) = values.iter().find(|x| !x.is_finite()) {
+                return Err(Error::Number { field: operand.name(), value, want: "finite" });
             }
         }
         if let Some(packed) = self.packed {
-            let bounds = [
-                ("cu_seqlens_q", inputs.cu_seqlens_q, packed.total_q, self.seq_q),
-                ("cu_seqlens_kv", inputs.cu_seqlens_kv, packed.total_kv, self.seq_kv),
-            ];
-            for (field, values, total, longest) in bounds {
-                let values = values.expect("presence is checked above");
-                for (index, pair) in values.windows(2).enumerate() {
-                    if pair[1] < pair[0] {
-                        return Err(Error::Entry {
-                            field,
-                            index: index + 1,
-                            value: pair[1].into(),
-                            want: "at least",
-                            limit: pair[0].into(),
-                        });
-                    }
-                    at_most(field, index + 1, pair[1], total)?;
-                    at_most(field, index + 1, pair[1], pair[0].saturating_add(longest))?;
-                }
+            for (operand, total, longest) in [
+                (Operand::CuSeqlensQ, packed.total_q, self.seq_q),
+                (Operand::CuSeqlensKv, packed.total_kv, self.seq_kv),
+            ] {
+                let values = operands.get(operand).expect("presence is checked above").u32s();
+                check_boundaries(operand.name(), values, total, longest)?;
             }
         }
         Ok(())
@@ -454,9 +420,36 @@ impl Paged {
         if entries > u64::from(MAX_SIZE) {
             let advice = "use a smaller batch, larger pages or fewer keys";
             let limit = MAX_SIZE.into();
-            return Err(Error::Room { field: "block_table", size: entries, unit: "entries", limit, advice });
+            return Err(Error::Room {
+                field: Operand::BlockTable.name(),
+                size: entries,
+                unit: "entries",
+                limit,
+                advice,
+            });
         }
         Ok(())
+    }
+}
+
+/// Boundaries of sequences rise, each to at most `longest` more than the one before, and end within the tokens.
+fn check_boundaries(field: &'static str, values: &[u32], total: u32, longest: u32) -> Result<()> {
+    for (index, pair) in values.windows(2).enumerate() {
+        let (index, value) = (index + 1, pair[1]);
+        if value < pair[0] {
+            return Err(Error::Entry { field, index, value: value.into(), want: "at least", limit: pair[0].into() });
+        }
+        at_most(field, index, value, total)?;
+        at_most(field, index, value, pair[0].saturating_add(longest))?;
+    }
+    Ok(())
+}
+
+fn same_scalar(field: &'static str, got: Scalar, want: Scalar) -> Result<()> {
+    match (got, want) {
+        _ if got == want => Ok(()),
+        (Scalar::Float(got), Scalar::Float(want)) => Err(Error::Element { field, got, want }),
+        (got, want) => Err(Error::Scalar { field, got, want }),
     }
 }
 

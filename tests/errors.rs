@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 use support::staged::Staged;
 use support::{Data, gpus};
 use wgpu_attention::kernel::Slot;
+use wgpu_attention::operands::Scalar;
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
-    Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, Inputs, Kernel, Layer,
+    Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
     LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Options, Order, Packed, Paged, Plan,
     Problem, Projection, Rotation, wgpu,
 };
@@ -157,7 +158,9 @@ fn pages_that_cannot_be_are_refused() {
     let p = with(|p| (p.key_lengths, p.paged) = (true, Some(PAGED)));
     let (shape, operands) = (p.check().unwrap(), Data::random(&p, 1, 1.0));
     let check = |table: Option<&[u32]>| {
-        let inputs = Inputs { block_table: table, key_lengths: Some(&[7, 4]), ..operands.inputs() };
+        let mut inputs = operands.inputs();
+        inputs.operands.block_table = table.map(HostSlice::from);
+        inputs.operands.key_lengths = Some((&[7u32, 4]).into());
         shape.check_inputs(&inputs)
     };
     // No entry beyond a length is read.
@@ -168,7 +171,8 @@ fn pages_that_cannot_be_are_refused() {
     let entry = Error::Entry { field: "block_table", index: 1, value: 3, want: "at most", limit: 2 };
     says(check(Some(&[0, 3, 1, 0])).unwrap_err(), entry, &["block_table[1]", "3", "at most 2"]);
     let (shape, operands) = (small().check().unwrap(), Data::random(&small(), 1, 1.0));
-    let inputs = Inputs { block_table: Some(&[0]), ..operands.inputs() };
+    let mut inputs = operands.inputs();
+    inputs.operands.block_table = Some((&[0u32]).into());
     let unexpected = Error::Unexpected { field: "block_table" };
     says(shape.check_inputs(&inputs).unwrap_err(), unexpected, &["block_table"]);
 
@@ -186,10 +190,10 @@ fn pages_that_cannot_be_are_refused() {
         let prepared = gpu.library().prepare(&plan).unwrap();
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let mut buffers = staged.buffers();
-        let table = buffers.block_table.take();
+        let table = buffers.operands.block_table.take();
         let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
         says(error, Error::Missing { field: "block_table" }, &["block_table"]);
-        buffers.block_table = table.map(|table| table.slice(..12));
+        buffers.operands.block_table = table.map(|table| table.slice(..12));
         let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
         says(error, Error::BufferSize { field: "block_table", got: 12, want: 16 }, &["block_table", "12", "16"]);
     }
@@ -220,46 +224,56 @@ fn host_operands_that_do_not_fit_are_refused() {
     refused(&|i| i.q = (&[0.0f32; 3][..]).into(), length("q", 3, 320), &["q", "3", "320"]);
     refused(&|i| i.k = (&[0.0f32; 449][..]).into(), length("k", 449, 448), &["k", "449", "448"]);
     refused(&|i| i.v = (&[][..]).into(), length("v", 0, 448), &["v"]);
-    refused(&|i| i.mask = Some(&[1; 34]), length("mask", 34, 35), &["mask"]);
-    refused(&|i| i.bias = Some((&[0.0f32; 8][..]).into()), length("bias", 8, 7), &["bias"]);
-    refused(&|i| i.key_lengths = Some(&[1]), length("key_lengths", 1, 2), &["key_lengths"]);
-    refused(&|i| i.offsets = Some(&[1; 3]), length("offsets", 3, 2), &["offsets"]);
-    refused(&|i| i.alibi_slopes = Some(&[1.0]), length("alibi_slopes", 1, 4), &["alibi_slopes"]);
-    refused(&|i| i.sinks = Some(&[1.0; 5]), length("sinks", 5, 4), &["sinks"]);
+    refused(&|i| i.operands.mask = Some((&[1u8; 34]).into()), length("mask", 34, 35), &["mask"]);
+    refused(&|i| i.operands.bias = Some((&[0.0f32; 8]).into()), length("bias", 8, 7), &["bias"]);
+    refused(&|i| i.operands.key_lengths = Some((&[1u32]).into()), length("key_lengths", 1, 2), &["key_lengths"]);
+    refused(&|i| i.operands.offsets = Some((&[1i32; 3]).into()), length("offsets", 3, 2), &["offsets"]);
+    refused(&|i| i.operands.alibi_slopes = Some((&[1.0f32]).into()), length("alibi_slopes", 1, 4), &["alibi_slopes"]);
+    refused(&|i| i.operands.sinks = Some((&[1.0f32; 5]).into()), length("sinks", 5, 4), &["sinks"]);
 
     let missing: [(&str, Change<Inputs<'static>>); 6] = [
-        ("mask", |i| i.mask = None),
-        ("bias", |i| i.bias = None),
-        ("key_lengths", |i| i.key_lengths = None),
-        ("offsets", |i| i.offsets = None),
-        ("alibi_slopes", |i| i.alibi_slopes = None),
-        ("sinks", |i| i.sinks = None),
+        ("mask", |i| i.operands.mask = None),
+        ("bias", |i| i.operands.bias = None),
+        ("key_lengths", |i| i.operands.key_lengths = None),
+        ("offsets", |i| i.operands.offsets = None),
+        ("alibi_slopes", |i| i.operands.alibi_slopes = None),
+        ("sinks", |i| i.operands.sinks = None),
     ];
     for (field, change) in missing {
         refused(&change, Error::Missing { field }, &[field, "not given"]);
     }
-    refused(&|i| i.cu_seqlens_q = Some(&[0, 1, 2]), Error::Unexpected { field: "cu_seqlens_q" }, &["cu_seqlens_q"]);
+    refused(
+        &|i| i.operands.cu_seqlens_q = Some((&[0u32, 1, 2]).into()),
+        Error::Unexpected { field: "cu_seqlens_q" },
+        &["cu_seqlens_q"],
+    );
 
     let f16 = [half::f16::ONE; 448];
     let f16: &'static [half::f16] = Box::leak(Box::new(f16));
     let want = Error::Element { field: "v", got: Element::F16, want: Element::F32 };
     refused(&|i| i.v = wgpu_attention::Elements::F16(f16), want, &["v", "f16", "f32"]);
     let want = Error::Element { field: "bias", got: Element::F16, want: Element::F32 };
-    refused(&|i| i.bias = Some(wgpu_attention::Elements::F16(&f16[..7])), want, &["bias"]);
+    refused(&|i| i.operands.bias = Some(f16[..7].into()), want, &["bias"]);
+
+    let want = Error::Scalar { field: "key_lengths", got: Scalar::I32, want: Scalar::U32 };
+    refused(&|i| i.operands.key_lengths = Some((&[7i32, 7]).into()), want, &["key_lengths", "i32", "u32"]);
+    let want = Error::Scalar { field: "mask", got: Scalar::Float(Element::F32), want: Scalar::U8 };
+    refused(&|i| i.operands.mask = Some((&[1f32; 35]).into()), want, &["mask", "f32", "u8"]);
 
     let entry = |field, index, value, want, limit| Error::Entry { field, index, value, want, limit };
     refused(
-        &|i| i.key_lengths = Some(&[7, 8]),
+        &|i| i.operands.key_lengths = Some((&[7u32, 8]).into()),
         entry("key_lengths", 1, 8, "at most", 7),
         &["key_lengths[1]", "8", "7"],
     );
     let number = Error::Number { field: "sinks", value: f32::INFINITY, want: "finite" };
-    refused(&|i| i.sinks = Some(&[0.0, 1.0, f32::INFINITY, 0.0]), number, &["sinks", "inf"]);
+    refused(&|i| i.operands.sinks = Some((&[0.0, 1.0, f32::INFINITY, 0.0]).into()), number, &["sinks", "inf"]);
 
     let packed = with(|p| p.packed = Some(Packed { total_q: 9, total_kv: 12 }));
     let (shape, operands) = (packed.check().unwrap(), Data::random(&packed, 1, 1.0));
     let check = |q: &[u32], kv: &[u32]| {
-        let inputs = Inputs { cu_seqlens_q: Some(q), cu_seqlens_kv: Some(kv), ..operands.inputs() };
+        let mut inputs = operands.inputs();
+        (inputs.operands.cu_seqlens_q, inputs.operands.cu_seqlens_kv) = (Some(q.into()), Some(kv.into()));
         shape.check_inputs(&inputs)
     };
     check(&[0, 5, 9], &[0, 7, 12]).unwrap();
@@ -296,16 +310,16 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
             }
             let other = Staged::new(&device, &plan, &operands);
             let (own, other) = (staged.buffers(), other.buffers());
-            let mixed: [(&str, wgpu_attention::Buffers<'_>); 8] = [
+            let mut mixed = vec![
                 ("q", wgpu_attention::Buffers { q: other.q, ..own }),
                 ("v", wgpu_attention::Buffers { v: other.v, ..own }),
                 ("out", wgpu_attention::Buffers { out: other.out, ..own }),
-                ("mask", wgpu_attention::Buffers { mask: other.mask, ..own }),
-                ("bias", wgpu_attention::Buffers { bias: other.bias, ..own }),
-                ("key_lengths", wgpu_attention::Buffers { key_lengths: other.key_lengths, ..own }),
-                ("sinks", wgpu_attention::Buffers { sinks: other.sinks, ..own }),
-                ("offsets", wgpu_attention::Buffers { offsets: other.offsets, ..own }),
             ];
+            for (operand, &theirs) in other.operands.iter() {
+                let operands = own.operands.map(|each, slice| if each == operand { theirs } else { slice });
+                mixed.push((operand.name(), wgpu_attention::Buffers { operands, ..own }));
+            }
+            assert_eq!(mixed.len(), 3 + 6);
             for (field, buffers) in mixed {
                 let error = prepared.encode(&mut encoder, &buffers).unwrap_err();
                 says(error, Error::OtherDevice { field }, &[field, "another device"]);
@@ -412,26 +426,26 @@ fn buffers_that_do_not_fit_are_refused_and_nothing_is_recorded() {
         buffers.q = uniform.slice(..);
         refused(buffers, Error::BufferUsage { field: "q", usage: "STORAGE" }, &["q", "STORAGE"]);
         let mut buffers = whole();
-        buffers.sinks = Some(storage.slice(..));
+        buffers.operands.sinks = Some(storage.slice(..));
         refused(buffers, Error::BufferUsage { field: "sinks", usage: "COPY_SRC" }, &["sinks", "COPY_SRC"]);
         let mut buffers = whole();
         (buffers.q, buffers.out) = (storage.slice(..2048), storage.slice(4096..));
         refused(buffers, Error::Aliased { output: "out", other: "q" }, &["out", "q"]);
         let mut buffers = whole();
-        (buffers.mask, buffers.out) = (Some(storage.slice(..64)), storage.slice(4096..));
+        (buffers.operands.mask, buffers.out) = (Some(storage.slice(..64)), storage.slice(4096..));
         refused(buffers, Error::Aliased { output: "out", other: "mask" }, &["out", "mask"]);
         let both = other(8192, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
         let mut buffers = whole();
-        (buffers.key_lengths, buffers.out) = (Some(both.slice(..8)), both.slice(4096..));
+        (buffers.operands.key_lengths, buffers.out) = (Some(both.slice(..8)), both.slice(4096..));
         refused(buffers, Error::Aliased { output: "out", other: "key_lengths" }, &["out", "key_lengths"]);
         let mut buffers = whole();
-        buffers.offsets = Some(both.slice(..4));
+        buffers.operands.offsets = Some(both.slice(..4));
         refused(buffers, Error::BufferSize { field: "offsets", got: 4, want: 8 }, &["offsets", "4", "8"]);
         let mut buffers = whole();
-        buffers.alibi_slopes = Some(both.slice(2..));
+        buffers.operands.alibi_slopes = Some(both.slice(2..));
         refused(buffers, Error::BufferOffset { field: "alibi_slopes", offset: 2, alignment: 4 }, &["byte 2", "4"]);
         let mut buffers = whole();
-        buffers.bias = None;
+        buffers.operands.bias = None;
         refused(buffers, Error::Missing { field: "bias" }, &["bias"]);
         let mut buffers = whole();
         buffers.lse = Some(storage.slice(..));

@@ -7,9 +7,9 @@ use support::{Data, Random, floor, gpus, small};
 use wgpu_attention::kernel::{Slot, Variant};
 use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
-    Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Inputs, Layer, LayerBuffers,
-    LayerInputs, Linear, MultiHeadAttention, Operation, Options, Order, Positions, PreparedLayer, Problem, Projection,
-    Rotation, Sources, Strides, Weights, Window, reference, wgpu,
+    Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Layer, LayerBuffers, LayerInputs,
+    Linear, MultiHeadAttention, Operands, Operation, Options, Order, Paged, Positions, PreparedLayer, Problem,
+    Projection, Rotation, Sources, Strides, Weights, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -440,12 +440,11 @@ fn check_layer(gpu: &Gpu, layer: &Layer, problem: &Problem, call: &Call, element
     let query = input(problem.seq_q, layer.query.inputs);
     let (key, value) = (input(problem.seq_kv, layer.key.inputs), input(problem.seq_kv, layer.value.inputs));
     let data = Data::random(problem, 5, 1.0);
-    let operands = Inputs { q: Elements::default(), k: Elements::default(), v: Elements::default(), ..data.inputs() };
     let inputs = LayerInputs {
         query: &query,
         key: (call.sources != Sources::Query).then_some(&key),
         value: (call.sources == Sources::Each).then_some(&value),
-        operands,
+        operands: data.inputs().operands,
     };
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
     let got =
@@ -534,7 +533,7 @@ fn an_extra_key_keeps_its_weight_however_light_or_heavy_it_is() {
             // q·k is 0 for the ordinary key and `distance` for the other.
             let (query, key, value) = (vec![1.0, 0.0, 0.0, 0.0], vec![0.0; 4], vec![1.0; 4]);
             let inputs =
-                LayerInputs { query: &query, key: Some(&key), value: Some(&value), operands: Inputs::default() };
+                LayerInputs { query: &query, key: Some(&key), value: Some(&value), operands: Operands::default() };
             let mut call = Call::default();
             call.sources = Sources::Each;
             let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
@@ -989,6 +988,9 @@ fn wrong_layers_and_calls_are_errors() {
     assert_eq!(run(&|_, c| c.sources = Sources::Key), Err(Error::Missing { field: "key" }));
     assert_eq!(run(&|p, _| p.key_lengths = true), Err(Error::Missing { field: "key_lengths" }));
     assert!(matches!(run(&|_, c| c.cache = true), Err(Error::Conflict { left: "cache", .. })));
+    let pages = Some(Paged { pages: 2, page_size: 3 });
+    let refused = run(&|p, _| p.paged = pages);
+    assert!(matches!(refused, Err(Error::Conflict { left: "paged", right: "the layer", .. })), "{refused:?}");
     assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
     // A row beyond the table would turn like its last one.
     let mut short = good.clone();

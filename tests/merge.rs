@@ -8,7 +8,7 @@ use support::{Data, Random, floor, gpus};
 use wgpu_attention::kernel::Slot;
 use wgpu_attention::reference::{self, Partial};
 use wgpu_attention::{
-    Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, Options, Problem, Strides, wgpu,
+    Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, Operands, Options, Problem, Strides, wgpu,
 };
 
 /// Unit roundoff of f32.
@@ -273,14 +273,13 @@ fn parts_of_the_keys_merge_into_the_whole() {
             (problem.kv_heads, problem.causal, problem.lse) = (2, Causal::Offset, true);
             problem.mask = Some(Broadcast([1, 1, 1, keys as u32]));
             let mask = data.mask.as_ref().expect("asked for");
-            let inputs = Inputs {
-                q: data.q.elements(),
-                k: Elements::F32(&k),
-                v: Elements::F32(&v),
-                mask: Some(&mask[part[0]..part[1]]),
-                offsets: Some(&[50 - 19 - part[0] as i32; 2]),
-                ..Inputs::default()
+            let offsets = [50 - 19 - part[0] as i32; 2];
+            let operands = Operands {
+                mask: Some(mask[part[0]..part[1]].into()),
+                offsets: Some((&offsets).into()),
+                ..Operands::default()
             };
+            let inputs = Inputs { q: data.q.elements(), k: Elements::F32(&k), v: Elements::F32(&v), operands };
             let got = gpu.attention(&problem, &inputs).expect("valid");
             out.extend(got.out);
             lse.extend(got.lse.expect("asked for"));

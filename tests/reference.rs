@@ -6,7 +6,8 @@ use wgpu_attention::reference::{
     Partial, Tolerance, attention, attention_with_budget, budget, logits, merge, scores, softmax, values, weights,
 };
 use wgpu_attention::{
-    Bias, Broadcast, Causal, Element, Elements, Error, Inputs, Layout, Logits, Outputs, Packed, Problem, Window,
+    Bias, Broadcast, Causal, Element, Elements, Error, HostSlice, Inputs, Layout, Logits, Operands, Outputs, Packed,
+    Problem, Window,
 };
 
 /// Signed numbers, roughly normal.
@@ -20,7 +21,7 @@ fn random(seed: u64, len: usize, spread: f32) -> Vec<f32> {
 }
 
 /// Random operands for everything that the problem uses.
-struct Operands {
+struct Data {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -32,11 +33,11 @@ struct Operands {
     sinks: Option<Vec<f32>>,
 }
 
-impl Operands {
+impl Data {
     fn new(p: &Problem) -> Self {
         let shape = p.check().unwrap();
         let batch = p.batch as usize;
-        Operands {
+        Data {
             q: random(1, shape.q().extent() as usize, 1.0),
             k: random(2, shape.k().extent() as usize, 1.0),
             v: random(3, shape.v().extent() as usize, 1.0),
@@ -54,15 +55,24 @@ impl Operands {
             q: (&self.q).into(),
             k: (&self.k).into(),
             v: (&self.v).into(),
-            mask: self.mask.as_deref(),
-            bias: self.bias.as_ref().map(Elements::from),
-            key_lengths: self.key_lengths.as_deref(),
-            offsets: self.offsets.as_deref(),
-            alibi_slopes: self.slopes.as_deref(),
-            sinks: self.sinks.as_deref(),
-            ..Inputs::default()
+            operands: Operands {
+                mask: self.mask.as_ref().map(HostSlice::from),
+                bias: self.bias.as_ref().map(HostSlice::from),
+                key_lengths: self.key_lengths.as_ref().map(HostSlice::from),
+                offsets: self.offsets.as_ref().map(HostSlice::from),
+                alibi_slopes: self.slopes.as_ref().map(HostSlice::from),
+                sinks: self.sinks.as_ref().map(HostSlice::from),
+                ..Operands::default()
+            },
         }
     }
+}
+
+/// The same inputs with other operands.
+fn given<'a>(inputs: Inputs<'a>, set: impl FnOnce(&mut Operands<HostSlice<'a>>)) -> Inputs<'a> {
+    let mut inputs = inputs;
+    set(&mut inputs.operands);
+    inputs
 }
 
 /// A problem with every output.
@@ -123,7 +133,8 @@ fn thirds_and_sixths() {
 
     // A sink of ln 6 takes half of the weight.
     let p = with(&p, |p| p.sinks = true);
-    let got = attention::<f64>(&p, &Inputs { sinks: Some(&[6f32.ln()]), ..inputs }).unwrap();
+    let sinks = [6f32.ln()];
+    let got = attention::<f64>(&p, &given(inputs, |o| o.sinks = Some((&sinks).into()))).unwrap();
     assert_close(got.weights.as_ref().unwrap(), &[1.0 / 12.0, 2.0 / 12.0, 3.0 / 12.0], 1e-7);
     assert_close(&got.out, &[7.0], 1e-6);
     assert_close(got.lse.as_ref().unwrap(), &[12f64.ln()], 1e-7);
@@ -140,9 +151,11 @@ fn cap_then_alibi_then_bias() {
         q: (&q[..]).into(),
         k: (&k[..]).into(),
         v: (&v[..]).into(),
-        bias: Some((&[10.0, -20.0][..]).into()),
-        alibi_slopes: Some(&[0.25, 8.0]),
-        ..Inputs::default()
+        operands: Operands {
+            bias: Some((&[10.0f32, -20.0]).into()),
+            alibi_slopes: Some((&[0.25f32, 8.0]).into()),
+            ..Operands::default()
+        },
     };
     let raw = [1.0, -3.0, -1.0, 3.0, 0.5, 2.0, 0.5, 2.0];
     let capped = raw.map(|s: f64| 1.5 * (s / 1.5).tanh());
@@ -158,7 +171,7 @@ fn cap_then_alibi_then_bias() {
 fn causal_and_window() {
     let check = |seq_q, seq_kv, rule: (Causal, Option<u32>, Option<u32>), want: &[&str]| {
         let p = problem([1, 1, seq_q, seq_kv, 2], |p| causal(p, rule.0, rule.1, rule.2));
-        assert_eq!(seen(&p, &Operands::new(&p).inputs()), want, "{rule:?}");
+        assert_eq!(seen(&p, &Data::new(&p).inputs()), want, "{rule:?}");
     };
     check(3, 5, (Causal::TopLeft, None, None), &["#....", "##...", "###.."]);
     check(3, 5, (Causal::BottomRight, None, None), &["###..", "####.", "#####"]);
@@ -169,7 +182,7 @@ fn causal_and_window() {
     check(2, 4, (Causal::TopLeft, None, Some(3)), &["#...", "##.."]);
 
     let p = problem([3, 1, 2, 4, 2], |p| causal(p, Causal::Offset, Some(1), None));
-    let operands = Operands { offsets: Some(vec![-1, 1, 4]), ..Operands::new(&p) };
+    let operands = Data { offsets: Some(vec![-1, 1, 4]), ..Data::new(&p) };
     assert_eq!(seen(&p, &operands.inputs()), ["....", "#...", "##..", ".##.", "...#", "...."]);
 }
 
@@ -179,12 +192,13 @@ fn key_lengths_shift_the_bottom_right() {
         p.key_lengths = true;
         causal(p, Causal::BottomRight, None, None);
     });
-    let mut operands = Operands::new(&p);
+    let mut operands = Data::new(&p);
     operands.key_lengths = Some(vec![3, 1, 0]);
     assert_eq!(seen(&p, &operands.inputs()), ["##..", "###.", "....", "#...", "....", "...."]);
     // ALiBi counts from the same position.
     let p = with(&p, |p| (p.alibi, p.scale) = (true, Some(0.0)));
-    let logits = attention::<f64>(&p, &Inputs { alibi_slopes: Some(&[2.0]), ..operands.inputs() }).unwrap().logits;
+    let logits =
+        attention::<f64>(&p, &given(operands.inputs(), |o| o.alibi_slopes = Some((&[2f32]).into()))).unwrap().logits;
     let hidden = f64::NEG_INFINITY;
     assert_eq!(logits.unwrap()[..8], [-2.0, 0.0, hidden, hidden, -4.0, -2.0, 0.0, hidden]);
 }
@@ -194,12 +208,12 @@ fn masks_broadcast() {
     let check = |shape: &[u32], mask: &[u8], want: &[&str]| {
         let shape = Broadcast::new("mask", shape).unwrap();
         let p = problem([2, 1, 2, 3, 2], |p| p.mask = Some(shape));
-        let operands = Operands { mask: Some(mask.to_vec()), ..Operands::new(&p) };
+        let operands = Data { mask: Some(mask.to_vec()), ..Data::new(&p) };
         assert_eq!(seen(&p, &operands.inputs()), want);
         // A bias hides what a mask hides.
         let p = problem([2, 1, 2, 3, 2], |p| p.bias = Some(Bias { shape, element: Element::F32 }));
         let bias = mask.iter().map(|&m| if m != 0 { 0.5 } else { f32::NEG_INFINITY }).collect();
-        assert_eq!(seen(&p, &Operands { bias: Some(bias), ..Operands::new(&p) }.inputs()), want);
+        assert_eq!(seen(&p, &Data { bias: Some(bias), ..Data::new(&p) }.inputs()), want);
     };
     check(&[3], &[1, 0, 9], &["#.#", "#.#", "#.#", "#.#"]);
     check(&[2, 3], &[1, 0, 0, 0, 1, 1], &["#..", ".##", "#..", ".##"]);
@@ -213,7 +227,7 @@ fn masks_broadcast() {
 #[test]
 fn stages_make_the_whole() {
     let mut p = everything();
-    let operands = Operands::new(&p);
+    let operands = Data::new(&p);
     for (rule, layout) in [(Causal::BottomRight, Layout::Bshd), (Causal::TopLeft, Layout::Bhsd)] {
         (p.causal, p.out) = (rule, layout);
         let (shape, inputs) = (p.check().unwrap(), operands.inputs());
@@ -233,7 +247,7 @@ fn stages_make_the_whole() {
 fn every_batch_and_head_reads_its_own() {
     let [batch, heads, kv_heads, seq_q, seq_kv, dim] = [2, 6, 2, 3, 5, 4];
     let p = problem([2, 6, 3, 5, 4], |p| (p.kv_heads, p.scale) = (2, Some(0.5)));
-    let o = Operands::new(&p);
+    let o = Data::new(&p);
     let mut want = Vec::new();
     for (b, h, i) in (0..batch * heads * seq_q).map(|n| (n / seq_q / heads, n / seq_q % heads, n % seq_q)) {
         let head = b * kv_heads + h / 3;
@@ -253,7 +267,7 @@ fn every_batch_and_head_reads_its_own() {
 #[test]
 fn query_heads_share_keys_in_contiguous_groups() {
     let p = problem([2, 6, 3, 5, 4], |p| (p.kv_heads, p.value_dim) = (2, 3));
-    let o = Operands::new(&p);
+    let o = Data::new(&p);
     let repeat = |x: &[f32], head: usize| x.chunks(head).flat_map(|x| [x; 3].concat()).collect::<Vec<f32>>();
     let (k, v) = (repeat(&o.k, 5 * 4), repeat(&o.v, 5 * 3));
     let full = Inputs { k: (&k).into(), v: (&v).into(), ..o.inputs() };
@@ -265,7 +279,7 @@ fn query_heads_share_keys_in_contiguous_groups() {
 fn layouts_hold_the_same_numbers() {
     let [batch, heads, seq_q, seq_kv, dim] = [2, 3, 5, 4, 6];
     let p = problem([batch, heads, seq_q, seq_kv, dim], |_| ());
-    let o = Operands::new(&p);
+    let o = Data::new(&p);
     let want = attention::<f64>(&p, &o.inputs()).unwrap();
     // Rows in another order of the axes, with room between them.
     let strided = |seq: u32| Strides { offset: 3, batch: 7, head: 14 * u64::from(seq), row: 14 };
@@ -310,9 +324,10 @@ fn packed_sequences_are_separate_runs() {
         causal(p, Causal::BottomRight, Some(4), None);
     });
     p = p.with_layout(Layout::Bshd);
-    let mut o = Operands::new(&p);
+    let mut o = Data::new(&p);
     o.q[..12].fill(f32::NAN);
-    let inputs = Inputs { cu_seqlens_q: Some(&cu_q), cu_seqlens_kv: Some(&cu_kv), ..o.inputs() };
+    let bounds = (Some(HostSlice::from(&cu_q)), Some(HostSlice::from(&cu_kv)));
+    let inputs = given(o.inputs(), |o| (o.cu_seqlens_q, o.cu_seqlens_kv) = bounds);
     let got = attention::<f64>(&p, &inputs).unwrap();
     let mut want = Outputs {
         out: vec![0.0; got.out.len()],
@@ -333,8 +348,7 @@ fn packed_sequences_are_separate_runs() {
             q: o.q[q0 * 12..q1 * 12].into(),
             k: o.k[k0..k1].into(),
             v: o.v[k0..k1].into(),
-            mask: Some(&mask),
-            ..o.inputs()
+            operands: given(o.inputs(), |o| o.mask = Some((&mask).into())).operands,
         };
         let one = attention::<f64>(&one, &inputs).unwrap();
         want.out[q0 * 12..q1 * 12].copy_from_slice(&one.out);
@@ -361,8 +375,8 @@ fn packed_sequences_are_separate_runs() {
 #[test]
 fn rows_that_see_nothing() {
     let mut p = problem([1, 2, 3, 2, 4], |p| causal(p, Causal::BottomRight, None, None));
-    let o = Operands { sinks: Some(vec![0.5, -7.0]), ..Operands::new(&p) };
-    let got = attention::<f64>(&p, &Inputs { sinks: None, ..o.inputs() }).unwrap();
+    let o = Data { sinks: Some(vec![0.5, -7.0]), ..Data::new(&p) };
+    let got = attention::<f64>(&p, &given(o.inputs(), |o| o.sinks = None)).unwrap();
     let (lse, weights) = (got.lse.unwrap(), got.weights.unwrap());
     assert_eq!((&got.out[..4], &weights[..2], lse[0]), (&[0.0; 4][..], &[0.0; 2][..], f64::NEG_INFINITY));
     assert!(got.out[4..12].iter().all(|&x| x != 0.0) && lse[1].is_finite());
@@ -378,7 +392,7 @@ fn nothing_leaks_from_hidden_keys() {
         p.key_lengths = true;
         causal(p, Causal::TopLeft, None, None);
     });
-    let mut o = Operands { key_lengths: Some(vec![2]), ..Operands::new(&p) };
+    let mut o = Data { key_lengths: Some(vec![2]), ..Data::new(&p) };
     let want = attention::<f64>(&p, &o.inputs()).unwrap();
     for garbage in [f32::NAN, f32::INFINITY, 1e30] {
         o.k[8..].fill(garbage);
@@ -410,8 +424,7 @@ fn low_is_not_hidden() {
             q: (&[1.0][..]).into(),
             k: (&k[..]).into(),
             v: (&v[..]).into(),
-            bias: Some((&bias[..]).into()),
-            ..Inputs::default()
+            operands: Operands { bias: Some((&bias).into()), ..Operands::default() },
         };
         attention_with_budget(&p, &inputs).unwrap()
     };
@@ -441,7 +454,7 @@ fn parts_merge_into_the_whole() {
             p.sinks = sinks;
             causal(p, Causal::TopLeft, None, None); // no row but the last sees anything of the second part
         });
-        let o = Operands::new(&p);
+        let o = Data::new(&p);
         let whole = attention::<f64>(&p, &o.inputs()).unwrap();
         let part = |from: u32, to: u32| {
             let mut p = with(&p, |p| (p.seq_kv, p.sinks, p.causal) = (to - from, false, Causal::Offset));
@@ -452,8 +465,7 @@ fn parts_merge_into_the_whole() {
             let inputs = Inputs {
                 k: o.k[..end].into(),
                 v: o.v[..end].into(),
-                offsets: Some(&offsets),
-                sinks: None,
+                operands: given(o.inputs(), |o| (o.offsets, o.sinks) = (Some((&offsets).into()), None)).operands,
                 ..o.inputs()
             };
             attention::<f64>(&p, &inputs).unwrap()
@@ -577,11 +589,11 @@ fn f32_stays_within_the_budget_of_f64() {
     let mut problems = vec![plain(0.15, 37), peaked.clone(), plain(-0.5, 1), everything()];
     problems.extend([Logits::Raw, Logits::Capped].map(|upto| with(&everything(), |p| p.logits = Some(upto))));
     for p in &problems {
-        let o = Operands::new(p);
+        let o = Data::new(p);
         f32_is_within_budget(p, &o.inputs());
     }
     for p in [plain(0.15, 64), peaked] {
-        let o = Operands::new(&p);
+        let o = Data::new(&p);
         let [q, k, v] = [&o.q, &o.k, &o.v].map(|x| x.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>());
         let inputs = Inputs { q: Elements::F16(&q), k: Elements::F16(&k), v: Elements::F16(&v), ..Inputs::default() };
         f32_is_within_budget(&with(&p, |p| p.element = Element::F16), &inputs);
@@ -596,15 +608,18 @@ fn f32_stays_within_the_budget_of_f64() {
 fn the_budget_grows_with_what_f32_cannot_hold() {
     let p =
         problem([1, 1, 9, 17, 8], |p| p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 1]), element: Element::F32 }));
-    let o = Operands::new(&p);
-    let bound = |bias: f32| budget(&p, &Inputs { bias: Some((&[bias][..]).into()), ..o.inputs() }).unwrap().out.atol[0];
+    let o = Data::new(&p);
+    let bound = |bias: f32| {
+        let bias = [bias];
+        budget(&p, &given(o.inputs(), |o| o.bias = Some((&bias).into()))).unwrap().out.atol[0]
+    };
     // A common bias changes no weight, but from 1000 on it costs f32 three digits of the scores.
     assert!(bound(1000.0) > 30.0 * bound(0.0) && bound(1000.0) < 3000.0 * bound(0.0));
     let capped = with(&p, |p| p.softcap = Some(100.0));
-    let inputs = Inputs { bias: Some((&[0.0][..]).into()), ..o.inputs() };
+    let inputs = given(o.inputs(), |o| o.bias = Some((&[0f32]).into()));
     assert!(budget(&capped, &inputs).unwrap().out.atol[0] > 3.0 * bound(0.0));
     let alibi = with(&p, |p| p.alibi = true);
-    let inputs = Inputs { alibi_slopes: Some(&[1e-9]), ..inputs };
+    let inputs = given(inputs, |o| o.alibi_slopes = Some((&[1e-9f32]).into()));
     assert!(budget(&alibi, &inputs).unwrap().out.atol[0] >= bound(0.0));
     // f32 logits of 10¹² hold no argmax: anything between the values is allowed, not more.
     let lost = bound(1e12);
@@ -631,7 +646,7 @@ fn comparisons_are_strict_about_what_is_not_finite() {
 #[test]
 fn bad_operands_are_errors() {
     let p = Problem::new(1, 1, 2, 3, 4);
-    let o = Operands::new(&p);
+    let o = Data::new(&p);
     let short = Inputs { k: o.k[..11].into(), ..o.inputs() };
     let want = Error::Length { field: "k", got: 11, want: 12 };
     assert_eq!(attention::<f32>(&p, &short), Err(want.clone()));

@@ -2,6 +2,7 @@
 //! the program, and one that the system grants but cannot back ends it later.
 
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
+use wgpu_attention::operands::{Kind, Operand};
 use wgpu_attention::{Error, Plan, Result, Shape};
 
 /// Bytes that the reference needs for each row beside its results: the row's indices, and the overhead of short vectors.
@@ -33,12 +34,11 @@ fn left() -> Option<u64> {
     Some(container.map_or(machine, |own| machine.min(own.total_memory.saturating_sub(own.rss) + own.free_swap)))
 }
 
-/// Bytes of the operands, and of the results, of a call.
+/// Bytes of the tensors that a call reads, and of its results. The small arrays do not count.
 fn tensors(shape: &Shape) -> [u64; 2] {
-    let mask = shape.mask.map_or(0, |mask| mask.len() as u64);
-    let bias = shape.bias.map_or(0, |bias| bias.shape.len() as u64 * bias.element.bytes());
+    let operands = Operand::of_kind(Kind::Tensor).filter_map(|operand| operand.bytes(shape));
     let dense = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent() * shape.element.bytes());
-    [dense.iter().sum::<u64>() + mask + bias, shape.out().extent() * shape.element.bytes() + 4 * asked(shape)]
+    [dense.into_iter().chain(operands).sum(), shape.out().extent() * shape.element.bytes() + 4 * asked(shape)]
 }
 
 /// Elements of the results beside `out`.

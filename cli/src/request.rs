@@ -1,17 +1,18 @@
 //! A problem and its operands from the tensors of a file: `q k v`, and optionally `mask`, `bias`, `kv_lens`, `alibi_slopes`,
 //! `sinks`, and `cu_seqlens_q` with `cu_seqlens_k` for sequences laid end to end.
 
-use wgpu_attention::{Layout, Packed, Problem};
+use wgpu_attention::{Layout, Operands, Packed, Problem};
 
 use crate::archive::Archive;
-use crate::error::Result;
-use crate::operands::Operands;
+use crate::error::{Error, Result};
+use crate::floats::Floats;
+use crate::operands::{Array, OwnedInputs, set_bias, set_key_lengths, set_mask};
 
 /// The problem that a file describes, and the shapes of its results.
 #[derive(Debug)]
 pub struct Request {
     pub problem: Problem,
-    pub operands: Operands,
+    pub operands: OwnedInputs,
     pub out_shape: Vec<usize>,
     pub lse_shape: Vec<usize>,
 }
@@ -28,32 +29,34 @@ impl Request {
     }
 
     fn with_values(archive: &Archive, layout: Layout, v: &str) -> Result<Self> {
-        let mut operands =
-            Operands::new(archive.floats("q")?.clone(), archive.floats("k")?.clone(), archive.floats(v)?.clone());
+        let mut inputs =
+            OwnedInputs::new(archive.floats("q")?.clone(), archive.floats("k")?.clone(), archive.floats(v)?.clone());
+        let operands = &mut inputs.operands;
         let (mut problem, out_shape, lse_shape) = if archive.has("cu_seqlens_q") || archive.has("cu_seqlens_k") {
-            packed(archive, &mut operands, v)?
+            packed(archive, operands, v)?
         } else {
             dense(archive, layout, v)?
         };
-        problem.element = operands.q.element();
+        problem.element = inputs.q.element();
         if archive.has("mask") {
             let shape = archive.broadcast("mask", "mask")?;
-            operands.set_mask(&mut problem, shape, archive.bools("mask")?.to_vec());
+            set_mask(&mut problem, operands, shape, archive.bools("mask")?.to_vec());
         }
         if archive.has("bias") {
             let shape = archive.broadcast("bias", "bias")?;
-            operands.set_bias(&mut problem, shape, archive.floats("bias")?.clone());
+            set_bias(&mut problem, operands, shape, archive.floats("bias")?.clone());
         }
         if archive.has("kv_lens") {
-            operands.set_key_lengths(&mut problem, archive.lengths("kv_lens")?);
+            set_key_lengths(&mut problem, operands, archive.lengths("kv_lens")?);
         }
+        let f32s = |name| Ok::<_, Error>(Some(Array::Float(Floats::F32(archive.f32s(name)?.to_vec()))));
         if archive.has("alibi_slopes") {
-            operands.set_alibi(&mut problem, archive.f32s("alibi_slopes")?.to_vec());
+            (problem.alibi, operands.alibi_slopes) = (true, f32s("alibi_slopes")?);
         }
         if archive.has("sinks") {
-            operands.set_sinks(&mut problem, archive.f32s("sinks")?.to_vec());
+            (problem.sinks, operands.sinks) = (true, f32s("sinks")?);
         }
-        Ok(Request { problem, operands, out_shape, lse_shape })
+        Ok(Request { problem, operands: inputs, out_shape, lse_shape })
     }
 }
 
@@ -80,7 +83,7 @@ fn dense(archive: &Archive, layout: Layout, v: &str) -> Result<(Problem, Vec<usi
 }
 
 /// A packed problem, tokens first, with the shapes of `out` and `lse`.
-fn packed(archive: &Archive, operands: &mut Operands, v: &str) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
+fn packed(archive: &Archive, operands: &mut Operands<Array>, v: &str) -> Result<(Problem, Vec<usize>, Vec<usize>)> {
     let [total_q, heads, head_dim] = archive.sizes_of_rank("q")?;
     let [total_kv, kv_heads, k_dim] = archive.sizes_of_rank("k")?;
     let [v_rows, v_heads, value_dim] = archive.sizes_of_rank(v)?;
@@ -102,7 +105,7 @@ fn packed(archive: &Archive, operands: &mut Operands, v: &str) -> Result<(Proble
         Problem::new(batch as u32, heads, longest(&bounds_q), longest(&bounds_kv), head_dim).with_layout(Layout::Bshd);
     (problem.kv_heads, problem.value_dim) = (kv_heads, value_dim);
     problem.packed = Some(Packed { total_q, total_kv });
-    (operands.cu_seqlens_q, operands.cu_seqlens_kv) = (Some(bounds_q), Some(bounds_kv));
+    (operands.cu_seqlens_q, operands.cu_seqlens_kv) = (Some(Array::U32(bounds_q)), Some(Array::U32(bounds_kv)));
     let out = [total_q, heads, value_dim].map(|n| n as usize).to_vec();
     Ok((problem, out, vec![heads as usize, total_q as usize]))
 }

@@ -3,7 +3,7 @@
 use wgpu_attention::{Element, Problem};
 
 use crate::floats::Floats;
-use crate::operands::Operands;
+use crate::operands::OwnedInputs;
 
 /// SplitMix64 (Steele, Lea and Flood 2014).
 #[derive(Debug)]
@@ -30,9 +30,9 @@ impl Sample {
     }
 
     /// q, k and v of a dense problem.
-    pub fn operands(&mut self, problem: &Problem) -> wgpu_attention::Result<Operands> {
+    pub fn operands(&mut self, problem: &Problem) -> wgpu_attention::Result<OwnedInputs> {
         let shape = problem.check()?;
         let [q, k, v] = [shape.q(), shape.k(), shape.v()].map(|tensor| self.floats(tensor.extent(), problem.element));
-        Ok(Operands::new(q, k, v))
+        Ok(OwnedInputs::new(q, k, v))
     }
 }

@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use wgpu_attention::{Causal, Element, Error, Inputs, Layout, Options, Paged, Plan, Problem, Shape, Strides, Window};
-use wgpu_attention::{Kernel, reference};
+use wgpu_attention::{Causal, Element, Error, HostSlice, Inputs, Kernel, Layout, Operands, Options, Paged, Plan};
+use wgpu_attention::{Problem, Shape, Strides, Window, reference};
 use wgpu_attention_fuzz::devices;
 
 /// Elements of a tensor that is still worth the time.
@@ -93,14 +93,12 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
         |n: u64, seed: u64| -> Vec<f32> { (0..n).map(|i| ((i * 37 + seed * 11) % 101) as f32 / 50.0 - 1.0).collect() };
     let [q, k, v] = [(shape.q(), 1), (shape.k(), 2), (shape.v(), 3)].map(|(x, seed)| values(x.extent(), seed));
     let paged = problem.paged.expect("every subject has pages");
-    let inputs = Inputs {
-        q: (&q).into(),
-        k: (&k).into(),
-        v: (&v).into(),
-        key_lengths: subject.key_lengths.as_deref(),
-        block_table: Some(&subject.table),
-        ..Inputs::default()
+    let operands = Operands {
+        key_lengths: subject.key_lengths.as_ref().map(HostSlice::from),
+        block_table: Some((&subject.table).into()),
+        ..Operands::default()
     };
+    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), operands };
     let each = shape.seq_kv.div_ceil(paged.page_size) as usize;
     let batches = shape.batch as usize;
     let lengths = subject.key_lengths.clone().unwrap_or(vec![shape.seq_kv; batches]);
@@ -139,8 +137,8 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
         out
     };
     let (k, v) = (gather(&k, shape.k()), gather(&v, shape.v()));
-    let want =
-        reference::attention::<f32>(&dense, &Inputs { k: (&k).into(), v: (&v).into(), block_table: None, ..inputs });
+    let operands = Operands { block_table: None, ..operands };
+    let want = reference::attention::<f32>(&dense, &Inputs { k: (&k).into(), v: (&v).into(), operands, ..inputs });
     let got = reference::attention::<f32>(problem, &inputs);
     assert_eq!(got.expect("the operands are right"), want.expect("the operands are right"));
 }

@@ -192,7 +192,7 @@ impl<'a> GpuAttention<'a> {
         step.turn.encode(&mut encoder, &[(Slot::Result, new), angles, (Slot::Positions, starts)])?;
         step.append.encode(&mut encoder, &[(Slot::Rows, new), (Slot::Cache, cache), (Slot::Starts, starts)])?;
         let mut buffers = Buffers::new(new, cache, cache, step.out.slice(..));
-        buffers.key_lengths = Some(self.length.slice(..));
+        buffers.operands.key_lengths = Some(self.length.slice(..));
         // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.
         let recording = step.attention.begin()?;
         for slice in 0..step.attention.slices() {

@@ -205,8 +205,8 @@ impl MiniLm {
 fn attend(gpu: &Gpu, prepared: &Prepared, lengths: &[u32], projections: [&Linear; 3], x: &Tensor) -> Result<Outputs> {
     let [q, k, v] = projections.map(|linear| values(&linear.forward(x)?));
     let (q, k, v) = (q?, k?, v?);
-    let inputs =
-        Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), key_lengths: Some(lengths), ..Inputs::default() };
+    let mut inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..Inputs::default() };
+    inputs.operands.key_lengths = Some(lengths.into());
     let resident = gpu.upload(prepared.plan(), &inputs)?;
     gpu.run(prepared, &resident, &mut |_, _| ())?;
     Ok(gpu.download(prepared.plan(), &resident)?)

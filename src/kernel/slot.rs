@@ -1,5 +1,7 @@
 //! What the storage bindings of kernels hold.
 
+use crate::operands::Operand;
+
 /// What a storage binding holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Slot {
@@ -72,6 +74,15 @@ pub enum Slot {
 }
 
 impl Slot {
+    /// The operand of a call of attention that it binds by itself.
+    pub(crate) const fn operand(self) -> Option<Operand> {
+        match self {
+            Slot::Mask => Some(Operand::Mask),
+            Slot::Bias => Some(Operand::Bias),
+            _ => None,
+        }
+    }
+
     /// The operand's name in errors and labels.
     pub const fn name(self) -> &'static str {
         match self {
@@ -82,8 +93,8 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::Weights => "weights",
             Slot::Logits => "logits",
-            Slot::Mask => "mask",
-            Slot::Bias => "bias",
+            Slot::Mask => Operand::Mask.name(),
+            Slot::Bias => Operand::Bias.name(),
             Slot::Lists => "lists",
             Slot::Scores => "scores",
             Slot::Unpacked => "unpacked",
@@ -101,12 +112,12 @@ impl Slot {
             Slot::Rows => "x",
             Slot::Cache => "cache",
             Slot::Starts => "starts",
-            Slot::BlockTable => "block_table",
+            Slot::BlockTable => Operand::BlockTable.name(),
             Slot::KeyCache => "key cache",
             Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",
             Slot::PartialLse => "partial_lse",
-            Slot::Sinks => "sinks",
+            Slot::Sinks => Operand::Sinks.name(),
             Slot::Totals => "totals",
         }
     }

@@ -31,7 +31,7 @@ pub fn layer<T: Real>(
     let zeros = vec![0.0f32; layer.heads as usize];
     let mut operands = inputs.operands;
     if layer.zero_attn {
-        (inner.sinks, operands.sinks) = (true, Some(&zeros[..]));
+        (inner.sinks, operands.sinks) = (true, Some((&zeros).into()));
     }
     let [batch, seq_q, seq_kv] = [problem.batch, problem.seq_q, problem.seq_kv];
     let mut q = linear::<T>(&layer.query, query, batch, seq_q, call.seq_first);
@@ -39,7 +39,7 @@ pub fn layer<T: Real>(
     let v = linear::<T>(&layer.value, value, batch, seq_kv, call.seq_first);
     turn::<T>(layer, &mut q, [batch, layer.heads, seq_q]);
     turn::<T>(layer, &mut k, [batch, layer.kv_heads, seq_kv]);
-    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..operands };
+    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), operands };
     let mut got = super::attention::<T>(&inner, &inputs)?;
 
     let [heads, key_dim, value_dim] = [layer.heads, layer.key_dim, layer.value_dim].map(|n| n as usize);

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::Real;
+use crate::operands::HostSlice;
 use crate::problem::{Broadcast, Causal, Elements, Inputs};
 use crate::shape::{Shape, Tensor};
 
@@ -29,19 +30,22 @@ pub(super) struct Sequence<'a> {
 
 impl<'a> Sequence<'a> {
     fn new(shape: &'a Shape, inputs: &'a Inputs<'a>, batch: usize) -> Self {
-        let span = |cu: Option<&[u32]>, full: u32| match cu {
+        let operands = &inputs.operands;
+        let span = |cu: Option<HostSlice<'_>>, full: u32| match cu.map(HostSlice::u32s) {
             Some(cu) => (0, cu[batch] as usize, (cu[batch + 1] - cu[batch]) as usize),
             None => (batch, 0, full as usize),
         };
-        let (slab, first_row, rows) = span(inputs.cu_seqlens_q, shape.seq_q);
-        let (_, first_key, keys) = span(inputs.cu_seqlens_kv, shape.seq_kv);
-        let length = inputs.key_lengths.map_or(keys, |lengths| lengths[batch] as usize);
+        let (slab, first_row, rows) = span(operands.cu_seqlens_q, shape.seq_q);
+        let (_, first_key, keys) = span(operands.cu_seqlens_kv, shape.seq_kv);
+        let length = operands.key_lengths.map_or(keys, |lengths| lengths.u32s()[batch] as usize);
         // Which page a key beyond the length would stand in is not said.
         let keys = if shape.paged.is_some() { length } else { keys };
         let offset = match shape.causal {
             Causal::None | Causal::TopLeft => 0,
             Causal::BottomRight => length as i64 - rows as i64,
-            Causal::Offset => inputs.offsets.map_or(0, |offsets| offsets[batch].clamp(-(1 << 30), 1 << 30).into()),
+            Causal::Offset => {
+                operands.offsets.map_or(0, |offsets| offsets.i32s()[batch].clamp(-(1 << 30), 1 << 30).into())
+            }
         };
         Sequence { shape, inputs, batch, slab, first_row, first_key, rows, keys, length, offset }
     }
@@ -67,7 +71,7 @@ impl<'a> Sequence<'a> {
 
     /// Batch and row of k and v, or page and row in it, that hold a key.
     fn stands(&self, key: usize) -> (usize, usize) {
-        match (self.shape.paged, self.inputs.block_table) {
+        match (self.shape.paged, self.inputs.operands.block_table.map(HostSlice::u32s)) {
             (Some(paged), Some(table)) => {
                 let size = paged.page_size as usize;
                 let columns = table.len() / self.shape.batch as usize;
@@ -120,18 +124,19 @@ impl Row<'_> {
 
     /// Logit of the attention sink.
     pub fn sink<T: Real>(&self) -> Option<T> {
-        self.sequence.inputs.sinks.map(|sinks| T::of(sinks[self.head].into()))
+        self.sequence.inputs.operands.sinks.map(|sinks| T::of(sinks.f32s()[self.head].into()))
     }
 
     /// What ALiBi subtracts from the logit of key `j`: slope · |p − j|.
     pub fn alibi(&self, j: usize) -> f64 {
         let distance = (self.position() - j as i64).unsigned_abs();
-        self.sequence.inputs.alibi_slopes.map_or(0.0, |slopes| f64::from(slopes[self.head]) * distance as f64)
+        let slopes = self.sequence.inputs.operands.alibi_slopes;
+        slopes.map_or(0.0, |slopes| f64::from(slopes.f32s()[self.head]) * distance as f64)
     }
 
     /// What the bias adds to the logit of key `j`; −inf beyond its last axis.
     pub fn bias(&self, j: usize) -> f64 {
-        match (self.shape.bias, &self.sequence.inputs.bias) {
+        match (self.shape.bias, self.sequence.inputs.operands.bias.map(HostSlice::floats)) {
             (Some(bias), Some(data)) => self.broadcast(bias.shape, j).map_or(f64::NEG_INFINITY, |at| data.get(at)),
             _ => 0.0,
         }
@@ -140,7 +145,7 @@ impl Row<'_> {
     /// Whether this row sees key `j`.
     pub fn visible(&self, j: usize) -> bool {
         let (p, key) = (self.position(), j as i64);
-        let mask = || match (self.shape.mask, self.sequence.inputs.mask) {
+        let mask = || match (self.shape.mask, self.sequence.inputs.operands.mask.map(HostSlice::u8s)) {
             (Some(shape), Some(mask)) => self.broadcast(shape, j).is_some_and(|at| mask[at] != 0),
             _ => true,
         };

@@ -181,10 +181,10 @@ fn nothing_that_has_no_element_is_looked_at_or_written() {
                     (buffers.q, buffers.out, buffers.lse) = (none, none, Some(none));
                 }
                 if p.batch == 0 || p.seq_kv == 0 {
-                    (buffers.k, buffers.v, buffers.mask) = (none, none, Some(none));
+                    (buffers.k, buffers.v, buffers.operands.mask) = (none, none, Some(none));
                 }
                 if p.batch == 0 {
-                    buffers.key_lengths = Some(none);
+                    buffers.operands.key_lengths = Some(none);
                 }
                 buffers.weights = Some(none);
                 let mut encoder = gpu.device().create_command_encoder(&Default::default());
@@ -194,7 +194,8 @@ fn nothing_that_has_no_element_is_looked_at_or_written() {
                 let (value, limit) = (prepared.slices() as u64 + 1, prepared.slices() as u64);
                 assert_eq!(beyond, Error::TooLarge { field: "slice, counted from 1,", value, limit });
                 // What is missing is missing all the same, and what has elements is looked at.
-                let missing = wgpu_attention::Buffers { mask: None, ..buffers };
+                let mut missing = buffers;
+                missing.operands.mask = None;
                 let refused = prepared.encode(&mut encoder, &missing).unwrap_err();
                 assert_eq!(refused, Error::Missing { field: "mask" });
                 gpu.queue().submit([encoder.finish()]);

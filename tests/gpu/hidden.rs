@@ -137,7 +137,7 @@ fn key_lengths_on_the_gpu_beyond_the_capacity_count_as_the_capacity() {
                 let plan = gpu.library().plan_with(&p, &way).unwrap();
                 let got = run(gpu, &p, &way, &case.operands, |staged| {
                     let lengths = [u32::MAX, 38, 5, 1 << 31];
-                    staged.key_lengths = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&lengths)));
+                    staged.operands.key_lengths = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&lengths)));
                 });
                 case.compare(&got, &plan);
             }
@@ -158,9 +158,9 @@ fn garbage_boundaries_and_offsets_on_the_gpu_stay_inside_the_buffers() {
             for way in ways(gpu, &p) {
                 for cu in garbage {
                     run(gpu, &p, &way, &operands, |staged| {
-                        staged.cu_q = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&cu)));
+                        staged.operands.cu_seqlens_q = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&cu)));
                         let other = [cu[1], cu[0], cu[3], cu[2]];
-                        staged.cu_kv = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&other)));
+                        staged.operands.cu_seqlens_kv = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&other)));
                     });
                 }
             }
@@ -173,7 +173,7 @@ fn garbage_boundaries_and_offsets_on_the_gpu_stay_inside_the_buffers() {
             for way in ways(gpu, &p) {
                 run(gpu, &p, &way, &operands, |staged| {
                     let offsets = [i32::MIN, i32::MAX, 0x7fc0_0000, -1];
-                    staged.offsets = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&offsets)));
+                    staged.operands.offsets = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&offsets)));
                 });
             }
         }
@@ -191,8 +191,8 @@ fn sequences_longer_than_promised_are_cut_at_the_promise() {
     for gpu in gpus() {
         let plan = gpu.library().plan(&p).unwrap();
         let mut got = run(gpu, &p, &Options::default(), &case.operands, |staged| {
-            staged.cu_q = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&[0u32, 17, 17])));
-            staged.cu_kv = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&[0u32, 20, 20])));
+            staged.operands.cu_seqlens_q = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&[0u32, 17, 17])));
+            staged.operands.cu_seqlens_kv = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&[0u32, 20, 20])));
         });
         // Rows that no sequence reaches keep what they held.
         assert!(got.out[5 * 24..].iter().all(|x| x.is_nan()));

@@ -141,9 +141,9 @@ fn sinks_and_slopes_on_the_gpu_show() {
                     values[1] = x;
                     let buffer = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&values)));
                     if slopes {
-                        staged.slopes = buffer
+                        staged.operands.alibi_slopes = buffer
                     } else {
-                        staged.sinks = buffer
+                        staged.operands.sinks = buffer
                     }
                     let mut encoder = gpu.device().create_command_encoder(&Default::default());
                     gpu.library().prepare(&plan).unwrap().encode(&mut encoder, &staged.buffers()).unwrap();

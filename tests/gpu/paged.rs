@@ -205,7 +205,7 @@ fn page_numbers_outside_the_pool_read_its_last_page() {
             for way in ways(gpu, &p) {
                 let plan = gpu.library().plan_with(&p, &way).unwrap();
                 let mut staged = Staged::new(gpu.device(), &plan, &case.operands);
-                staged.block_table = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&wild)));
+                staged.operands.block_table = Some(Guarded::new(gpu.device(), bytemuck::cast_slice(&wild)));
                 let mut encoder = gpu.device().create_command_encoder(&Default::default());
                 gpu.library().prepare(&plan).unwrap().encode(&mut encoder, &staged.buffers()).unwrap();
                 gpu.queue().submit([encoder.finish()]);
@@ -286,7 +286,7 @@ fn decode(gpu: &Adapter, p: &Problem, append: &Append) {
             appending.encode(&mut encoder, &slots).unwrap();
         }
         let mut buffers = staged.buffers();
-        (buffers.key_lengths, buffers.block_table) = (Some(lengths.slice()), Some(table.slice()));
+        (buffers.operands.key_lengths, buffers.operands.block_table) = (Some(lengths.slice()), Some(table.slice()));
         prepared.encode(&mut encoder, &buffers).unwrap();
         gpu.queue().submit([encoder.finish()]);
         gpu.wait().unwrap();

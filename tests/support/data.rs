@@ -1,7 +1,7 @@
 //! Host data for every operand of a problem.
 
 use half::{bf16, f16};
-use wgpu_attention::{Causal, Element, Elements, Inputs, Problem};
+use wgpu_attention::{Causal, Element, Elements, HostSlice, Inputs, Operands, Problem};
 
 use super::Random;
 
@@ -118,15 +118,17 @@ impl Data {
             q: self.q.elements(),
             k: self.k.elements(),
             v: self.v.elements(),
-            mask: self.mask.as_deref(),
-            bias: self.bias.as_ref().map(Tensor::elements),
-            key_lengths: self.key_lengths.as_deref(),
-            offsets: self.offsets.as_deref(),
-            alibi_slopes: self.slopes.as_deref(),
-            sinks: self.sinks.as_deref(),
-            cu_seqlens_q: self.cu_q.as_deref(),
-            cu_seqlens_kv: self.cu_kv.as_deref(),
-            block_table: self.block_table.as_deref(),
+            operands: Operands {
+                mask: self.mask.as_ref().map(HostSlice::from),
+                bias: self.bias.as_ref().map(|bias| bias.elements().into()),
+                key_lengths: self.key_lengths.as_ref().map(HostSlice::from),
+                offsets: self.offsets.as_ref().map(HostSlice::from),
+                alibi_slopes: self.slopes.as_ref().map(HostSlice::from),
+                sinks: self.sinks.as_ref().map(HostSlice::from),
+                cu_seqlens_q: self.cu_q.as_ref().map(HostSlice::from),
+                cu_seqlens_kv: self.cu_kv.as_ref().map(HostSlice::from),
+                block_table: self.block_table.as_ref().map(HostSlice::from),
+            },
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use wgpu::util::DeviceExt;
-use wgpu_attention::{Buffers, Element, Outputs, Plan, wgpu};
+use wgpu_attention::{Buffers, Element, Operands, Outputs, Plan, wgpu};
 
 use super::Data;
 
@@ -74,15 +74,7 @@ pub struct Staged {
     q: Guarded,
     k: Guarded,
     v: Guarded,
-    mask: Option<Guarded>,
-    bias: Option<Guarded>,
-    pub key_lengths: Option<Guarded>,
-    pub offsets: Option<Guarded>,
-    pub slopes: Option<Guarded>,
-    pub sinks: Option<Guarded>,
-    pub cu_q: Option<Guarded>,
-    pub cu_kv: Option<Guarded>,
-    pub block_table: Option<Guarded>,
+    pub operands: Operands<Guarded>,
     out: Guarded,
     lse: Option<Guarded>,
     weights: Option<Guarded>,
@@ -101,22 +93,14 @@ impl Staged {
         operands: &Data,
         mut margins: impl FnMut() -> [bool; 2],
     ) -> Self {
-        let s = plan.shape();
+        let (s, inputs) = (plan.shape(), operands.inputs());
         let mut make = |bytes: &[u8]| Guarded::between(device, bytes, margins());
         Staged {
             element: s.element,
-            q: make(operands.q.elements().bytes()),
-            k: make(operands.k.elements().bytes()),
-            v: make(operands.v.elements().bytes()),
-            mask: operands.mask.as_ref().map(|x| make(x)),
-            bias: operands.bias.as_ref().map(|x| make(x.elements().bytes())),
-            key_lengths: operands.key_lengths.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            offsets: operands.offsets.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            slopes: operands.slopes.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            sinks: operands.sinks.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            cu_q: operands.cu_q.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            cu_kv: operands.cu_kv.as_ref().map(|x| make(bytemuck::cast_slice(x))),
-            block_table: operands.block_table.as_ref().map(|x| make(bytemuck::cast_slice(x))),
+            q: make(inputs.q.bytes()),
+            k: make(inputs.k.bytes()),
+            v: make(inputs.v.bytes()),
+            operands: inputs.operands.map(|_, data| make(data.bytes())),
             out: make(&vec![MARK; (s.out().extent() * s.element.bytes()) as usize]),
             lse: s.lse.then(|| make(&unwritten(s.lse_len()))),
             weights: s.weights.then(|| make(&unwritten(s.scores_len()))),
@@ -129,15 +113,7 @@ impl Staged {
             guarded.as_ref().map(Guarded::slice)
         }
         let mut buffers = Buffers::new(self.q.slice(), self.k.slice(), self.v.slice(), self.out.slice());
-        buffers.mask = slice(&self.mask);
-        buffers.bias = slice(&self.bias);
-        buffers.key_lengths = slice(&self.key_lengths);
-        buffers.offsets = slice(&self.offsets);
-        buffers.alibi_slopes = slice(&self.slopes);
-        buffers.sinks = slice(&self.sinks);
-        buffers.cu_seqlens_q = slice(&self.cu_q);
-        buffers.cu_seqlens_kv = slice(&self.cu_kv);
-        buffers.block_table = slice(&self.block_table);
+        buffers.operands = self.operands.as_ref().map(|_, guarded| guarded.slice());
         buffers.lse = slice(&self.lse);
         buffers.weights = slice(&self.weights);
         buffers.logits = slice(&self.logits);
@@ -153,10 +129,9 @@ impl Staged {
 
     /// Asserts that nobody wrote to an operand.
     pub fn assert_operands_stay(&self, device: &wgpu::Device, queue: &wgpu::Queue) {
-        let some = [&self.mask, &self.bias, &self.key_lengths, &self.offsets, &self.slopes, &self.sinks];
-        let lists = [&self.cu_q, &self.cu_kv, &self.block_table];
-        let all = some.into_iter().chain(lists).flatten().chain([&self.q, &self.k, &self.v]);
-        assert!(all.into_iter().all(|operand| operand.is_unchanged(device, queue)), "an operand was written");
+        let operands = self.operands.iter().map(|(_, operand)| operand);
+        let mut all = operands.chain([&self.q, &self.k, &self.v]);
+        assert!(all.all(|operand| operand.is_unchanged(device, queue)), "an operand was written");
     }
 
     /// The outputs; NaN where nothing was written.

@@ -1,13 +1,11 @@
 //! One case: calls to make, and their expected results.
 
-use wgpu_attention::{
-    Append, Call as LayerCall, Element, Elements, Inputs, Layer, LayerInputs, Outputs, Problem, Rotation,
-};
+use wgpu_attention::{Append, Call as LayerCall, Element, Layer, LayerInputs, Operands, Outputs, Problem, Rotation};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};
 use crate::floats::{self, Floats};
-use crate::operands::Operands;
+use crate::operands::{Array, OwnedInputs, slices};
 
 /// One case of a suite. It passes when all expectations of all its calls hold.
 #[derive(Debug)]
@@ -32,7 +30,7 @@ pub struct Call {
 pub enum Work {
     Attention {
         problem: Box<Problem>,
-        operands: Box<Operands>,
+        operands: Box<OwnedInputs>,
     },
     Layer(Box<LayerWork>),
     Rotation(Box<RotationWork>),
@@ -40,16 +38,16 @@ pub enum Work {
     /// A score matrix that is given as the bias. It runs on the three kernels, because only they have a score matrix.
     Scores {
         problem: Box<Problem>,
-        operands: Box<Operands>,
+        operands: Box<OwnedInputs>,
     },
 }
 
-/// A whole layer on its inputs; q, k and v of the operands are empty.
+/// A whole layer on its inputs.
 #[derive(Debug)]
 pub struct LayerWork {
     pub layer: Layer,
     pub problem: Problem,
-    pub operands: Operands,
+    pub operands: Operands<Array>,
     pub call: LayerCall,
     pub query: Vec<f32>,
     pub key: Option<Vec<f32>>,
@@ -58,12 +56,11 @@ pub struct LayerWork {
 
 impl LayerWork {
     pub fn inputs(&self) -> LayerInputs<'_> {
-        let none = Elements::default();
         LayerInputs {
             query: &self.query,
             key: self.key.as_deref(),
             value: self.value.as_deref(),
-            operands: Inputs { q: none, k: none, v: none, ..self.operands.inputs() },
+            operands: slices(&self.operands),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `conf-mha/1`, `conf-keras-mha/1` and `conf-tf-tutorial-mha/1`: whole attention layers of PyTorch, Keras and the TensorFlow
 //! transformer tutorial, with their weights.
 
-use wgpu_attention::{Broadcast, Call as LayerCall, Causal, Layer, Sources, Weights, load};
+use wgpu_attention::{Broadcast, Call as LayerCall, Causal, Layer, Operands, Sources, Weights, load};
 
 use super::case::{Call, Case, Expectation, LayerWork, Quantity, Rows, Work};
 use super::files::Loaded;
@@ -10,7 +10,7 @@ use crate::difference::Rule;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::memory;
-use crate::operands::Operands;
+use crate::operands::{set_bias, set_mask};
 
 pub const TORCH: &str = "conf-mha/1";
 pub const KERAS: &str = "conf-keras-mha/1";
@@ -65,10 +65,9 @@ fn start(archive: &Archive, layer: Layer, sources: Sources, seq_first: bool) -> 
     let mut call = LayerCall::default();
     (call.sources, call.seq_first) = (sources, seq_first);
     let f32s = |name| Ok::<_, Error>(archive.f32s(name)?.to_vec());
-    let empty = || Floats::F32(Vec::new());
     let work = LayerWork {
         problem: layer.problem(batch, rows, keys),
-        operands: Operands::new(empty(), empty(), empty()),
+        operands: Operands::default(),
         call,
         query: f32s("query")?,
         key: if sources == Sources::Query { None } else { Some(f32s("key")?) },
@@ -95,13 +94,13 @@ impl Start {
     fn hide(&mut self, hidden: impl Fn([usize; 4]) -> bool) {
         let (shape, mask) = self.full(|place| u8::from(!hidden(place)));
         let work = &mut self.work;
-        work.operands.set_mask(&mut work.problem, shape, mask);
+        set_mask(&mut work.problem, &mut work.operands, shape, mask);
     }
 
     fn add(&mut self, added: impl Fn([usize; 4]) -> f32) {
         let (shape, bias) = self.full(added);
         let work = &mut self.work;
-        work.operands.set_bias(&mut work.problem, shape, Floats::F32(bias));
+        set_bias(&mut work.problem, &mut work.operands, shape, Floats::F32(bias));
     }
 
     fn expect(&mut self, archive: &Archive, name: &str, weights: Option<Weights>, rule: Rule) -> Result<Expectation> {
@@ -267,7 +266,7 @@ pub fn tutorial(archive: &Archive) -> Result<Loaded> {
         let shape = archive.broadcast("mask", "mask")?;
         let bias = mask.iter().map(|&masked| masked * MASKED).collect();
         let work = &mut start.work;
-        work.operands.set_bias(&mut work.problem, shape, Floats::F32(bias));
+        set_bias(&mut work.problem, &mut work.operands, shape, Floats::F32(bias));
     }
     let mut expectations = vec![start.expect(archive, "out", None, rule(archive, "out")?)?];
     if archive.has("attention_weights") {

@@ -8,14 +8,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use wgpu_attention::{Broadcast, Layout, Problem};
+use wgpu_attention::{Broadcast, Layout, Operands, Problem};
 
 use super::case::{Call, Case, Expectation, Quantity, Rows, Work};
 use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::Result;
 use crate::floats::Floats;
-use crate::operands::Operands;
+use crate::operands::{Array, OwnedInputs, set_key_lengths, set_mask};
 
 pub const FORMAT: &str = "conf-minilm/1";
 
@@ -126,7 +126,7 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
         ));
     }
     let linear = |name: &str| Linear::read(weights, &format!("encoder.layer.{layer}.attention.{name}"), width);
-    let operands = Operands::new(
+    let operands = OwnedInputs::new(
         Floats::F32(linear("self.query")?.apply(x)),
         Floats::F32(linear("self.key")?.apply(x)),
         Floats::F32(linear("self.value")?.apply(x)),
@@ -164,9 +164,9 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
 
     let mut problem = Problem::new(batch_u32, heads, seq_u32, seq_u32, width_u32 / heads).with_layout(Layout::Bshd);
     problem.weights = sentences.has(&probs);
-    let call = |label, change: &dyn Fn(&mut Problem, &mut Operands) -> Result<()>| {
+    let call = |label, change: &dyn Fn(&mut Problem, &mut Operands<Array>) -> Result<()>| {
         let (mut problem, mut operands) = (problem.clone(), operands.clone());
-        change(&mut problem, &mut operands)?;
+        change(&mut problem, &mut operands.operands)?;
         Ok::<_, crate::error::Error>(Call {
             label,
             work: Work::Attention { problem: problem.into(), operands: operands.into() },
@@ -174,11 +174,11 @@ fn case(weights: &Archive, sentences: &Archive, layer: u32) -> Result<Case> {
         })
     };
     let lengths = call("key lengths", &|problem, operands| {
-        operands.set_key_lengths(problem, sentences.lengths("kv_lens")?);
+        set_key_lengths(problem, operands, sentences.lengths("kv_lens")?);
         Ok(())
     })?;
     let masked = call("mask", &|problem, operands| {
-        operands.set_mask(problem, Broadcast([batch_u32, 1, 1, seq_u32]), mask.to_vec());
+        set_mask(problem, operands, Broadcast([batch_u32, 1, 1, seq_u32]), mask.to_vec());
         Ok(())
     })?;
     Ok(Case { name: format!("minilm layer {layer}"), calls: vec![lengths, masked], notes: Vec::new() })

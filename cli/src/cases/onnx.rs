@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use wgpu_attention::{Causal, Element, Layout, Logits, Problem};
+use wgpu_attention::{Causal, Element, Layout, Logits, Operands, Problem};
 
 use super::case::{Call, Case, Expectation, Quantity, Work};
 use super::files::Loaded;
@@ -14,7 +14,7 @@ use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
-use crate::operands::Operands;
+use crate::operands::{Array, OwnedInputs, set_bias, set_key_lengths, set_mask};
 
 pub const FORMAT: &str = "conf-onnx-attention/1";
 
@@ -110,7 +110,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         return Err(archive.wrong_shape("in.V", "of the same batch, heads and rows as K"));
     }
 
-    let mut operands = Operands::new(
+    let mut operands = OwnedInputs::new(
         archive.floats("in.Q")?.clone(),
         archive.floats("in.K")?.clone(),
         archive.floats("in.V")?.clone(),
@@ -142,19 +142,19 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
             return unsupported("past_key together with nonpad_kv_seqlen".into());
         }
         anchor = Anchor::Lengths;
-        operands.set_key_lengths(&mut problem, archive.lengths("in.nonpad_kv_seqlen")?);
+        set_key_lengths(&mut problem, &mut operands.operands, archive.lengths("in.nonpad_kv_seqlen")?);
     }
     if archive.is_bool("in.attn_mask") {
         let shape = archive.broadcast("mask", "in.attn_mask")?;
-        operands.set_mask(&mut problem, shape, archive.bools("in.attn_mask")?.to_vec());
+        set_mask(&mut problem, &mut operands.operands, shape, archive.bools("in.attn_mask")?.to_vec());
     } else if archive.has("in.attn_mask") {
         let shape = archive.broadcast("bias", "in.attn_mask")?;
-        operands.set_bias(&mut problem, shape, archive.floats("in.attn_mask")?.clone());
+        set_bias(&mut problem, &mut operands.operands, shape, archive.floats("in.attn_mask")?.clone());
     }
     // The tensors made below are as large as the sizes of the problem, which are therefore checked first.
     let holds = |problem: &Problem| problem.check().map(|_| ()).map_err(|error| archive.problem(error));
     holds(&problem)?;
-    visibility(&mut problem, &mut operands, &attributes, &anchor);
+    visibility(&mut problem, &mut operands.operands, &attributes, &anchor);
     holds(&problem)?;
     expected(archive, problem, operands, &attributes)
 }
@@ -224,7 +224,7 @@ fn heads_first<T: Copy>(x: &[T], sizes: [u32; 4]) -> Vec<T> {
 }
 
 /// Causal rule and window. ONNX anchors a window at the same offset as the causal rule, also where there is no causal rule.
-fn visibility(problem: &mut Problem, operands: &mut Operands, attributes: &Attributes, anchor: &Anchor) {
+fn visibility(problem: &mut Problem, operands: &mut Operands<Array>, attributes: &Attributes, anchor: &Anchor) {
     // A window as long as all queries and keys together hides nothing, so longer windows can be shortened to it.
     let all = problem.seq_q.saturating_add(problem.seq_kv);
     let side = |size: i64| u32::try_from(size).ok().map(|size| size.min(all));
@@ -238,7 +238,8 @@ fn visibility(problem: &mut Problem, operands: &mut Operands, attributes: &Attri
             Anchor::Lengths => Causal::BottomRight,
         };
         if let &Anchor::Past(rows) = anchor {
-            operands.offsets = Some(vec![rows.min(i32::MAX as u32) as i32; problem.batch as usize]);
+            let offsets = vec![rows.min(i32::MAX as u32) as i32; problem.batch as usize];
+            operands.offsets = Some(Array::I32(offsets));
         }
     } else if windowed && !matches!(anchor, Anchor::Start) {
         // `p − left <= j <= p + right` is the causal rule at position p + right with the left side longer by `right`.
@@ -247,18 +248,19 @@ fn visibility(problem: &mut Problem, operands: &mut Operands, attributes: &Attri
         problem.window.left = problem.window.left.map(|left| left.saturating_add(right));
         problem.window.right = None;
         let offset = |base: i64| (base + i64::from(right)).clamp(i32::MIN.into(), i32::MAX.into()) as i32;
-        operands.offsets = Some(match (anchor, &operands.key_lengths) {
-            (Anchor::Lengths, Some(lengths)) => {
+        let offsets = match (anchor, &operands.key_lengths) {
+            (Anchor::Lengths, Some(Array::U32(lengths))) => {
                 lengths.iter().map(|&length| offset(i64::from(length) - i64::from(problem.seq_q))).collect()
             }
             (Anchor::Past(rows), _) => vec![offset((*rows).into()); problem.batch as usize],
             _ => unreachable!("lengths anchor only where they are given"),
-        });
+        };
+        operands.offsets = Some(Array::I32(offsets));
     }
 }
 
 /// Reads the expected outputs and asks the problem for them.
-fn expected(archive: &Archive, mut problem: Problem, operands: Operands, attributes: &Attributes) -> Result<Loaded> {
+fn expected(archive: &Archive, mut problem: Problem, operands: OwnedInputs, attributes: &Attributes) -> Result<Loaded> {
     let element = problem.element;
     let prefix = match archive.text("grade_against") {
         None => "out",

@@ -12,7 +12,7 @@ use crate::archive::Archive;
 use crate::difference::Rule;
 use crate::error::Result;
 use crate::floats::Floats;
-use crate::operands::Operands;
+use crate::operands::{OwnedInputs, set_bias};
 
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -54,8 +54,8 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
     let mut problem = Problem::new(1, 1, rows, keys, 1);
     problem.weights = true;
     let zeros = |count: u32| Floats::F32(vec![0.0; count as usize]);
-    let mut operands = Operands::new(zeros(rows), zeros(keys), zeros(keys));
-    operands.set_bias(&mut problem, Broadcast([1, 1, rows, keys]), Floats::F32(scores));
+    let mut operands = OwnedInputs::new(zeros(rows), zeros(keys), zeros(keys));
+    set_bias(&mut problem, &mut operands.operands, Broadcast([1, 1, rows, keys]), Floats::F32(scores));
     let rule = Rule { atol: archive.json("atol", "a number")?, rtol: archive.json("rtol", "a number")? };
     let expectation = Expectation::new("out.y", Quantity::Weights, last(archive.f32s("out.y")?), rule);
     let work = Work::Scores { problem: problem.into(), operands: operands.into() };

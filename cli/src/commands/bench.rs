@@ -13,7 +13,7 @@ use crate::engine::{self, DeviceArgs, KernelArgs, Label};
 use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::memory;
-use crate::operands::Operands;
+use crate::operands::{Array, OwnedInputs};
 use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
 use crate::oracle::{Judgement, Oracle};
 use crate::probe::{self, Ceilings};
@@ -95,7 +95,7 @@ struct Row {
 pub struct Subject {
     pub shape: ShapeArg,
     pub problem: Problem,
-    pub operands: Operands,
+    pub operands: OwnedInputs,
     flops: f64,
     /// Ranges of rows of each head, and their expected results.
     checked: Vec<(Range<u32>, Oracle)>,
@@ -185,10 +185,10 @@ fn runs(seq_q: u32, rows: u32) -> Vec<Range<u32>> {
 }
 
 /// The problem of some query rows of each head, with the same keys and positions.
-fn only(problem: &Problem, operands: &Operands, rows: &Range<u32>) -> (Problem, Operands) {
-    let (mut part, mut operands) = (problem.clone(), operands.clone());
+fn only(problem: &Problem, inputs: &OwnedInputs, rows: &Range<u32>) -> (Problem, OwnedInputs) {
+    let (mut part, mut inputs) = (problem.clone(), inputs.clone());
     if rows.len() as u32 == problem.seq_q {
-        return (part, operands);
+        return (part, inputs);
     }
     part.seq_q = rows.len() as u32;
     let first = match problem.causal {
@@ -198,19 +198,19 @@ fn only(problem: &Problem, operands: &Operands, rows: &Range<u32>) -> (Problem, 
     };
     if let Some(first) = first {
         part.causal = Causal::Offset;
-        operands.offsets = Some(vec![first + rows.start as i32; problem.batch as usize]);
+        inputs.operands.offsets = Some(Array::I32(vec![first + rows.start as i32; problem.batch as usize]));
     }
     let dim = problem.head_dim as usize;
     let (all, kept) = (problem.seq_q as usize * dim, rows.start as usize * dim..rows.end as usize * dim);
     fn pick<T: Copy>(x: &[T], all: usize, kept: &Range<usize>) -> Vec<T> {
         x.chunks_exact(all).flat_map(|head| &head[kept.clone()]).copied().collect()
     }
-    operands.q = match &operands.q {
+    inputs.q = match &inputs.q {
         Floats::F32(x) => Floats::F32(pick(x, all, &kept)),
         Floats::F16(x) => Floats::F16(pick(x, all, &kept)),
         Floats::Bf16(x) => Floats::Bf16(pick(x, all, &kept)),
     };
-    (part, operands)
+    (part, inputs)
 }
 
 /// Time of one call in milliseconds, slice by slice as `Gpu::run` submits them.

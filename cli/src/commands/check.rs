@@ -13,7 +13,7 @@ use wgpu_attention::{
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Engine, KernelArgs, Label};
 use crate::error::Result;
-use crate::operands::Operands;
+use crate::operands::{OwnedInputs, set_key_lengths, set_mask};
 use crate::oracle::{Judgement, Oracle};
 use crate::report::{self, Report};
 use crate::sample::Sample;
@@ -42,7 +42,7 @@ const RUNS: usize = 3;
 struct Subject {
     name: &'static str,
     problem: Problem,
-    operands: Operands,
+    operands: OwnedInputs,
     /// Operations of each stage over the visible pairs.
     flops: [f64; 3],
     /// Whether every kernel runs it, not only the planner's choice.
@@ -113,8 +113,8 @@ fn subjects() -> Result<Vec<Subject>> {
                 (0..Broadcast(shape).len()).map(|_| u8::from(!sample.bits().is_multiple_of(4))).collect();
             // One row sees no key.
             mask[..problem.seq_kv as usize].fill(0);
-            operands.set_mask(&mut problem, Broadcast(shape), mask);
-            operands.set_key_lengths(&mut problem, vec![65, 29]);
+            set_mask(&mut problem, &mut operands.operands, Broadcast(shape), mask);
+            set_key_lengths(&mut problem, &mut operands.operands, vec![65, 29]);
         }
         let pairs = problem.check()?.visible_pairs() as f64;
         let [head_dim, value_dim] = [problem.head_dim, problem.value_dim].map(f64::from);
