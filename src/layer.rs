@@ -1,8 +1,8 @@
 //! The multi-head attention layer: projections, heads, attention, output projection, on the GPU from first to last.
 
 use crate::error::{Error, Result};
+use crate::ops::project::Order;
 use crate::problem::{Inputs, Problem};
-use crate::projection::Order;
 use crate::shape::{MAX_DIM, MAX_SIZE};
 
 /// A linear map `x w + b` on the host.

@@ -9,7 +9,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Linear};
-use crate::projection::Order;
+use crate::ops::project::Order;
 
 /// The tensors of one layer, and which of them were read.
 struct Tensors<'a> {

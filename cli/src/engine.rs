@@ -218,7 +218,7 @@ impl Engine {
             Engine::Gpu(gpu) => gpu.rotate(rotation, x.elements(), table, positions)?,
             Engine::Cpu => {
                 // The reference gives dense heads; these rows go back to where they stood.
-                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions);
+                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions)?;
                 let (mut out, mut rows) = (x.widened(), turned.chunks_exact(rotation.head_dim as usize));
                 for (b, h, row) in places(rotation) {
                     let at = b * rotation.x.batch + h * rotation.x.head + row * rotation.x.row + rotation.x.offset;
