@@ -1,5 +1,7 @@
 //! A device of our own: adapters, upload, run, read-back. Callers with their own device use [`Attention`] directly.
 
+mod operations;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,9 +13,7 @@ use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, allocate};
 use crate::error::counted;
 use crate::error::{Error, Result};
-use crate::kernel::slot::Slot;
 use crate::operands::Operands;
-use crate::operation::Operation;
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::problem::{Element, Inputs, Outputs, Problem};
@@ -354,35 +354,6 @@ impl Gpu {
         Ok(resident)
     }
 
-    /// Runs an operation on buffers that begin with the given bytes, slice by slice, and reads some of them back.
-    pub(crate) fn compute(
-        &self,
-        operation: &Operation,
-        buffers: &[(Slot, &[u8])],
-        read: &[Slot],
-    ) -> Result<Vec<Vec<u8>>> {
-        self.fault()?;
-        let upload =
-            |&(slot, bytes): &(Slot, &[u8])| (slot, upload_bytes(&self.device, &self.queue, slot.name(), bytes));
-        let own: Vec<_> = allocate(&self.device, || buffers.iter().map(upload).collect())?;
-        let slices: Vec<_> = own.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
-        self.perform(operation, &slices)?;
-        let wanted = read.iter().filter_map(|wanted| slices.iter().find(|(slot, _)| slot == wanted));
-        wanted.map(|(_, slice)| self.read(*slice)).collect()
-    }
-
-    /// Runs an operation slice by slice, and waits for each.
-    pub(crate) fn perform(&self, operation: &Operation, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
-        let call = operation.begin()?;
-        for slice in 0..operation.slices() {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            call.encode_slice(slice, &mut encoder, buffers)?;
-            self.queue.submit([encoder.finish()]);
-            self.wait()?;
-        }
-        Ok(())
-    }
-
     fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {
         if home.is(self.library.home()) { Ok(()) } else { Err(Error::OtherDevice { field }) }
     }
@@ -551,7 +522,7 @@ fn unwritten(s: &Shape) -> Vec<u8> {
 }
 
 /// The elements of a tensor's bytes, widened to f32, which is exact.
-pub(crate) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
+fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     let words = bytemuck::pod_collect_to_vec::<u8, u16>;
     match element {
         Element::F32 => bytemuck::pod_collect_to_vec(bytes),

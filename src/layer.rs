@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::operands::{HostSlice, Operands};
+use crate::ops::project::Order;
 use crate::problem::Problem;
-use crate::projection::Order;
 use crate::shape::{MAX_DIM, MAX_SIZE};
 
 /// A linear map `x w + b` on the host.

@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Linear};
-use crate::projection::Order;
+use crate::ops::project::Order;
 
 /// The tensors of one layer, and the names of those that were read.
 struct Tensors<'a> {

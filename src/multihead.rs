@@ -2,24 +2,24 @@
 
 use std::cmp::Ordering;
 
-use crate::append::{self, Append};
 use crate::caps::Caps;
 use crate::encode::{Attention, Buffers, Home, Prepared, Recording, Set, allocate, constant};
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, upload_bytes, whole};
-use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
-use crate::kernel::{Variant, average, extra};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
 use crate::operands::Operands;
-use crate::operation::Operation;
+use crate::operation::Compiled;
+use crate::ops::append::{self, Append};
+use crate::ops::average::Average;
+use crate::ops::extra::{Extra, lse_words};
+use crate::ops::project::{Order, Projection, Turn, Wiring};
+use crate::ops::rotary::{self, Positions, Rotation};
 use crate::options::Options;
 use crate::plan::no_more_slices;
 use crate::problem::{Causal, Element, Layout, Problem, Strides};
-use crate::projection::{self, Order, Projection};
-use crate::rotation::{self, Positions, Rotation};
-use crate::step::{Bound, Step};
-use crate::steps::{Span, Steps, bind, small};
+use crate::step::Step;
+use crate::steps::Steps;
 
 /// A [`Layer`] whose weights are on a device.
 #[derive(Debug)]
@@ -53,10 +53,10 @@ struct Places {
 /// A layer prepared for one [`Problem`] and [`Call`], ready to be recorded any number of times, from any number of threads.
 #[derive(Debug)]
 pub struct PreparedLayer {
-    before: Operation,
+    before: Compiled,
     /// Its scratch is that of the whole layer.
     attention: Prepared,
-    after: Operation,
+    after: Compiled,
     call: Call,
     matrices: Vec<wgpu::Buffer>,
     shifts: wgpu::Buffer,
@@ -299,7 +299,6 @@ struct Preparation<'a> {
     joint: usize,
     /// Where projected keys and values stand: the rows that are new, where there is a cache.
     fresh: [Strides; 2],
-    scale: f32,
 }
 
 impl<'a> Preparation<'a> {
@@ -339,8 +338,8 @@ impl<'a> Preparation<'a> {
         } else {
             (inner.k, inner.v) = (Layout::Strided(fresh[0]), Layout::Strided(fresh[1]));
         }
-        let scale = inner.check()?.scale();
-        Ok(Preparation { of, caps, options, problem: inner, call, joint, fresh, scale })
+        inner.check()?;
+        Ok(Preparation { of, caps, options, problem: inner, call, joint, fresh })
     }
 
     /// Strides of an input or the output of the layer.
@@ -374,7 +373,7 @@ impl<'a> Preparation<'a> {
             let mut p = Projection::new(rows, linear.inputs, outputs, linear.order, self.of.element);
             (p.batch, p.x, p.bias, p.y) = (self.problem.batch, self.outer(linear.inputs, rows), bias, y);
             let matrix = self.of.packed.min(n);
-            p.slots = projection::Slots { x: source, matrix: Slot::Matrix(matrix as u8), y: to };
+            let mut wiring = Wiring { x: source, weight: Slot::Matrix(matrix as u8), y: to, turn: None };
             if n >= self.of.packed {
                 let column = u64::from(widths[matrix..n].iter().sum::<u32>());
                 (p.weight_offset, p.weight_row) = match linear.order {
@@ -390,7 +389,7 @@ impl<'a> Preparation<'a> {
             if let Some(rotary) = layer.rotary.filter(|_| n < 2) {
                 // In one buffer, the heads of the keys follow those of the queries.
                 let (names, columns) = if self.joint == 0 { ("q and k", nq + nk) } else { (to.name(), widths[n]) };
-                let turn = projection::Turn {
+                let turn = Turn {
                     columns,
                     head_dim: dim,
                     rotary_dim: rotary.dim,
@@ -401,31 +400,31 @@ impl<'a> Preparation<'a> {
                 };
                 match p.turn_obstacle(self.caps, &turn) {
                     None => {
-                        p.turn = Some(turn);
+                        wiring.turn = Some(turn);
                         reasons.push(format!("rotary embedding of {names}: in the projection, which saves a pass"));
                     }
                     Some(why) => {
                         let mut r = Rotation::new(self.problem.batch, columns / dim, rows, dim, rotary.positions);
                         (r.rotary_dim, r.interleaved, r.positions) =
                             (rotary.dim, rotary.interleaved, Positions::Starts);
-                        (r.x, r.slots) = (y, rotation::Slots { x: to, y: to });
-                        rotations.push(r);
+                        r.x = y;
+                        rotations.push((r, rotary::Slots { x: to, y: to }));
                         reasons.push(format!("rotary embedding of {names}: not in the projection: {why}"));
                     }
                 }
             }
-            p.plan(self.caps, self.options, steps)?;
+            p.dispatches(wiring, steps)?;
         }
-        for rotation in rotations {
-            rotation.plan(self.caps, steps)?;
+        for (rotation, slots) in rotations {
+            rotation.dispatches(slots, steps)?;
         }
         let [k_slot, v_slot] = [1, 2].map(|n: usize| [Slot::Q, Slot::K, Slot::V][n.min(self.joint)]);
         if self.call.cache {
             let appended = [(k_slot, Slot::KeyCache, k, layer.key_dim), (v_slot, Slot::ValueCache, v, layer.value_dim)];
             for (x, cache, strides, dim) in appended {
                 let mut a = Append::new(self.problem.batch, layer.kv_heads, keys, self.problem.seq_kv, dim);
-                (a.x, a.slots) = (Layout::Strided(strides), append::Slots { x, cache });
-                a.push(self.caps, steps)?;
+                a.x = Layout::Strided(strides);
+                a.dispatches(append::Slots { x, cache }, steps)?;
             }
         }
         Ok(reasons)
@@ -433,20 +432,23 @@ impl<'a> Preparation<'a> {
 
     /// The added key, the output projection and the weights, after attention.
     fn after(&self, steps: &mut Steps<'_>) -> Result<()> {
-        let layer = &self.of.layer;
-        for batch in 0..if layer.bias_kv.is_some() { self.problem.batch } else { 0 } {
-            self.extra(batch, steps)?;
+        let (layer, attention, places) = (&self.of.layer, &self.problem.check()?, self.of.places);
+        if layer.bias_kv.is_some() {
+            let (key, value, biases) = (places.extra_key, places.extra_value, self.of.shifts.len() as u64);
+            Extra { attention, key, value, biases }.dispatches(steps)?;
         }
         let linear = &layer.out;
         let mut p = Projection::new(self.problem.seq_q, linear.inputs, linear.outputs, linear.order, self.of.element);
         let inner = u64::from(linear.inputs);
         p.x = Strides { offset: 0, batch: u64::from(self.problem.seq_q) * inner, head: 0, row: inner };
-        (p.batch, p.bias) = (self.problem.batch, self.of.places.out);
+        (p.batch, p.bias) = (self.problem.batch, places.out);
         p.y = self.outer(linear.outputs, self.problem.seq_q);
-        p.slots = projection::Slots { x: Slot::Out, matrix: Slot::Matrix(3), y: Slot::Result };
-        p.plan(self.caps, self.options, steps)?;
-        for batch in 0..if self.averages() { self.problem.batch } else { 0 } {
-            self.average(batch, steps)?;
+        let wiring = Wiring { x: Slot::Out, weight: Slot::Matrix(3), y: Slot::Result, turn: None };
+        p.dispatches(wiring, steps)?;
+        if self.averages() {
+            let columns = layer.weight_columns(self.problem.seq_kv);
+            let (mean, extra) = (self.call.weights == Some(Weights::Mean), layer.bias_kv.is_some());
+            Average { attention, columns, mean, extra }.dispatches(steps)?;
         }
         Ok(())
     }
@@ -456,120 +458,13 @@ impl<'a> Preparation<'a> {
         self.problem.weights && self.problem.lse
     }
 
-    /// Places of log-sum-exp: base and strides for `extra` and `average`.
-    fn lse(&self) -> Params {
-        let p = &self.problem;
-        Params {
-            lse_batch: p.heads * p.seq_q,
-            lse_head: p.seq_q,
-            total_q: p.batch * p.heads * p.seq_q,
-            row0: 0,
-            row_end: p.seq_q,
-            ..Params::default()
-        }
-    }
-
-    fn lse_bytes(&self) -> u64 {
-        let places = if self.of.layer.bias_kv.is_some() { 8 } else { 4 };
-        places * u64::from(self.problem.batch) * u64::from(self.problem.heads) * u64::from(self.problem.seq_q)
-    }
-
-    fn bound(&self, slot: Slot, span: Span, origin: u64, written: bool) -> Result<(Bound, u32)> {
-        let (offset, size, base) = bind(self.caps, span, 4, origin);
-        let limit = self.caps.binding();
-        if size > limit {
-            return Err(Error::bytes(slot.name(), size, limit));
-        }
-        Ok((Bound { slot, offset, size, written }, base))
-    }
-
-    fn extra(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
-        if self.problem.seq_q == 0 {
-            return Ok(());
-        }
-        let (shape, places) = (self.problem.check()?, self.of.places);
-        let threads = extra::Extra.threads();
-        let (heads, rows) = (self.problem.heads, self.problem.seq_q);
-        let span = |t: &crate::shape::Tensor| (t.at(batch, 0, 0), t.at(batch, heads - 1, rows - 1) + u64::from(t.dim));
-        let (q, q_base) = self.bound(Slot::Q, span(shape.q()), shape.q().strides.offset, false)?;
-        let (out, out_base) = self.bound(Slot::Out, span(shape.out()), shape.out().strides.offset, true)?;
-        let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, true)?;
-        let (shifts, shift) = self.bound(Slot::Shifts, (0, self.of.shifts.len() as u64), 0, false)?;
-        let [q_strides, out_strides] = [shape.q().strides, shape.out().strides];
-        let params = Params {
-            row_tiles: rows.div_ceil(threads),
-            col_tiles: 1,
-            batch0: batch,
-            heads,
-            group: heads / self.problem.kv_heads,
-            head_dim: self.problem.head_dim,
-            value_dim: self.problem.value_dim,
-            scale: self.scale,
-            q_base,
-            q_batch: q_strides.batch as u32,
-            q_head: q_strides.head as u32,
-            q_row: q_strides.row as u32,
-            out_base,
-            out_batch: out_strides.batch as u32,
-            out_head: out_strides.head as u32,
-            out_row: out_strides.row as u32,
-            k_base: (places.extra_key as u32).wrapping_add(shift),
-            v_base: (places.extra_value as u32).wrapping_add(shift),
-            ..self.lse()
-        };
-        let workgroups = small("workgroups", u64::from(params.row_tiles) * u64::from(heads))?;
-        let flops = 4.0 * f64::from(heads) * f64::from(rows) * f64::from(params.head_dim + params.value_dim);
-        steps.push(Variant::Extra(extra::Extra), params, vec![q, shifts, lse, out], workgroups, flops)
-    }
-
-    fn average(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
-        let (p, threads) = (&self.problem, average::Average.threads());
-        let columns = self.of.layer.weight_columns(p.seq_kv);
-        let mean = self.call.weights == Some(Weights::Mean);
-        let heads = if mean { 1 } else { p.heads };
-        let [h, rows, keys] = [p.heads, p.seq_q, p.seq_kv].map(u64::from);
-        let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
-        // A binding may not be empty: without a key the kernel reads none of the heads' weights.
-        let (w, s_base) = match keys {
-            0 => self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, false)?,
-            _ => self.bound(Slot::Weights, within(h * rows * keys), 0, false)?,
-        };
-        let per_batch = u64::from(heads) * rows * u64::from(columns);
-        let (y, out_base) = self.bound(Slot::Averaged, within(per_batch), 0, true)?;
-        let (lse, _) = self.bound(Slot::Lse, (0, self.lse_bytes() / 4), 0, false)?;
-        let params = Params {
-            row_tiles: p.seq_q,
-            col_tiles: columns.div_ceil(threads),
-            batch0: batch,
-            heads,
-            in_end: if mean { p.heads } else { 1 },
-            seq_kv: p.seq_kv,
-            key_end: columns,
-            scale: if mean { 1.0 / p.heads as f32 } else { 1.0 },
-            flags: if self.of.layer.bias_kv.is_some() { flags::BIAS } else { 0 },
-            s_base,
-            s_batch: (h * rows * keys) as u32,
-            s_head: (rows * keys) as u32,
-            s_row: p.seq_kv,
-            out_base,
-            out_batch: per_batch as u32,
-            out_head: (rows * u64::from(columns)) as u32,
-            out_row: columns,
-            ..self.lse()
-        };
-        let workgroups = rows * u64::from(params.col_tiles) * u64::from(heads);
-        let flops = 32.0 * (h * rows) as f64 * f64::from(columns);
-        let variant = Variant::Average(average::Average);
-        steps.push(variant, params, vec![w, lse, y], small("workgroups", workgroups)?, flops)
-    }
-
     fn prepare(self, attention: &Attention) -> Result<PreparedLayer> {
         let (mut before, mut after) = (Steps::new(self.caps, self.options), Steps::new(self.caps, self.options));
         let reasons = self.before(&mut before)?;
         self.after(&mut after)?;
-        let before = Operation::new(attention, before)?;
+        let before = Compiled::new(attention, before, &[])?;
         let plan = attention.plan_with(&self.problem, self.options)?;
-        let after = Operation::new(attention, after)?;
+        let after = Compiled::new(attention, after, &[])?;
         let (p, layer) = (&self.problem, &self.of.layer);
         let shape = plan.shape();
         let batch = u64::from(p.batch);
@@ -587,7 +482,7 @@ impl<'a> Preparation<'a> {
             (Slot::K, "projected keys", columns(1).map(|columns| 4 * keys * columns)),
             (Slot::V, "projected values", columns(2).map(|columns| 4 * keys * columns)),
             (Slot::Out, "merged heads", Some(4 * shape.out().extent())),
-            (Slot::Lse, "log-sum-exp", p.lse.then(|| self.lse_bytes())),
+            (Slot::Lse, "log-sum-exp", p.lse.then(|| 4 * lse_words(shape, layer.bias_kv.is_some()))),
             (Slot::Weights, "weights of heads", scores),
         ];
         let zeros = vec![0; 4 * batch.max(layer.heads.into()) as usize];

@@ -1,22 +1,23 @@
-//! One step around attention (a projection, a rotation) as an operation of its own.
+//! The operations beside attention on a device: compiled, with buffers of their own types.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::encode::{Attention, Program, Recording, Scratch, allocate, check_slice};
+use crate::encode::{Attention, Program, Recording, Scratch, check_slice};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, upload_bytes};
 use crate::kernel::slot::Slot;
+use crate::ops::append::{self, Append};
+use crate::ops::merge::{Merge, Partials};
+use crate::ops::project::{Projection, Wiring};
+use crate::ops::rotary::{self, Rotation};
 use crate::options::Options;
 use crate::plan::no_more_slices;
-use crate::problem::{Element, Elements};
-use crate::projection::Projection;
-use crate::rotation::Rotation;
 use crate::step::Step;
 use crate::steps::Steps;
 
-/// Compiled dispatches with the buffers that they need, ready to be recorded any number of times, from any number of threads.
+/// Compiled dispatches with the scratch that they need, whatever their buffers are called.
 #[derive(Debug)]
-pub struct Operation {
+pub(crate) struct Compiled {
     program: Program,
     slices: Vec<Range<usize>>,
     needs: Vec<Need>,
@@ -31,46 +32,25 @@ struct Need {
     written: bool,
 }
 
-impl Operation {
-    pub(crate) fn new(attention: &Attention, steps: Steps<'_>) -> Result<Self> {
-        Self::with_scratch(attention, steps, &[])
-    }
-
-    /// With buffers of its own, of the given bytes, for some slots.
-    pub(crate) fn with_scratch(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
+impl Compiled {
+    /// Compiles the steps, and allocates buffers of the given bytes for the slots that hold intermediate results.
+    pub(crate) fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
         attention.caps().check()?;
         let (steps, slices) = steps.finish();
         let program = attention.program(&steps)?;
+        let scratch: Vec<_> = scratch.iter().copied().filter(|&(_, bytes)| bytes > 0).collect();
         let mut needs = needs(&steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
-        let scratch = Scratch::new(attention.device(), scratch.to_vec())?;
-        Ok(Operation { program, slices, needs, scratch, alignment: attention.caps().alignment() })
+        let scratch = Scratch::new(attention.device(), scratch)?;
+        Ok(Compiled { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
-    /// Each buffer that is read or written, and its least size in bytes. There is none where the operation has no rows.
-    pub fn needs(&self) -> impl Iterator<Item = (Slot, u64)> {
-        self.needs.iter().map(|need| (need.slot, need.bytes))
-    }
-
-    /// The dispatches in order.
-    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+    pub(crate) fn steps(&self) -> impl Iterator<Item = &Step> {
         self.program.steps()
     }
 
-    /// Records everything. Nothing is submitted or waited for. A buffer that the operation does not use may be given.
-    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
-        self.check(buffers)?;
-        self.record(0..self.slices.last().map_or(0, |slice| slice.end), encoder, buffers, &self.scratch.shared()?)
-    }
-
-    /// How many slices there are: parts of the work that may be submitted one by one, in order.
-    pub fn slices(&self) -> usize {
+    pub(crate) fn slices(&self) -> usize {
         self.slices.len()
-    }
-
-    /// Begins a call that is recorded slice by slice, as [`crate::Prepared::begin`] does.
-    pub fn begin(&self) -> Result<Recording<'_, Operation>> {
-        Ok(Recording { of: self, set: self.scratch.own()? })
     }
 
     pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
@@ -78,7 +58,7 @@ impl Operation {
         Ok(self.slices[slice].clone())
     }
 
-    /// Records some dispatches with buffers that [`Operation::check`] took.
+    /// Records some dispatches with buffers that [`Compiled::check`] took.
     pub(crate) fn record(
         &self,
         steps: Range<usize>,
@@ -90,7 +70,7 @@ impl Operation {
             if let Some((_, buffer)) = set.iter().find(|(own, _)| *own == slot) {
                 return (buffer, 0);
             }
-            let slice = buffers.iter().find(|(given, _)| *given == slot).expect("Operation::check found it").1;
+            let slice = buffers.iter().find(|(given, _)| *given == slot).expect("Compiled::check found it").1;
             (slice.buffer(), slice.offset())
         };
         self.program.record(steps, encoder, buffer, &[])
@@ -116,22 +96,6 @@ impl Operation {
     }
 }
 
-impl Recording<'_, Operation> {
-    /// Records one slice; submit after each, in order.
-    pub fn encode_slice(
-        &self,
-        slice: usize,
-        encoder: &mut wgpu::CommandEncoder,
-        buffers: &[(Slot, wgpu::BufferSlice<'_>)],
-    ) -> Result<()> {
-        let steps = self.of.slice(slice)?;
-        self.of.check(buffers)?;
-        self.of.record(steps, encoder, buffers, &self.set)?;
-        self.hold(encoder);
-        Ok(())
-    }
-}
-
 fn needs(steps: &[Step]) -> Vec<Need> {
     let mut needs: Vec<Need> = Vec::new();
     for bound in steps.iter().flat_map(|step| &step.bindings) {
@@ -144,63 +108,254 @@ fn needs(steps: &[Step]) -> Vec<Need> {
     needs
 }
 
-impl Attention {
-    /// Prepares a projection: rows in [`Slot::Query`], weights in [`Slot::Matrix`]`(0)`, biases in [`Slot::Shifts`] (at least
-    /// 16 bytes even without a bias), result in [`Slot::Result`].
-    pub fn project(&self, projection: &Projection, options: &Options) -> Result<Operation> {
-        let mut steps = Steps::new(self.caps(), options);
-        projection.plan(self.caps(), options, &mut steps)?;
-        Operation::new(self, steps)
+/// The description of an operation beside attention: [`Append`], [`Merge`], [`Projection`] or [`Rotation`].
+pub trait Description {
+    /// The buffers that the operation reads and writes.
+    type Buffers<'a>;
+
+    /// The buffers by what the operation calls them.
+    #[doc(hidden)]
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)>;
+}
+
+/// A [`Description`] compiled for a device, ready to be recorded any number of times, from any number of threads.
+///
+/// Each buffer needs the usage `STORAGE`, and an offset that is a multiple of the device's `min_storage_buffer_offset_alignment`. What
+/// is written has a buffer of its own. A buffer that the operation does not use, because there is no row, say, is not looked at.
+#[derive(Debug)]
+pub struct Operation<D> {
+    compiled: Compiled,
+    of: PhantomData<fn() -> D>,
+}
+
+impl<D: Description> Operation<D> {
+    fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
+        Ok(Operation { compiled: Compiled::new(attention, steps, scratch)?, of: PhantomData })
     }
 
-    /// Prepares a rotation: rows in [`Slot::Query`], result in [`Slot::Result`] (in place: that one alone), the table in
-    /// [`Slot::Angles`] and u32 positions in [`Slot::Positions`].
-    pub fn rotate(&self, rotation: &Rotation, options: &Options) -> Result<Operation> {
-        let mut steps = Steps::new(self.caps(), options);
-        rotation.plan(self.caps(), &mut steps)?;
-        Operation::new(self, steps)
+    /// Each buffer that is read or written, by its field, and its least size in bytes. There is none where the operation has no rows.
+    pub fn needs(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.compiled.needs.iter().map(|need| (need.slot.name(), need.bytes))
+    }
+
+    /// The dispatches in order.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.compiled.steps()
+    }
+
+    /// Records everything. Nothing is submitted or waited for.
+    ///
+    /// # Errors
+    ///
+    /// If a buffer is missing, too small, without a usage, misplaced, written and used twice, or of another device.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &D::Buffers<'_>) -> Result<()> {
+        let (of, slots) = (&self.compiled, given::<D>(buffers));
+        of.check(&slots)?;
+        of.record(0..of.slices.last().map_or(0, |slice| slice.end), encoder, &slots, &of.scratch.shared()?)
+    }
+
+    /// How many slices there are: parts of the work that may be submitted one by one, in order.
+    pub fn slices(&self) -> usize {
+        self.compiled.slices()
+    }
+
+    /// Begins a call that is recorded slice by slice, as [`crate::Prepared::begin`] does.
+    pub fn begin(&self) -> Result<Recording<'_, Operation<D>>> {
+        Ok(Recording { of: self, set: self.compiled.scratch.own()? })
     }
 }
 
-impl Gpu {
-    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
-    pub fn rotate(&self, rotation: &Rotation, x: Elements<'_>, table: &[f32], positions: &[u32]) -> Result<Vec<f32>> {
-        rotation.check()?;
-        if rotation.y.is_some() {
-            let why = "host slices turn in place";
-            return Err(Error::Conflict { left: "y", right: "host slices", why });
-        }
-        if x.element() != rotation.element {
-            return Err(Error::Element { field: "x", got: x.element(), want: rotation.element });
-        }
-        let lengths = [
-            ("x", x.len() as u64, rotation.extent()),
-            ("table", table.len() as u64, u64::from(rotation.table_rows) * u64::from(rotation.rotary_dim)),
-            ("positions", positions.len() as u64, rotation.position_count()),
-        ];
-        for (field, got, want) in lengths {
-            if got != want {
-                return Err(Error::Length { field, got: got as usize, want: want as usize });
-            }
-        }
-        let operation = self.library().rotate(rotation, &Options::default())?;
-        let [x_buffer, table, positions] = allocate(self.device(), || {
-            [x.bytes(), bytemuck::cast_slice(table), bytemuck::cast_slice(positions)]
-                .map(|bytes| upload_bytes(self.device(), self.queue(), "rotation", bytes))
-        })?;
-        let slots = [
-            (Slot::Result, x_buffer.slice(..)),
-            (Slot::Angles, table.slice(..)),
-            (Slot::Positions, positions.slice(..)),
-        ];
-        self.perform(&operation, &slots)?;
-        let mut bytes = self.read(x_buffer.slice(..))?;
-        bytes.truncate(x.bytes().len());
-        let words = || bytemuck::pod_collect_to_vec::<u8, u16>(&bytes);
-        Ok(match rotation.element {
-            Element::F32 => bytemuck::pod_collect_to_vec(&bytes),
-            Element::F16 => words().into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
-            Element::Bf16 => words().into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
-        })
+impl<D: Description> Recording<'_, Operation<D>> {
+    /// Records one slice; submit after each, in order.
+    pub fn encode_slice(
+        &self,
+        slice: usize,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &D::Buffers<'_>,
+    ) -> Result<()> {
+        let (of, slots) = (&self.of.compiled, given::<D>(buffers));
+        let steps = of.slice(slice)?;
+        of.check(&slots)?;
+        of.record(steps, encoder, &slots, &self.set)?;
+        self.hold(encoder);
+        Ok(())
+    }
+}
+
+fn given<'a, D: Description>(buffers: &D::Buffers<'a>) -> Vec<(Slot, wgpu::BufferSlice<'a>)> {
+    D::slots(buffers).into_iter().filter_map(|(slot, slice)| Some((slot, slice?))).collect()
+}
+
+/// The buffers of an [`Append`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct AppendBuffers<'a> {
+    /// The new rows.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The cache, or the pool of its pages, which is changed in place.
+    pub cache: wgpu::BufferSlice<'a>,
+    /// The row of the cache where the new rows of each batch begin, u32 `[batch]`.
+    pub starts: wgpu::BufferSlice<'a>,
+    /// The pages of each batch, u32 or i32 [batch, ⌈capacity / page_size⌉], if the cache is paged.
+    pub block_table: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> AppendBuffers<'a> {
+    /// The buffers of an append to a cache that is not paged.
+    pub fn new(x: wgpu::BufferSlice<'a>, cache: wgpu::BufferSlice<'a>, starts: wgpu::BufferSlice<'a>) -> Self {
+        AppendBuffers { x, cache, starts, block_table: None }
+    }
+}
+
+impl Description for Append {
+    type Buffers<'a> = AppendBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::X, Some(of.x)),
+            (Slot::Cache, Some(of.cache)),
+            (Slot::Starts, Some(of.starts)),
+            (Slot::BlockTable, of.block_table),
+        ]
+    }
+}
+
+/// The buffers of a [`Merge`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct MergeBuffers<'a> {
+    /// The outputs of the partials, f32 [partials, batch, heads, seq_q, value_dim].
+    pub partial_out: wgpu::BufferSlice<'a>,
+    /// The log-sum-exps of the partials, f32 [partials, batch, heads, seq_q].
+    pub partial_lse: wgpu::BufferSlice<'a>,
+    /// The attention sinks, f32 `[heads]`, if there are any.
+    pub sinks: Option<wgpu::BufferSlice<'a>>,
+    /// The merged output.
+    pub out: wgpu::BufferSlice<'a>,
+    /// The merged log-sum-exp, f32 [batch, heads, seq_q], if it is asked for.
+    pub lse: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> MergeBuffers<'a> {
+    /// The buffers of a merge without sinks whose log-sum-exp is not asked for.
+    pub fn new(
+        partial_out: wgpu::BufferSlice<'a>,
+        partial_lse: wgpu::BufferSlice<'a>,
+        out: wgpu::BufferSlice<'a>,
+    ) -> Self {
+        MergeBuffers { partial_out, partial_lse, sinks: None, out, lse: None }
+    }
+}
+
+impl Description for Merge {
+    type Buffers<'a> = MergeBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::PartialOut, Some(of.partial_out)),
+            (Slot::PartialLse, Some(of.partial_lse)),
+            (Slot::Sinks, of.sinks),
+            (Slot::Out, Some(of.out)),
+            (Slot::Lse, of.lse),
+        ]
+    }
+}
+
+/// The buffers of a [`Projection`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct ProjectionBuffers<'a> {
+    /// The rows, f32.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The weights.
+    pub weight: wgpu::BufferSlice<'a>,
+    /// The biases, f32, if there are any.
+    pub biases: Option<wgpu::BufferSlice<'a>>,
+    /// The result, f32.
+    pub y: wgpu::BufferSlice<'a>,
+}
+
+impl<'a> ProjectionBuffers<'a> {
+    /// The buffers of a projection without biases.
+    pub fn new(x: wgpu::BufferSlice<'a>, weight: wgpu::BufferSlice<'a>, y: wgpu::BufferSlice<'a>) -> Self {
+        ProjectionBuffers { x, weight, biases: None, y }
+    }
+}
+
+impl Description for Projection {
+    type Buffers<'a> = ProjectionBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Wiring::OWN.x, Some(of.x)),
+            (Wiring::OWN.weight, Some(of.weight)),
+            (Slot::Shifts, of.biases),
+            (Wiring::OWN.y, Some(of.y)),
+        ]
+    }
+}
+
+/// The buffers of a [`Rotation`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct RotationBuffers<'a> {
+    /// The rows, which are changed in place unless the rotation has a `y`.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The cosines and sines, f32 [table_rows, rotary_dim], as [`Rotation::table`] makes them.
+    pub table: wgpu::BufferSlice<'a>,
+    /// The positions, u32; [`crate::Positions`] says how many.
+    pub positions: wgpu::BufferSlice<'a>,
+    /// The result, if the rotation is not in place.
+    pub y: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> RotationBuffers<'a> {
+    /// The buffers of a rotation in place.
+    pub fn new(x: wgpu::BufferSlice<'a>, table: wgpu::BufferSlice<'a>, positions: wgpu::BufferSlice<'a>) -> Self {
+        RotationBuffers { x, table, positions, y: None }
+    }
+}
+
+impl Description for Rotation {
+    type Buffers<'a> = RotationBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::X, Some(of.x)),
+            (Slot::Angles, Some(of.table)),
+            (Slot::Positions, Some(of.positions)),
+            (Slot::Y, of.y),
+        ]
+    }
+}
+
+impl Attention {
+    /// Prepares an append. Keys and values of the same sizes are two recordings of one operation.
+    pub fn append(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
+        let mut steps = Steps::new(self.caps(), options);
+        append.dispatches(append::Slots::OWN, &mut steps)?;
+        Operation::new(self, steps, &[])
+    }
+
+    /// Prepares a merge.
+    pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
+        self.caps().check()?;
+        let mut steps = Steps::new(self.caps(), options);
+        let scratch = merge.dispatches(Partials::LogSumExp, &mut steps)?;
+        Operation::new(self, steps, &scratch.sizes())
+    }
+
+    /// Prepares a projection.
+    pub fn project(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
+        let mut steps = Steps::new(self.caps(), options);
+        projection.dispatches(Wiring::OWN, &mut steps)?;
+        Operation::new(self, steps, &[])
+    }
+
+    /// Prepares a rotation.
+    pub fn rotate(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
+        let mut steps = Steps::new(self.caps(), options);
+        rotation.dispatches(rotary::Slots::OWN, &mut steps)?;
+        Operation::new(self, steps, &[])
     }
 }

@@ -12,15 +12,17 @@ use crate::kernel::body::Body;
 use crate::kernel::format::Format;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
-use crate::kernel::{Variant, export, logits, pack, scores, softmax, values, weights};
-use crate::merge::Merge;
+use crate::kernel::{Variant, export, logits, scores, softmax, values, weights};
 use crate::operands::{Kind, Operand, Operands};
+use crate::ops::merge::{Merge, Partials};
+use crate::ops::pack::pack;
 use crate::options::Options;
+use crate::part::{Axis, Cut, Excess, Part, count, span};
 use crate::plan::Plan;
 use crate::problem::{Broadcast, Causal, Element, Layout, Logits};
 use crate::shape::{Shape, Tensor};
 use crate::step::Bound;
-use crate::steps::{self, Span, Steps, few, small};
+use crate::steps::{self, SPARE, Span, Steps, check_dispatches, checked_u32};
 use crate::tuned::{Choice, Tuning};
 use crate::walk::{Band, most_keys};
 
@@ -58,24 +60,6 @@ impl Lists {
     pub(crate) fn bytes(&self) -> u64 {
         4 * self.words
     }
-}
-
-/// A box of the score matrix that is worked on at once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Part {
-    batch: Range<u32>,
-    heads: Range<u32>,
-    rows: Range<u32>,
-}
-
-impl Part {
-    fn planes(&self) -> u64 {
-        count(&self.batch) * count(&self.heads)
-    }
-}
-
-fn count(range: &Range<u32>) -> u64 {
-    u64::from(range.end - range.start)
 }
 
 pub(crate) struct Planner<'a> {
@@ -243,18 +227,25 @@ impl<'a> Planner<'a> {
             return Err(Error::bytes(field, self.lists.bytes(), limit));
         }
         let s = self.shape;
-        few(self.dispatches())?;
+        check_dispatches(self.dispatches())?;
         // A tile of 64 rows is one dispatch at least where it exceeds the work budget: most that is refused is refused here, before its
         // dispatches are listed.
         let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.seq_kv.max(1)));
-        few((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)?;
+        check_dispatches((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)?;
         let mut parts = Vec::new();
         if s.batch == 0 || s.seq_q == 0 {
             // What follows the parts has nothing to write either.
             (self.partials, self.unpacked) = (0, false);
             self.reasons.push("there is no query row: nothing runs and nothing is written".into());
         } else {
-            self.divide(Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q }, &mut parts)?;
+            let excess = |part: &Part| {
+                let (field, bytes, limit) = self.excess(part)?;
+                Some(Excess { field, bytes, limit, cuts: self.cuts() })
+            };
+            Part::new(0..s.batch, 0..s.heads, 0..s.seq_q).divide(&excess, &mut |part| {
+                parts.push(part);
+                check_dispatches(parts.len() as u64)
+            })?;
         }
         if parts.len() > 1 {
             let what = match self.fused {
@@ -291,10 +282,10 @@ impl<'a> Planner<'a> {
                 lse: s.lse,
                 sinks: s.sinks,
             };
-            let [totals, unpacked] = merge.append(self.caps, &mut self.steps, true)?;
+            let merged = merge.dispatches(Partials::Totals, &mut self.steps)?;
             let [out, lse] = partial_bytes(s, self.partials);
             scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
-            scratch.extend([(Slot::Totals, totals), (Slot::Unpacked, unpacked)]);
+            scratch.extend(merged.sizes());
         }
         if self.weighs() {
             for part in &parts {
@@ -307,7 +298,7 @@ impl<'a> Planner<'a> {
                 let limit = self.caps.limits.max_buffer_size;
                 return Err(Error::bytes("out in f32", unpacked, limit));
             }
-            let whole = Part { batch: 0..s.batch, heads: 0..s.heads, rows: 0..s.seq_q };
+            let whole = Part::new(0..s.batch, 0..s.heads, 0..s.seq_q);
             let params = Params { item_count: s.batch, ..self.params(&whole, &(0..s.seq_kv), 0) };
             let packed = s.packed.map(|_| (params, self.lists.bytes()));
             pack(self.caps, s.element, &s.out, packed, &mut self.steps)?;
@@ -330,36 +321,17 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// Halves a part until each of its operands fits one binding and its scores fit the scratch.
-    fn divide(&self, part: Part, parts: &mut Vec<Part>) -> Result<()> {
-        let Some((field, value, limit)) = self.excess(&part) else {
-            parts.push(part);
-            return few(parts.len() as u64);
-        };
-        let half = |range: &Range<u32>, step: u32| {
-            let middle = range.start + ((range.end - range.start) / 2).next_multiple_of(step);
-            if middle < range.end { middle } else { range.start + (range.end - range.start) / 2 }
-        };
-        let s_group = self.shape.group;
-        let (mut low, mut high) = (part.clone(), part.clone());
-        if count(&part.batch) > 1 {
-            let at = half(&part.batch, 1);
-            (low.batch.end, high.batch.start) = (at, at);
-        } else if count(&part.heads) > 1 {
-            // Some kernels take the query heads of a key/value head together.
-            let scores = self.fused.is_none() || self.shape.weights;
-            let together = self.fused.is_some_and(|fused| fused.takes_group())
-                || scores && Variant::Scores(self.scores).takes_group();
-            let at = half(&part.heads, if together { s_group } else { 1 });
-            (low.heads.end, high.heads.start) = (at, at);
-        } else if count(&part.rows) > 1 {
-            let at = half(&part.rows, self.scores.tile.tile_rows.max(self.values.tile.tile_rows));
-            (low.rows.end, high.rows.start) = (at, at);
-        } else {
-            return Err(Error::bytes(field, value, limit));
-        }
-        self.divide(low, parts)?;
-        self.divide(high, parts)
+    /// How a part is cut: some kernels take the query heads of a key/value head together.
+    fn cuts(&self) -> Vec<Cut> {
+        let scores = self.fused.is_none() || self.shape.weights;
+        let together =
+            self.fused.is_some_and(|fused| fused.takes_group()) || scores && Variant::Scores(self.scores).takes_group();
+        let rows = self.scores.tile.tile_rows.max(self.values.tile.tile_rows);
+        vec![
+            Cut::anywhere(Axis::Batch),
+            Cut::at_multiples(Axis::Heads, if together { self.shape.group } else { 1 }),
+            Cut::at_multiples(Axis::Rows, rows),
+        ]
     }
 
     /// The first operand of a part that is too large, with its bytes and the limit.
@@ -599,8 +571,8 @@ impl<'a> Planner<'a> {
         if self.partials > 0 && matches!(variant, Variant::Split(_)) {
             params.flags &= !flags::SINKS;
         }
-        params.row_tiles = small("row tiles", row_tiles)?;
-        params.col_tiles = small("column tiles", col_tiles)?;
+        params.row_tiles = checked_u32("row tiles", row_tiles)?;
+        params.col_tiles = checked_u32("column tiles", col_tiles)?;
         let bindings = variant
             .bindings()
             .into_iter()
@@ -631,7 +603,7 @@ impl<'a> Planner<'a> {
                 _ => pairs(line(n)),
             }
         };
-        let workgroups = small("workgroups", row_tiles * col_tiles * planes)?;
+        let workgroups = checked_u32("workgroups", row_tiles * col_tiles * planes)?;
         self.steps.push_uneven(variant, params, bindings, workgroups, |n| {
             let (n, cols) = (u64::from(n) / col_tiles, u64::from(n) % col_tiles);
             let (planes, n) = (n / row_tiles, n % row_tiles);
@@ -808,53 +780,8 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Rounds the f32 scratch of a dense output to its 16-bit type, in dispatches that each fit a binding. Of a packed batch, given by its
-/// parameters and the bytes of its lists, only the tokens that a sequence owns: for the others the scratch holds an earlier call's results.
-pub(crate) fn pack(
-    caps: &Caps,
-    element: Element,
-    out: &Tensor,
-    packed: Option<(Params, u64)>,
-    steps: &mut Steps<'_>,
-) -> Result<()> {
-    let variant = Variant::Pack(pack::Pack { element, packed: packed.is_some() });
-    let total = out.extent();
-    // From one token to the next; a single one may have any stride.
-    let row = if out.sizes[2] > 1 { out.strides.row } else { total };
-    // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
-    let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
-    let mut first = 0;
-    while first < total {
-        let elements = step.min(total - first);
-        let words = elements.div_ceil(2);
-        let mut params = Params {
-            row_tiles: 1,
-            col_tiles: small("words", words.div_ceil(variant.threads().into()))?,
-            heads: 1,
-            pack_count: small("elements", elements)?,
-            ..packed.map_or(Params::default(), |(params, _)| params)
-        };
-        let mut bindings = vec![
-            Bound { slot: Slot::Unpacked, offset: 4 * first, size: 4 * elements, written: false },
-            Bound { slot: Slot::Out, offset: 2 * first, size: 4 * words, written: true },
-        ];
-        if let Some((of, lists)) = packed {
-            params.x_base = small("elements between tokens", first % row)?;
-            params.x_row = small("elements between tokens", row)?;
-            params.row0 = (first / row % u64::from(of.total_q)) as u32;
-            bindings.push(Bound { slot: Slot::Lists, offset: 0, size: lists, written: false });
-        }
-        steps.push(variant, params, bindings, params.col_tiles, 32.0 * elements as f64)?;
-        first += elements;
-    }
-    Ok(())
-}
-
 /// Most rows of a tile of `values`.
 const VALUES_ROWS: u32 = 64;
-
-/// Bytes of the scratch that stands for an output which is not asked for.
-pub(crate) const SPARE: u64 = 256;
 
 fn problem_flags(s: &Shape) -> u32 {
     let bias = s.bias.map_or(0, |bias| {
@@ -883,14 +810,6 @@ fn problem_flags(s: &Shape) -> u32 {
         (s.mask.is_some(), flags::MASK),
     ];
     set.into_iter().filter(|&(on, _)| on).fold(bias | causal, |all, (_, flag)| all | flag)
-}
-
-fn span(tensor: &Tensor, batch: &Range<u32>, heads: &Range<u32>, rows: &Range<u32>) -> Span {
-    if tensor.is_empty() {
-        return (0, 0);
-    }
-    let first = tensor.at(batch.start, heads.start, rows.start);
-    (first, tensor.at(batch.end - 1, heads.end - 1, rows.end - 1) + u64::from(tensor.dim))
 }
 
 fn broadcast_strides(Broadcast(shape): &Broadcast) -> [u32; 4] {

@@ -6,15 +6,20 @@ use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::params::Params;
+use crate::kernel::slot::Slot;
 use crate::options::Options;
 use crate::step::{Bound, Step};
 
 /// Elements of an operand that a part touches, `[first, end)`.
 pub(crate) type Span = (u64, u64);
 
+/// Bytes of the scratch that stands for an output which is not asked for.
+pub(crate) const SPARE: u64 = 256;
+
 /// Dispatches in the making, cut to the limits of a device and to the work budget.
 pub(crate) struct Steps<'a> {
-    caps: &'a Caps,
+    pub(crate) caps: &'a Caps,
+    pub(crate) options: Options,
     flops_per_step: f64,
     pub(crate) list: Vec<Step>,
 }
@@ -22,7 +27,7 @@ pub(crate) struct Steps<'a> {
 impl<'a> Steps<'a> {
     pub(crate) fn new(caps: &'a Caps, options: &Options) -> Self {
         let flops_per_step = caps.flops_per_second() * options.work_budget.as_secs_f64().max(1e-6);
-        Steps { caps, flops_per_step, list: Vec::new() }
+        Steps { caps, options: options.clone(), flops_per_step, list: Vec::new() }
     }
 
     /// Cuts a step's workgroups, which all take the same time, into dispatches that keep to the work budget and the grid limits. A step
@@ -40,7 +45,7 @@ impl<'a> Steps<'a> {
         }
         let pieces = (flops / self.flops_per_step).ceil().clamp(1.0, f64::from(workgroups)) as u64;
         let piece = u64::from(workgroups).div_ceil(pieces).min(self.most()) as u32;
-        few(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
+        check_dispatches(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
         let each = flops / f64::from(workgroups);
         let end = |first: u32| workgroups.min(first.saturating_add(piece));
         self.cut(variant, params, bindings, workgroups, end, |n| each * f64::from(n))
@@ -60,7 +65,7 @@ impl<'a> Steps<'a> {
         }
         let (budget, most) = (self.flops_per_step, self.most());
         let pieces = (flops(workgroups) / budget).ceil().clamp(1.0, f64::from(workgroups)) as u64;
-        few(self.list.len() as u64 + pieces.max(u64::from(workgroups).div_ceil(most)))?;
+        check_dispatches(self.list.len() as u64 + pieces.max(u64::from(workgroups).div_ceil(most)))?;
         let end = |first: u32| {
             let done = flops(first);
             // The last end that keeps to the budget; one workgroup at least.
@@ -97,7 +102,7 @@ impl<'a> Steps<'a> {
         let mut first = 0;
         while first < workgroups {
             let end = end(first);
-            few(self.list.len() as u64 + 1)?;
+            check_dispatches(self.list.len() as u64 + 1)?;
             self.list.push(Step {
                 variant,
                 params: Params { first, end, ..params },
@@ -126,9 +131,25 @@ pub(crate) fn bind(caps: &Caps, (first, end): Span, bytes: u64, origin: u64) -> 
     (offset, size, origin.wrapping_sub(offset / bytes) as u32)
 }
 
+/// The binding of a span, which must fit, and the base address to use in it, as [`bind`] gives them.
+pub(crate) fn bound(
+    caps: &Caps,
+    slot: Slot,
+    span: Span,
+    bytes: u64,
+    origin: u64,
+    written: bool,
+) -> Result<(Bound, u32)> {
+    let (offset, size, base) = bind(caps, span, bytes, origin);
+    match size <= caps.binding() {
+        true => Ok((Bound { slot, offset, size, written }, base)),
+        false => Err(Error::bytes(slot.name(), size, caps.binding())),
+    }
+}
+
 /// Refuses what would take hours on any device, before the plan itself takes minutes and gigabytes. The uniforms of this many
 /// dispatches fit the largest buffer that WebGPU guarantees.
-pub(crate) fn few(dispatches: u64) -> Result<()> {
+pub(crate) fn check_dispatches(dispatches: u64) -> Result<()> {
     let limit = 1 << 18;
     let advice =
         "use a smaller batch or fewer rows in each call, or raise Options::scratch_budget or Options::work_budget";
@@ -139,7 +160,7 @@ pub(crate) fn few(dispatches: u64) -> Result<()> {
 }
 
 /// A number of workgroups, or of what `unit` says, of one step.
-pub(crate) fn small(unit: &'static str, size: u64) -> Result<u32> {
+pub(crate) fn checked_u32(unit: &'static str, size: u64) -> Result<u32> {
     // Workgroup numbers of a folded grid may overshoot; below 2^30 they cannot wrap.
     let limit = 1 << 30;
     let advice = "use a smaller batch, or give fewer rows or keys in each call";

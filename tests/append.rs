@@ -2,10 +2,12 @@
 
 mod support;
 
+use support::operations::{nothing, run};
 use support::staged::Guarded;
 use support::{Random, floor, gpus};
-use wgpu_attention::kernel::Slot;
-use wgpu_attention::{Append, Element, Elements, Error, Gpu, Layout, Options, Paged, Strides, reference, wgpu};
+use wgpu_attention::{
+    Append, AppendBuffers, Element, Elements, Error, Gpu, Layout, Operation, Options, Paged, Strides, reference, wgpu,
+};
 
 /// Elements from the start of a tensor to its last one.
 fn extent(layout: Layout, [batch, heads, rows]: [u32; 3], dim: u32) -> usize {
@@ -50,15 +52,9 @@ fn check_table(gpu: &Gpu, append: &Append, starts: &[u32], table: Option<&[u32]>
     let (x, cache, starts) = (guarded(&x), guarded(&cache), guarded(bytemuck::cast_slice(starts)));
     let operation = gpu.library().append(append, options).unwrap_or_else(|error| panic!("{error}: {append:?}"));
     let table = table.map(|table| guarded(bytemuck::cast_slice(table)));
-    let mut slots = vec![(Slot::Rows, x.slice()), (Slot::Starts, starts.slice()), (Slot::Cache, cache.slice())];
-    slots.extend(table.as_ref().map(|table| (Slot::BlockTable, table.slice())));
-    let recording = operation.begin().expect("nothing to allocate");
-    for slice in 0..operation.slices() {
-        let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        recording.encode_slice(slice, &mut encoder, &slots).expect("valid buffers");
-        gpu.queue().submit([encoder.finish()]);
-        gpu.wait().expect("computed");
-    }
+    let mut buffers = AppendBuffers::new(x.slice(), cache.slice(), starts.slice());
+    buffers.block_table = table.as_ref().map(Guarded::slice);
+    run(gpu, &operation, &buffers);
     // A last word that is half cache, half mark of the margin keeps its mark.
     let got = cache.read(gpu.device(), gpu.queue());
     assert!(got[want.len()..].iter().all(|&byte| byte == 0xa5), "written behind the cache: {append:?}");
@@ -252,13 +248,15 @@ fn without_a_batch_or_a_row_the_cache_stays_as_it_is() {
                 let mut want = cache.clone();
                 reference::append(&append, &x, &mut want, &starts, table).expect("valid");
                 assert_eq!(want, cache, "{append:?}");
-                // Nothing is bound, so that nothing need be given.
+                // Nothing is bound, so that it does not matter what is given.
                 let operation = gpu.library().append(&append, &Options::default()).expect("valid");
                 assert_eq!((operation.slices(), operation.needs().count()), (0, 0));
                 let mut encoder = gpu.device().create_command_encoder(&Default::default());
-                assert_eq!(operation.encode(&mut encoder, &[]), Ok(()));
+                let (none, none_too) = (nothing(gpu), nothing(gpu));
+                let buffers = AppendBuffers::new(none.slice(..), none_too.slice(..), none.slice(..));
+                assert_eq!(operation.encode(&mut encoder, &buffers), Ok(()));
                 let none = Error::TooLarge { field: "slice, counted from 1,", value: 1, limit: 0 };
-                assert_eq!(operation.begin().unwrap().encode_slice(0, &mut encoder, &[]), Err(none));
+                assert_eq!(operation.begin().unwrap().encode_slice(0, &mut encoder, &buffers), Err(none));
             }
         }
     }
@@ -320,21 +318,21 @@ fn wrong_operands_and_buffers_are_errors() {
     };
     let storage = wgpu::BufferUsages::STORAGE;
     let buffers = [make(1024, storage), make(1024, storage), make(96, storage)];
-    let slots = [Slot::Rows, Slot::Starts, Slot::Cache];
-    let good = || -> Vec<_> { slots.into_iter().zip(&buffers).map(|(slot, b)| (slot, b.slice(..))).collect() };
-    let encode = |given: &[(Slot, wgpu::BufferSlice<'_>)]| {
+    let good = AppendBuffers::new(buffers[0].slice(..), buffers[2].slice(..), buffers[1].slice(..));
+    let encode = |operation: &Operation<Append>, given: &AppendBuffers<'_>| {
         operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), given)
     };
-    let with = |slot: usize, slice| {
-        let mut wrong = good();
-        wrong[slot].1 = slice;
-        encode(&wrong)
-    };
-    assert_eq!(encode(&good()), Ok(()));
-    assert_eq!(encode(&good()[..2]), Err(Error::Missing { field: "cache" }));
+    assert_eq!(encode(&operation, &good), Ok(()));
     let (short, plain) = (make(92, storage), make(96, wgpu::BufferUsages::COPY_SRC));
-    assert_eq!(with(2, short.slice(..)), Err(Error::BufferSize { field: "cache", got: 92, want: 96 }));
-    assert_eq!(with(2, plain.slice(..)), Err(Error::BufferUsage { field: "cache", usage: "STORAGE" }));
-    assert_eq!(with(2, buffers[0].slice(..)), Err(Error::Aliased { output: "cache", other: "x" }));
-    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "starts", offset: 4, .. })));
+    let with_cache =
+        |buffer: &wgpu::Buffer| encode(&operation, &AppendBuffers::new(good.x, buffer.slice(..), good.starts));
+    assert_eq!(with_cache(&short), Err(Error::BufferSize { field: "cache", got: 92, want: 96 }));
+    assert_eq!(with_cache(&plain), Err(Error::BufferUsage { field: "cache", usage: "STORAGE" }));
+    assert_eq!(with_cache(&buffers[0]), Err(Error::Aliased { output: "cache", other: "x" }));
+    let odd = AppendBuffers::new(good.x, good.cache, buffers[1].slice(4..));
+    assert!(matches!(encode(&operation, &odd), Err(Error::BufferOffset { field: "starts", offset: 4, .. })));
+    let mut paged = append.clone();
+    paged.paged = Some(Paged { pages: 2, page_size: 3 });
+    let paged = gpu.library().append(&paged, &Options::default()).expect("compiles");
+    assert_eq!(encode(&paged, &good), Err(Error::Missing { field: "block_table" }));
 }

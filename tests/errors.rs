@@ -6,13 +6,12 @@ use std::collections::BTreeSet;
 
 use support::staged::Staged;
 use support::{Data, gpus};
-use wgpu_attention::kernel::Slot;
 use wgpu_attention::operands::Scalar;
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
     LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Options, Order, Packed, Paged, Plan,
-    Problem, Projection, Rotation, wgpu,
+    Problem, Projection, ProjectionBuffers, Rotation, wgpu,
 };
 
 type Change<T> = fn(&mut T);
@@ -369,11 +368,11 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
             let descriptor = wgpu::BufferDescriptor { label: None, size: 1024, usage, mapped_at_creation: false };
             gpu.device().create_buffer(&descriptor)
         };
-        let buffers = [make(&one), make(&two), make(&one), make(&one)];
-        let slots = [Slot::Query, Slot::Matrix(0), Slot::Shifts, Slot::Result];
-        let slices: Vec<_> = slots.into_iter().zip(&buffers).map(|(slot, buffer)| (slot, buffer.slice(..))).collect();
-        let error = operation.encode(&mut one.device().create_command_encoder(&Default::default()), &slices);
-        says(error.unwrap_err(), Error::OtherDevice { field: "weight matrix" }, &["weight matrix"]);
+        let buffers = [make(&one), make(&two), make(&one)];
+        let [x, theirs, y] = buffers.each_ref().map(|buffer| buffer.slice(..));
+        let buffers = ProjectionBuffers::new(x, theirs, y);
+        let error = operation.encode(&mut one.device().create_command_encoder(&Default::default()), &buffers);
+        says(error.unwrap_err(), Error::OtherDevice { field: "weight" }, &["weight"]);
 
         let linear = || Linear { inputs: 8, outputs: 8, weight: vec![0.5; 64], order: Order::OutIn, bias: None };
         let layer = Layer::new(2, 2, [(); 4].map(|()| linear())).unwrap();

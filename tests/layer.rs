@@ -2,14 +2,15 @@
 
 mod support;
 
+use support::operations::{nothing, run, take_turns};
 use support::staged::Guarded;
 use support::{Data, Random, floor, gpus, small};
-use wgpu_attention::kernel::{Slot, Variant};
+use wgpu_attention::kernel::Variant;
 use wgpu_attention::layer::RotaryEmbedding;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, Element, Elements, Error, Form, Gpu, Layer, LayerBuffers, LayerInputs,
     Linear, MultiHeadAttention, Operands, Operation, Options, Order, Paged, Positions, PreparedLayer, Problem,
-    Projection, Rotation, Sources, Strides, Weights, Window, reference, wgpu,
+    Projection, ProjectionBuffers, Rotation, RotationBuffers, Sources, Strides, Weights, Window, reference, wgpu,
 };
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
@@ -61,19 +62,6 @@ fn upload(gpu: &Gpu, bytes: &[u8]) -> wgpu::Buffer {
     buffer
 }
 
-/// Runs an operation on buffers and reads the last of them.
-fn run(gpu: &Gpu, operation: &Operation, buffers: &[(Slot, &wgpu::Buffer)]) -> Vec<u8> {
-    let slices: Vec<_> = buffers.iter().map(|(slot, buffer)| (*slot, buffer.slice(..))).collect();
-    let recording = operation.begin().expect("nothing to allocate");
-    for slice in 0..operation.slices() {
-        let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        recording.encode_slice(slice, &mut encoder, &slices).expect("valid buffers");
-        gpu.queue().submit([encoder.finish()]);
-    }
-    gpu.wait().expect("computed");
-    gpu.read(slices.last().expect("not empty").1).expect("read")
-}
-
 /// One projection against its reference, every element under its own bound, the rest of y untouched.
 fn check_projection(gpu: &Gpu, p: &Projection, options: &Options, seed: u64) {
     let mut r = Random(seed);
@@ -81,22 +69,22 @@ fn check_projection(gpu: &Gpu, p: &Projection, options: &Options, seed: u64) {
     let major = if p.order == Order::InOut { p.inputs } else { p.outputs };
     let x = r.signed_vec(x_end as usize, 2.0);
     let w = Values::new(&r.signed_vec((p.weight_offset + u64::from(major) * p.weight_row) as usize, 1.0), p.element);
-    let bias = r.signed_vec(p.bias.map_or(4, |at| at + u64::from(p.outputs)) as usize, 3.0);
+    let biases = p.bias.map(|at| r.signed_vec((at + u64::from(p.outputs)) as usize, 3.0));
     let place = |b: u32, row: u32, c: u32| {
         let [b, h, row] = [b, c / p.head_columns, row].map(u64::from);
         (p.y.offset + b * p.y.batch + h * p.y.head + row * p.y.row) as usize + (c % p.head_columns) as usize
     };
     let end = place(p.batch - 1, p.rows - 1, p.outputs - 1).max(place(0, 0, p.outputs - 1)) + 1;
-    let buffers = [
-        (Slot::Query, &upload(gpu, bytemuck::cast_slice(&x))),
-        (Slot::Matrix(0), &upload(gpu, &w.bytes)),
-        (Slot::Shifts, &upload(gpu, bytemuck::cast_slice(&bias))),
-        (Slot::Result, &upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; end]))),
-    ];
+    let [rows, weight] = [bytemuck::cast_slice(&x), &w.bytes[..]].map(|bytes| upload(gpu, bytes));
+    let given = biases.as_ref().map(|biases| upload(gpu, bytemuck::cast_slice(biases)));
+    let y = upload(gpu, bytemuck::cast_slice(&vec![f32::NAN; end]));
     let operation = gpu.library().project(p, options).unwrap_or_else(|error| panic!("{error}: {p:?}"));
-    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&run(gpu, &operation, &buffers));
+    let mut buffers = ProjectionBuffers::new(rows.slice(..), weight.slice(..), y.slice(..));
+    buffers.biases = given.as_ref().map(|biases| biases.slice(..));
+    run(gpu, &operation, &buffers);
+    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(y.slice(..)).expect("read"));
     let wide = w.widened();
-    let (want, bounds) = reference::project::<f64>(p, &x, Elements::F32(&wide), &bias);
+    let (want, bounds) = reference::project::<f64>(p, &x, Elements::F32(&wide), biases.as_deref()).expect("valid");
     let mut at = 0;
     let mut written = vec![false; end];
     for b in 0..p.batch {
@@ -212,26 +200,46 @@ fn wrong_projections_are_errors() {
     assert!(matches!(plan(&|p| p.x.row = 1 << 40), Err(Error::Room { field: "a stride of x", .. })));
     let operation = gpu.library().project(&Projection::new(4, 8, 12, Order::OutIn, Element::F32), &Options::default());
     let operation = operation.expect("valid");
-    let (big, small) = (upload(gpu, &[0; 1024]), upload(gpu, &[0; 16]));
-    let y = upload(gpu, &[0; 1024]);
-    let encode = |buffers: &[(Slot, wgpu::BufferSlice<'_>)]| {
-        operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), buffers)
+    let (big, small, y) = (upload(gpu, &[0; 1024]), upload(gpu, &[0; 16]), upload(gpu, &[0; 1024]));
+    let encode = |operation: &Operation<Projection>, weight: &wgpu::Buffer, y: &wgpu::Buffer| {
+        let buffers = ProjectionBuffers::new(big.slice(..), weight.slice(..), y.slice(..));
+        operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), &buffers)
     };
-    let all = [
-        (Slot::Query, big.slice(..)),
-        (Slot::Matrix(0), big.slice(..)),
-        (Slot::Shifts, small.slice(..)),
-        (Slot::Result, y.slice(..)),
-    ];
-    assert_eq!(encode(&all), Ok(()));
-    assert_eq!(encode(&all[..3]), Err(Error::Missing { field: "result" }));
-    let with = |i: usize, slice| {
-        let mut changed = all;
-        changed[i].1 = slice;
-        encode(&changed)
+    assert_eq!(encode(&operation, &big, &y), Ok(()));
+    let short = Error::BufferSize { field: "weight", got: 16, want: 384 };
+    assert_eq!(encode(&operation, &small, &y), Err(short));
+    assert_eq!(encode(&operation, &big, &big), Err(Error::Aliased { output: "y", other: "x" }));
+    let mut biased = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
+    biased.bias = Some(0);
+    let operation = gpu.library().project(&biased, &Options::default()).expect("valid");
+    assert_eq!(encode(&operation, &big, &y), Err(Error::Missing { field: "biases" }));
+    let run = |p: &Projection, x: usize, weight: usize, biases: Option<&[f32]>| {
+        gpu.project(p, &vec![0.0; x], Elements::F32(&vec![0.0; weight]), biases).map(|_| ())
     };
-    assert_eq!(with(1, small.slice(..)), Err(Error::BufferSize { field: "weight matrix", got: 16, want: 384 }));
-    assert_eq!(with(3, big.slice(..)), Err(Error::Aliased { output: "result", other: "query" }));
+    assert_eq!(run(&biased, 32, 96, Some(&[0.0; 12])), Ok(()));
+    assert_eq!(run(&biased, 31, 96, Some(&[0.0; 12])), Err(Error::Length { field: "x", got: 31, want: 32 }));
+    assert_eq!(run(&biased, 32, 95, Some(&[0.0; 12])), Err(Error::Length { field: "weight", got: 95, want: 96 }));
+    assert_eq!(run(&biased, 32, 96, Some(&[0.0; 11])), Err(Error::Length { field: "biases", got: 11, want: 12 }));
+    assert_eq!(run(&biased, 32, 96, None), Err(Error::Missing { field: "biases" }));
+    biased.bias = None;
+    assert_eq!(run(&biased, 32, 96, Some(&[])), Err(Error::Unexpected { field: "biases" }));
+    biased.element = Element::F16;
+    let wrong = Error::Element { field: "weight", got: Element::F32, want: Element::F16 };
+    assert_eq!(run(&biased, 32, 96, None), Err(wrong));
+}
+
+#[test]
+fn host_slices_are_projected() {
+    for gpu in gpus() {
+        // y = x [[1, 2], [3, 4]] + [10, 20], each row of y followed by a place that belongs to no element.
+        let mut p = Projection::new(2, 2, 2, Order::InOut, Element::F16);
+        (p.bias, p.y.row) = (Some(1), 3);
+        let weight = [1.0, 2.0, 3.0, 4.0].map(half::f16::from_f32);
+        let got = gpu.project(&p, &[1.0, 0.0, 1.0, -1.0], Elements::F16(&weight), Some(&[0.0, 10.0, 20.0]));
+        let got = got.expect("valid");
+        assert_eq!((&got[..2], &got[3..]), (&[11.0, 22.0][..], &[8.0, 18.0][..]));
+        assert!(got[2].is_nan());
+    }
 }
 
 #[test]
@@ -243,11 +251,12 @@ fn without_a_batch_or_a_row_nothing_is_projected_or_turned() {
                 (p.batch, p.x.batch, p.y.batch) = (batch, 24, 36);
                 let operation = gpu.library().project(&p, &forced(form)).expect("valid");
                 assert_eq!((operation.slices(), operation.needs().count()), (0, 0));
-                assert_eq!(
-                    operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), &[]),
-                    Ok(())
-                );
-                assert_eq!(reference::project::<f64>(&p, &[], Elements::F32(&[]), &[]), (vec![], vec![]));
+                let (none, none_too) = (nothing(gpu), nothing(gpu));
+                let buffers = ProjectionBuffers::new(none.slice(..), none.slice(..), none_too.slice(..));
+                let mut encoder = gpu.device().create_command_encoder(&Default::default());
+                assert_eq!(operation.encode(&mut encoder, &buffers), Ok(()));
+                assert_eq!(reference::project::<f64>(&p, &[], Elements::F32(&[]), None), Ok((vec![], vec![])));
+                assert_eq!(gpu.project(&p, &[], Elements::F32(&[]), None), Ok(vec![]));
             }
             for table_rows in [0, 5] {
                 for positions in [Positions::Rows, Positions::Starts] {
@@ -259,7 +268,7 @@ fn without_a_batch_or_a_row_nothing_is_projected_or_turned() {
                     assert_eq!(rotation.extent(), 0);
                     assert_eq!(gpu.rotate(&rotation, Elements::F32(&[]), &table, &starts), Ok(vec![]));
                     let turned = reference::rotary::<f64>(&rotation, Elements::F32(&[]), &table, &starts);
-                    assert_eq!(turned, (vec![], vec![]));
+                    assert_eq!(turned, Ok((vec![], vec![])));
                 }
             }
         }
@@ -280,19 +289,18 @@ fn check_rotation(gpu: &Gpu, rotation: &Rotation, seed: u64) {
     let positions: Vec<u32> = (0..rotation.position_count()).map(|_| r.below(rotation.table_rows + 3)).collect();
     let y = rotation.y.unwrap_or(rotation.x);
     let nan = Values::new(&vec![f32::NAN; end(&y)], rotation.element);
-    let (from, to) = (upload(gpu, &x.bytes), upload(gpu, if rotation.y.is_some() { &nan.bytes } else { &x.bytes }));
-    let buffers = [
-        (Slot::Angles, &upload(gpu, bytemuck::cast_slice(&table))),
-        (Slot::Positions, &upload(gpu, bytemuck::cast_slice(&positions))),
-        (Slot::Query, &from),
-        (Slot::Result, &to),
-    ];
+    let (from, to) = (upload(gpu, &x.bytes), rotation.y.map(|_| upload(gpu, &nan.bytes)));
+    let [angles, places] =
+        [bytemuck::cast_slice(&table), bytemuck::cast_slice(&positions)].map(|bytes| upload(gpu, bytes));
     let operation = gpu.library().rotate(rotation, &Options::default()).unwrap_or_else(|e| panic!("{e}: {rotation:?}"));
-    let mut got = run(gpu, &operation, &buffers);
+    let mut buffers = RotationBuffers::new(from.slice(..), angles.slice(..), places.slice(..));
+    buffers.y = to.as_ref().map(|to| to.slice(..));
+    run(gpu, &operation, &buffers);
+    let mut got = gpu.read(to.as_ref().unwrap_or(&from).slice(..)).expect("read");
     got.truncate(nan.bytes.len());
     let got = Values { bytes: got, element: rotation.element }.widened();
     let wide = x.widened();
-    let (want, bounds) = reference::rotary::<f64>(rotation, Elements::F32(&wide), &table, &positions);
+    let (want, bounds) = reference::rotary::<f64>(rotation, Elements::F32(&wide), &table, &positions).expect("valid");
     let mut n = 0;
     for b in 0..batch {
         for h in 0..heads {
@@ -368,15 +376,12 @@ fn turned_rows_of_sixteen_bits_are_rounded_to_the_nearest_and_ties_to_even() {
         let positions: Vec<u32> = (0..rotation.position_count() as u32).collect();
         let want = Values::new(&numbers.iter().flat_map(|&x| [x, -x, -x, x]).collect::<Vec<_>>(), element);
         for gpu in gpus() {
-            let buffers = [
-                (Slot::Angles, &upload(gpu, bytemuck::cast_slice(&table))),
-                (Slot::Positions, &upload(gpu, bytemuck::cast_slice(&positions))),
-                (Slot::Query, &upload(gpu, &x.bytes)),
-            ];
-            let result = upload(gpu, &x.bytes);
-            let [angles, positions, query] = buffers;
+            let operands = [&x.bytes[..], bytemuck::cast_slice(&table), bytemuck::cast_slice(&positions)];
+            let operands = operands.map(|bytes| upload(gpu, bytes));
+            let [rows, angles, positions] = operands.each_ref().map(|buffer| buffer.slice(..));
             let operation = gpu.library().rotate(&rotation, &Options::default()).unwrap();
-            let got = run(gpu, &operation, &[angles, positions, query, (Slot::Result, &result)]);
+            run(gpu, &operation, &RotationBuffers::new(rows, angles, positions));
+            let got = gpu.read(rows).expect("read");
             let got = Values { bytes: got[..want.bytes.len()].to_vec(), element }.widened();
             assert_eq!(got, want.widened(), "{element} on {}", gpu.info().name);
         }
@@ -402,6 +407,15 @@ fn wrong_rotations_are_errors() {
         plan(&|r| (r.element, r.x.row) = (Element::F16, 13)),
         Err(Error::Multiple { value: 13, of: 2, .. })
     ));
+    // Out of place, y must be given.
+    let mut rotation = Rotation::new(1, 1, 1, 4, 1);
+    rotation.y = Some(rotation.x);
+    let operation = gpu.library().rotate(&rotation, &Options::default()).expect("valid");
+    let buffers = [(); 3].map(|()| upload(gpu, &[0; 16]));
+    let [x, table, positions] = buffers.each_ref().map(|buffer| buffer.slice(..));
+    let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    let error = operation.encode(&mut encoder, &RotationBuffers::new(x, table, positions));
+    assert_eq!(error, Err(Error::Missing { field: "y" }));
 }
 
 fn linear(r: &mut Random, inputs: u32, outputs: u32, order: Order, bias: bool) -> Linear {
@@ -555,43 +569,34 @@ fn calls_of_one_layer_take_turns() {
     let mut call = Call::default();
     call.weights = Some(Weights::Mean);
     for gpu in gpus() {
-        let (device, queue) = (gpu.device(), gpu.queue());
-        let resident = MultiHeadAttention::new(gpu.library(), queue, &layer, Element::F32).expect("fits");
+        let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
         let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
         let prepared = resident.prepare(gpu.library(), &problem, &call, &options).expect("valid");
         assert!(prepared.slices() > 5);
-        let guarded = |values: &[f32]| Guarded::new(device, bytemuck::cast_slice(values));
+        let guarded = |values: &[f32]| Guarded::new(gpu.device(), bytemuck::cast_slice(values));
         let stage = |seed| {
             let x = Random(seed).signed_vec(2 * 19 * 24, 1.0);
             [guarded(&x), guarded(&[f32::NAN; 2 * 19 * 24]), guarded(&[f32::NAN; 2 * 19 * 20])]
         };
-        fn buffers(staged: &[Guarded; 3]) -> LayerBuffers<'_> {
+        type Staged = [Guarded; 3];
+        fn buffers(staged: &Staged) -> LayerBuffers<'_> {
             let mut buffers = LayerBuffers::new(staged[0].slice(), staged[1].slice());
             buffers.weights = Some(staged[2].slice());
             buffers
         }
-        let read = |staged: &[Guarded; 3]| [1, 2].map(|n| staged[n].read(device, queue));
-        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
-            let mut encoder = device.create_command_encoder(&Default::default());
-            record(&mut encoder);
-            queue.submit([encoder.finish()]);
-        };
-        let want = [1, 2].map(|seed| {
-            let staged = stage(seed);
-            submit(&|encoder| prepared.encode(encoder, &buffers(&staged)).expect("valid"));
-            read(&staged)
-        });
-        let finite = |bytes: &[u8]| bytemuck::pod_collect_to_vec::<_, f32>(bytes).iter().all(|x| x.is_finite());
-        assert!(want.iter().flatten().all(|bytes| finite(bytes)) && want[0] != want[1]);
-        let staged = [stage(1), stage(2)];
+        let read = |staged: &Staged| [1, 2].map(|n| staged[n].read(gpu.device(), gpu.queue()));
         let calls = [(); 2].map(|()| prepared.begin().expect("fits"));
-        for slice in 0..prepared.slices() {
-            for (call, staged) in calls.iter().zip(&staged) {
-                submit(&|encoder| call.encode_slice(slice, encoder, &buffers(staged)).expect("valid"));
+        let record = calls.each_ref().map(|call| {
+            move |slice, encoder: &mut wgpu::CommandEncoder, staged: &Staged| {
+                call.encode_slice(slice, encoder, &buffers(staged)).expect("valid");
             }
-            submit(&|encoder| prepared.encode(encoder, &buffers(&staged[1])).expect("valid"));
-        }
-        assert_eq!(staged.each_ref().map(read), want);
+        });
+        let whole = |encoder: &mut wgpu::CommandEncoder, staged: &Staged| {
+            prepared.encode(encoder, &buffers(staged)).expect("valid");
+        };
+        let left = take_turns(gpu, prepared.slices(), &stage, &read, &whole, [&record[0], &record[1]]);
+        let finite = |bytes: &[u8]| bytemuck::pod_collect_to_vec::<_, f32>(bytes).iter().all(|x| x.is_finite());
+        assert!(left.iter().flatten().all(|bytes| finite(bytes)) && left[0] != left[1]);
     }
 }
 
@@ -669,12 +674,7 @@ fn caches_of_layers_may_be_empty_too() {
             let problem = layer.problem(batch, rows, room);
             let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).expect("valid");
             assert_eq!(prepared.slices(), 0);
-            let none = gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                label: None,
-                size: 0,
-                usage: wgpu::BufferUsages::COPY_SRC,
-                mapped_at_creation: false,
-            });
+            let none = nothing(gpu);
             let (filled, starts) = (upload(gpu, &[1; 2 * 2 * 6 * 8 * 4]), upload(gpu, &[0; 8]));
             let (query, result) = (upload(gpu, &[1; 16]), upload(gpu, &[2; 16]));
             let mut buffers = LayerBuffers::new(query.slice(..), result.slice(..));
@@ -768,14 +768,14 @@ fn check_cached_keys(gpu: &Gpu, layer: &Layer, element: Element, options: &Optio
     let (linear, rotary) = (&layer.key, layer.rotary.expect("turns"));
     let mut p = Projection::new(2 * rows, width, linear.outputs, linear.order, Element::F32);
     p.bias = linear.bias.as_ref().map(|_| 0);
-    let bias = linear.bias.as_deref().unwrap_or_default();
-    let keys = reference::project::<f64>(&p, &x, Elements::F32(&linear.weight), bias).0;
+    let keys = reference::project::<f64>(&p, &x, Elements::F32(&linear.weight), linear.bias.as_deref());
+    let (keys, _) = keys.expect("valid");
     let keys: Vec<f32> = keys.into_iter().map(|x| x as f32).collect();
     let mut turn = Rotation::new(2, kv_heads, rows, dk, rotary.positions);
     (turn.rotary_dim, turn.interleaved, turn.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
     turn.x = Strides { offset: 0, batch: (rows * kv_heads * dk).into(), head: dk.into(), row: (kv_heads * dk).into() };
     let table = Rotation::table(rotary.positions, rotary.dim, rotary.base);
-    let want = reference::rotary::<f64>(&turn, Elements::F32(&keys), &table, &starts).0;
+    let (want, _) = reference::rotary::<f64>(&turn, Elements::F32(&keys), &table, &starts).expect("valid");
     let line = (rows * dk) as usize;
     for (n, want) in want.chunks_exact(line).enumerate() {
         let at = (n * room as usize + starts[n / kv_heads as usize] as usize) * dk as usize;

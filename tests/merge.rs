@@ -3,12 +3,13 @@
 mod support;
 
 use half::{bf16, f16};
+use support::operations::take_turns;
 use support::staged::Guarded;
 use support::{Data, Random, floor, gpus};
-use wgpu_attention::kernel::Slot;
 use wgpu_attention::reference::{self, Partial};
 use wgpu_attention::{
-    Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, Operands, Options, Problem, Strides, wgpu,
+    Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, MergeBuffers, Operands, Operation,
+    Options, Problem, Strides, wgpu,
 };
 
 /// Unit roundoff of f32.
@@ -308,43 +309,33 @@ fn calls_of_one_merge_take_turns() {
     (merge.element, merge.sinks) = (Element::Bf16, true);
     let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
     for gpu in gpus() {
-        let (device, queue) = (gpu.device(), gpu.queue());
         let operation = gpu.library().merge(&merge, &options).expect("compiles");
         assert!(operation.slices() > 2);
         let stage = |seed| {
             let parts = Parts::random(&merge, seed, 4.0);
-            let staged = |bytes: &[u8]| Guarded::new(device, bytes);
-            [
-                (Slot::PartialOut, staged(bytemuck::cast_slice(&parts.out))),
-                (Slot::PartialLse, staged(bytemuck::cast_slice(&parts.lse))),
-                (Slot::Sinks, staged(bytemuck::cast_slice(&parts.sinks.expect("asked for")))),
-                (Slot::Out, staged(&[0xff; 2 * 2 * 3 * 33 * 7])),
-                (Slot::Lse, staged(&[0xff; 4 * 2 * 3 * 33])),
-            ]
+            let sinks = parts.sinks.expect("asked for");
+            let operands = [&parts.out, &parts.lse, &sinks].map(|x| bytemuck::cast_slice(x));
+            let outputs = [&[0xff; 2 * 2 * 3 * 33 * 7][..], &[0xff; 4 * 2 * 3 * 33]];
+            let staged = |bytes: &[u8]| Guarded::new(gpu.device(), bytes);
+            (operands.map(staged), outputs.map(staged))
         };
-        fn slots(staged: &[(Slot, Guarded); 5]) -> [(Slot, wgpu::BufferSlice<'_>); 5] {
-            staged.each_ref().map(|(slot, guarded)| (*slot, guarded.slice()))
+        type Staged = ([Guarded; 3], [Guarded; 2]);
+        fn buffers(([partial_out, partial_lse, sinks], [out, lse]): &Staged) -> MergeBuffers<'_> {
+            let mut buffers = MergeBuffers::new(partial_out.slice(), partial_lse.slice(), out.slice());
+            (buffers.sinks, buffers.lse) = (Some(sinks.slice()), Some(lse.slice()));
+            buffers
         }
-        let read = |staged: &[(Slot, Guarded); 5]| [3, 4].map(|n| staged[n].1.read(device, queue));
-        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
-            let mut encoder = device.create_command_encoder(&Default::default());
-            record(&mut encoder);
-            queue.submit([encoder.finish()]);
-        };
-        let want = [1, 2].map(|seed| {
-            let staged = stage(seed);
-            submit(&|encoder| operation.encode(encoder, &slots(&staged)).expect("valid"));
-            read(&staged)
-        });
-        let staged = [stage(1), stage(2)];
+        let read = |(_, outputs): &Staged| outputs.each_ref().map(|output| output.read(gpu.device(), gpu.queue()));
         let calls = [(); 2].map(|()| operation.begin().expect("fits"));
-        for slice in 0..operation.slices() {
-            for (call, staged) in calls.iter().zip(&staged) {
-                submit(&|encoder| call.encode_slice(slice, encoder, &slots(staged)).expect("valid"));
+        let record = calls.each_ref().map(|call| {
+            move |slice, encoder: &mut wgpu::CommandEncoder, staged: &Staged| {
+                call.encode_slice(slice, encoder, &buffers(staged)).expect("valid");
             }
-            submit(&|encoder| operation.encode(encoder, &slots(&staged[1])).expect("valid"));
-        }
-        assert_eq!(staged.each_ref().map(read), want);
+        });
+        let whole = |encoder: &mut wgpu::CommandEncoder, staged: &Staged| {
+            operation.encode(encoder, &buffers(staged)).expect("valid");
+        };
+        take_turns(gpu, operation.slices(), &stage, &read, &whole, [&record[0], &record[1]]);
     }
 }
 
@@ -421,21 +412,27 @@ fn wrong_operands_and_buffers_are_errors() {
     };
     let storage = wgpu::BufferUsages::STORAGE;
     let buffers = [make(128, storage), make(1024, storage), make(64, storage), make(16, storage)];
-    let slots = [Slot::PartialOut, Slot::PartialLse, Slot::Out, Slot::Lse];
-    let good = || -> Vec<_> { slots.into_iter().zip(&buffers).map(|(slot, b)| (slot, b.slice(..))).collect() };
-    let encode = |given: &[(Slot, wgpu::BufferSlice<'_>)]| {
+    let [out, lse] = [buffers[2].slice(..), buffers[3].slice(..)];
+    let mut good = MergeBuffers::new(buffers[0].slice(..), buffers[1].slice(..), out);
+    let encode = |operation: &Operation<Merge>, given: &MergeBuffers<'_>| {
         operation.encode(&mut gpu.device().create_command_encoder(&Default::default()), given)
     };
-    assert_eq!(encode(&good()), Ok(()));
-    let with = |slot: usize, slice| {
-        let mut wrong = good();
-        wrong[slot].1 = slice;
-        encode(&wrong)
+    assert_eq!(encode(&operation, &good), Err(Error::Missing { field: "lse" }));
+    good.lse = Some(lse);
+    assert_eq!(encode(&operation, &good), Ok(()));
+    let with_out = |buffer: &wgpu::Buffer| {
+        let mut wrong = MergeBuffers::new(good.partial_out, good.partial_lse, buffer.slice(..));
+        wrong.lse = good.lse;
+        encode(&operation, &wrong)
     };
-    assert_eq!(encode(&good()[..3]), Err(Error::Missing { field: "lse" }));
     let (short, plain) = (make(60, storage), make(64, wgpu::BufferUsages::COPY_SRC));
-    assert_eq!(with(2, short.slice(..)), Err(Error::BufferSize { field: "out", got: 60, want: 64 }));
-    assert_eq!(with(2, plain.slice(..)), Err(Error::BufferUsage { field: "out", usage: "STORAGE" }));
-    assert_eq!(with(2, buffers[0].slice(..)), Err(Error::Aliased { output: "out", other: "partial_out" }));
-    assert!(matches!(with(1, buffers[1].slice(4..)), Err(Error::BufferOffset { field: "partial_lse", offset: 4, .. })));
+    assert_eq!(with_out(&short), Err(Error::BufferSize { field: "out", got: 60, want: 64 }));
+    assert_eq!(with_out(&plain), Err(Error::BufferUsage { field: "out", usage: "STORAGE" }));
+    assert_eq!(with_out(&buffers[0]), Err(Error::Aliased { output: "out", other: "partial_out" }));
+    let mut odd = good;
+    odd.partial_lse = buffers[1].slice(4..);
+    assert!(matches!(encode(&operation, &odd), Err(Error::BufferOffset { field: "partial_lse", offset: 4, .. })));
+    merge.sinks = true;
+    let with_sinks = gpu.library().merge(&merge, &Options::default()).expect("compiles");
+    assert_eq!(encode(&with_sinks, &good), Err(Error::Missing { field: "sinks" }));
 }

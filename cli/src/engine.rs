@@ -219,7 +219,7 @@ impl Engine {
             Engine::Gpu(gpu) => gpu.rotate(rotation, x.elements(), table, positions)?,
             Engine::Cpu => {
                 // The reference returns dense heads; each row is copied back to its own offset.
-                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions);
+                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions)?;
                 let (mut out, mut rows) = (x.widened(), turned.chunks_exact(rotation.head_dim as usize));
                 for (b, h, row) in places(rotation) {
                     let at = b * rotation.x.batch + h * rotation.x.head + row * rotation.x.row + rotation.x.offset;

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use candle_core::{D, DType, Device, Tensor};
-use wgpu_attention::kernel::Slot;
 use wgpu_attention::{
-    Append, Buffers, Causal, Gpu, Layout, Operation, Options, Positions, Prepared, Problem, Rotation, Strides, wgpu,
+    Append, AppendBuffers, Buffers, Causal, Gpu, Layout, Operation, Options, Positions, Prepared, Problem, Rotation,
+    RotationBuffers, Strides, wgpu,
 };
 
 use crate::error::Result;
@@ -104,8 +104,8 @@ pub struct GpuAttention<'a> {
 
 /// What is prepared for some number of new rows.
 struct Step {
-    turn: Operation,
-    append: Operation,
+    turn: Operation<Rotation>,
+    append: Operation<Append>,
     attention: Prepared,
     /// New rows of query, key and value side by side, [rows, heads + 2 · kv_heads, head_dim].
     rows: wgpu::Buffer,
@@ -188,9 +188,8 @@ impl<'a> GpuAttention<'a> {
 
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let (new, starts) = (step.rows.slice(..), self.start.slice(..));
-        let angles = (Slot::Angles, self.table.slice(..));
-        step.turn.encode(&mut encoder, &[(Slot::Result, new), angles, (Slot::Positions, starts)])?;
-        step.append.encode(&mut encoder, &[(Slot::Rows, new), (Slot::Cache, cache), (Slot::Starts, starts)])?;
+        step.turn.encode(&mut encoder, &RotationBuffers::new(new, self.table.slice(..), starts))?;
+        step.append.encode(&mut encoder, &AppendBuffers::new(new, cache, starts))?;
         let mut buffers = Buffers::new(new, cache, cache, step.out.slice(..));
         buffers.operands.key_lengths = Some(self.length.slice(..));
         // A long prompt has several slices: one submission each, so that none runs into a driver's watchdog.

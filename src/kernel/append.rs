@@ -33,7 +33,7 @@ impl Append {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        vec![(Slot::Rows, false), (Slot::Starts, false), (Slot::BlockTable, false), (Slot::Cache, true)]
+        vec![(Slot::X, false), (Slot::Starts, false), (Slot::BlockTable, false), (Slot::Cache, true)]
     }
 
     pub(crate) fn threads(&self) -> u32 {

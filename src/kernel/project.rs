@@ -62,8 +62,7 @@ impl Project {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots =
-            vec![(Slot::Query, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Result, true)];
+        let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Y, true)];
         if self.turned {
             slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
         }

@@ -31,9 +31,9 @@ impl Rotary {
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = vec![(Slot::Angles, false), (Slot::Positions, false), (Slot::Result, true)];
+        let mut slots = vec![(Slot::Angles, false), (Slot::Positions, false), (Slot::Y, true)];
         if !self.in_place {
-            slots.push((Slot::Query, false));
+            slots.push((Slot::X, false));
         }
         slots
     }

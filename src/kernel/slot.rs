@@ -33,17 +33,21 @@ pub enum Slot {
     Spare,
     /// Scratch: how far a fused kernel is that walks the keys in several dispatches.
     State,
-    /// The layer's query input, or the rows that one projection reads.
+    /// The rows that one operation reads.
+    X,
+    /// The rows that one operation writes.
+    Y,
+    /// The layer's query input.
     Query,
     /// The layer's key input.
     Key,
     /// The layer's value input.
     Value,
-    /// A weight matrix of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
+    /// A weight matrix, of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
     Matrix(u8),
-    /// The layer's biases, one after the other.
+    /// Biases, those of the layer one after the other.
     Shifts,
-    /// The layer's output, or the rows that one operation writes.
+    /// The layer's output.
     Result,
     /// The weights that the layer gives out.
     Averaged,
@@ -51,9 +55,7 @@ pub enum Slot {
     Angles,
     /// Positions of rows, for `rotary`.
     Positions,
-    /// New rows for a cache.
-    Rows,
-    /// The cache that they go to.
+    /// The cache that new rows go to.
     Cache,
     /// The row of the cache that each batch's first new row goes to.
     Starts,
@@ -100,16 +102,17 @@ impl Slot {
             Slot::Unpacked => "unpacked",
             Slot::Spare => "spare",
             Slot::State => "state",
+            Slot::X => "x",
+            Slot::Y => "y",
             Slot::Query => "query",
             Slot::Key => "key",
             Slot::Value => "value",
-            Slot::Matrix(_) => "weight matrix",
+            Slot::Matrix(_) => "weight",
             Slot::Shifts => "biases",
             Slot::Result => "result",
             Slot::Averaged => "layer weights",
-            Slot::Angles => "rotary table",
+            Slot::Angles => "table",
             Slot::Positions => "positions",
-            Slot::Rows => "x",
             Slot::Cache => "cache",
             Slot::Starts => "starts",
             Slot::BlockTable => Operand::BlockTable.name(),

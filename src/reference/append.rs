@@ -1,7 +1,7 @@
 //! New rows in a cache.
 
-use crate::append::Append;
 use crate::error::Result;
+use crate::ops::append::Append;
 
 /// Copies the new rows into the cache, bit for bit: row `r` of batch `b` goes to row `min(starts[b], capacity − rows) + r`, or,
 /// if the cache is circular, to row `(starts[b] + r) mod capacity`. (ONNX `TensorScatter`.) In a paged cache row `p` of batch `b`

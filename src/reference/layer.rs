@@ -4,9 +4,9 @@ use super::scores::dot;
 use super::{Real, average, extra, project, rotary};
 use crate::error::{Error, Result};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Weights};
+use crate::ops::project::Projection;
+use crate::ops::rotary::{Positions, Rotation};
 use crate::problem::{Elements, Inputs, Layout, Problem, Strides};
-use crate::projection::Projection;
-use crate::rotation::{Positions, Rotation};
 
 /// A [`Layer`] as the textbook writes it, without a cache. Between its stages, values are rounded to f32 once: that is what
 /// [`Inputs`] holds.
@@ -34,11 +34,11 @@ pub fn layer<T: Real>(
         (inner.sinks, operands.sinks) = (true, Some((&zeros).into()));
     }
     let [batch, seq_q, seq_kv] = [problem.batch, problem.seq_q, problem.seq_kv];
-    let mut q = linear::<T>(&layer.query, query, batch, seq_q, call.seq_first);
-    let mut k = linear::<T>(&layer.key, key, batch, seq_kv, call.seq_first);
-    let v = linear::<T>(&layer.value, value, batch, seq_kv, call.seq_first);
-    turn::<T>(layer, &mut q, [batch, layer.heads, seq_q]);
-    turn::<T>(layer, &mut k, [batch, layer.kv_heads, seq_kv]);
+    let mut q = linear::<T>(&layer.query, query, batch, seq_q, call.seq_first)?;
+    let mut k = linear::<T>(&layer.key, key, batch, seq_kv, call.seq_first)?;
+    let v = linear::<T>(&layer.value, value, batch, seq_kv, call.seq_first)?;
+    turn::<T>(layer, &mut q, [batch, layer.heads, seq_q])?;
+    turn::<T>(layer, &mut k, [batch, layer.kv_heads, seq_kv])?;
     let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), operands };
     let mut got = super::attention::<T>(&inner, &inputs)?;
 
@@ -70,7 +70,7 @@ pub fn layer<T: Real>(
     let context: Vec<f32> = got.out.iter().map(|x| x.to_f32().unwrap_or(f32::NAN)).collect();
     let projection = projection(&layer.out, batch, seq_q, false);
     let (mut out, _) =
-        project::<T>(&projection, &context, Elements::F32(&layer.out.weight), layer.out.bias.as_deref().unwrap_or(&[]));
+        project::<T>(&projection, &context, Elements::F32(&layer.out.weight), layer.out.bias.as_deref())?;
     if call.seq_first {
         let width = layer.out.outputs as usize;
         let place = |row: usize, b: usize| (b * rows + row) * width;
@@ -97,22 +97,21 @@ fn projection(linear: &Linear, batch: u32, rows: u32, seq_first: bool) -> Projec
 }
 
 /// [batch, rows, outputs], rounded to f32.
-fn linear<T: Real>(linear: &Linear, x: &[f32], batch: u32, rows: u32, seq_first: bool) -> Vec<f32> {
-    let bias = linear.bias.as_deref().unwrap_or(&[]);
+fn linear<T: Real>(linear: &Linear, x: &[f32], batch: u32, rows: u32, seq_first: bool) -> Result<Vec<f32>> {
     let p = projection(linear, batch, rows, seq_first);
-    let (y, _) = project::<T>(&p, x, Elements::F32(&linear.weight), bias);
-    y.into_iter().map(|y| y.to_f32().unwrap_or(f32::NAN)).collect()
+    let (y, _) = project::<T>(&p, x, Elements::F32(&linear.weight), linear.bias.as_deref())?;
+    Ok(y.into_iter().map(|y| y.to_f32().unwrap_or(f32::NAN)).collect())
 }
 
 /// Rotary position embedding of [batch, rows, heads, key_dim], positions from 0 on.
-fn turn<T: Real>(layer: &Layer, x: &mut [f32], [batch, heads, rows]: [u32; 3]) {
-    let Some(of) = layer.rotary else { return };
+fn turn<T: Real>(layer: &Layer, x: &mut [f32], [batch, heads, rows]: [u32; 3]) -> Result<()> {
+    let Some(of) = layer.rotary else { return Ok(()) };
     let mut r = Rotation::new(batch, heads, rows, layer.key_dim, of.positions);
     (r.rotary_dim, r.interleaved, r.positions) = (of.dim, of.interleaved, Positions::Starts);
     let (h, d) = (u64::from(heads), u64::from(layer.key_dim));
     r.x = Strides { offset: 0, batch: u64::from(rows) * h * d, head: d, row: h * d };
     let table = Rotation::table(of.positions, of.dim, of.base);
-    let (y, _) = rotary::<T>(&r, Elements::F32(x), &table, &vec![0; batch as usize]);
+    let (y, _) = rotary::<T>(&r, Elements::F32(x), &table, &vec![0; batch as usize])?;
     let dim = layer.key_dim as usize;
     let order = (0..batch as usize)
         .flat_map(|b| (0..heads as usize).flat_map(move |h| (0..rows as usize).map(move |row| (b, h, row))));
@@ -122,4 +121,5 @@ fn turn<T: Real>(layer: &Layer, x: &mut [f32], [batch, heads, rows]: [u32; 3]) {
             *x = y.to_f32().unwrap_or(f32::NAN);
         }
     }
+    Ok(())
 }

@@ -1,8 +1,9 @@
 //! Rotary position embedding.
 
 use super::Real;
+use crate::error::Result;
+use crate::ops::rotary::{Positions, Rotation};
 use crate::problem::{Element, Elements, Strides};
-use crate::rotation::{Positions, Rotation};
 
 /// The turned tensor, dense [batch, heads, rows, head_dim], and beside each element the error that f32 arithmetic and one
 /// rounding to the element type may make: two products and a sum of unit roundoff `u = 2⁻²⁴` are off by at most
@@ -10,10 +11,18 @@ use crate::rotation::{Positions, Rotation};
 ///
 /// (Su et al., "RoFormer", 2021, eq. 34.)
 ///
-/// # Panics
+/// The elements of `x` may be of any type.
 ///
-/// If a slice is shorter than the rotation says.
-pub fn rotary<T: Real>(rotation: &Rotation, x: Elements<'_>, table: &[f32], positions: &[u32]) -> (Vec<T>, Vec<f64>) {
+/// # Errors
+///
+/// Whatever is wrong with the description, and [`crate::Error::Length`] if a slice has not the length that it says.
+pub fn rotary<T: Real>(
+    rotation: &Rotation,
+    x: Elements<'_>,
+    table: &[f32],
+    positions: &[u32],
+) -> Result<(Vec<T>, Vec<f64>)> {
+    rotation.check_lengths(x.len(), table.len(), positions.len())?;
     let r = rotation;
     let [batch, heads, rows, dim, turning] = [r.batch, r.heads, r.rows, r.head_dim, r.rotary_dim].map(|n| n as usize);
     let half = turning / 2;
@@ -49,5 +58,5 @@ pub fn rotary<T: Real>(rotation: &Rotation, x: Elements<'_>, table: &[f32], posi
             y.push(one + two);
         }
     }
-    (y, bounds)
+    Ok((y, bounds))
 }

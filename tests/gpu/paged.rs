@@ -1,7 +1,8 @@
 //! Keys and values in pages: the same answers wherever the pages stand, and nothing read but what the block table names.
 
-use wgpu_attention::kernel::Slot;
-use wgpu_attention::{Append, Causal, Element, Error, Kernel, Layout, Options, Paged, Problem, Strides, Window};
+use wgpu_attention::{
+    Append, AppendBuffers, Causal, Element, Error, Kernel, Layout, Options, Paged, Problem, Strides, Window,
+};
 
 use crate::support::staged::{Guarded, Staged};
 use crate::support::{Adapter, Case, Data, Tensor, floor, gpus, is_small};
@@ -277,13 +278,9 @@ fn decode(gpu: &Adapter, p: &Problem, append: &Append) {
         let new = [&new.k, &new.v].map(|x| make(x.elements().bytes()));
         let mut encoder = device.create_command_encoder(&Default::default());
         for (rows, cache) in new.iter().zip([k, v]) {
-            let slots = [
-                (Slot::Rows, rows.slice()),
-                (Slot::Starts, starts.slice()),
-                (Slot::BlockTable, table.slice()),
-                (Slot::Cache, cache),
-            ];
-            appending.encode(&mut encoder, &slots).unwrap();
+            let mut buffers = AppendBuffers::new(rows.slice(), cache, starts.slice());
+            buffers.block_table = Some(table.slice());
+            appending.encode(&mut encoder, &buffers).unwrap();
         }
         let mut buffers = staged.buffers();
         (buffers.operands.key_lengths, buffers.operands.block_table) = (Some(lengths.slice()), Some(table.slice()));

@@ -4,6 +4,7 @@
 pub mod adapters;
 pub mod case;
 pub mod data;
+pub mod operations;
 pub mod oracle;
 pub mod random;
 pub mod staged;

@@ -93,7 +93,8 @@ mod tests {
         let Loaded::Cases(cases) = load(&file.archive()).unwrap() else { panic!("not supported") };
         let call = &cases[0].calls[0];
         let Work::Rotation(work) = &call.work else { panic!("not a rotation") };
-        let (out, _) = reference::rotary::<f32>(&work.rotation, work.x.elements(), &work.table, &work.positions);
+        let (out, _) =
+            reference::rotary::<f32>(&work.rotation, work.x.elements(), &work.table, &work.positions).unwrap();
         let outputs = wgpu_attention::Outputs { out, ..Default::default() };
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }

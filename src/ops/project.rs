@@ -1,7 +1,5 @@
 //! `y = x w + b` on the GPU: the linear layers around attention.
 
-use std::ops::Range;
-
 use crate::caps::Caps;
 use crate::choose;
 use crate::error::{Error, Result};
@@ -10,10 +8,11 @@ use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, project};
 use crate::options::Options;
+use crate::part::{Axis, Cut, Excess, Part, count};
 use crate::problem::{Element, Strides};
 use crate::shape::MAX_SIZE;
-use crate::step::Bound;
-use crate::steps::{Span, Steps, bind, small};
+use crate::step::{Bound, Step};
+use crate::steps::{Span, Steps, bind, bound, checked_u32};
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -53,9 +52,6 @@ pub struct Projection {
     pub head_columns: u32,
     /// Where element (b, head, r, c) of y stands.
     pub y: Strides,
-    pub(crate) slots: Slots,
-    /// Rotary position embedding before y is stored, as [`Projection::turn_obstacle`] allows it.
-    pub(crate) turn: Option<Turn>,
 }
 
 /// Rotary position embedding of a projection's first columns. Row `r` of batch `b` stands at `positions[b] + r`.
@@ -76,21 +72,19 @@ pub(crate) struct Turn {
     pub(crate) rows: u32,
 }
 
-/// Which buffers a projection reads and writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Slots {
+/// Which buffers the dispatches of a projection bind, and what they do beside it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wiring {
     pub(crate) x: Slot,
-    pub(crate) matrix: Slot,
+    pub(crate) weight: Slot,
     pub(crate) y: Slot,
+    /// Rotary position embedding before y is stored, as [`Projection::turn_obstacle`] allows it.
+    pub(crate) turn: Option<Turn>,
 }
 
-/// A part of a projection that one dispatch may bind.
-#[derive(Clone, Debug)]
-struct Part {
-    batch: Range<u32>,
-    rows: Range<u32>,
-    inputs: Range<u32>,
-    columns: Range<u32>,
+impl Wiring {
+    /// An operation of its own.
+    pub(crate) const OWN: Wiring = Wiring { x: Slot::X, weight: Slot::Matrix(0), y: Slot::Y, turn: None };
 }
 
 impl Projection {
@@ -113,12 +107,11 @@ impl Projection {
             bias: None,
             head_columns: outputs,
             y: Strides { row: outputs.into(), ..Strides::default() },
-            slots: Slots { x: Slot::Query, matrix: Slot::Matrix(0), y: Slot::Result },
-            turn: None,
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Checks every field.
+    pub fn check(&self) -> Result<()> {
         let sizes = [("batch", self.batch), ("rows", self.rows), ("inputs", self.inputs), ("outputs", self.outputs)];
         for (field, value) in sizes {
             if value == 0 && ["inputs", "outputs"].contains(&field) {
@@ -164,6 +157,63 @@ impl Projection {
         Ok(())
     }
 
+    /// Elements from the start of x, weights, biases and y to the last one that is read or written, that one included.
+    pub(crate) fn extents(&self) -> [u64; 4] {
+        if self.batch == 0 || self.rows == 0 {
+            return [0; 4];
+        }
+        let part = self.whole();
+        let biases = self.bias.map_or(0, |at| at + u64::from(self.outputs));
+        [self.x_span(&part).1, self.weight_span(&part).1, biases, self.y_span(&part).1]
+    }
+
+    /// Checks the lengths of host slices. Weights and biases may be those of several projections, so that more than are read may be
+    /// given.
+    pub(crate) fn check_lengths(&self, x: usize, weight: usize, biases: Option<usize>) -> Result<()> {
+        self.check()?;
+        let field = "biases";
+        match (biases, self.bias) {
+            (None, Some(_)) => return Err(Error::Missing { field }),
+            (Some(_), None) => return Err(Error::Unexpected { field }),
+            _ => {}
+        }
+        let [x_want, weight_want, biases_want, _] = self.extents();
+        super::check_lengths(&[("x", x, x_want)])?;
+        let short = [("weight", weight, weight_want), (field, biases.unwrap_or(0), biases_want)];
+        let short = short.into_iter().filter(|&(_, got, want)| (got as u64) < want).collect::<Vec<_>>();
+        super::check_lengths(&short)
+    }
+
+    fn whole(&self) -> Part {
+        let mut part = Part::new(0..self.batch, 0..1, 0..self.rows);
+        (part.inputs, part.columns) = (0..self.inputs, 0..self.outputs);
+        part
+    }
+
+    fn x_span(&self, part: &Part) -> Span {
+        let at = |b: u32, r: u32| self.x.offset + u64::from(b) * self.x.batch + u64::from(r) * self.x.row;
+        let first = at(part.batch.start, part.rows.start) + u64::from(part.inputs.start);
+        (first, at(part.batch.end - 1, part.rows.end - 1) + u64::from(part.inputs.end))
+    }
+
+    fn weight_span(&self, part: &Part) -> Span {
+        let (major, minor) = match self.order {
+            Order::InOut => (&part.inputs, &part.columns),
+            Order::OutIn => (&part.columns, &part.inputs),
+        };
+        let at = |major: u32, minor: u32| self.weight_offset + u64::from(major) * self.weight_row + u64::from(minor);
+        (at(major.start, minor.start), at(major.end - 1, minor.end - 1) + 1)
+    }
+
+    fn y_span(&self, part: &Part) -> Span {
+        let at = |b: u32, h: u32, r: u32| {
+            self.y.offset + u64::from(b) * self.y.batch + u64::from(h) * self.y.head + u64::from(r) * self.y.row
+        };
+        let heads = part.columns.start / self.head_columns..(part.columns.end - 1) / self.head_columns;
+        let first = at(part.batch.start, heads.start, part.rows.start);
+        (first, at(part.batch.end - 1, heads.end, part.rows.end - 1) + u64::from(self.head_columns))
+    }
+
     /// Rows of all batches as one, where x and y allow that: larger tiles, fewer of them.
     fn flat(&self) -> Self {
         let mut flat = self.clone();
@@ -193,15 +243,15 @@ impl Projection {
             return Ok(if self.rows <= lanes { one } else { many });
         }
         let fits = |tile: &Tile| {
-            let variant = Variant::Project(self.variant(*tile));
+            let variant = Variant::Project(self.variant(*tile, false));
             choose::fits(caps, variant.threads(), variant.workgroup_bytes())
         };
         choose::largest(&project::TILED, self.rows, fits, "project")
     }
 
-    fn variant(&self, tile: Tile) -> project::Project {
+    fn variant(&self, tile: Tile, turned: bool) -> project::Project {
         let transposed = self.order == Order::OutIn;
-        project::Project { tile, element: self.element, transposed, vector: self.vector(), turned: self.turn.is_some() }
+        project::Project { tile, element: self.element, transposed, vector: self.vector(), turned }
     }
 
     /// What keeps the columns from turning before they are stored.
@@ -225,97 +275,64 @@ impl Projection {
         }
     }
 
-    /// Appends the dispatches.
-    pub(crate) fn plan(&self, caps: &Caps, options: &Options, steps: &mut Steps<'_>) -> Result<()> {
+    /// The dispatches on a device, in order: pure data.
+    pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
+        super::plan(caps, options, |steps| self.dispatches(Wiring::OWN, steps))
+    }
+
+    /// Adds the dispatches to the steps.
+    pub(crate) fn dispatches(&self, wiring: Wiring, steps: &mut Steps<'_>) -> Result<()> {
         self.check()?;
         if self.batch == 0 || self.rows == 0 {
             return Ok(());
         }
-        let flat = self.flat();
-        let variant = flat.variant(flat.tile(caps, options)?);
-        let whole = Part { batch: 0..flat.batch, rows: 0..flat.rows, inputs: 0..flat.inputs, columns: 0..flat.outputs };
-        flat.divide(caps, &variant, whole, steps)
+        let of = self.flat();
+        let variant = of.variant(of.tile(steps.caps, &steps.options)?, wiring.turn.is_some());
+        let planner = Planner { wiring, caps: steps.caps, variant, of };
+        planner.of.whole().divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }
+}
 
-    /// Halves a part until each of its operands fits one binding.
-    fn divide(&self, caps: &Caps, variant: &project::Project, part: Part, steps: &mut Steps<'_>) -> Result<()> {
-        let limit = caps.binding();
-        let bytes = |span: Span, bytes: u64| bind(caps, span, bytes, 0).1;
-        let [x, w, y] = [
-            bytes(self.x_span(&part), 4),
-            bytes(self.w_span(&part), self.element.bytes()),
-            bytes(self.y_span(&part), 4),
-        ];
-        if x.max(w).max(y) <= limit {
-            return self.part(caps, variant, &part, steps);
+struct Planner<'a> {
+    of: Projection,
+    wiring: Wiring,
+    caps: &'a Caps,
+    variant: project::Project,
+}
+
+impl Planner<'_> {
+    /// The largest operand of a part, if it exceeds a binding.
+    fn excess(&self, part: &Part) -> Option<Excess> {
+        let (p, limit) = (&self.of, self.caps.binding());
+        let bytes = |span: Span, bytes: u64| bind(self.caps, span, bytes, 0).1;
+        let [x, weight, y] =
+            [bytes(p.x_span(part), 4), bytes(p.weight_span(part), p.element.bytes()), bytes(p.y_span(part), 4)];
+        let (field, bytes) = [("x", x), ("weight", weight), ("y", y)].into_iter().max_by_key(|&(_, bytes)| bytes)?;
+        if bytes <= limit {
+            return None;
         }
-        let (mut low, mut high) = (part.clone(), part.clone());
-        // Along inputs the halves add up in order, so columns go first wherever they help.
-        let columns = |low: &mut Part, high: &mut Part| {
-            let [step, least] = match &self.turn {
-                Some(turn) => [turn.head_dim; 2],
-                None => [variant.tile.tile_cols, if variant.vector { 4 } else { 1 }],
-            };
-            split(&mut low.columns, &mut high.columns, step, least)
+        let (step, least) = match &self.wiring.turn {
+            // Parts end where a head does.
+            Some(turn) => (turn.head_dim, turn.head_dim),
+            None => (self.variant.tile.tile_cols, if self.variant.vector { 4 } else { 1 }),
         };
-        let inputs = |low: &mut Part, high: &mut Part| split(&mut low.inputs, &mut high.inputs, 4, 4);
-        let cut = if w > limit {
-            match self.order {
-                Order::OutIn => columns(&mut low, &mut high),
-                Order::InOut => inputs(&mut low, &mut high),
-            }
+        let columns = Cut { axis: Axis::Columns, step, least };
+        let inputs = Cut { axis: Axis::Inputs, step: 4, least: 4 };
+        let mut cuts = Vec::new();
+        if weight > limit {
+            cuts.push(if p.order == Order::OutIn { columns } else { inputs });
         } else {
-            split(&mut low.batch, &mut high.batch, 1, 1)
-                || split(&mut low.rows, &mut high.rows, variant.tile.tile_rows, 1)
-                || (y > limit && columns(&mut low, &mut high))
-                || (x > limit && inputs(&mut low, &mut high))
-        };
-        if !cut {
-            let named = [("x", x), ("weight", w), ("y", y)];
-            let &(field, value) = named.iter().max_by_key(|(_, bytes)| bytes).expect("three operands");
-            return Err(Error::bytes(field, value, limit));
+            cuts.extend([Cut::anywhere(Axis::Batch), Cut::at_multiples(Axis::Rows, self.variant.tile.tile_rows)]);
+            // Along inputs the halves add up in order, so columns go first wherever they help.
+            cuts.extend((y > limit).then_some(columns));
+            cuts.extend((x > limit).then_some(inputs));
         }
-        self.divide(caps, variant, low, steps)?;
-        self.divide(caps, variant, high, steps)
+        Some(Excess { field, bytes, limit, cuts })
     }
 
-    fn x_span(&self, part: &Part) -> Span {
-        let at = |b: u32, r: u32| self.x.offset + u64::from(b) * self.x.batch + u64::from(r) * self.x.row;
-        let first = at(part.batch.start, part.rows.start) + u64::from(part.inputs.start);
-        (first, at(part.batch.end - 1, part.rows.end - 1) + u64::from(part.inputs.end))
-    }
-
-    fn w_span(&self, part: &Part) -> Span {
-        let (major, minor) = match self.order {
-            Order::InOut => (&part.inputs, &part.columns),
-            Order::OutIn => (&part.columns, &part.inputs),
-        };
-        let at = |major: u32, minor: u32| self.weight_offset + u64::from(major) * self.weight_row + u64::from(minor);
-        (at(major.start, minor.start), at(major.end - 1, minor.end - 1) + 1)
-    }
-
-    fn y_span(&self, part: &Part) -> Span {
-        let at = |b: u32, h: u32, r: u32| {
-            self.y.offset + u64::from(b) * self.y.batch + u64::from(h) * self.y.head + u64::from(r) * self.y.row
-        };
-        let heads = part.columns.start / self.head_columns..(part.columns.end - 1) / self.head_columns;
-        let first = at(part.batch.start, heads.start, part.rows.start);
-        (first, at(part.batch.end - 1, heads.end, part.rows.end - 1) + u64::from(self.head_columns))
-    }
-
-    fn part(&self, caps: &Caps, variant: &project::Project, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
-        let (rows, columns) = (part.rows.end - part.rows.start, part.columns.end - part.columns.start);
-        let (batch, inputs) = (part.batch.end - part.batch.start, part.inputs.end - part.inputs.start);
-        let row_tiles = rows.div_ceil(variant.tile.tile_rows);
-        let col_tiles = columns.div_ceil(variant.tile.tile_cols);
-        let (x_offset, x_size, x_base) = bind(caps, self.x_span(part), 4, self.x.offset);
-        let (w_offset, w_size, w_base) = bind(caps, self.w_span(part), self.element.bytes(), self.weight_offset);
-        let (y_offset, y_size, out_base) = bind(caps, self.y_span(part), 4, self.y.offset);
-        let (first, last) = (part.inputs.start == 0, part.inputs.end == self.inputs);
-        // A shader that can take a bias binds something even where there is none.
-        let biases = self.bias.map_or((0, 4), |at| (at, at + u64::from(self.outputs)));
-        let (b_offset, b_size, b_base) = bind(caps, biases, 4, self.bias.unwrap_or(0));
-        let turning = self.turn.map_or(Params::default(), |turn| Params {
+    /// What the uniform says of the rotation in the projection.
+    fn turning(&self, last: bool) -> Params {
+        self.wiring.turn.map_or(Params::default(), |turn| Params {
             flags: if last { flags::TURN } else { 0 } | if turn.interleaved { 0 } else { flags::HALVES },
             turn_end: turn.columns,
             turn_head: turn.head_dim,
@@ -325,7 +342,25 @@ impl Projection {
             k_batch: 1,
             k_head: 1,
             ..Params::default()
-        });
+        })
+    }
+
+    fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
+        let (p, caps, wiring) = (&self.of, self.caps, self.wiring);
+        let [rows, columns] = [&part.rows, &part.columns].map(|range| range.end - range.start);
+        let row_tiles = rows.div_ceil(self.variant.tile.tile_rows);
+        let col_tiles = columns.div_ceil(self.variant.tile.tile_cols);
+        let (x, x_base) = bound(caps, wiring.x, p.x_span(part), 4, p.x.offset, false)?;
+        let (weight, w_base) =
+            bound(caps, wiring.weight, p.weight_span(part), p.element.bytes(), p.weight_offset, false)?;
+        let (y, out_base) = bound(caps, wiring.y, p.y_span(part), 4, p.y.offset, true)?;
+        let (biases, b_base) = match p.bias {
+            Some(at) => bound(caps, Slot::Shifts, (at, at + u64::from(p.outputs)), 4, at, false)?,
+            // The shader can take biases, so that something must be bound.
+            None => (x, 0),
+        };
+        let (first, last) = (part.inputs.start == 0, part.inputs.end == p.inputs);
+        let turning = self.turning(last);
         let params = Params {
             row_tiles,
             col_tiles,
@@ -337,42 +372,29 @@ impl Projection {
             in_end: part.inputs.end,
             col0: part.columns.start,
             col_end: part.columns.end,
-            col_head: self.head_columns,
-            flags: turning.flags | if first { self.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
+            col_head: p.head_columns,
+            flags: turning.flags | if first { p.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
             x_base,
-            x_batch: self.x.batch as u32,
-            x_row: self.x.row as u32,
+            x_batch: p.x.batch as u32,
+            x_row: p.x.row as u32,
             w_base,
-            w_row: self.weight_row as u32,
+            w_row: p.weight_row as u32,
             b_base,
             out_base,
-            out_batch: self.y.batch as u32,
-            out_head: self.y.head as u32,
-            out_row: self.y.row as u32,
+            out_batch: p.y.batch as u32,
+            out_head: p.y.head as u32,
+            out_row: p.y.row as u32,
             ..turning
         };
-        let mut bindings = vec![
-            Bound { slot: self.slots.x, offset: x_offset, size: x_size, written: false },
-            Bound { slot: self.slots.matrix, offset: w_offset, size: w_size, written: false },
-            Bound { slot: Slot::Shifts, offset: b_offset, size: b_size, written: false },
-            Bound { slot: self.slots.y, offset: y_offset, size: y_size, written: true },
-        ];
-        if let Some(turn) = &self.turn {
+        let mut bindings = vec![x, weight, biases, y];
+        if let Some(turn) = &wiring.turn {
             let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
             bindings.push(Bound { slot: Slot::Angles, offset: 0, size: table, written: false });
             bindings.push(Bound { slot: Slot::Positions, offset: 0, size: 4 * u64::from(turn.batch), written: false });
         }
-        let workgroups = small("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * u64::from(batch))?;
-        let flops = 2.0 * f64::from(batch) * f64::from(rows) * f64::from(inputs) * f64::from(columns);
-        steps.push(Variant::Project(*variant), params, bindings, workgroups, flops)
+        let batch = count(&part.batch);
+        let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * batch)?;
+        let flops = 2.0 * batch as f64 * f64::from(rows) * count(&part.inputs) as f64 * f64::from(columns);
+        steps.push(Variant::Project(self.variant), params, bindings, workgroups, flops)
     }
-}
-
-/// Cuts a range in two, at a multiple of `step` from its start if it is long enough, else of `least`; false where that is all of it.
-fn split(low: &mut Range<u32>, high: &mut Range<u32>, step: u32, least: u32) -> bool {
-    let half = (low.end - low.start) / 2;
-    let whole = [step, least].map(|step| half.next_multiple_of(step)).into_iter().find(|&n| low.start + n < low.end);
-    let Some(whole) = whole.filter(|&n| n > 0) else { return false };
-    (low.end, high.start) = (low.start + whole, low.start + whole);
-    true
 }

@@ -1,29 +1,25 @@
 //! Appending new keys or values to a cache on the GPU.
 
-use std::ops::Range;
-
 use crate::caps::Caps;
-use crate::encode::Attention;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, append};
-use crate::operation::Operation;
 use crate::options::Options;
-use crate::problem::{Element, Elements, Layout, Paged, Strides};
+use crate::part::{Axis, Cut, Excess, Part, count, span};
+use crate::problem::{Element, Layout, Paged, Strides};
 use crate::shape::{MAX_SIZE, Tensor};
-use crate::step::{Bound, Step};
-use crate::steps::{Span, Steps, bind, small};
+use crate::step::Step;
+use crate::steps::{Span, Steps, bind, bound, checked_u32};
 
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
 ///
 /// Row `r` of batch `b` goes to row `starts[b] + r` of the cache, in all heads: bits are copied as they are. The rest of the
-/// cache keeps what it holds. `starts` is u32 `[batch]` and stays on the GPU ([`Slot::Starts`]). A start from which the rows
+/// cache keeps what it holds. `starts` is u32 `[batch]` and stays on the GPU. A start from which the rows
 /// would reach beyond the cache counts as the last one that fits, so that nothing is written outside; on host slices it is an
 /// error. In a circular cache, rows go on at row 0 after the last one.
 ///
-/// A cache in pages is that of [`crate::Problem::paged`]: the block table ([`Slot::BlockTable`]) says in which page of the pool
+/// A cache in pages is that of [`crate::Problem::paged`]: the block table says in which page of the pool
 /// each row stands. A row whose page number lies outside the pool, also a negative one, is not written, so that −1 marks padding;
 /// on host slices it is an error. Pages that receive rows must not be shared: of two rows in one place, either may stay.
 ///
@@ -76,62 +72,18 @@ pub struct Append {
     pub paged: Option<Paged>,
     /// After its last row the cache goes on at its first.
     pub circular: bool,
-    pub(crate) slots: Slots,
 }
 
-/// Which buffers an append reads and writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which buffers the dispatches of an append bind.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots {
     pub(crate) x: Slot,
     pub(crate) cache: Slot,
 }
 
-/// Rows that one dispatch copies, as far as they go into a window of the cache's rows.
-#[derive(Clone, Debug)]
-struct Part {
-    batch: Range<u32>,
-    heads: Range<u32>,
-    rows: Range<u32>,
-    window: Range<u32>,
-}
-
-/// The axes along which a part is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Axis {
-    Batch,
-    Heads,
-    Rows,
-    Window,
-}
-
-impl Part {
-    fn axis(&mut self, axis: Axis) -> &mut Range<u32> {
-        match axis {
-            Axis::Batch => &mut self.batch,
-            Axis::Heads => &mut self.heads,
-            Axis::Rows => &mut self.rows,
-            Axis::Window => &mut self.window,
-        }
-    }
-
-    /// Two halves, cut along the axis that takes up most of a tensor with these strides.
-    fn halves(&self, strides: &Strides, rows: Axis) -> Option<[Part; 2]> {
-        let (mut low, mut high) = (self.clone(), self.clone());
-        let axes = [(strides.batch, Axis::Batch), (strides.head, Axis::Heads), (strides.row, rows)];
-        let cut = axes.into_iter().filter(|&(_, axis)| low.axis(axis).len() > 1).max_by_key(|&(stride, _)| stride);
-        let (_, axis) = cut?;
-        let range = low.axis(axis).clone();
-        let half = range.start + (range.end - range.start) / 2;
-        (low.axis(axis).end, high.axis(axis).start) = (half, half);
-        Some([low, high])
-    }
-}
-
-/// Elements from the first to the last that a part touches in a tensor.
-fn span(tensor: &Tensor, part: &Part, rows: &Range<u32>) -> Span {
-    let first = tensor.at(part.batch.start, part.heads.start, rows.start);
-    let last = tensor.at(part.batch.end - 1, part.heads.end - 1, rows.end - 1);
-    (first, last + u64::from(tensor.dim))
+impl Slots {
+    /// The buffers of an operation of its own.
+    pub(crate) const OWN: Slots = Slots { x: Slot::X, cache: Slot::Cache };
 }
 
 /// The same tensor, counted in units of several elements.
@@ -164,7 +116,6 @@ impl Append {
             cache: Layout::Bhsd,
             paged: None,
             circular: false,
-            slots: Slots { x: Slot::Rows, cache: Slot::Cache },
         }
     }
 
@@ -203,7 +154,7 @@ impl Append {
     }
 
     /// Entries in a row of the block table.
-    pub(crate) fn columns(&self) -> u32 {
+    fn columns(&self) -> u32 {
         self.paged.map_or(0, |paged| paged.of(self.capacity))
     }
 
@@ -215,20 +166,37 @@ impl Append {
             (Some(_), None) => return Err(Error::Unexpected { field }),
             _ => self.columns(),
         };
-        let lengths = [
+        super::check_lengths(&[
             ("x", x, from.extent()),
             ("cache", cache, to.extent()),
             ("starts", starts, self.batch.into()),
             (field, table.map_or(0, <[u32]>::len), u64::from(self.batch) * u64::from(columns)),
-        ];
-        match lengths.into_iter().find(|&(_, got, want)| got as u64 != want) {
-            Some((field, got, want)) => Err(Error::Length { field, got, want: want as usize }),
-            None => Ok(()),
+        ])
+    }
+
+    /// Checks that every new row has a place in the cache.
+    pub(crate) fn check_places(&self, starts: &[u32], block_table: Option<&[u32]>) -> Result<()> {
+        let last = self.capacity - self.rows;
+        if let Some(index) = starts.iter().position(|&start| start > last && !self.circular) {
+            let (value, limit) = (starts[index].into(), last.into());
+            return Err(Error::Entry { field: "starts", index, value, want: "at most", limit });
         }
+        let (Some(table), Some(paged)) = (block_table, self.paged) else { return Ok(()) };
+        for (b, &start) in starts.iter().enumerate() {
+            for row in 0..self.rows {
+                let page = self.row(start, row) / paged.page_size;
+                let index = b * self.columns() as usize + page as usize;
+                let (value, limit) = (table[index].into(), (paged.pages - 1).into());
+                if value > limit {
+                    return Err(Error::Entry { field: "block_table", index, value, want: "at most", limit });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The row of a batch's cache that a new row goes to.
-    pub(crate) fn row(&self, start: u32, row: u32) -> u32 {
+    fn row(&self, start: u32, row: u32) -> u32 {
         match self.circular {
             true => ((u64::from(start) + u64::from(row)) % u64::from(self.capacity)) as u32,
             false => start.min(self.capacity - self.rows) + row,
@@ -237,14 +205,11 @@ impl Append {
 
     /// The dispatches on a device, in order: pure data.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
-        caps.check()?;
-        let mut steps = Steps::new(caps, options);
-        self.push(caps, &mut steps)?;
-        Ok(steps.finish().0)
+        super::plan(caps, options, |steps| self.dispatches(Slots::OWN, steps))
     }
 
-    /// Appends the dispatches.
-    pub(crate) fn push(&self, caps: &Caps, steps: &mut Steps<'_>) -> Result<()> {
+    /// Adds the dispatches to the steps.
+    pub(crate) fn dispatches(&self, slots: Slots, steps: &mut Steps<'_>) -> Result<()> {
         let tensors = self.tensors()?;
         if self.batch == 0 || self.rows == 0 {
             return Ok(());
@@ -256,13 +221,16 @@ impl Append {
         };
         let variant = append::Append::all().find(fits).expect("a unit of one element always fits");
         let [x, cache] = tensors.map(|tensor| in_units(&tensor, variant.bytes() / bytes));
-        let part = Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.rows, window: 0..self.capacity };
-        Planner { append: self, caps, variant, x, cache }.divide(part, steps)
+        let mut part = Part::new(0..self.batch, 0..self.heads, 0..self.rows);
+        part.cache_rows = 0..self.capacity;
+        let planner = Planner { append: self, slots, caps: steps.caps, variant, x, cache };
+        part.divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }
 }
 
 struct Planner<'a> {
     append: &'a Append,
+    slots: Slots,
     caps: &'a Caps,
     variant: append::Append,
     /// In units of the variant.
@@ -271,33 +239,27 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Halves a part until each of its operands fits one binding.
-    fn divide(&self, part: Part, steps: &mut Steps<'_>) -> Result<()> {
+    /// The first operand of a part that exceeds a binding.
+    fn excess(&self, part: &Part) -> Option<Excess> {
         let (limit, unit) = (self.caps.binding(), self.variant.bytes());
         let per_batch = Strides { batch: 1, ..Strides::default() };
         let operands = [
-            ("cache", self.cache_span(&part), unit, self.cache.strides, Axis::Window),
-            ("block_table", self.table_span(&part), 4, per_batch, Axis::Rows),
-            ("x", span(&self.x, &part, &part.rows), unit, self.x.strides, Axis::Rows),
-            ("starts", (part.batch.start.into(), part.batch.end.into()), 4, per_batch, Axis::Rows),
+            ("cache", self.cache_span(part), unit, self.cache.strides, Axis::CacheRows),
+            ("block_table", self.table_span(part), 4, per_batch, Axis::Rows),
+            ("x", part.span(&self.x), unit, self.x.strides, Axis::Rows),
+            ("starts", starts_span(part), 4, per_batch, Axis::Rows),
         ];
-        let sizes = operands
-            .map(|(field, span, bytes, strides, rows)| (field, bind(self.caps, span, bytes, 0).1, strides, rows));
-        let Some((field, value, strides, rows)) = sizes.into_iter().find(|&(_, size, ..)| size > limit) else {
-            return self.part(&part, steps);
-        };
-        let halves = part.halves(&strides, rows).ok_or(Error::bytes(field, value, limit))?;
-        halves.into_iter().try_for_each(|half| self.divide(half, steps))
+        operands.into_iter().find_map(|(field, span, bytes, strides, rows)| {
+            let (_, bytes, _) = bind(self.caps, span, bytes, 0);
+            (bytes > limit).then(|| Excess { field, bytes, limit, cuts: Cut::widest(&strides, rows) })
+        })
     }
 
     fn cache_span(&self, part: &Part) -> Span {
         match self.append.paged {
-            None => span(&self.cache, part, &part.window),
+            None => span(&self.cache, &part.batch, &part.heads, &part.cache_rows),
             // Any page may be the one.
-            Some(paged) => {
-                let pool = Part { batch: 0..paged.pages, ..part.clone() };
-                span(&self.cache, &pool, &(0..paged.page_size))
-            }
+            Some(paged) => span(&self.cache, &(0..paged.pages), &part.heads, &(0..paged.page_size)),
         }
     }
 
@@ -309,23 +271,18 @@ impl Planner<'_> {
     fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
         let (caps, unit) = (self.caps, self.variant.bytes());
         let units = self.x.dim;
-        let items = small("items", part.rows.len() as u64 * u64::from(units))?;
+        let items = checked_u32("items", count(&part.rows) * u64::from(units))?;
         let row_tiles = items.div_ceil(self.variant.threads());
-        let (x_offset, x_size, x_base) = bind(caps, span(&self.x, part, &part.rows), unit, self.x.strides.offset);
-        let (offset, size, out_base) = bind(caps, self.cache_span(part), unit, self.cache.strides.offset);
-        let batches = (part.batch.start.into(), part.batch.end.into());
-        let (s_offset, s_size, k_base) = bind(caps, batches, 4, 0);
-        let starts = Bound { slot: Slot::Starts, offset: s_offset, size: s_size, written: false };
+        let (x, cache) = (&self.x.strides, &self.cache.strides);
+        let (from, x_base) = bound(caps, self.slots.x, part.span(&self.x), unit, x.offset, false)?;
+        let (to, out_base) = bound(caps, self.slots.cache, self.cache_span(part), unit, cache.offset, true)?;
+        let (starts, k_base) = bound(caps, Slot::Starts, starts_span(part), 4, 0, false)?;
         let (table, list_pages) = match self.append.paged {
             // Something must be bound.
             None => (starts, 0),
-            Some(_) => {
-                let (offset, size, base) = bind(caps, self.table_span(part), 4, 0);
-                (Bound { slot: Slot::BlockTable, offset, size, written: false }, base)
-            }
+            Some(_) => bound(caps, Slot::BlockTable, self.table_span(part), 4, 0, false)?,
         };
         let paged = if self.append.paged.is_some() { flags::PAGED } else { 0 };
-        let (x, cache) = (&self.x.strides, &self.cache.strides);
         let params = Params {
             row_tiles,
             col_tiles: 1,
@@ -334,8 +291,8 @@ impl Planner<'_> {
             heads: part.heads.len() as u32,
             row0: part.rows.start,
             row_end: part.rows.end,
-            key0: part.window.start,
-            key_end: part.window.end,
+            key0: part.cache_rows.start,
+            key_end: part.cache_rows.end,
             seq_q: self.append.rows,
             seq_kv: self.append.capacity,
             col_end: units,
@@ -355,73 +312,12 @@ impl Planner<'_> {
             out_row: cache.row as u32,
             ..Params::default()
         };
-        let slots = self.append.slots;
-        let bindings = vec![
-            Bound { slot: slots.x, offset: x_offset, size: x_size, written: false },
-            starts,
-            table,
-            Bound { slot: slots.cache, offset, size, written: true },
-        ];
-        let planes = part.batch.len() as u64 * part.heads.len() as u64;
-        let workgroups = small("workgroups", u64::from(row_tiles) * planes)?;
-        let flops = 16.0 * f64::from(items) * planes as f64;
-        steps.push(Variant::Append(self.variant), params, bindings, workgroups, flops)
+        let workgroups = checked_u32("workgroups", u64::from(row_tiles) * part.planes())?;
+        let flops = 16.0 * f64::from(items) * part.planes() as f64;
+        steps.push(Variant::Append(self.variant), params, vec![from, starts, table, to], workgroups, flops)
     }
 }
 
-impl Attention {
-    /// Prepares an append. It reads the new rows in [`Slot::Rows`] and u32 starts in [`Slot::Starts`], and changes
-    /// [`Slot::Cache`], where it is paged as the u32 or i32 numbers in [`Slot::BlockTable`] say. Keys and values of the same sizes
-    /// are two recordings of one operation.
-    pub fn append(&self, append: &Append, options: &Options) -> Result<Operation> {
-        let mut steps = Steps::new(self.caps(), options);
-        append.push(self.caps(), &mut steps)?;
-        Operation::new(self, steps)
-    }
-}
-
-impl Gpu {
-    /// Appends on host slices, and gives the whole cache widened to f32.
-    pub fn append(
-        &self,
-        append: &Append,
-        x: Elements<'_>,
-        cache: Elements<'_>,
-        starts: &[u32],
-        block_table: Option<&[u32]>,
-    ) -> Result<Vec<f32>> {
-        append.check_lengths(x.len(), cache.len(), starts.len(), block_table)?;
-        for (field, elements) in [("x", x), ("cache", cache)] {
-            let (got, want) = (elements.element(), append.element);
-            if got != want {
-                return Err(Error::Element { field, got, want });
-            }
-        }
-        let last = append.capacity - append.rows;
-        let beyond = starts.iter().position(|&start| start > last && !append.circular);
-        if let Some(index) = beyond {
-            let (value, limit) = (starts[index].into(), last.into());
-            return Err(Error::Entry { field: "starts", index, value, want: "at most", limit });
-        }
-        if let (Some(table), Some(paged)) = (block_table, append.paged) {
-            for (b, &start) in starts.iter().enumerate() {
-                for row in 0..append.rows {
-                    let page = append.row(start, row) / paged.page_size;
-                    let index = b * append.columns() as usize + page as usize;
-                    let (value, limit) = (table[index].into(), (paged.pages - 1).into());
-                    if value > limit {
-                        return Err(Error::Entry { field: "block_table", index, value, want: "at most", limit });
-                    }
-                }
-            }
-        }
-        let operation = self.library().append(append, &Options::default())?;
-        let mut buffers =
-            vec![(Slot::Rows, x.bytes()), (Slot::Starts, bytemuck::cast_slice(starts)), (Slot::Cache, cache.bytes())];
-        buffers.extend(block_table.map(|table| (Slot::BlockTable, bytemuck::cast_slice(table))));
-        let bytes = self.compute(&operation, &buffers, &[Slot::Cache])?.into_iter().next().unwrap_or_default();
-        let mut widened = crate::gpu::widened(append.element, &bytes);
-        widened.truncate(cache.len());
-        Ok(widened)
-    }
+fn starts_span(part: &Part) -> Span {
+    (part.batch.start.into(), part.batch.end.into())
 }

@@ -4,28 +4,26 @@ use std::ops::Range;
 
 use crate::caps::Caps;
 use crate::choose;
-use crate::encode::Attention;
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, merge};
-use crate::operation::Operation;
+use crate::ops::pack::pack;
 use crate::options::Options;
-use crate::planner;
-use crate::problem::{Element, Elements, Layout, Outputs};
+use crate::part::{Cut, Excess, Part, count};
+use crate::problem::{Element, Layout};
 use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
 use crate::step::{Bound, Step};
-use crate::steps::{Span, Steps, bind, small};
+use crate::steps::{SPARE, Span, Steps, bind, checked_u32};
 
 /// Exact merge of the results of the same query rows over `partials` disjoint parts of the keys.
 ///
 /// `lse = ln(Σ_n exp(lse_n) + exp(sink))` and `out = Σ_n exp(lse_n − lse) · out_n`. The partials are f32 and dense:
 ///
-/// - [`Slot::PartialOut`]: [partials, batch, heads, seq_q, value_dim],
-/// - [`Slot::PartialLse`]: [partials, batch, heads, seq_q], natural logarithms.
+/// - `partial_out`: [partials, batch, heads, seq_q, value_dim],
+/// - `partial_lse`: [partials, batch, heads, seq_q], natural logarithms.
 ///
-/// They must be made *without* sinks, since a sink joins the denominator once: give it here ([`Slot::Sinks`], f32 `[heads]`).
+/// They must be made *without* sinks, since a sink joins the denominator once: give it here (`sinks`, f32 `[heads]`).
 /// A partial whose lse is −inf is empty and contributes nothing, whatever its `out` holds; where all are empty, or there is none, out
 /// is 0 and lse −inf (or the sink). An lse of NaN or +inf makes its row NaN; a NaN or an infinity in out shows in its own element.
 /// Packed sequences merge as one batch of `total_q` rows.
@@ -57,23 +55,35 @@ pub struct Merge {
     pub element: Element,
     /// Layout of the merged output: [batch, heads, seq_q, value_dim].
     pub out: Layout,
-    /// Give out the merged log-sum-exp too ([`Slot::Lse`], f32 [batch, heads, seq_q]).
+    /// Give out the merged log-sum-exp too (`lse`, f32 [batch, heads, seq_q]).
     pub lse: bool,
     /// Whether there are attention sinks.
     pub sinks: bool,
 }
 
-/// A box of rows that is worked on at once.
-#[derive(Clone, Debug)]
-struct Part {
-    batch: Range<u32>,
-    heads: Range<u32>,
-    rows: Range<u32>,
+/// What `partial_lse` holds for each row of a partial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Partials {
+    /// Its log-sum-exp.
+    LogSumExp,
+    /// The maximum of its logits and the sum of their exponentials, two f32: the logarithm would lose the sum beside a large maximum.
+    Totals,
 }
 
-impl Part {
-    fn lines(&self) -> u64 {
-        [&self.batch, &self.heads, &self.rows].iter().map(|range| range.len() as u64).product()
+/// Scratch that a merge needs, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Scratch {
+    /// Maximum and sum of each merged row.
+    pub(crate) totals: u64,
+    /// `out` in f32.
+    pub(crate) unpacked: u64,
+    /// What is bound in place of partials where there are none.
+    pub(crate) spare: u64,
+}
+
+impl Scratch {
+    pub(crate) fn sizes(self) -> [(Slot, u64); 3] {
+        [(Slot::Totals, self.totals), (Slot::Unpacked, self.unpacked), (Slot::Spare, self.spare)]
     }
 }
 
@@ -98,7 +108,8 @@ impl Merge {
         self.checked().map(|_| ())
     }
 
-    fn checked(&self) -> Result<Tensor> {
+    /// The output, if every field is right.
+    pub(crate) fn checked(&self) -> Result<Tensor> {
         let sizes = [
             ("partials", self.partials, MAX_SIZE),
             ("batch", self.batch, MAX_SIZE),
@@ -125,30 +136,37 @@ impl Merge {
         Tensor::output("out", [self.batch, self.heads, self.seq_q], self.value_dim, self.out)
     }
 
+    /// Checks the lengths of host slices.
+    pub(crate) fn check_lengths(&self, partial_out: usize, partial_lse: usize, sinks: Option<usize>) -> Result<()> {
+        self.check()?;
+        let lines = u64::from(self.partials) * self.lines();
+        let field = "sinks";
+        let heads = match (sinks, self.sinks) {
+            (None, true) => return Err(Error::Missing { field }),
+            (Some(_), false) => return Err(Error::Unexpected { field }),
+            (_, sinks) => u64::from(sinks) * u64::from(self.heads),
+        };
+        super::check_lengths(&[
+            ("partial_out", partial_out, lines * u64::from(self.value_dim)),
+            ("partial_lse", partial_lse, lines),
+            (field, sinks.unwrap_or(0), heads),
+        ])
+    }
+
     /// The dispatches on a device, in order: pure data.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
-        Ok(self.build(caps, options)?.0.finish().0)
+        super::plan(caps, options, |steps| self.dispatches(Partials::LogSumExp, steps).map(drop))
     }
 
-    /// The dispatches and the bytes of the two scratch buffers: totals, and `out` in f32.
-    fn build<'a>(&self, caps: &'a Caps, options: &Options) -> Result<(Steps<'a>, [u64; 2])> {
-        caps.check()?;
-        let mut steps = Steps::new(caps, options);
-        let scratch = self.append(caps, &mut steps, false)?;
-        Ok((steps, scratch))
-    }
-
-    /// Adds the dispatches; gives the bytes of the two scratch buffers. With `totals` the maximum and the sum of each row of a partial, two
-    /// f32, stand in [`Slot::PartialLse`] in place of its log-sum-exp.
-    pub(crate) fn append<'a>(&self, caps: &'a Caps, steps: &mut Steps<'a>, totals: bool) -> Result<[u64; 2]> {
-        let out = self.checked()?;
+    /// Adds the dispatches to the steps, and gives the scratch that they need.
+    pub(crate) fn dispatches(&self, partials: Partials, steps: &mut Steps<'_>) -> Result<Scratch> {
+        let (out, caps) = (self.checked()?, steps.caps);
         if out.is_empty() {
-            return Ok([0, 0]);
+            return Ok(Scratch::default());
         }
-        let words = if totals { 2 } else { 1 };
+        let words = if partials == Partials::Totals { 2 } else { 1 };
         let mut planner = Planner { merge: self, caps, out, unpacked: false, words, steps };
-        let mut parts = Vec::new();
-        planner.divide(Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.seq_q }, &mut parts)?;
+        let mut parts = planner.divide(Part::new(0..self.batch, 0..self.heads, 0..self.seq_q))?;
         // Whether several dispatches add to one output decides its scratch, whose size may divide parts further.
         let several = parts.iter().any(|part| planner.step(part, planner.out_step()) < self.partials);
         if self.element != Element::F32 && (several || !choose::whole_vectors(&out)) {
@@ -160,28 +178,29 @@ impl Merge {
                 });
             }
             planner.unpacked = true;
-            let coarse = std::mem::take(&mut parts);
-            coarse.into_iter().try_for_each(|part| planner.divide(part, &mut parts))?;
+            let finer = parts.into_iter().map(|part| planner.divide(part)).collect::<Result<Vec<_>>>()?;
+            parts = finer.concat();
         }
         for part in &parts {
             planner.part(part)?;
         }
         let unpacked = if planner.unpacked { 4 * out.extent() } else { 0 };
-        let scratch = [8 * self.lines(), unpacked];
-        for (field, value) in [("totals", scratch[0]), ("out in f32", scratch[1])] {
+        let spare = if self.partials == 0 { SPARE } else { 0 };
+        let scratch = Scratch { totals: 8 * self.lines(), unpacked, spare };
+        for (field, value) in [("totals", scratch.totals), ("out in f32", scratch.unpacked)] {
             let limit = caps.limits.max_buffer_size;
             if value > limit {
                 return Err(Error::bytes(field, value, limit));
             }
         }
         if unpacked > 0 {
-            planner::pack(caps, self.element, &out, None, steps)?;
+            pack(caps, self.element, &out, None, steps)?;
         }
         Ok(scratch)
     }
 
     /// Rows of one partial.
-    fn lines(&self) -> u64 {
+    pub(crate) fn lines(&self) -> u64 {
         u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q)
     }
 }
@@ -191,7 +210,7 @@ struct Planner<'a, 'b> {
     caps: &'a Caps,
     out: Tensor,
     unpacked: bool,
-    /// Words of a row in [`Slot::PartialLse`].
+    /// Words of a row in `partial_lse`.
     words: u64,
     steps: &'b mut Steps<'a>,
 }
@@ -217,12 +236,6 @@ impl Planner<'_, '_> {
         }
     }
 
-    fn out_span(&self, part: &Part) -> Span {
-        let first = self.out.at(part.batch.start, part.heads.start, part.rows.start);
-        let last = self.out.at(part.batch.end - 1, part.heads.end - 1, part.rows.end - 1);
-        (first, last + u64::from(self.out.dim))
-    }
-
     /// Bytes of a row of the longer of the two operands that each partial has.
     fn out_step(&self) -> u64 {
         4 * self.words.max(self.merge.value_dim.into())
@@ -232,33 +245,27 @@ impl Planner<'_, '_> {
         if self.unpacked { 4 } else { self.merge.element.bytes() }
     }
 
-    /// Halves a part until each of its operands, with one partial alone, fits a binding.
-    fn divide(&self, part: Part, parts: &mut Vec<Part>) -> Result<()> {
+    fn divide(&self, part: Part) -> Result<Vec<Part>> {
+        let mut parts = Vec::new();
+        part.divide(&|part| self.excess(part), &mut |part| {
+            parts.push(part);
+            Ok(())
+        })?;
+        Ok(parts)
+    }
+
+    /// The first operand of a part, with one partial alone, that exceeds a binding.
+    fn excess(&self, part: &Part) -> Option<Excess> {
         let limit = self.caps.binding();
-        let one = |each: u64| self.partial_span(&part, &(0..1), each);
+        let one = |each: u64| self.partial_span(part, &(0..1), each);
         let operands = [
             ("partial_out", bind(self.caps, one(self.out_step() / 4), 4, 0).1 + self.caps.alignment()),
-            ("out", bind(self.caps, self.out_span(&part), self.out_bytes(), 0).1),
+            ("out", bind(self.caps, part.span(&self.out), self.out_bytes(), 0).1),
             // Twice the binding of lse, see `part`.
             ("totals", 2 * (bind(self.caps, one(1), 4, 0).1 + self.caps.alignment())),
         ];
-        let Some(&(field, value)) = operands.iter().find(|&&(_, size)| size > limit) else {
-            parts.push(part);
-            return Ok(());
-        };
-        let half = |range: &Range<u32>| range.start + (range.end - range.start) / 2;
-        let (mut low, mut high) = (part.clone(), part.clone());
-        if part.batch.len() > 1 {
-            (low.batch.end, high.batch.start) = (half(&part.batch), half(&part.batch));
-        } else if part.heads.len() > 1 {
-            (low.heads.end, high.heads.start) = (half(&part.heads), half(&part.heads));
-        } else if part.rows.len() > 1 {
-            (low.rows.end, high.rows.start) = (half(&part.rows), half(&part.rows));
-        } else {
-            return Err(Error::bytes(field, value, limit));
-        }
-        self.divide(low, parts)?;
-        self.divide(high, parts)
+        let (field, bytes) = operands.into_iter().find(|&(_, bytes)| bytes > limit)?;
+        Some(Excess { field, bytes, limit, cuts: Cut::outermost() })
     }
 
     /// How many partials of a part one binding holds, each row having `bytes` bytes.
@@ -277,15 +284,15 @@ impl Planner<'_, '_> {
     }
 
     fn part(&mut self, part: &Part) -> Result<()> {
-        let m = self.merge;
+        let (m, lines) = (self.merge, part.planes() * count(&part.rows));
         for partials in self.chunks(part, 4 * self.words) {
             let lse = m.lse && partials.end == m.partials;
             let sinks = m.sinks && partials.start == 0;
-            self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, part.lines())?;
+            self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, lines)?;
         }
         let element = if self.unpacked { Element::F32 } else { m.element };
         let vector = m.value_dim.is_multiple_of(4) && choose::whole_vectors(&self.out);
-        let items = part.lines() * u64::from(m.value_dim.div_ceil(4));
+        let items = lines * u64::from(m.value_dim.div_ceil(4));
         for partials in self.chunks(part, self.out_step()) {
             self.dispatch(merge::Merge::Out { element, vector }, part, &partials, items)?;
         }
@@ -296,7 +303,7 @@ impl Planner<'_, '_> {
         let (m, caps) = (self.merge, self.caps);
         let dim = u64::from(m.value_dim);
         let plane = u64::from(m.seq_q) * dim;
-        let workgroups = small("workgroups", items.div_ceil(variant.threads().into()))?;
+        let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
         let mut params = Params {
             row_tiles: 1,
             col_tiles: workgroups,
@@ -319,7 +326,7 @@ impl Planner<'_, '_> {
             lse_head: m.seq_q,
             partial_lse: m.lines() as u32,
             partial_out: (m.lines() * dim) as u32,
-            item_count: small("items", items)?,
+            item_count: checked_u32("items", items)?,
             ..Params::default()
         };
         let mut bindings = Vec::new();
@@ -327,7 +334,7 @@ impl Planner<'_, '_> {
             let lse = bind(caps, self.lines(part), 4, 0);
             let (slot, (offset, size)) = match slot {
                 // A binding may not be empty, and nothing of it is read.
-                Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, planner::SPARE)),
+                Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, SPARE)),
                 Slot::PartialOut => {
                     let (offset, size, base) = bind(caps, self.partial_span(part, partials, dim), 4, 0);
                     params.x_base = base;
@@ -343,7 +350,7 @@ impl Planner<'_, '_> {
                 Slot::Lse => (slot, (lse.0, lse.1)),
                 Slot::Out => {
                     let (offset, size, base) =
-                        bind(caps, self.out_span(part), self.out_bytes(), self.out.strides.offset);
+                        bind(caps, part.span(&self.out), self.out_bytes(), self.out.strides.offset);
                     params.out_base = base;
                     (if self.unpacked { Slot::Unpacked } else { slot }, (offset, size))
                 }
@@ -358,63 +365,5 @@ impl Planner<'_, '_> {
         let flops = 16.0 * items as f64 * partials.len() as f64;
         self.steps.push(Variant::Merge(variant), params, bindings, workgroups, flops)?;
         Ok(())
-    }
-}
-
-impl Attention {
-    /// Prepares a merge. It reads [`Slot::PartialOut`], [`Slot::PartialLse`] and [`Slot::Sinks`] (if there are sinks) and writes
-    /// [`Slot::Out`] and [`Slot::Lse`] (if asked for).
-    pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation> {
-        let (steps, [totals, unpacked]) = merge.build(self.caps(), options)?;
-        let spare = if merge.partials == 0 { planner::SPARE } else { 0 };
-        let scratch = [(Slot::Totals, totals), (Slot::Unpacked, unpacked), (Slot::Spare, spare)];
-        Operation::with_scratch(self, steps, &scratch)
-    }
-}
-
-impl Gpu {
-    /// Merges partial results on host slices, dense as [`Merge`] says.
-    pub fn merge(
-        &self,
-        merge: &Merge,
-        partial_out: &[f32],
-        partial_lse: &[f32],
-        sinks: Option<&[f32]>,
-    ) -> Result<Outputs> {
-        let out = merge.checked()?;
-        let lines = u64::from(merge.partials) * merge.lines();
-        let lengths = [
-            ("partial_out", partial_out.len(), lines * u64::from(merge.value_dim)),
-            ("partial_lse", partial_lse.len(), lines),
-            ("sinks", sinks.map_or(0, <[f32]>::len), if merge.sinks { merge.heads.into() } else { 0 }),
-        ];
-        match sinks {
-            None if merge.sinks => return Err(Error::Missing { field: "sinks" }),
-            Some(_) if !merge.sinks => return Err(Error::Unexpected { field: "sinks" }),
-            _ => {}
-        }
-        if let Some(&(field, got, want)) = lengths.iter().find(|&&(_, got, want)| got as u64 != want) {
-            return Err(Error::Length { field, got, want: want as usize });
-        }
-        let operation = self.library().merge(merge, &Options::default())?;
-        let empty = vec![0xff; (out.extent() * merge.element.bytes()) as usize];
-        let lse = vec![f32::NAN; merge.lines() as usize];
-        let buffers = [
-            (Slot::PartialOut, Elements::F32(partial_out).bytes()),
-            (Slot::PartialLse, Elements::F32(partial_lse).bytes()),
-            (Slot::Sinks, Elements::F32(sinks.unwrap_or(&[])).bytes()),
-            (Slot::Lse, Elements::F32(&lse).bytes()),
-            (Slot::Out, &empty[..]),
-        ];
-        let wanted = if merge.lse { &[Slot::Out, Slot::Lse][..] } else { &[Slot::Out] };
-        let mut read = self.compute(&operation, &buffers, wanted)?.into_iter();
-        let bytes = read.next().unwrap_or_default();
-        let mut widened = crate::gpu::widened(merge.element, &bytes);
-        widened.truncate(out.extent() as usize);
-        Ok(Outputs {
-            out: widened,
-            lse: read.next().map(|bytes| bytemuck::pod_collect_to_vec(&bytes[..4 * merge.lines() as usize])),
-            ..Outputs::default()
-        })
     }
 }

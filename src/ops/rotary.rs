@@ -1,16 +1,16 @@
 //! Rotary position embedding on the GPU.
 
-use std::ops::Range;
-
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::params::Params;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, rotary};
+use crate::options::Options;
+use crate::part::{Cut, Excess, Part, count};
 use crate::problem::{Element, Strides};
-use crate::shape::{MAX_DIM, MAX_SIZE};
-use crate::step::Bound;
-use crate::steps::{Span, Steps, bind, small};
+use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
+use crate::step::{Bound, Step};
+use crate::steps::{Steps, bind, bound, checked_u32};
 
 /// Which position a row has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,21 +51,18 @@ pub struct Rotation {
     pub x: Strides,
     /// Where the result goes; `None` turns them in place.
     pub y: Option<Strides>,
-    pub(crate) slots: Slots,
 }
 
-/// Which buffers a rotation reads and writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which buffers the dispatches of a rotation bind; one in place binds only `x`.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots {
     pub(crate) x: Slot,
     pub(crate) y: Slot,
 }
 
-#[derive(Clone, Debug)]
-struct Part {
-    batch: Range<u32>,
-    heads: Range<u32>,
-    rows: Range<u32>,
+impl Slots {
+    /// The buffers of an operation of its own.
+    pub(crate) const OWN: Slots = Slots { x: Slot::X, y: Slot::Y };
 }
 
 impl Rotation {
@@ -84,7 +81,6 @@ impl Rotation {
             positions: Positions::Rows,
             x: Strides { offset: 0, batch: h * r * d, head: r * d, row: d },
             y: None,
-            slots: Slots { x: Slot::Query, y: Slot::Result },
         }
     }
 
@@ -106,11 +102,11 @@ impl Rotation {
             return 0;
         }
         let last = [(self.batch, self.x.batch), (self.heads, self.x.head), (self.rows, self.x.row)];
-        let place = |(n, stride): (u32, u64)| u64::from(n - 1) * stride;
-        self.x.offset + last.into_iter().map(place).sum::<u64>() + u64::from(self.head_dim)
+        let place = |sum: u64, (n, stride): (u32, u64)| sum.saturating_add(u64::from(n - 1).saturating_mul(stride));
+        last.into_iter().fold(self.x.offset, place).saturating_add(u64::from(self.head_dim))
     }
 
-    /// Words of [`Slot::Positions`].
+    /// How many positions there are.
     pub fn position_count(&self) -> u64 {
         match self.positions {
             Positions::Rows => u64::from(self.batch) * u64::from(self.rows),
@@ -177,81 +173,89 @@ impl Rotation {
         Ok(())
     }
 
-    /// Appends the dispatches.
-    pub(crate) fn plan(&self, caps: &Caps, steps: &mut Steps<'_>) -> Result<()> {
+    /// Checks the lengths of host slices.
+    pub(crate) fn check_lengths(&self, x: usize, table: usize, positions: usize) -> Result<()> {
+        self.check()?;
+        super::check_lengths(&[
+            ("x", x, self.extent()),
+            ("table", table, u64::from(self.table_rows) * u64::from(self.rotary_dim)),
+            ("positions", positions, self.position_count()),
+        ])
+    }
+
+    /// The dispatches on a device, in order: pure data.
+    pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
+        super::plan(caps, options, |steps| self.dispatches(Slots::OWN, steps))
+    }
+
+    /// Adds the dispatches to the steps.
+    pub(crate) fn dispatches(&self, slots: Slots, steps: &mut Steps<'_>) -> Result<()> {
         self.check()?;
         if self.batch == 0 || self.rows == 0 {
             return Ok(());
         }
-        self.divide(caps, Part { batch: 0..self.batch, heads: 0..self.heads, rows: 0..self.rows }, steps)
+        let (sizes, dim) = ([self.batch, self.heads, self.rows], self.head_dim);
+        let tensor = |strides| Tensor { sizes, dim, strides };
+        let planner = Planner { rotation: self, slots, caps: steps.caps, x: tensor(self.x), y: self.y.map(tensor) };
+        Part::new(0..self.batch, 0..self.heads, 0..self.rows)
+            .divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }
 
-    fn divide(&self, caps: &Caps, part: Part, steps: &mut Steps<'_>) -> Result<()> {
-        let limit = caps.binding();
-        let table = 4 * u64::from(self.table_rows) * u64::from(self.rotary_dim);
+    fn table_bytes(&self) -> u64 {
+        4 * u64::from(self.table_rows) * u64::from(self.rotary_dim)
+    }
+}
+
+struct Planner<'a> {
+    rotation: &'a Rotation,
+    slots: Slots,
+    caps: &'a Caps,
+    x: Tensor,
+    y: Option<Tensor>,
+}
+
+impl Planner<'_> {
+    /// The first operand of a part that exceeds a binding.
+    fn excess(&self, part: &Part) -> Option<Excess> {
+        let limit = self.caps.binding();
+        let table = self.rotation.table_bytes();
         if table > limit {
-            return Err(Error::bytes("rotary table", table, limit));
+            return Some(Excess { field: "rotary table", bytes: table, limit, cuts: Vec::new() });
         }
-        let size = |strides: &Strides| bind(caps, self.span(strides, &part), self.element.bytes(), 0).1;
-        let most = size(&self.x).max(self.y.as_ref().map_or(0, size)).max(4 * self.positions_of(&part));
-        if most <= limit {
-            return self.part(caps, &part, steps);
-        }
-        let (mut low, mut high) = (part.clone(), part.clone());
-        let half = |range: &Range<u32>| range.start + (range.end - range.start) / 2;
-        if part.batch.len() > 1 {
-            let at = half(&part.batch);
-            (low.batch.end, high.batch.start) = (at, at);
-        } else if part.heads.len() > 1 {
-            let at = half(&part.heads);
-            (low.heads.end, high.heads.start) = (at, at);
-        } else if part.rows.len() > 1 {
-            let at = half(&part.rows);
-            (low.rows.end, high.rows.start) = (at, at);
-        } else {
-            return Err(Error::bytes("a row of the rotation", most, limit));
-        }
-        self.divide(caps, low, steps)?;
-        self.divide(caps, high, steps)
+        let size = |tensor: &Tensor| bind(self.caps, part.span(tensor), self.rotation.element.bytes(), 0).1;
+        let bytes = size(&self.x).max(self.y.as_ref().map_or(0, size)).max(4 * self.positions(part));
+        (bytes > limit).then(|| Excess { field: "a row of the rotation", bytes, limit, cuts: Cut::outermost() })
     }
 
-    fn span(&self, s: &Strides, part: &Part) -> Span {
-        let at =
-            |b: u32, h: u32, r: u32| s.offset + u64::from(b) * s.batch + u64::from(h) * s.head + u64::from(r) * s.row;
-        let last = at(part.batch.end - 1, part.heads.end - 1, part.rows.end - 1);
-        (at(part.batch.start, part.heads.start, part.rows.start), last + u64::from(self.head_dim))
+    /// How many positions a part reads at most.
+    fn positions(&self, part: &Part) -> u64 {
+        count(&part.batch) * u64::from(self.per_batch())
     }
 
-    /// Words of the positions that a part reads at most.
-    fn positions_of(&self, part: &Part) -> u64 {
-        let per_batch = if self.positions == Positions::Rows { self.rows } else { 1 };
-        part.batch.len() as u64 * u64::from(per_batch)
+    /// Positions of one batch.
+    fn per_batch(&self) -> u32 {
+        if self.rotation.positions == Positions::Rows { self.rotation.rows } else { 1 }
     }
 
-    fn part(&self, caps: &Caps, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
-        let variant =
-            rotary::Rotary { element: self.element, interleaved: self.interleaved, in_place: self.y.is_none() };
-        let packed = self.element != Element::F32;
-        let turning = if packed && !self.interleaved { self.rotary_dim / 4 } else { self.rotary_dim / 2 };
-        let rest = if packed { (self.head_dim - self.rotary_dim) / 2 } else { self.head_dim - self.rotary_dim };
+    fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
+        let (r, caps, bytes) = (self.rotation, self.caps, self.rotation.element.bytes());
+        let variant = rotary::Rotary { element: r.element, interleaved: r.interleaved, in_place: self.y.is_none() };
+        let packed = r.element != Element::F32;
+        let turning = if packed && !r.interleaved { r.rotary_dim / 4 } else { r.rotary_dim / 2 };
+        let rest = if packed { (r.head_dim - r.rotary_dim) / 2 } else { r.head_dim - r.rotary_dim };
         let items = if self.y.is_none() { turning } else { turning + rest };
-        let row_tiles = (part.rows.len() as u64 * u64::from(items)).div_ceil(variant.threads().into());
-        let bytes = self.element.bytes();
-        let bound = |s: &Strides| bind(caps, self.span(s, part), bytes, s.offset);
-        let (y, y_slot) = match &self.y {
-            Some(y) => (*y, self.slots.y),
-            None => (self.x, self.slots.y),
+        let row_tiles = (count(&part.rows) * u64::from(items)).div_ceil(variant.threads().into());
+        let (y, y_slot) = self.y.as_ref().map_or((&self.x, self.slots.x), |y| (y, self.slots.y));
+        let (from, x_base) = bound(caps, self.slots.x, part.span(&self.x), bytes, r.x.offset, false)?;
+        let (to, out_base) = bound(caps, y_slot, part.span(y), bytes, y.strides.offset, true)?;
+        let (per_row, step) = match r.positions {
+            Positions::Rows => (1, 0),
+            Positions::Starts => (0, 1),
         };
-        let (x_offset, x_size, x_base) = bound(&self.x);
-        let (y_offset, y_size, out_base) = bound(&y);
-        let (per_batch, per_row, step) = match self.positions {
-            Positions::Rows => (self.rows, 1, 0),
-            Positions::Starts => (1, 0, 1),
-        };
-        let listed = u64::from(part.batch.start) * u64::from(per_batch);
-        let (p_offset, p_size, p_base) = bind(caps, (listed, listed + self.positions_of(part)), 4, 0);
+        let first = u64::from(part.batch.start) * u64::from(self.per_batch());
+        let (positions, k_base) = bound(caps, Slot::Positions, (first, first + self.positions(part)), 4, 0, false)?;
         let params = Params {
-            row_tiles: small("row tiles", row_tiles)?,
+            row_tiles: checked_u32("row tiles", row_tiles)?,
             col_tiles: 1,
             batch0: part.batch.start,
             head0: part.heads.start,
@@ -259,34 +263,29 @@ impl Rotation {
             row0: part.rows.start,
             row_end: part.rows.end,
             col_end: items,
-            head_dim: self.rotary_dim,
-            total_kv: self.table_rows,
-            x_base: if self.y.is_none() { out_base } else { x_base },
-            x_batch: self.x.batch as u32,
-            x_head: self.x.head as u32,
-            x_row: self.x.row as u32,
-            k_base: p_base,
-            k_batch: per_batch,
+            head_dim: r.rotary_dim,
+            total_kv: r.table_rows,
+            x_base,
+            x_batch: r.x.batch as u32,
+            x_head: r.x.head as u32,
+            x_row: r.x.row as u32,
+            k_base,
+            k_batch: self.per_batch(),
             k_row: per_row,
             k_head: step,
             out_base,
-            out_batch: y.batch as u32,
-            out_head: y.head as u32,
-            out_row: y.row as u32,
+            out_batch: y.strides.batch as u32,
+            out_head: y.strides.head as u32,
+            out_row: y.strides.row as u32,
             ..Params::default()
         };
-        let table = 4 * u64::from(self.table_rows) * u64::from(self.rotary_dim);
-        let mut bindings = vec![
-            Bound { slot: Slot::Angles, offset: 0, size: table, written: false },
-            Bound { slot: Slot::Positions, offset: p_offset, size: p_size, written: false },
-            Bound { slot: y_slot, offset: y_offset, size: y_size, written: true },
-        ];
+        let table = Bound { slot: Slot::Angles, offset: 0, size: r.table_bytes(), written: false };
+        let mut bindings = vec![table, positions, to];
         if self.y.is_some() {
-            bindings.push(Bound { slot: self.slots.x, offset: x_offset, size: x_size, written: false });
+            bindings.push(from);
         }
-        let planes = (part.batch.len() * part.heads.len()) as u64;
-        let workgroups = small("workgroups", row_tiles * planes)?;
-        let flops = 32.0 * row_tiles as f64 * f64::from(variant.threads()) * planes as f64;
+        let workgroups = checked_u32("workgroups", row_tiles * part.planes())?;
+        let flops = 32.0 * row_tiles as f64 * f64::from(variant.threads()) * part.planes() as f64;
         steps.push(Variant::Rotary(variant), params, bindings, workgroups, flops)
     }
 }
