@@ -1,4 +1,7 @@
 {% from "shared/element.wgsl" import storage, staged, stage, widen, staged_finite, store, output %}
+{% from "shared/address.wgsl" import row_at, lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
 // Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
 // 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
@@ -22,22 +25,8 @@ enable f16;
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
-{% if lists %}
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% endif %}
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
-{% if carry %}
-// Of each invocation m and l of its rows, then o, in which NaN and infinities stand for the classes of values seen.
-@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
-{% endif %}
+{% set wide = false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -86,11 +75,8 @@ var<workgroup> sh_k_any: u32;
 var<workgroup> sh_q_bad: array<u32, TILE_Q>;
 var<workgroup> sh_q_any: u32;
 
-// exp(x − m), and no less than f32 can tell from 0, which is more than NOTHING.
-fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return exp(max(x - m, vec4<f32>(-87.0)));
-}
-
+// The clamp keeps the weight of a visible key above NOTHING, the weight of a key whose logit is −∞.
+{{ weigh("vec4<f32>", "-87.0") }}
 fn highest(x: vec4<f32>) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }
@@ -111,21 +97,7 @@ fn main(
     // The columns of a line are neighbours in one subgroup, whatever its size and however the device numbers invocations.
     let thread = subgroup * subgroup_size + invocation;
 {% endif %}
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let tile_last = min(row_first + TILE_Q - 1u, row_last);
-    let range = tile_range(seq, row_first, tile_last);
+{% include "shared/tile.wgsl" %}
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
@@ -139,7 +111,7 @@ fn main(
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
-    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let q_at = {{ row_at("q", "batch_of(batch)", "head", "seq.token_q") }};
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
@@ -417,22 +389,13 @@ fn main(
     if (row_{{ r }} <= row_last) {
         var m = m_{{ r }};
         var l = sums.{{ "xyzw"[r] }};
-        var shrink = 1.0;
+{{ join_sinks("head", lists) }}
 {% if lists %}
-        if ((params.flags & SINKS) != 0u) {
-            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-            shrink = with_sink.shrink;
-            l = with_sink.l;
-            m = with_sink.m;
-        }
-        if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
-            let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
-            store_lse(at, m, l);
-        }
+{{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row_%s" | format(r)), "column == 0u && here.col_tile == 0u") }}
 {% endif %}
-        let factor = select(0.0, shrink / l, l > 0.0);
+        let factor = {{ over_sum("shrink") }};
         let all_nan = select(0u, 0xffu, broken(m));
-        let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_{{ r }}) * params.out_row;
+        let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row_%s)" | format(r)) }};
 {% for c in range(parts) %}
         let dim_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
         if (dim_{{ c }} < params.value_dim) {

@@ -1,4 +1,6 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/address.wgsl" import row_at, lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
 // Matrix:  out = softmax(logits) v  over tiles of keys, both products by cooperative matrices of {{ size }}×{{ size }}: f16 operands, f32 sums.
 // A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ keys }} keys:
 //   s = scale · q kᵀ;  p = exp(s − m);  l = l + Σ p;  o = o + p v,   in the end  out = o / l and lse = m + ln l.
@@ -36,18 +38,8 @@ diagnostic(off, derivative_uniformity);
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
-{% if lists %}
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% endif %}
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
+{% set wide, carry = false, false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -188,27 +180,13 @@ fn main(
     @builtin(num_subgroups) subgroups: u32,
 {% endif %}
 ) {
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let tile_last = min(row_first + TILE_Q - 1u, row_last);
-    let range = tile_range(seq, row_first, tile_last);
+{% include "shared/tile.wgsl" %}
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
     let key_end = min(range.y, seq.stored);
     let dim_first = here.col_tile * DIMS;
-    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let q_at = {{ row_at("q", "batch_of(batch)", "head", "seq.token_q") }};
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
@@ -493,22 +471,13 @@ fn main(
         workgroupBarrier();
         seen[i] = {% for c in range(per_row) %}{{ " | " if not loop.first }}sh_row[line * PER_ROW + {{ c }}u]{% endfor %};
     }
-    var shrink = 1.0;
+{{ join_sinks("head", lists) }}
 {% if lists %}
-    if ((params.flags & SINKS) != 0u) {
-        let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-        shrink = with_sink.shrink;
-        l = with_sink.l;
-        m = with_sink.m;
-    }
-    if ((params.flags & LSE) != 0u && row <= row_last && column == 0u && here.col_tile == 0u) {
-        let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
-        store_lse(at, m, l);
-    }
+{{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row"), "row <= row_last && column == 0u && here.col_tile == 0u") }}
 {% endif %}
-    let factor = select(0.0, shrink / l, l > 0.0) / P_SCALE;
+    let factor = {{ over_sum("shrink") }} / P_SCALE;
     let all_nan = select(0u, 0xffu, broken(m));
-    let out_at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_there) * params.out_row;
+    let out_at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row_there)") }};
 {% for first in range(0, dims, keys) %}
     workgroupBarrier();
 {% for n in range(per) %}

@@ -1,4 +1,6 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/finish.wgsl" import over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
 // Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
 //   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
 // A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row NaN; a NaN or an
@@ -52,11 +54,8 @@ fn partial(n: u32, at: u32) -> vec2<f32> {
     return vec2<f32>(select(coded(bits), HIDDEN, bits == EMPTY), 1.0);
 }
 
-// exp(x − m), as low as f32 can tell from 0.
-fn weigh(x: f32, m: f32) -> f32 {
-    return exp(max(x - m, -150.0));
-}
-
+// Below this difference f32 cannot tell the weight from 0.
+{{ weigh("f32", "-150.0") }}
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -109,7 +108,7 @@ fn main(
     totals[params.lse_base + at] = vec2<f32>(m, l);
 {% else %}
     let total = totals[params.lse_base + at];
-    let inverse = select(0.0, 1.0 / total.y, total.y > 0.0);
+    let inverse = {{ over_sum("1.0", "total.y") }};
     let valid = min(4u, params.value_dim - dim);
     let to = params.out_base + batch * params.out_batch + head * params.out_head + row * params.out_row + dim;
     let from_place = params.x_base + batch * params.x_batch + head * params.x_head + row * params.x_row + dim;

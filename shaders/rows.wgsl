@@ -1,4 +1,7 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/address.wgsl" import row_at, lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
 // Rows:  out = softmax(logits) v  in one pass over the keys, without a score matrix: each lane owns {{ rows }} query rows and keeps their
 // q, running maximum m, sum l and unnormalised output o in registers. Per block of {{ keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
@@ -20,20 +23,8 @@
 // Reference: src/reference.rs (attention)
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
-{% if carry %}
-// Of each row m and l, then o, in which NaN and infinities stand for the classes of values seen.
-@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
-{% endif %}
+{% set native = false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -50,11 +41,8 @@ const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const KEYS: u32 = {{ keys }}u;
 
-// exp(x − m), as low as f32 can tell from 0.
-fn weigh(x: f32, m: f32) -> f32 {
-    return exp(max(x - m, -150.0));
-}
-
+// Below this difference f32 cannot tell the weight from 0.
+{{ weigh("f32", "-150.0") }}
 {# Every state of the rows as it is before the first key of this dispatch. #}
 {% macro restore() %}
 {% for r in range(rows) %}
@@ -100,8 +88,8 @@ fn weigh(x: f32, m: f32) -> f32 {
     while (first < key_end) {
         let end = page_end(first, key_end);
         let at = stored_at(seq, batch, first);
-        let k_at = params.k_base + at.x * params.k_batch + (head / params.group) * params.k_head + (at.y - first) * params.k_row;
-        let v_at = params.v_base + at.x * params.v_batch + (head / params.group) * params.v_head + (at.y - first) * params.v_row;
+        let k_at = {{ row_at("k", "at.x", "(head / params.group)", "(at.y - first)") }};
+        let v_at = {{ row_at("v", "at.x", "(head / params.group)", "(at.y - first)") }};
 {% if not full %}
 {% for r in range(rows) %}
         let end_{{ r }} = min(range_{{ r }}.y, end);
@@ -268,7 +256,7 @@ fn main(
     var q_bad = 0u;
     for (var r = 0u; r < turns; r++) {
         let row = min(row_first + r * LANES + lane, row_last);
-        let at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (seq.token_q + row) * params.q_row;
+        let at = {{ row_at("q", "batch_of(batch)", "head", "(seq.token_q + row)") }};
 {% for c in range(parts) %}
         let x_{{ c }} = select(vec4<f32>(), load_q(at + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
 {% for r in range(rows) %}
@@ -327,22 +315,11 @@ fn main(
 {% endfor %}
         }
 {% endif %}
-        var shrink = 1.0;
-        if ((params.flags & SINKS) != 0u) {
-            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-            shrink = with_sink.shrink;
-            l = with_sink.l;
-            m = with_sink.m;
-        }
-        let all_nan = select(0u, 0xffu, broken(m));
-        let factor = select(0.0, shrink / l, l > 0.0);
+{{ join_sinks("head") }}        let all_nan = select(0u, 0xffu, broken(m));
+        let factor = {{ over_sum("shrink") }};
         let row = row_first + r * LANES + lane;
         if (row < row_end{{ " && !more" if carry }}) {
-            if ((params.flags & LSE) != 0u) {
-                let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
-                store_lse(at, m, l);
-            }
-            let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row) * params.out_row;
+{{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row")) }}            let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row)") }};
 {% for c in range(parts) %}
             if ({{ c * 4 }}u < params.value_dim) {
                 var y = o_0_{{ c }};

@@ -1,4 +1,5 @@
 {% from "shared/element.wgsl" import storage, load %}
+{% from "shared/lines.wgsl" import lines_until %}
 // Scores:  s = scale · q kᵀ  (with `full`: the whole logit, hidden keys marked), f32, into the score scratch.
 //
 // A NaN or an infinity in q or k is found by its bits when it is loaded and makes codes of scores (shared/code.wgsl).
@@ -69,7 +70,8 @@ fn main(
     let kv_head = here.head * params.group;
     let seq = sequence(batch);
     let line_first = here.row_tile * (LANES * ROWS);
-    let line_end = (max(params.row0, min(params.row_end, seq.rows)) - params.row0) * (params.group_end - params.group0);
+    let row_end = max(params.row0, min(params.row_end, seq.rows));
+    let line_end = {{ lines_until("row_end") }};
     let line_last = max(line_end, 1u) - 1u;
     let range = tile_range(seq, line_row(min(line_first, line_last)), line_row(min(line_first + LANES * ROWS - 1u, line_last)));
     let key_first = params.key0 + here.col_tile * KEYS;
@@ -195,20 +197,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let range = tile_range(seq, row_first, min(row_first + TILE_Q - 1u, row_last));
+{% include "shared/tile.wgsl" %}
     let key_first = params.key0 + here.col_tile * TILE_KV;
     if (max(key_first, range.x) >= min(min(key_first + TILE_KV, params.key_end), range.y) || seq.stored == 0u) {
         return;

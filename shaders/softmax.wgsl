@@ -1,3 +1,6 @@
+{% from "shared/address.wgsl" import lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
 // Softmax:  row of logits -> row of weights, in place;  w[j] = exp(x[j] − m) / l,  l = Σ exp(x[j] − m) (+ exp(sink − m)),  lse = m + ln l.
 // Two passes over the row: one keeps a running (m, l) per invocation, merged over the workgroup; one writes.
 // Keys outside the row's range and HIDDEN ones weigh 0; a row with no visible key is all 0 with lse −inf. Logits may be codes
@@ -31,9 +34,12 @@ fn in_range(range: vec2<u32>, key: u32, x: vec4<f32>) -> vec4<f32> {
     return select(vec4<f32>(HIDDEN), x, (keys >= vec4<u32>(range.x)) & (keys < vec4<u32>(range.y)));
 }
 
-// exp(x − m), 0 for hidden keys and for logits of −∞. The difference may be as low as −inf in f32; it is clamped where exp is 0 already.
-fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return select(vec4<f32>(), exp(max(x - m, vec4<f32>(-150.0))), x > vec4<f32>(MINUS));
+// Below this difference f32 cannot tell the weight from 0.
+{{ weigh("vec4<f32>", "-150.0") }}
+
+// Hidden keys and logits of −∞ weigh 0.
+fn weigh_codes(x: vec4<f32>, m: f32) -> vec4<f32> {
+    return select(vec4<f32>(), weigh(x, m), x > vec4<f32>(MINUS));
 }
 
 @compute @workgroup_size({{ threads }})
@@ -60,7 +66,7 @@ fn main(
     for (var key = (range.x & ~3u) + thread * 4u; key < range.y; key += THREADS * 4u) {
         let x = in_range(range, key, s[line + (key >> 2u)]);
         let higher = max(max(m, max(x.x, x.y)), max(x.z, x.w));
-        let w = weigh(x, higher);
+        let w = weigh_codes(x, higher);
         l = l * exp(max(m - higher, -150.0)) + (w.x + w.y) + (w.z + w.w);
         m = higher;
     }
@@ -78,15 +84,11 @@ fn main(
     }
     m = sh_max[0];
     l = sh_sum[0];
-    if ((params.flags & SINKS) != 0u) {
-        let with_sink = join_sink(m, l, coded(lists[params.list_sinks + here.head]));
-        m = with_sink.m;
-        l = with_sink.l;
-    }
-    let inverse = select(0.0, 1.0 / l, l > 0.0);
+{{ join_sinks("here.head", rescale=false) }}
+    let inverse = {{ over_sum("1.0") }};
 {% if lse %}
     if (thread == 0u && row < seq.rows) {
-        let at = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
+        let at = {{ lse_at("batch_of(here.batch)", "here.head", "seq.token_q + row") }};
         lse[at] = lse_bits(m, l);
     }
 {% endif %}
@@ -100,7 +102,7 @@ fn main(
     for (var key = (written.x & ~3u) + thread * 4u; key < written.y; key += THREADS * 4u) {
         let at = line + (key >> 2u);
         let x = in_range(range, key, s[at]);
-        let finite_weight = select(max(weigh(x, m) * inverse, vec4<f32>(LEAST)), vec4<f32>(NOTHING), x == vec4<f32>(MINUS));
+        let finite_weight = select(max(weigh_codes(x, m) * inverse, vec4<f32>(LEAST)), vec4<f32>(NOTHING), x == vec4<f32>(MINUS));
         let weight = select(finite_weight, vec4<f32>(NO_RESULT), broken(m));
         s[at] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
     }

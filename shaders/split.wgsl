@@ -1,4 +1,8 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/address.wgsl" import row_at %}
+{% from "shared/lines.wgsl" import lines_until %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
 // Split:  out = softmax(logits) v  for few queries and many keys: the keys of a tile of rows are shared out to several workgroups, and
 // all query heads of a key/value head are rows of one tile, so that each key is loaded once for {{ rows }} of them.
 // {{ across }} lanes form a stream: each holds every {{ across }}th vector of four dims of q, k, v and o. A workgroup has {{ streams }} stream{{ "s" if streams > 1 }}; stream n takes
@@ -18,16 +22,8 @@
 {% include "shared/params.wgsl" %}
 {% include "shared/lines.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output("f32", vector) }};
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
+{% set native, out, carry = false, "f32", false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -60,11 +56,8 @@ var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
 var<workgroup> row_classes: array<atomic<u32>, {{ rows * dims // 4 }}>;
 {% endif %}
 
-// exp(x − m), as low as f32 can tell from 0.
-fn weigh(x: f32, m: f32) -> f32 {
-    return exp(max(x - m, -150.0));
-}
-
+// Below this difference f32 cannot tell the weight from 0.
+{{ weigh("f32", "-150.0") }}
 // Writes four elements of a row of out.
 fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, all: u32) {
     let at = params.out_base + part * params.partial_out + batch * params.out_batch + head * params.out_head + row * params.out_row;
@@ -103,7 +96,7 @@ fn main(
 
     let row_end = max(params.row0, select(params.row0, min(params.row_end, seq.rows), here.inside));
     let line_first = here.row_tile * ROWS;
-    let line_end = (row_end - params.row0) * (params.group_end - params.group0);
+    let line_end = {{ lines_until("row_end") }};
     let turns = min(ROWS, max(line_end, line_first) - line_first);
     let line_last = max(line_end, 1u) - 1u;
 {% for r in range(rows) %}
@@ -129,7 +122,7 @@ fn main(
 {% if not full %}
     let range_{{ r }} = key_range(seq, row_{{ r }});
 {% endif %}
-    let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
+    let q_at_{{ r }} = {{ row_at("q", "batch", "head_%s" | format(r), "row_%s" | format(r)) }};
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
 {% if streams == 1 %}
@@ -338,20 +331,9 @@ fn main(
             l += totals[r * STREAMS + n].y * weigh(totals[r * STREAMS + n].x, m);
         }
 {% endif %}
-        var shrink = 1.0;
-        if ((params.flags & SINKS) != 0u) {
-            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-            shrink = with_sink.shrink;
-            l = with_sink.l;
-            m = with_sink.m;
-        }
-        let all_nan = select(0u, 0xffu, broken(m));
-        let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
-        if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
-            let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
-            store_lse(at, m, l);
-        }
-{% for c in range(chunks) %}
+{{ join_sinks("head") }}        let all_nan = select(0u, 0xffu, broken(m));
+        let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
+{{ leave_lse("params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row", "thread == 0u && r < turns") }}{% for c in range(chunks) %}
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};

@@ -1,4 +1,5 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
+{% from "shared/lines.wgsl" import lines_until %}
 // Values:  out = w v,  weights from the scratch; added to what `out` holds where the keys come in several dispatches.
 // A value of NaN or an infinity counts as 0, so that 0 · NaN cannot leak from a hidden key; each row keeps the classes of those it sees
 // (shared/value.wgsl). Weights may be codes (shared/weight.wgsl).
@@ -93,7 +94,8 @@ fn main(
     let kv_head = here.head * params.group;
     let seq = sequence(batch);
     let line_first = here.row_tile * (LANES * ROWS);
-    let line_end = (max(params.row0, min(params.row_end, seq.rows)) - params.row0) * (params.group_end - params.group0);
+    let row_end = max(params.row0, min(params.row_end, seq.rows));
+    let line_end = {{ lines_until("row_end") }};
     if (line_first >= line_end) {
         return;
     }
@@ -223,20 +225,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let range = tile_range(seq, row_first, min(row_first + TILE_Q - 1u, row_last));
+{% include "shared/tile.wgsl" %}
     let key_begin = max(params.key0, range.x & ~3u);
     let key_end = min(params.key_end, range.y);
     let dim_first = here.col_tile * TILE_D;

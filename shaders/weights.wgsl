@@ -1,3 +1,4 @@
+{% from "shared/address.wgsl" import lse_at %}
 // Weights:  w = exp(x − m) / l  in place on raw scores, x being their logits and m, l the maximum and sum that a fused kernel left of
 // each row;  lse = m + ln l  where it is asked for. Hidden keys weigh 0, and so does all of a row that sees none.
 // (Dao et al., FlashAttention, 2022: softmax recomputed from its normaliser.)
@@ -35,7 +36,7 @@ fn main(
     let at = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
     var bits = 0u;
     if (row < seq.rows) {
-        let line = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
+        let line = {{ lse_at("batch_of(here.batch)", "here.head", "seq.token_q + row") }};
         let m = totals[line].x;
         let l = totals[line].y;
         let range = key_range(seq, row);

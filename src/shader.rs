@@ -20,7 +20,10 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     environment.add_global("flags", params::FLAGS.iter().copied().collect::<std::collections::BTreeMap<_, _>>());
     let sources = templates![
         "shared/params.wgsl",
+        "shared/address.wgsl",
         "shared/lines.wgsl",
+        "shared/tile.wgsl",
+        "shared/operands.wgsl",
         "shared/visible.wgsl",
         "shared/pages.wgsl",
         "shared/code.wgsl",
@@ -30,6 +33,8 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/normaliser.wgsl",
         "shared/total.wgsl",
         "shared/weight.wgsl",
+        "shared/weigh.wgsl",
+        "shared/finish.wgsl",
         "shared/turn.wgsl",
         "scores.wgsl",
         "logits.wgsl",

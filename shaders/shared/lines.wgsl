@@ -7,3 +7,8 @@ fn line_row(line: u32) -> u32 {
 fn line_head(kv_head: u32, line: u32) -> u32 {
     return kv_head * params.group + params.group0 + line % (params.group_end - params.group0);
 }
+
+{# How many lines the rows of this dispatch before `row_end` make. #}
+{% macro lines_until(row_end) -%}
+({{ row_end }} - params.row0) * (params.group_end - params.group0)
+{%- endmacro %}
