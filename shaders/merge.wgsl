@@ -1,11 +1,12 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 {% from "shared/finish.wgsl" import over_sum %}
 {% from "shared/weigh.wgsl" import weigh %}
+{% from "shared/address.wgsl" import row_at %}
 // Merge:  exact merge of N partial results of the same rows, each over a part of the keys:
 //   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
-// A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row NaN; a NaN or an
-// infinity in out shows in its element. m may be a code (shared/code.wgsl). With TOTALS a partial gives m and l instead: m + ln l would
-// lose l where m is large, as in a row of which every bias is the lowest number.
+// A partial with lse −inf is empty and not looked at; all empty: out 0, lse −inf. An lse of NaN or +inf makes its row
+// NaN; a NaN or an infinity in out shows in its element. m may be a code (shared/code.wgsl). With TOTALS a partial
+// gives m and l instead: m + ln l would lose l where m is large, as in a row of which every bias is the lowest number.
 // (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
 {% if totals %}
 // This pass: m and l of each row{{ ", and its lse" if lse }}. With ADD it goes on from those of the partials before.
@@ -13,9 +14,11 @@
 // This pass: out from m and l. With ADD it adds to what the partials before left in out, which is f32 then.
 {% endif %}
 //
-// Grid:      columns = tiles of {{ threads }} items, an item being a row{{ "" if totals else " and four of its elements" }}. No other axis.
+// Grid:      columns = tiles of {{ threads }} items, an item being a
+//            row{{ "" if totals else " and four of its elements" }}. No other axis.
 // Memory:    no workgroup memory.
-// Given:     partials params.key0 .. params.key_end are bound; items number params.batch0 .., params.head0 .., params.row0 .. through.
+// Given:     partials params.key0 .. params.key_end are bound; items number params.batch0 .., params.head0 ..,
+//            params.row0 .. through.
 // Reference: src/reference/merge.rs
 {% include "shared/params.wgsl" %}
 {% include "shared/code.wgsl" %}
@@ -43,7 +46,8 @@
 
 const EMPTY: u32 = 0xff800000u;
 
-// Maximum and sum of a line of partial n: those that `split` left, with TOTALS, else its lse, a number or a code, and 1.
+// Maximum and sum of a line of partial n: those that `split` left, with TOTALS, else its lse, a number or a code, and
+// 1.
 fn partial(n: u32, at: u32) -> vec2<f32> {
     let line = n * params.partial_lse + at;
     if ((params.flags & TOTALS) != 0u) {
@@ -110,8 +114,8 @@ fn main(
     let total = totals[params.lse_base + at];
     let inverse = {{ over_sum("1.0", "total.y") }};
     let valid = min(4u, params.value_dim - dim);
-    let to = params.out_base + batch * params.out_batch + head * params.out_head + row * params.out_row + dim;
-    let from_place = params.x_base + batch * params.x_batch + head * params.x_head + row * params.x_row + dim;
+    let to = {{ row_at("out", "batch", "head", "row") }} + dim;
+    let from_place = {{ row_at("x", "batch", "head", "row") }} + dim;
     var sum = vec4<f32>();
     var all = select(0u, 0xffu, broken(total.x));
 {% if element == "f32" %}

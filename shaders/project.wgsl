@@ -1,14 +1,17 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 {% from "shared/turn.wgsl" import turn %}
-// Project:  y = x w (+ b), rows of x times a matrix; y is split into heads of params.col_head columns, which may stand anywhere.
-// The weights are [{{ "out, in" if transposed else "in, out" }}], as they come; x, b and y are f32.
+{% from "shared/address.wgsl" import row_at %}
+// Project:  y = x w (+ b), rows of x times a matrix; y is split into heads of params.col_head columns, which may stand
+// anywhere. The weights are [{{ "out, in" if transposed else "in, out" }}], as they come; x, b and y are f32.
 {% if turned %}
-// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their row (shaders/rotary.wgsl).
+// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their
+// row (shaders/rotary.wgsl).
 {% endif %}
 //
 // Grid:      columns = tiles of output columns, rows = tiles of rows, then batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
-// Given:     1 ≤ rows, columns and inputs of the part; where the inputs come in several dispatches, later ones add to y.
+// Given:     1 ≤ rows, columns and inputs of the part; where the inputs come in several dispatches, later ones add to
+//            y.
 {% if turned %}
 //            All columns, those of a head and those of it that turn are multiples of eight, and so is params.col0.
 {% endif %}
@@ -32,7 +35,7 @@ fn x_place(batch: u32, row: u32) -> u32 {
 }
 
 fn y_place(batch: u32, row: u32, col: u32) -> u32 {
-    return params.out_base + batch * params.out_batch + (col / params.col_head) * params.out_head + row * params.out_row + col % params.col_head;
+    return {{ row_at("out", "batch", "(col / params.col_head)", "row") }} + col % params.col_head;
 }
 
 fn bias(col: u32) -> f32 {
@@ -41,8 +44,9 @@ fn bias(col: u32) -> f32 {
 
 {% if turned %}
 {{ turn("vec4<f32>" if lanes else "f32") }}
-// Columns are numbered so that each eight hold four whole pairs. Where pairs are neighbours, the numbers are the columns themselves; where
-// they stand half a rotation apart, four first columns are followed by the four that turn with them.
+// Columns are numbered so that each eight hold four whole pairs. Where pairs are neighbours, the numbers are the
+// columns themselves; where they stand half a rotation apart, four first columns are followed by the four that turn
+// with them.
 fn column(number: u32) -> u32 {
     let within = number % params.turn_head;
     let moved = number - within + within / 8u * 4u + (within / 4u) % 2u * (params.head_dim / 2u) + within % 4u;
@@ -70,8 +74,9 @@ fn give(batch: u32, row: u32, col: u32, sum: f32) {
 }
 {% endif %}
 
-// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and {{ tile_cols }} columns of each in registers;
-// the weights of four inputs are loaded once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup.
+// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and {{ tile_cols }}
+// columns of each in registers; the weights of four inputs are loaded once per subgroup, spread over its lanes, and
+// broadcast. The workgroup is one subgroup.
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const COLS: u32 = {{ tile_cols }}u;
@@ -102,7 +107,8 @@ fn main(
 {% if subgroup %}
 {% for t in range(tile_cols // lanes) %}
 {% if transposed %}
-    let w_{{ t }} = params.w_base + {{ "column" if turned else "" }}(min(col_first + lane + {{ t * lanes }}u, col_last)) * params.w_row;
+    let w_{{ t }} = params.w_base
+        + {{ "column" if turned else "" }}(min(col_first + lane + {{ t * lanes }}u, col_last)) * params.w_row;
 {% else %}
     let in_{{ t }} = (lane + {{ t * lanes }}u) / {{ tile_cols // 4 }}u;
     let col_{{ t }} = min(col_first + ((lane + {{ t * lanes }}u) % {{ tile_cols // 4 }}u) * 4u, col_last4);
@@ -110,7 +116,8 @@ fn main(
 {% endfor %}
 {% elif transposed %}
 {% for part in range(tile_cols) %}
-    let w_{{ part }} = params.w_base + {{ "column" if turned else "" }}(min(col_first + {{ part }}u, col_last)) * params.w_row;
+    let w_{{ part }} = params.w_base
+        + {{ "column" if turned else "" }}(min(col_first + {{ part }}u, col_last)) * params.w_row;
 {% endfor %}
 {% endif %}
     for (var i = params.in0; i < in_end; i += 4u) {
@@ -123,7 +130,10 @@ fn main(
 {% if transposed %}
         let part_{{ t }} = load_w(w_{{ t }} + i, valid);
 {% else %}
-        let part_{{ t }} = load_w(params.w_base + min(i + in_{{ t }}, in_end - 1u) * params.w_row + col_{{ t }}, params.col_end - col_{{ t }});
+        let part_{{ t }} = load_w(
+            params.w_base + min(i + in_{{ t }}, in_end - 1u) * params.w_row + col_{{ t }},
+            params.col_end - col_{{ t }},
+        );
 {% endif %}
 {% endfor %}
 {% endif %}
@@ -151,7 +161,8 @@ fn main(
 {% endfor %}
 {% endfor %}
     }
-    // One row after the other, so that each store stands once in the text: drivers that compile on the CPU pay for each place.
+    // One row after the other, so that each store stands once in the text: drivers that compile on the CPU pay for each
+    // place.
     for (var r = 0u; r < ROWS; r++) {
         let row = row_first + r * LANES + lane;
         if (row < row_end) {
@@ -202,7 +213,8 @@ fn main(
                 sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
                 if ((params.flags & BIAS) != 0u) {
-                    sum += vec4<f32>(bias(col_at_{{ c }}), bias(col_at_{{ c }} + 1u), bias(col_at_{{ c }} + 2u), bias(col_at_{{ c }} + 3u));
+                    let col = col_at_{{ c }};
+                    sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
                 }
 {% if vector %}
                 let at = y_place(batch, row, col_at_{{ c }}) >> 2u;
@@ -219,8 +231,9 @@ fn main(
     }
 }
 {% else %}
-// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns, stages {{ dims }} inputs of both at a time (weights as
-// [column][input], whatever their order in memory), and each invocation owns {{ rows }} × {{ cols }} of the tile in registers.
+// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns, stages {{ dims }} inputs of
+// both at a time (weights as [column][input], whatever their order in memory), and each invocation owns
+// {{ rows }} × {{ cols }} of the tile in registers.
 const TILE_ROWS: u32 = {{ tile_rows }}u;
 const TILE_COLS: u32 = {{ tile_cols }}u;
 const DEPTH: u32 = {{ dims }}u;
@@ -290,7 +303,8 @@ fn main(
             if (i < params.in_end) {
 {% if turned %}
                 let place = part / (DEPTH / 4u);
-                let col = column(min(col_first + number_of(pair_at(place), place / {{ apart }}u % 2u), params.col_end - 1u));
+                let number = number_of(pair_at(place), place / {{ apart }}u % 2u);
+                let col = column(min(col_first + number, params.col_end - 1u));
 {% else %}
                 let col = min(col_first + part / (DEPTH / 4u), params.col_end - 1u);
 {% endif %}
@@ -305,7 +319,9 @@ fn main(
             let down4 = part / (TILE_COLS / 4u);
             let i = first + down4 * 4u;
             let col = col_first + across4 * 4u;
-            let block = transpose(mat4x4<f32>(w_row(i, col), w_row(i + 1u, col), w_row(i + 2u, col), w_row(i + 3u, col)));
+            let block = transpose(
+                mat4x4<f32>(w_row(i, col), w_row(i + 1u, col), w_row(i + 2u, col), w_row(i + 3u, col)),
+            );
 {% if turned %}
             // Two pairs: neighbours in memory.
             let pair = across4 * 2u;

@@ -2,22 +2,29 @@
 {% from "shared/address.wgsl" import row_at, lse_at %}
 {% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
 {% from "shared/weigh.wgsl" import weigh %}
-// Rows:  out = softmax(logits) v  in one pass over the keys, without a score matrix: each lane owns {{ rows }} query rows and keeps their
-// q, running maximum m, sum l and unnormalised output o in registers. Per block of {{ keys }} keys:
+{% from "shared/unroll.wgsl" import joined, maximum %}
+{% from "shared/value.wgsl" import classes_word, classes_of_vector %}
+// Rows:  out = softmax(logits) v  in one pass over the keys, without a score matrix: each lane owns {{ rows }} query
+// rows and keeps their q, running maximum m, sum l and unnormalised output o in registers. Per block of {{ keys }}
+// keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
-// At the end out = o / l and lse = m + ln l. (Online softmax: Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022.)
+// At the end out = o / l and lse = m + ln l. (Online softmax: Milakov and Gimelshein, 2018; Dao et al., FlashAttention,
+// 2022.)
 {% if subgroup %}
 // Keys and values are loaded once per subgroup, spread over its lanes, and broadcast.
 {% else %}
 // Without subgroup operations every lane loads every key and value.
 {% endif %}
-// NaN and infinities: the walk over the keys only notes whether it met any, by the bits of what it loaded. If so, each row is walked once more
-// key by key, with codes for its logits (shared/code.wgsl) and classes for the values that it sees (shared/value.wgsl).
+// NaN and infinities: the walk over the keys only notes whether it met any, by the bits of what it loaded. If so, each
+// row is walked once more key by key, with codes for its logits (shared/code.wgsl) and classes for the values that it
+// sees (shared/value.wgsl).
 {% if carry %}
-// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in
+// `state` in between.
 {% endif %}
 //
-// Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup is one subgroup.
+// Grid:      rows = tiles of {{ rows * lanes }} query rows, then heads and batches (shared/params.wgsl); the workgroup
+//            is one subgroup.
 // Memory:    no workgroup memory.
 // Given:     1 ≤ head_dim, value_dim ≤ {{ dims }}. Blocks of keys that no row of the tile sees by range are not read.
 // Reference: src/reference.rs (attention)
@@ -43,6 +50,7 @@ const KEYS: u32 = {{ keys }}u;
 
 // Below this difference f32 cannot tell the weight from 0.
 {{ weigh("f32", "-150.0") }}
+
 {# Every state of the rows as it is before the first key of this dispatch. #}
 {% macro restore() %}
 {% for r in range(rows) %}
@@ -60,7 +68,7 @@ const KEYS: u32 = {{ keys }}u;
         let kept_{{ c }} = bitcast<vec4<f32>>(state[from_place + {{ (1 + c) * lanes }}u]);
 {% endfor %}
 {% for g in range(groups) %}
-        let class_of_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(kept_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+        let class_of_{{ g }} = {{ classes_word("kept", g * 4) }};
 {% endfor %}
 {% for r in range(rows) %}
         m_{{ r }} = select(m_{{ r }}, kept.x, r == {{ r }}u);
@@ -77,11 +85,21 @@ const KEYS: u32 = {{ keys }}u;
 {% endmacro %}
 
 {# Four dims of a key, which a lane loads for itself. #}
-{% macro k_vector(j, c) %}select(vec4<f32>(), load_k(k_at + min(key + {{ j }}u, end - 1u) * params.k_row + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim){% endmacro %}
-{% macro v_vector(j, c) %}load_v(v_at + min(key + {{ j }}u, end - 1u) * params.v_row + min({{ c * 4 }}u, v_last), params.value_dim - min({{ c * 4 }}u, v_last)){% endmacro %}
+{% macro k_vector(j, c) -%}
+{% set dim = "min(%su, q_last)" | format(c * 4) -%}
+select(
+                vec4<f32>(),
+                load_k(k_at + min(key + {{ j }}u, end - 1u) * params.k_row + {{ dim }}, params.head_dim - {{ dim }}),
+                {{ c * 4 }}u < params.head_dim,
+            )
+{%- endmacro %}
+{% macro v_vector(j, c) -%}
+{% set dim = "min(%su, v_last)" | format(c * 4) -%}
+load_v(v_at + min(key + {{ j }}u, end - 1u) * params.v_row + {{ dim }}, params.value_dim - {{ dim }})
+{%- endmacro %}
 
-{# All keys, in blocks. `spread`: loaded once per subgroup and broadcast. `careful`: with codes and classes; otherwise `sizes` notes whether
-   that is needed. #}
+{# All keys, in blocks. `spread`: loaded once per subgroup and broadcast. `careful`: with codes and classes; otherwise
+   `sizes` notes whether that is needed. #}
 {% macro walk(keys, spread, careful) %}
     // Page by page; without pages all keys stand in one.
     var first = key_first;
@@ -100,7 +118,10 @@ const KEYS: u32 = {{ keys }}u;
 {% for t in range(loads) %}
             let k_{{ t }} = select(
                 vec4<f32>(),
-                load_k(k_at + min(key + key_{{ t }}, end - 1u) * params.k_row + min(dim_{{ t }}, q_last), params.head_dim - min(dim_{{ t }}, q_last)),
+                load_k(
+                    k_at + min(key + key_{{ t }}, end - 1u) * params.k_row + min(dim_{{ t }}, q_last),
+                    params.head_dim - min(dim_{{ t }}, q_last),
+                ),
                 dim_{{ t }} < params.head_dim,
             );
             sizes = larger(sizes, k_{{ t }});
@@ -108,8 +129,8 @@ const KEYS: u32 = {{ keys }}u;
 {% elif careful %}
             var k_bad = false;
 {% endif %}
-            // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up: exact where a long chain
-            // of equal terms would round (f16's largest, say).
+            // Dims outermost, so that a q of memory is read once for all keys. Sums of four vectors each, added up:
+            // exact where a long chain of equal terms would round (f16's largest, say).
 {% for c in range(parts) %}
 {% for j in range(keys) %}
 {% set part = j * parts + c %}
@@ -117,12 +138,18 @@ const KEYS: u32 = {{ keys }}u;
             let k_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
             let k_{{ j }}_{{ c }} = {{ k_vector(j, c) }};
-            {{ "k_bad |= !finite(k_%s_%s)" | format(j, c) if careful else "sizes = larger(sizes, k_%s_%s)" | format(j, c) }};
+{% if careful %}
+            k_bad |= !finite(k_{{ j }}_{{ c }});
+{% else %}
+            sizes = larger(sizes, k_{{ j }}_{{ c }});
+{% endif %}
 {% endif %}
 {% for r in range(rows) %}
             let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
 {% if c % 4 == 3 %}
-            {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}= (d_{{ r }}_{{ j }}_{{ c - 3 }} + d_{{ r }}_{{ j }}_{{ c - 2 }}) + (d_{{ r }}_{{ j }}_{{ c - 1 }} + d_{{ r }}_{{ j }}_{{ c }});
+{% set d = "d_%s_%s" | format(r, j) %}
+            {{ "var" if c == 3 else "" }} s_{{ r }}_{{ j }} {{ "" if c == 3 else "+" }}=
+                ({{ d }}_{{ c - 3 }} + {{ d }}_{{ c - 2 }}) + ({{ d }}_{{ c - 1 }} + {{ d }}_{{ c }});
 {% endif %}
 {% endfor %}
 {% endfor %}
@@ -130,7 +157,11 @@ const KEYS: u32 = {{ keys }}u;
 {% for r in range(rows) %}
 {% for j in range(keys) %}
 {% if careful %}
-            s_{{ r }}_{{ j }} = select(scaled(s_{{ r }}_{{ j }}), scaled_code(s_{{ r }}_{{ j }}), k_bad | ((q_bad & {{ 2 ** r }}u) != 0u));
+            s_{{ r }}_{{ j }} = select(
+                scaled(s_{{ r }}_{{ j }}),
+                scaled_code(s_{{ r }}_{{ j }}),
+                k_bad | ((q_bad & {{ 2 ** r }}u) != 0u),
+            );
 {% else %}
             s_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
 {% endif %}
@@ -144,7 +175,11 @@ const KEYS: u32 = {{ keys }}u;
 {% for r in range(1, rows) %}
                 x_{{ j }} = select(x_{{ j }}, s_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-                x_{{ j }} = select(HIDDEN, {{ "logit" if careful else "quick_logit" }}(batch, head, row, key + {{ j }}u, seq, x_{{ j }}), key + {{ j }}u < end);
+                x_{{ j }} = select(
+                    HIDDEN,
+                    {{ "logit" if careful else "quick_logit" }}(batch, head, row, key + {{ j }}u, seq, x_{{ j }}),
+                    key + {{ j }}u < end,
+                );
 {% for r in range(rows) %}
                 s_{{ r }}_{{ j }} = select(s_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
@@ -153,22 +188,29 @@ const KEYS: u32 = {{ keys }}u;
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            s_{{ r }}_{{ j }} = select(HIDDEN, s_{{ r }}_{{ j }}, (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < end_{{ r }}));
+            s_{{ r }}_{{ j }} = select(
+                HIDDEN,
+                s_{{ r }}_{{ j }},
+                (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < end_{{ r }}),
+            );
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-            let higher_{{ r }} = {% for j in range(keys) %}max(s_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let higher_{{ r }} = {{ maximum(keys, "s_%s" | format(r), "m_%s" | format(r)) }};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
             m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
             let p_{{ r }}_{{ j }} = select(0.0, weigh(s_{{ r }}_{{ j }}, higher_{{ r }}), s_{{ r }}_{{ j }} > MINUS);
 {% endfor %}
-            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+            l_{{ r }} = l_{{ r }} * shrink_{{ r }} + {{ joined(keys, " + ", "p_%s_#" | format(r)) }};
 {% endfor %}
 {% if spread %}
 {% for t in range(loads) %}
-            let v_{{ t }} = load_v(v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last), params.value_dim - min(dim_{{ t }}, v_last));
+            let v_{{ t }} = load_v(
+                v_at + min(key + key_{{ t }}, end - 1u) * params.v_row + min(dim_{{ t }}, v_last),
+                params.value_dim - min(dim_{{ t }}, v_last),
+            );
             sizes = larger(sizes, v_{{ t }});
 {% endfor %}
 {% endif %}
@@ -186,12 +228,13 @@ const KEYS: u32 = {{ keys }}u;
 {% endif %}
 {% endfor %}
 {% for r in range(rows) %}
-            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+            o_{{ r }}_{{ c }} =
+                o_{{ r }}_{{ c }} * shrink_{{ r }} + {{ joined(keys, " + ", "p_%s_# * v_#_%s" | format(r, c)) }};
 {% endfor %}
 {% endfor %}
 {% if careful %}
 {% for g in range(groups) %}
-            let class_of_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_0_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+            let class_of_{{ g }} = {{ classes_word("raw_0", g * 4) }};
 {% for r in range(rows) %}
             class_{{ r }}_{{ g }} |= classes_seen(class_of_{{ g }}, s_{{ r }}_0 > HIDDEN, s_{{ r }}_0 == MINUS);
 {% endfor %}
@@ -216,12 +259,14 @@ fn main(
     let batch = here.batch;
     let head = here.head;
     let seq = sequence(batch);
-    // From both ends by turns: under a causal rule late rows see most, and drivers give each thread a run of workgroups.
+    // From both ends by turns: under a causal rule late rows see most, and drivers give each thread a run of
+    // workgroups.
     let turn = here.row_tile / 2u;
     let row_tile = select(turn, params.row_tiles - 1u - turn, here.row_tile % 2u == 1u);
     let row_first = params.row0 + row_tile * (LANES * ROWS);
     let row_end = select(0u, min(params.row_end, seq.rows), here.inside);
-    // Rows of this lane: row_first + lane + LANES · r for r < turns. No early return: a CPU driver would run all that follows under a mask.
+    // Rows of this lane: row_first + lane + LANES · r for r < turns. No early return: a CPU driver would run all that
+    // follows under a mask.
     let turns = min(ROWS, (max(row_end, row_first) - row_first + LANES - 1u) / LANES);
     let row_last = max(row_end, 1u) - 1u;
     let range = tile_range(seq, min(row_first, row_last), min(row_first + LANES * ROWS - 1u, row_last));
@@ -250,7 +295,8 @@ fn main(
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
-    // One row after the other, so that each load stands once in the text: drivers that compile on the CPU pay for each place.
+    // One row after the other, so that each load stands once in the text: drivers that compile on the CPU pay for each
+    // place.
     let q_last = (params.head_dim - 1u) & ~3u;
     // Bit r: row r of this lane holds NaN or an infinity in q.
     var q_bad = 0u;
@@ -258,12 +304,16 @@ fn main(
         let row = min(row_first + r * LANES + lane, row_last);
         let at = {{ row_at("q", "batch_of(batch)", "head", "(seq.token_q + row)") }};
 {% for c in range(parts) %}
-        let x_{{ c }} = select(vec4<f32>(), load_q(at + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)), {{ c * 4 }}u < params.head_dim);
+        let x_{{ c }} = select(
+            vec4<f32>(),
+            load_q(at + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)),
+            {{ c * 4 }}u < params.head_dim,
+        );
 {% for r in range(rows) %}
         q_{{ r }}_{{ c }} = select(q_{{ r }}_{{ c }}, x_{{ c }}, r == {{ r }}u);
 {% endfor %}
 {% endfor %}
-        let good = {% for c in range(parts) %}{{ " & " if not loop.first }}finite(x_{{ c }}){% endfor %};
+        let good = {{ joined(parts, " & ", "finite(x_#)") }};
         q_bad |= select(1u << r, 0u, good);
     }
 
@@ -280,8 +330,14 @@ fn main(
     // The largest exponents of what this lane loaded of keys and values.
     var sizes = vec4<u32>();
 {{ walk(keys, subgroup, false) }}
-    let own = u32(any_ends(sizes) | (q_bad != 0u){% if full %} | slope_ends(head){% for r in range(rows) %} | (m_{{ r }} == UNDEFINED){% endfor %}{% endif %});
-    let again = {% if subgroup %}{% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(own, {{ n }}u){% endfor %}{% else %}own{% endif %};
+{% if full %}
+    let own = u32(
+        any_ends(sizes) | (q_bad != 0u) | slope_ends(head) | {{ joined(rows, " | ", "(m_# == UNDEFINED)") }},
+    );
+{% else %}
+    let own = u32(any_ends(sizes) | (q_bad != 0u));
+{% endif %}
+    let again = {{ joined(lanes, " | ", "subgroupBroadcast(own, #u)") if subgroup else "own" }};
     // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
     for (var once = again; once > 0u; once--) {
 {{ restore() }}
@@ -311,22 +367,29 @@ fn main(
 {% for r in range(1, rows) %}
             kept_{{ c }} = select(kept_{{ c }}, o_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-            state[to_place + {{ (1 + c) * lanes }}u] = result_bits(kept_{{ c }}, class_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+            state[to_place + {{ (1 + c) * lanes }}u] =
+                result_bits(kept_{{ c }}, {{ classes_of_vector("class", c) }});
 {% endfor %}
         }
 {% endif %}
-{{ join_sinks("head") }}        let all_nan = select(0u, 0xffu, broken(m));
+{{ join_sinks("head") }}
+        let all_nan = select(0u, 0xffu, broken(m));
         let factor = {{ over_sum("shrink") }};
         let row = row_first + r * LANES + lane;
         if (row < row_end{{ " && !more" if carry }}) {
-{{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row")) }}            let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row)") }};
+{{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row")) }}
+            let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row)") }};
 {% for c in range(parts) %}
             if ({{ c * 4 }}u < params.value_dim) {
                 var y = o_0_{{ c }};
 {% for r in range(1, rows) %}
                 y = select(y, o_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-                store_out(at + {{ c * 4 }}u, params.value_dim - {{ c * 4 }}u, result_bits(y * factor, all_nan | (class_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
+                store_out(
+                    at + {{ c * 4 }}u,
+                    params.value_dim - {{ c * 4 }}u,
+                    result_bits(y * factor, all_nan | ({{ classes_of_vector("class", c) }})),
+                );
             }
 {% endfor %}
         }

@@ -1,12 +1,15 @@
 {% from "shared/element.wgsl" import storage, load %}
 {% from "shared/lines.wgsl" import lines_until %}
+{% from "shared/address.wgsl" import row_at %}
+{% from "shared/unroll.wgsl" import joined, four_dots %}
 // Scores:  s = scale · q kᵀ  (with `full`: the whole logit, hidden keys marked), f32, into the score scratch.
 //
 // A NaN or an infinity in q or k is found by its bits when it is loaded and makes codes of scores (shared/code.wgsl).
 //
 // Grid:      columns = tiles of keys, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
-// Given:     1 ≤ rows, keys; scratch rows start at multiples of four; key tiles too. Tiles that no row sees are not written.
+// Given:     1 ≤ rows, keys; scratch rows start at multiples of four; key tiles too. Tiles that no row sees are not
+//            written.
 // Reference: src/reference/scores.rs
 {% if native %}
 enable f16;
@@ -29,28 +32,30 @@ enable f16;
 {{ load("k", element, native, vector, wide) }}
 
 fn q_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
-    return params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + (sequence.token_q + min(row, max(sequence.rows, 1u) - 1u)) * params.q_row;
+    return {{ row_at("q", "batch_of(batch)", "head", "(sequence.token_q + min(row, max(sequence.rows, 1u) - 1u))") }};
 }
 
 fn k_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
-    return params.k_base + batch_of(batch) * params.k_batch + (head / params.group) * params.k_head + (sequence.token_kv + key) * params.k_row;
+    return {{ row_at("k", "batch_of(batch)", "(head / params.group)", "(sequence.token_kv + key)") }};
 }
 
 fn s_place(batch: u32, head: u32, row: u32) -> u32 {
-    return params.s_base + batch * params.s_batch + head * params.s_head + row * params.s_row;
+    return {{ row_at("s", "batch", "head", "row") }};
 }
 
 {% if lanes %}
-// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and keeps {{ dims }} dims of each in registers;
-// four keys are loaded once per subgroup, spread over its lanes, and broadcast. All query heads of a key/value head are rows of one tile.
-// The workgroup is one subgroup; it runs over {{ tile_cols }} keys. Head dims beyond {{ dims }} take further passes that add to the scratch.
+// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and keeps {{ dims }} dims
+// of each in registers; four keys are loaded once per subgroup, spread over its lanes, and broadcast. All query heads
+// of a key/value head are rows of one tile. The workgroup is one subgroup; it runs over {{ tile_cols }} keys. Head dims
+// beyond {{ dims }} take further passes that add to the scratch.
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
 const KEYS: u32 = {{ tile_cols }}u;
 {% include "shared/lines.wgsl" %}
 
-// A score with what may be a code of the dims before, and one of these dims where q or k holds NaN or an infinity there.
+// A score with what may be a code of the dims before, and one of these dims where q or k holds NaN or an infinity
+// there.
 fn with_codes(x: f32, before: f32, dot_product: f32, bad: bool, scales: bool) -> f32 {
     let own = select(0.0, code_of(dot_product), bad);
     let ends = abs(before) > HIGHEST;
@@ -73,7 +78,11 @@ fn main(
     let row_end = max(params.row0, min(params.row_end, seq.rows));
     let line_end = {{ lines_until("row_end") }};
     let line_last = max(line_end, 1u) - 1u;
-    let range = tile_range(seq, line_row(min(line_first, line_last)), line_row(min(line_first + LANES * ROWS - 1u, line_last)));
+    let range = tile_range(
+        seq,
+        line_row(min(line_first, line_last)),
+        line_row(min(line_first + LANES * ROWS - 1u, line_last)),
+    );
     let key_first = params.key0 + here.col_tile * KEYS;
     let key_begin = max(key_first, range.x & ~3u);
     let key_stop = min(min(key_first + KEYS, params.key_end), min(range.y, seq.stored));
@@ -116,13 +125,19 @@ fn main(
 {% for t in range(dims // lanes) %}
             let k_{{ t }} = select(
                 vec4<f32>(),
-                load_k(k_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }}),
+                load_k(
+                    k_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }},
+                    valid - in_{{ t }},
+                ),
                 dim_{{ t }} < valid,
             );
 {% endfor %}
-            let k_own = {% for t in range(dims // lanes) %}{{ " | " if not loop.first }}select({{ 2 ** (t // (dims // lanes // 4)) }}u, 0u, finite(k_{{ t }})){% endfor %};
+{% set each = dims // lanes // 4 %}
+            let k_own = {% for t in range(dims // lanes) -%}
+            {{ " | " if not loop.first }}select({{ 2 ** (t // each) }}u, 0u, finite(k_{{ t }}))
+            {%- endfor %};
             // Bit j: key j holds NaN or an infinity.
-            let k_bad = {% for n in range(lanes) %}{{ " | " if not loop.first }}subgroupBroadcast(k_own, {{ n }}u){% endfor %};
+            let k_bad = {{ joined(lanes, " | ", "subgroupBroadcast(k_own, #u)") }};
 {% else %}
             var k_bad = 0u;
 {% endif %}
@@ -139,12 +154,16 @@ fn main(
 {% if subgroup %}
             let b_{{ j }}_{{ c }} = subgroupBroadcast(k_{{ part // lanes }}, {{ part % lanes }}u);
 {% else %}
-            let b_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}), held_{{ c }});
+            let b_{{ j }}_{{ c }} = select(
+                vec4<f32>(),
+                load_k(place_{{ j }} + min({{ c * 4 }}u, last), left_{{ c }}),
+                held_{{ c }},
+            );
             k_bad |= select({{ 2 ** j }}u, 0u, finite(b_{{ j }}_{{ c }}));
 {% endif %}
 {% if c % 4 == 3 %}
 {% for r in range(rows) %}
-            sum_{{ r }}.{{ component }} += (dot(q_{{ r }}_{{ c - 3 }}, b_{{ j }}_{{ c - 3 }}) + dot(q_{{ r }}_{{ c - 2 }}, b_{{ j }}_{{ c - 2 }})) + (dot(q_{{ r }}_{{ c - 1 }}, b_{{ j }}_{{ c - 1 }}) + dot(q_{{ r }}_{{ c }}, b_{{ j }}_{{ c }}));
+            sum_{{ r }}.{{ component }} += {{ four_dots("q_%s" | format(r), "b_%s" | format(j), c - 3) }};
 {% endfor %}
 {% endif %}
 {% endfor %}
@@ -160,11 +179,18 @@ fn main(
             var x_{{ r }} = clamp((before_{{ r }} + sum_{{ r }}) * scale, vec4<f32>(LOWEST), vec4<f32>(HIGHEST));
 {% endfor %}
             // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
-            for (var once = u32(((q_bad | k_bad) != 0u) | {% for r in range(rows) %}{{ " | " if not loop.first }}any(abs(before_{{ r }}) > vec4<f32>(HIGHEST)){% endfor %}); once > 0u; once--) {
+{% set coded_before = joined(rows, " | ", "any(abs(before_#) > vec4<f32>(HIGHEST))") %}
+            for (var once = u32(((q_bad | k_bad) != 0u) | {{ coded_before }}); once > 0u; once--) {
 {% for r in range(rows) %}
 {% for j in range(4) %}
 {% set component = "xyzw"[j] %}
-                x_{{ r }}.{{ component }} = with_codes(x_{{ r }}.{{ component }}, before_{{ r }}.{{ component }}, sum_{{ r }}.{{ component }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u, valid <= DIMS);
+                x_{{ r }}.{{ component }} = with_codes(
+                    x_{{ r }}.{{ component }},
+                    before_{{ r }}.{{ component }},
+                    sum_{{ r }}.{{ component }},
+                    ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u,
+                    valid <= DIMS,
+                );
 {% endfor %}
 {% endfor %}
             }
@@ -177,8 +203,9 @@ fn main(
     }
 }
 {% else %}
-// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} keys, stages {{ dims }} dims of both at a time, and each invocation
-// owns {{ rows }} × {{ cols }} of the tile in registers; its rows and keys stand apart, so that neighbours read and write neighbouring places.
+// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} keys, stages {{ dims }} dims of both at
+// a time, and each invocation owns {{ rows }} × {{ cols }} of the tile in registers; its rows and keys stand apart, so
+// that neighbours read and write neighbouring places.
 const TILE_Q: u32 = {{ tile_rows }}u;
 const TILE_KV: u32 = {{ tile_cols }}u;
 const DIMS: u32 = {{ dims }}u;
@@ -243,8 +270,9 @@ fn main(
             sh_k[key * PITCH + part % (DIMS / 4u)] = x;
         }
         workgroupBarrier();
-        // Two pairs of vectors and then their sum, as `rows` and `split` have it: `weights` compares these scores with the maximum of theirs.
-        // Where a compiler added the two in orders that differ, a weight would be off by as much as the two scores.
+        // Two pairs of vectors and then their sum, as `rows` and `split` have it: `weights` compares these scores with
+        // the maximum of theirs. Where a compiler added the two in orders that differ, a weight would be off by as much
+        // as the two scores.
 {% for d in range(dims // 4) %}
 {% for r in range(rows) %}
         let q_{{ d }}_{{ r }} = sh_q[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ d }}u];
@@ -252,7 +280,9 @@ fn main(
 {% for c in range(cols) %}
         let k_{{ d }}_{{ c }} = sh_k[(across + {{ c * (tile_cols // cols) }}u) * PITCH + {{ d }}u];
 {% for r in range(rows) %}
-        {{ "var" if d < 4 and d % 2 == 0 else "" }} part_{{ r }}_{{ c }}_{{ d // 2 % 2 }} {{ "" if d < 4 and d % 2 == 0 else "+" }}= dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
+{% set first = d < 4 and d % 2 == 0 %}
+        {{ "var" if first else "" }} part_{{ r }}_{{ c }}_{{ d // 2 % 2 }} {{ "" if first else "+" }}=
+            dot(q_{{ d }}_{{ r }}, k_{{ d }}_{{ c }});
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -270,7 +300,9 @@ fn main(
 {% for c in range(cols) %}
         let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
         if (key_{{ c }} < params.key_end) {
-            let bad = (sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]) != 0u;
+            let bad = (
+                sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]
+            ) != 0u;
             let x = select(scaled(sum_{{ r }}_{{ c }}), scaled_code(sum_{{ r }}_{{ c }}), bad);
             s[line + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, x)" | format(r, c) if full else "x" }};
         }

@@ -1,8 +1,11 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 {% from "shared/lines.wgsl" import lines_until %}
-// Values:  out = w v,  weights from the scratch; added to what `out` holds where the keys come in several dispatches.
-// A value of NaN or an infinity counts as 0, so that 0 · NaN cannot leak from a hidden key; each row keeps the classes of those it sees
-// (shared/value.wgsl). Weights may be codes (shared/weight.wgsl).
+{% from "shared/address.wgsl" import row_at %}
+{% from "shared/unroll.wgsl" import joined, weighted, all_good %}
+{% from "shared/value.wgsl" import classes_word, classes_of_vector %}
+// Values:  out = w v,  weights from the scratch; added to what `out` holds where the keys come in several dispatches. A
+// value of NaN or an infinity counts as 0, so that 0 · NaN cannot leak from a hidden key; each row keeps the classes of
+// those it sees (shared/value.wgsl). Weights may be codes (shared/weight.wgsl).
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
@@ -26,15 +29,15 @@ enable f16;
 {{ store("out", out, vector) }}
 
 fn v_place(batch: u32, head: u32, sequence: Sequence, key: u32) -> u32 {
-    return params.v_base + batch_of(batch) * params.v_batch + (head / params.group) * params.v_head + (sequence.token_kv + key) * params.v_row;
+    return {{ row_at("v", "batch_of(batch)", "(head / params.group)", "(sequence.token_kv + key)") }};
 }
 
 fn s_place(batch: u32, head: u32, row: u32) -> u32 {
-    return (params.s_base + batch * params.s_batch + head * params.s_head + row * params.s_row) >> 2u;
+    return ({{ row_at("s", "batch", "head", "row") }}) >> 2u;
 }
 
 fn out_place(batch: u32, head: u32, sequence: Sequence, row: u32) -> u32 {
-    return params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (sequence.token_q + row) * params.out_row;
+    return {{ row_at("out", "batch_of(batch)", "head", "(sequence.token_q + row)") }};
 }
 
 // Four dims of one row: the sum so far where the keys are split, and the classes of the values.
@@ -47,7 +50,9 @@ fn give(at: u32, valid: u32, sum: vec4<f32>, own: u32) {
         let before = bitcast<vec4<f32>>(out[at >> 2u]);
 {% else %}
         let last = valid - 1u;
-        let before = bitcast<vec4<f32>>(vec4<u32>(out[at], out[at + min(1u, last)], out[at + min(2u, last)], out[at + min(3u, last)]));
+        let before = bitcast<vec4<f32>>(
+            vec4<u32>(out[at], out[at + min(1u, last)], out[at + min(2u, last)], out[at + min(3u, last)]),
+        );
 {% endif %}
         total += before;
         all |= classes(before);
@@ -62,15 +67,16 @@ fn seen(all: u32, weight: f32) -> u32 {
 }
 
 {% if lanes %}
-// Lane-per-row form, for CPU adapters: a lane owns {{ rows }} rows and {{ dims }} dims of each in registers; values of four keys are loaded
-// once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup. All query heads of a key/value head are rows of
-// one tile.
+// Lane-per-row form, for CPU adapters: a lane owns {{ rows }} rows and {{ dims }} dims of each in registers; values of
+// four keys are loaded once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup. All
+// query heads of a key/value head are rows of one tile.
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
 const DIMS: u32 = {{ dims }}u;
 {% include "shared/lines.wgsl" %}
 {% set parts = dims // 4 %}
-{# Classes of the values of a row or key: 32-bit words of four vectors each. Of what a lane loads of four keys: words likewise. #}
+{# Classes of the values of a row or key: 32-bit words of four vectors each. Of what a lane loads of four keys: words
+   likewise. #}
 {% set groups = parts // 4 %}
 {% set loads = dims // lanes %}
 {% set words = (loads + 3) // 4 %}
@@ -132,7 +138,10 @@ fn main(
 {% endfor %}
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
-        let raw_{{ t }} = load_v(v_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }}, valid - in_{{ t }});
+        let raw_{{ t }} = load_v(
+            v_place(batch, kv_head, seq, min(key + key_{{ t }}, key_last)) + dim + in_{{ t }},
+            valid - in_{{ t }},
+        );
         let good_{{ t }} = finite(raw_{{ t }});
         let v_{{ t }} = finite_or_zero(raw_{{ t }});
 {% endfor %}
@@ -140,7 +149,7 @@ fn main(
 {% for w in range(words) %}
         var own_{{ w }} = 0u;
 {% endfor %}
-        for (var once = u32(!({% for t in range(loads) %}{{ " & " if not loop.first }}good_{{ t }}{% endfor %})); once > 0u; once--) {
+        for (var once = u32(!({{ joined(loads, " & ", "good_#") }})); once > 0u; once--) {
 {% for t in range(loads) %}
             own_{{ t // 4 }} |= classes(raw_{{ t }}) << {{ t % 4 * 8 }}u;
 {% endfor %}
@@ -151,11 +160,17 @@ fn main(
         let of_{{ w }}_{{ n }} = subgroupBroadcast(own_{{ w }}, {{ n }}u);
 {% endfor %}
 {% endfor %}
-        let bad = {% for w in range(words) %}{{ " | " if not loop.first }}({% for n in range(lanes) %}{{ " | " if not loop.first }}of_{{ w }}_{{ n }}{% endfor %}){% endfor %};
+        let bad = {% for w in range(words) -%}
+        {{ " | " if not loop.first }}({{ joined(lanes, " | ", "of_%s_#" | format(w)) }})
+        {%- endfor %};
         for (var once = u32(bad != 0u); once > 0u; once--) {
 {% for j in range(4) %}
 {% for g in range(groups) %}
-            let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{% set part = j * parts + g * 4 + c %}{{ " | " if not loop.first }}(((of_{{ part // lanes // 4 }}_{{ part % lanes }} >> {{ part // lanes % 4 * 8 }}u) & 0xffu) << {{ c * 8 }}u){% endfor %};
+            let class_of_{{ j }}_{{ g }} = {% for c in range(4) -%}
+            {% set part = j * parts + g * 4 + c -%}
+            {% set word, bit = "of_%s_%s" | format(part // lanes // 4, part % lanes), part // lanes % 4 * 8 -%}
+            {{ " | " if not loop.first }}((({{ word }} >> {{ bit }}u) & 0xffu) << {{ c * 8 }}u)
+            {%- endfor %};
 {{ see(j, g) }}
 {% endfor %}
 {% endfor %}
@@ -183,10 +198,10 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-        for (var once = u32(!({% for j in range(4) %}{{ " & " if not loop.first }}{% for c in range(parts) %}{{ " & " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+        for (var once = u32(!({{ all_good(4, parts) }})); once > 0u; once--) {
 {% for j in range(4) %}
 {% for g in range(groups) %}
-            let class_of_{{ j }}_{{ g }} = {% for c in range(4) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ g * 4 + c }}) << {{ c * 8 }}u){% endfor %};
+            let class_of_{{ j }}_{{ g }} = {{ classes_word("raw_%s" | format(j), g * 4) }};
 {{ see(j, g) }}
 {% endfor %}
 {% endfor %}
@@ -198,15 +213,20 @@ fn main(
         let at = out_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }})) + dim;
 {% for c in range(dims // 4) %}
         if ({{ c * 4 }}u < valid) {
-            give(at + {{ c * 4 }}u, valid - {{ c * 4 }}u, sum_{{ r }}_{{ c }}, select(class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u, 0xffu, broken_{{ r }}));
+            give(
+                at + {{ c * 4 }}u,
+                valid - {{ c * 4 }}u,
+                sum_{{ r }}_{{ c }},
+                select({{ classes_of_vector("class_%s" | format(r), c) }}, 0xffu, broken_{{ r }}),
+            );
         }
 {% endfor %}
     }
 {% endfor %}
 }
 {% else %}
-// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} dims, stages {{ dims }} keys of weights and values at a time, and each
-// invocation owns {{ rows }} rows × 4·{{ cols }} dims of the tile in registers.
+// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} dims, stages {{ dims }} keys of weights
+// and values at a time, and each invocation owns {{ rows }} rows × 4·{{ cols }} dims of the tile in registers.
 const TILE_Q: u32 = {{ tile_rows }}u;
 const TILE_D: u32 = {{ tile_cols }}u;
 const KEYS: u32 = {{ dims }}u;
@@ -215,7 +235,8 @@ const PITCH: u32 = {{ dims // 4 + 1 }}u;
 
 var<workgroup> sh_w: array<vec4<f32>, {{ tile_rows * (dims // 4 + 1) }}>;
 var<workgroup> sh_v: array<vec4<f32>, {{ dims * tile_cols // 4 }}>;
-// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
+// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further
+// barrier.
 var<workgroup> sh_bad: array<u32, {{ dims }}>;
 var<workgroup> sh_any: u32;
 
@@ -280,10 +301,11 @@ fn main(
 {% endfor %}
 {% for c in range(cols) %}
 {% for j in range(4) %}
-        let v_{{ j4 }}_{{ c }}_{{ j }} = sh_v[{{ (j4 * 4 + j) * (tile_cols // 4) }}u + across + {{ c * (tile_cols // 4 // cols) }}u];
+        let v_{{ j4 }}_{{ c }}_{{ j }} =
+            sh_v[{{ (j4 * 4 + j) * (tile_cols // 4) }}u + across + {{ c * (tile_cols // 4 // cols) }}u];
 {% endfor %}
 {% for r in range(rows) %}
-        sum_{{ r }}_{{ c }} += w_{{ j4 }}_{{ r }}.x * v_{{ j4 }}_{{ c }}_0 + w_{{ j4 }}_{{ r }}.y * v_{{ j4 }}_{{ c }}_1 + w_{{ j4 }}_{{ r }}.z * v_{{ j4 }}_{{ c }}_2 + w_{{ j4 }}_{{ r }}.w * v_{{ j4 }}_{{ c }}_3;
+        sum_{{ r }}_{{ c }} += {{ weighted("w_%s_%s" | format(j4, r), "v_%s_%s" | format(j4, c)) }};
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -293,9 +315,13 @@ fn main(
 {% for c in range(cols) %}
                     let dim_{{ c }} = dim_first + (across + {{ c * (tile_cols // 4 // cols) }}u) * 4u;
                     if (dim_{{ c }} < params.value_dim) {
-                        let all = classes(load_v(v_place(batch, head, seq, key + j) + dim_{{ c }}, params.value_dim - dim_{{ c }}));
+                        let all = classes(
+                            load_v(v_place(batch, head, seq, key + j) + dim_{{ c }}, params.value_dim - dim_{{ c }}),
+                        );
 {% for r in range(rows) %}
-                        class_{{ r }} |= seen(all, sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + j / 4u][j % 4u]) << {{ c * 8 }}u;
+                        class_{{ r }} |=
+                            seen(all, sh_w[(down + {{ r * (tile_rows // rows) }}u) * PITCH + j / 4u][j % 4u])
+                            << {{ c * 8 }}u;
 {% endfor %}
                     }
 {% endfor %}
@@ -311,7 +337,12 @@ fn main(
 {% for c in range(cols) %}
         let dim_{{ r }}_{{ c }} = dim_first + (across + {{ c * (tile_cols // 4 // cols) }}u) * 4u;
         if (dim_{{ r }}_{{ c }} < params.value_dim) {
-            give(at + dim_{{ r }}_{{ c }}, params.value_dim - dim_{{ r }}_{{ c }}, sum_{{ r }}_{{ c }}, select(class_{{ r }} >> {{ c * 8 }}u, 0xffu, broken_{{ r }}));
+            give(
+                at + dim_{{ r }}_{{ c }},
+                params.value_dim - dim_{{ r }}_{{ c }},
+                sum_{{ r }}_{{ c }},
+                select(class_{{ r }} >> {{ c * 8 }}u, 0xffu, broken_{{ r }}),
+            );
         }
 {% endfor %}
     }

@@ -20,6 +20,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     environment.add_global("flags", params::FLAGS.iter().copied().collect::<std::collections::BTreeMap<_, _>>());
     let sources = templates![
         "shared/params.wgsl",
+        "shared/unroll.wgsl",
         "shared/address.wgsl",
         "shared/lines.wgsl",
         "shared/tile.wgsl",

@@ -219,6 +219,18 @@ fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
 }
 
 #[test]
+fn no_line_of_a_shader_is_longer_than_120_columns() {
+    for folder in ["shaders", "shaders/shared"] {
+        for stem in stems(folder, "wgsl") {
+            let path = format!("{folder}/{stem}.wgsl");
+            let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).unwrap();
+            let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+            assert!(longest <= 120, "{path} has a line of {longest} columns");
+        }
+    }
+}
+
+#[test]
 fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");

@@ -1,7 +1,7 @@
 {# How a kernel finishes a row, whose maximum and sum are the variables m and l. Needs normaliser.wgsl. #}
 
-{# The sink of the head joins m and l where `lists`, which hold the sinks, are bound. With `rescale`, `shrink` becomes the factor of what was
-   summed under the maximum before. #}
+{# The sink of the head joins m and l where `lists`, which hold the sinks, are bound. With `rescale`, `shrink` becomes
+   the factor of what was summed under the maximum before. #}
 {% macro join_sinks(head, lists=true, rescale=true) %}
 {% if rescale %}
         var shrink = 1.0;
@@ -26,7 +26,8 @@
         }
 {% endmacro %}
 
-{# What the weights or the output of a row are multiplied by at the end. A row that sees no key has the sum 0 and gives 0. #}
+{# What the weights or the output of a row are multiplied by at the end. A row that sees no key has the sum 0 and gives
+   0. #}
 {% macro over_sum(factor, l="l") -%}
 select(0.0, {{ factor }} / {{ l }}, {{ l }} > 0.0)
 {%- endmacro %}

@@ -1,5 +1,5 @@
-{# The start of a kernel whose workgroup owns TILE_Q query rows of one head. It finds these rows and the keys that they may see, and it ends
-   workgroups that own no row. Needs visible.wgsl. #}
+{# The start of a kernel whose workgroup owns TILE_Q query rows of one head. It finds these rows and the keys that they
+   may see, and it ends workgroups that own no row. Needs visible.wgsl. #}
     let here = place(workgroup, grid);
     if (!here.inside) {
         return;
