@@ -89,6 +89,7 @@ var<workgroup> sh_q_any: u32;
 
 // The clamp keeps the weight of a visible key above NOTHING, the weight of a key whose logit is −∞.
 {{ weigh("vec4<f32>", "-87.0") }}
+
 fn highest(x: vec4<f32>) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }
