@@ -2,7 +2,7 @@
 {% from "shared/address.wgsl" import row_at, lse_at %}
 {% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
 {% from "shared/weigh.wgsl" import weigh %}
-{% from "shared/unroll.wgsl" import joined, maximum %}
+{% from "shared/unroll.wgsl" import joined, maximum, take, put %}
 {% from "shared/value.wgsl" import classes_word, classes_of_vector %}
 // Rows:  out = softmax(logits) v  in one pass over the keys, without a score matrix. This is the fused kernel for CPU
 // adapters, and the kernel to read first: apart from broadcasts within the subgroup, each invocation works alone.
@@ -75,21 +75,6 @@ const KEYS: u32 = {{ keys }}u;
 // Below this difference f32 cannot tell the weight from 0.
 {{ weigh("f32", "-150.0") }}
 
-{# The variable that a loop over rows works on: that of row r, of those whose names have r in place of #. #}
-{% macro take(name, of_row) %}
-        var {{ name }} = {{ of_row | replace("#", 0) }};
-{% for r in range(1, rows) %}
-        {{ name }} = select({{ name }}, {{ of_row | replace("#", r) }}, r == {{ r }}u);
-{% endfor %}
-{% endmacro %}
-
-{# The opposite: the variable of row r becomes the value, and the others stay. #}
-{% macro put(of_row, value) %}
-{% for r in range(rows) %}
-        {{ of_row | replace("#", r) }} = select({{ of_row | replace("#", r) }}, {{ value }}, r == {{ r }}u);
-{% endfor %}
-{% endmacro %}
-
 {# Step 1: the variables of the rows, before any key. #}
 {% macro declare_rows() %}
 {% for r in range(rows) %}
@@ -120,7 +105,7 @@ const KEYS: u32 = {{ keys }}u;
             load_q(at + min({{ c * 4 }}u, q_last), params.head_dim - min({{ c * 4 }}u, q_last)),
             {{ c * 4 }}u < params.head_dim,
         );
-{{ put("q_#_%s" | format(c), "x_%s" | format(c)) }}
+{{ put(rows, "q_#_%s" | format(c), "x_%s" | format(c)) }}
 {% endfor %}
         let good = {{ joined(vectors, " & ", "finite(x_#)") }};
         q_bad |= select(1u << r, 0u, good);
@@ -240,13 +225,13 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
             for (var r = 0u; r < own_rows; r++) {
                 let row = min(row_first + r * LANES + lane, row_last);
 {% for j in range(keys) %}
-{{ take("x_%s" | format(j), "s_#_%s" | format(j)) }}
+{{ take(rows, "x_%s" | format(j), "s_#_%s" | format(j)) }}
                 x_{{ j }} = select(
                     HIDDEN,
                     {{ "logit" if careful else "quick_logit" }}(batch, head, row, key + {{ j }}u, seq, x_{{ j }}),
                     key + {{ j }}u < end,
                 );
-{{ put("s_#_%s" | format(j), "x_%s" | format(j)) }}
+{{ put(rows, "s_#_%s" | format(j), "x_%s" | format(j)) }}
 {% endfor %}
             }
 {% else %}
@@ -355,7 +340,7 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
             let to_place = state_at + r * {{ state_row }}u;
             state[to_place] = vec4<u32>(bitcast<u32>(m), bitcast<u32>(l), 0u, 0u);
 {% for c in range(vectors) %}
-{{ take("kept_%s" | format(c), "o_#_%s" | format(c)) }}
+{{ take(rows, "kept_%s" | format(c), "o_#_%s" | format(c)) }}
             state[to_place + {{ (1 + c) * state_vector }}u] =
                 result_bits(kept_{{ c }}, {{ classes_of_vector("class", c) }});
 {% endfor %}
@@ -365,7 +350,7 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% macro store_output() %}
 {% for c in range(vectors) %}
             if ({{ c * 4 }}u < params.value_dim) {
-{{ take("y", "o_#_%s" | format(c)) }}
+{{ take(rows, "y", "o_#_%s" | format(c)) }}
                 store_out(
                     at + {{ c * 4 }}u,
                     params.value_dim - {{ c * 4 }}u,

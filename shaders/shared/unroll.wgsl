@@ -20,6 +20,21 @@
 {%- for i in range(1, n) %}, {{ name | replace("#", i) }}, {{ which }} == {{ i }}u){% endfor %}
 {%- endmacro %}
 
+{# The variable that a loop with the counter r works on: that of number r, of n whose names have the number for #. #}
+{% macro take(n, name, of_number) %}
+        var {{ name }} = {{ of_number | replace("#", 0) }};
+{% for i in range(1, n) %}
+        {{ name }} = select({{ name }}, {{ of_number | replace("#", i) }}, r == {{ i }}u);
+{% endfor %}
+{% endmacro %}
+
+{# The opposite: the variable of number r becomes the value, and the others stay. #}
+{% macro put(n, of_number, value) %}
+{% for i in range(n) %}
+        {{ of_number | replace("#", i) }} = select({{ of_number | replace("#", i) }}, {{ value }}, r == {{ i }}u);
+{% endfor %}
+{% endmacro %}
+
 {# The four components of a vector w times the four vectors whose names begin with v. #}
 {% macro weighted(w, v) -%}
 {% for c in "xyzw" %}{{ " + " if not loop.first }}{{ w }}.{{ c }} * {{ v }}_{{ loop.index0 }}{% endfor %}
