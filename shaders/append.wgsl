@@ -1,14 +1,16 @@
+{% from "shared/address.wgsl" import row_at %}
 // Append:  new rows go into a cache that holds some already, bit for bit:  cache[b, h, place(b, r), :] = x[b, h, r, :].
 //   In line:   place(b, r) = min(starts[b], capacity − rows) + r, so that no start puts a row outside.
 //   Circular:  place(b, r) = (starts[b] + r) mod capacity.
-//   Paged:     that row p is row p mod page_size of page block_table[b, p / page_size], which takes the place of b; rows without
-//              a page of the pool are left out.
+//   Paged:     that row p is row p mod page_size of page block_table[b, p / page_size], which takes the place of b.
+//              Rows without a page of the pool are left out.
 // (ONNX `TensorScatter`.)
 //
-// Grid:      rows = {{ threads }} items of (row, unit), then heads and batches. An item copies one unit of {{ bytes }} bytes.
+// Grid:      rows = {{ threads }} items of (row, unit), then heads and batches. An item copies one unit.
+//            A unit has {{ bytes }} bytes.
 // Memory:    no workgroup memory.
-// Given:     sizes and strides count units; no more rows than capacity (params.seq_kv, rows in params.seq_q). The cache rows
-//            params.key0 .. params.key_end are bound; rows that go elsewhere are left to another dispatch.
+// Given:     sizes and strides count units; no more rows than capacity (params.seq_kv, rows in params.seq_q). The cache
+//            rows params.key0 .. params.key_end are bound; rows that go elsewhere are left to another dispatch.
 {% if half %}
 //            Two rows may share a word, so that each half of a word changes by itself.
 {% endif %}
@@ -49,8 +51,8 @@ fn main(
         }
         target_row = target_row % params.page_size;
     }
-    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row + unit;
-    let to = params.out_base + slab * params.out_batch + here.head * params.out_head + target_row * params.out_row + unit;
+    let source = {{ row_at("x", "here.batch", "here.head", "row") }} + unit;
+    let to = {{ row_at("out", "slab", "here.head", "target_row") }} + unit;
 {% if half %}
     let bits = (x[source >> 1u] >> ((source & 1u) * 16u)) & 0xffffu;
     let shift = (to & 1u) * 16u;

@@ -1,9 +1,14 @@
-// Average:  the weights that the layer gives out: of each head, or their mean, with columns for the keys that the layer adds.
-//   y[b,(h),i,j] = (mean over h of) (1 − w') · w[b,h,i,j];  then w' of the extra key;  then (1 − w') · exp(−lse) of the zero key.
+{% from "shared/address.wgsl" import row_at %}
+// Average:  the weights that the layer gives out: of each head, or their mean, with columns for the keys that it
+// adds.
+//   y[b,(h),i,j] = (mean over h of) (1 − w') · w[b,h,i,j];
+//   then w' of the extra key;  then (1 − w') · exp(−lse) of the zero key.
 //
-// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads (one where the mean is taken) and batches.
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads (one where the mean is taken)
+//            and batches.
 // Memory:    no workgroup memory.
-// Given:     lse as `extra` leaves it. params.in_end heads are averaged, params.seq_kv keys stand in w and params.key_end columns in y.
+// Given:     lse as `extra` leaves it. params.in_end heads are averaged, params.seq_kv keys stand in w and
+//            params.key_end columns in y.
 // Reference: src/reference/average.rs
 {% include "shared/params.wgsl" %}
 
@@ -36,7 +41,7 @@ fn main(
             keep = 1.0 - extra;
         }
         if (key < params.seq_kv) {
-            let weight = w[params.s_base + here.batch * params.s_batch + (here.head + n) * params.s_head + row * params.s_row + key];
+            let weight = w[{{ row_at("s", "here.batch", "(here.head + n)", "row") }} + key];
             undefined |= (bitcast<u32>(weight) & 0x7fffffffu) > 0x7f800000u;
             sum += keep * weight;
         } else if (key == params.seq_kv && (params.flags & BIAS) != 0u) {
@@ -47,5 +52,6 @@ fn main(
             sum += keep * exp(-lse[line]);
         }
     }
-    y[params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key] = select(bitcast<u32>(sum * params.scale), 0x7fc00000u, undefined);
+    y[{{ row_at("out", "here.batch", "here.head", "row") }} + key] =
+        select(bitcast<u32>(sum * params.scale), 0x7fc00000u, undefined);
 }

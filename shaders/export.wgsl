@@ -1,6 +1,9 @@
-// Export:  scores from the scratch to an f32 output of the caller: weights and logits, with the numbers that codes stand for.
+{% from "shared/address.wgsl" import row_at %}
+// Export:  scores from the scratch to an f32 output of the caller: weights and logits, with the numbers that codes
+// stand for.
 //
-// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a score.
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a
+//            score.
 // Memory:    no workgroup memory.
 // Given:     every place of the scratch was written, but for rows and keys that a packed sequence does not have.
 // Reference: src/reference/logits.rs
@@ -27,8 +30,8 @@ fn main(
         return;
     }
     let seq = sequence(here.batch);
-    let from_place = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
-    let to_place = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row + key;
+    let from_place = {{ row_at("s", "here.batch", "here.head", "row") }} + key;
+    let to_place = {{ row_at("out", "here.batch", "here.head", "row") }} + key;
     let x = s[from_place];
     var bits = bitcast<u32>(x);
     let nowhere = (row >= seq.rows) | (key >= seq.stored);

@@ -1,6 +1,9 @@
-// Extra:  one more key k', with value v', that every row sees whatever its masks say, joined to finished rows of attention:
+{% from "shared/address.wgsl" import row_at, lse_at %}
+// Extra:  one more key k', with value v', that every row sees whatever its masks say, joined to finished rows of
+// attention:
 //   s = scale · q k';  w = exp(s) / (exp(lse) + exp(s));  out = (1 − w) out + w v'.
-// Where either score is NaN or +∞, the row and w are NaN. (PyTorch's `bias_k` and `bias_v`. The merge of two softmax states, of which the second has one key.)
+// Where either score is NaN or +∞, the row and w are NaN. (PyTorch's `bias_k` and `bias_v`. The merge of two softmax
+// states, of which the second has one key.)
 //
 // Grid:      rows = {{ threads }} query rows, then heads and batches (shared/params.wgsl); an invocation owns a row.
 // Memory:    no workgroup memory.
@@ -31,7 +34,7 @@ fn main(
         return;
     }
     let kv_head = here.head / params.group;
-    let q_at = params.q_base + here.batch * params.q_batch + here.head * params.q_head + row * params.q_row;
+    let q_at = {{ row_at("q", "here.batch", "here.head", "row") }};
     var dot_product = 0.0;
     var bad = false;
     for (var d = 0u; d < params.head_dim; d++) {
@@ -41,7 +44,7 @@ fn main(
         dot_product += x * k;
     }
     let s = dot_product * params.scale;
-    let line = params.lse_base + here.batch * params.lse_batch + here.head * params.lse_head + row;
+    let line = {{ lse_at("here.batch", "here.head", "row") }};
     // −inf: the row saw no key so far.
     let bits = lse[line];
     let hidden = bits == 0xff800000u;
@@ -52,7 +55,7 @@ fn main(
     let w = select(1.0 / (1.0 + e), 0.0, own == MINUS);
     let keep = select(e * w, 1.0, own == MINUS);
     lse[line + params.total_q] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
-    let out_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
+    let out_at = {{ row_at("out", "here.batch", "here.head", "row") }};
     for (var d = 0u; d < params.value_dim; d++) {
         let before = out[out_at + d];
         let value = shifts[params.v_base + kv_head * params.value_dim + d];

@@ -1,43 +1,42 @@
 {% from "shared/element.wgsl" import storage, staged, stage, widen, staged_finite, store, output %}
-// Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022; Milakov and Gimelshein,
-// 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ tile_keys }} keys:
+{% from "shared/address.wgsl" import row_at, lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
+{% from "shared/unroll.wgsl" import joined, weighted, vector_of %}
+{% from "shared/value.wgsl" import classes_of_vector %}
+// Flash:  out = softmax(logits) v  over tiles of keys, without a score matrix (Dao et al., FlashAttention, 2022;
+// Milakov and Gimelshein, 2018). A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of
+// {{ tile_keys }} keys:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
-// At the end out = o / l and lse = m + ln l. More value dims than {{ dims }} are further workgroups, which form the scores again.
+// At the end out = o / l and lse = m + ln l. More value dims than {{ dims }} are further workgroups, which form the
+// scores again.
 //
-// Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}): four neighbouring keys of their
-// scores, and {{ parts }} vectors of four dims of their output. m is the same in all columns; l is summed over the columns at the end.
-// NaN and infinities are found by their bits when they are staged. In q or k they make codes of logits (shared/code.wgsl); in v they count
-// as 0, so that 0 · NaN cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
-// weight is not 0, as that of a visible key never is.
+// Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}):
+// four neighbouring keys of their scores, and {{ parts }} vectors of four dims of their output. m is the same in all
+// columns; l is summed over the columns at the end. NaN and infinities are found by their bits when they are staged. In
+// q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
+// key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose weight is not 0, as that of
+// a visible key never is.
 {% if carry %}
-// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in `state` in between.
+// The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in
+// `state` in between.
 {% endif %}
 //
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
-// Given:     128 invocations{{ ", all in full subgroups of at least 8" if shuffle }}{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of keys that no row sees by range are not read.
+// Given:     128 invocations{{ ", all in full subgroups of at least 8" if shuffle }}.
+{% if resident %}
+//            head_dim ≤ {{ dims }}.
+{% endif %}
+//            Tiles of keys that no row sees by range are not read.
 // Reference: src/reference.rs (attention)
 {% if native %}
 enable f16;
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
-{% if lists %}
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% endif %}
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
-{% if carry %}
-// Of each invocation m and l of its rows, then o, in which NaN and infinities stand for the classes of values seen.
-@group(0) @binding({{ 9 if full else 7 }}) var<storage, read_write> state: array<vec4<u32>>;
-{% endif %}
+{% set wide = false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -77,19 +76,19 @@ var<workgroup> sh_p: array<vec4<f32>, {{ tile_rows * tile_keys // 4 }}>;
 {% if not shuffle and element != "f32" %}
 var<workgroup> sh_top: array<vec4<f32>, {{ across * down }}>;
 {% endif %}
-// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further barrier.
+// The last staging, counted from 1, in which key j (or any key) held a non-finite value: no reset, so no further
+// barrier.
 var<workgroup> sh_bad: array<u32, {{ value_keys }}>;
 var<workgroup> sh_any: u32;
-// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any) does.
+// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity; not 0: the row (or any)
+// does.
 var<workgroup> sh_k_bad: array<u32, TILE_KV>;
 var<workgroup> sh_k_any: u32;
 var<workgroup> sh_q_bad: array<u32, TILE_Q>;
 var<workgroup> sh_q_any: u32;
 
-// exp(x − m), and no less than f32 can tell from 0, which is more than NOTHING.
-fn weigh(x: vec4<f32>, m: f32) -> vec4<f32> {
-    return exp(max(x - m, vec4<f32>(-87.0)));
-}
+// The clamp keeps the weight of a visible key above NOTHING, the weight of a key whose logit is −∞.
+{{ weigh("vec4<f32>", "-87.0") }}
 
 fn highest(x: vec4<f32>) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
@@ -108,24 +107,11 @@ fn main(
 {% endif %}
 ) {
 {% if shuffle %}
-    // The columns of a line are neighbours in one subgroup, whatever its size and however the device numbers invocations.
+    // The columns of a line are neighbours in one subgroup, whatever its size and however the device numbers
+    // invocations.
     let thread = subgroup * subgroup_size + invocation;
 {% endif %}
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let tile_last = min(row_first + TILE_Q - 1u, row_last);
-    let range = tile_range(seq, row_first, tile_last);
+{% include "shared/tile.wgsl" %}
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
@@ -139,7 +125,7 @@ fn main(
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
     let line = thread / ACROSS;
-    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let q_at = {{ row_at("q", "batch_of(batch)", "head", "seq.token_q") }};
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
@@ -201,7 +187,8 @@ fn main(
         sh_q[(part % {{ dims // 4 }}u) * TILE_Q + row] = x;
     }
 {% endif %}
-    // Loops of one iteration or none stand for branches below: drivers on the CPU run both sides of a branch, but skip a loop.
+    // Loops of one iteration or none stand for branches below: drivers on the CPU run both sides of a branch, but skip
+    // a loop.
     var stage = 0u;
     var tile = 0u;
     for (var key = key_first; key < key_end; key += TILE_KV) {
@@ -241,14 +228,18 @@ fn main(
                 sh_kv[(part % DEPTH) * TILE_KV + (j % 4u) * ACROSS + j / 4u] = x;
             }
             workgroupBarrier();
-            // Sums of four vectors each, added up: exact where a long chain of equal terms would round (f16's largest, say).
+            // Sums of four vectors each, added up: exact where a long chain of equal terms would round (f16's largest,
+            // say).
 {% for d in range(depth // 4) %}
 {% for c in range(4) %}
             let k_{{ d }}_{{ c }} = widen(sh_kv[{{ d * tile_keys + c * across }}u + column]);
 {% endfor %}
 {% for r in range(rows) %}
-            let q_{{ d }}_{{ r }} = widen(sh_q[{{ "(dim / 4u + %su) * TILE_Q + " | format(d) if resident else "%su + " | format(d * tile_rows) }}line + {{ r * down }}u]);
-            {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d % 4 == 0 else "+" }}= vec4<f32>(dot(q_{{ d }}_{{ r }}, k_{{ d }}_0), dot(q_{{ d }}_{{ r }}, k_{{ d }}_1), dot(q_{{ d }}_{{ r }}, k_{{ d }}_2), dot(q_{{ d }}_{{ r }}, k_{{ d }}_3));
+{% set q_first = "(dim / 4u + %su) * TILE_Q" | format(d) if resident else "%su" | format(d * tile_rows) %}
+            let q_{{ d }}_{{ r }} = widen(sh_q[{{ q_first }} + line + {{ r * down }}u]);
+            {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d % 4 == 0 else "+" }}= vec4<f32>(
+                {{ joined(4, ", ", "dot(q_%s_%s, k_%s_#)" | format(d, r, d)) }},
+            );
 {% if d % 4 == 3 %}
             s_{{ r }} += sum_{{ r }};
 {% endif %}
@@ -259,7 +250,12 @@ fn main(
         let key_own = key + column * 4u;
 {% for r in range(rows) %}
         let dots_{{ r }} = s_{{ r }};
-        s_{{ r }} = vec4<f32>(scaled(dots_{{ r }}.x), scaled(dots_{{ r }}.y), scaled(dots_{{ r }}.z), scaled(dots_{{ r }}.w));
+        s_{{ r }} = vec4<f32>(
+            scaled(dots_{{ r }}.x),
+            scaled(dots_{{ r }}.y),
+            scaled(dots_{{ r }}.z),
+            scaled(dots_{{ r }}.w),
+        );
 {% endfor %}
         let p_at = column * TILE_Q + line;
 {% if full %}
@@ -285,7 +281,11 @@ fn main(
             let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
 {% for r in range(rows) %}
             let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
-            s_{{ r }} = select(vec4<f32>(HIDDEN), s_{{ r }}, (keys >= vec4<u32>(range_{{ r }}.x)) & (keys < vec4<u32>(range_{{ r }}.y)));
+            s_{{ r }} = select(
+                vec4<f32>(HIDDEN),
+                s_{{ r }},
+                (keys >= vec4<u32>(range_{{ r }}.x)) & (keys < vec4<u32>(range_{{ r }}.y)),
+            );
 {% endfor %}
         }
 {% endif %}
@@ -308,7 +308,7 @@ fn main(
 {% endfor %}
 {% endfor %}
         }
-        var top = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "highest(s_%s)" | format(r) if r < rows else "HIDDEN" }}{% endfor %});
+        var top = vec4<f32>({{ vector_of(rows, "highest(s_#)", "HIDDEN") }});
 {% if shuffle %}
 {% for step in shuffles %}
         top = max(top, subgroupShuffleXor(top, {{ step }}u));
@@ -360,7 +360,7 @@ fn main(
             let v_{{ j4 }}_{{ c }}_{{ j }} = widen(sh_kv[{{ (j4 * 4 + j) * (dims // 4) + c * across }}u + column]);
 {% endfor %}
 {% for r in range(rows) %}
-            o_{{ r }}_{{ c }} += w_{{ j4 }}_{{ r }}.x * v_{{ j4 }}_{{ c }}_0 + w_{{ j4 }}_{{ r }}.y * v_{{ j4 }}_{{ c }}_1 + w_{{ j4 }}_{{ r }}.z * v_{{ j4 }}_{{ c }}_2 + w_{{ j4 }}_{{ r }}.w * v_{{ j4 }}_{{ c }}_3;
+            o_{{ r }}_{{ c }} += {{ weighted("w_%s_%s" | format(j4, r), "v_%s_%s" | format(j4, c)) }};
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -376,7 +376,8 @@ fn main(
                     if (d_{{ c }} < params.value_dim) {
                         let all = classes(widen(stage_v(v_row + d_{{ c }}, params.value_dim - d_{{ c }})));
 {% for r in range(rows) %}
-                        class_{{ r }}_{{ c // 4 }} |= classes_seen(all, weight_{{ r }} != 0.0, weight_{{ r }} == NOTHING) << {{ c % 4 * 8 }}u;
+                        class_{{ r }}_{{ c // 4 }} |=
+                            classes_seen(all, weight_{{ r }} != 0.0, weight_{{ r }} == NOTHING) << {{ c % 4 * 8 }}u;
 {% endfor %}
                     }
 {% endfor %}
@@ -388,17 +389,18 @@ fn main(
 
 {% if carry %}
     if (params.key_end < params.seq_kv) {
-        state[state_at] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(m_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
-        state[state_at + THREADS] = vec4<u32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "bitcast<u32>(l_%s)" | format(r) if r < rows else "0u" }}{% endfor %});
+        state[state_at] = vec4<u32>({{ vector_of(rows, "bitcast<u32>(m_#)", "0u") }});
+        state[state_at + THREADS] = vec4<u32>({{ vector_of(rows, "bitcast<u32>(l_#)", "0u") }});
 {% for r in range(rows) %}
 {% for c in range(parts) %}
-        state[state_at + {{ 2 + r * parts + c }}u * THREADS] = result_bits(o_{{ r }}_{{ c }}, class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u);
+        state[state_at + {{ 2 + r * parts + c }}u * THREADS] =
+            result_bits(o_{{ r }}_{{ c }}, {{ classes_of_vector("class_%s" | format(r), c) }});
 {% endfor %}
 {% endfor %}
         return;
     }
 {% endif %}
-    var sums = vec4<f32>({% for r in range(4) %}{{ ", " if not loop.first }}{{ "l_%s" | format(r) if r < rows else "0.0" }}{% endfor %});
+    var sums = vec4<f32>({{ vector_of(rows, "l_#", "0.0") }});
 {% if shuffle %}
 {% for step in shuffles %}
     sums += subgroupShuffleXor(sums, {{ step }}u);
@@ -417,26 +419,22 @@ fn main(
     if (row_{{ r }} <= row_last) {
         var m = m_{{ r }};
         var l = sums.{{ "xyzw"[r] }};
-        var shrink = 1.0;
+{{ join_sinks("head", lists) }}
 {% if lists %}
-        if ((params.flags & SINKS) != 0u) {
-            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-            shrink = with_sink.shrink;
-            l = with_sink.l;
-            m = with_sink.m;
-        }
-        if ((params.flags & LSE) != 0u && column == 0u && here.col_tile == 0u) {
-            let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row_{{ r }};
-            store_lse(at, m, l);
-        }
+{% set lse_place = lse_at("batch_of(batch)", "head", "seq.token_q + row_%s" | format(r)) %}
+{{ leave_lse(lse_place, "column == 0u && here.col_tile == 0u") }}
 {% endif %}
-        let factor = select(0.0, shrink / l, l > 0.0);
+        let factor = {{ over_sum("shrink") }};
         let all_nan = select(0u, 0xffu, broken(m));
-        let at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_{{ r }}) * params.out_row;
+        let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row_%s)" | format(r)) }};
 {% for c in range(parts) %}
         let dim_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
         if (dim_{{ c }} < params.value_dim) {
-            store_out(at + dim_{{ c }}, params.value_dim - dim_{{ c }}, result_bits(o_{{ r }}_{{ c }} * factor, all_nan | (class_{{ r }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u)));
+            store_out(
+                at + dim_{{ c }},
+                params.value_dim - dim_{{ c }},
+                result_bits(o_{{ r }}_{{ c }} * factor, all_nan | ({{ classes_of_vector("class_%s" | format(r), c) }})),
+            );
         }
 {% endfor %}
     }

@@ -1,7 +1,9 @@
-// Logits:  the score transform in place on raw scores, for devices that cannot bind the operands beside q and k, and for
-// calls that ask for the scores before it.
+{% from "shared/address.wgsl" import row_at %}
+// Logits:  the score transform in place on raw scores, for devices that cannot bind the operands beside q and k, and
+// for calls that ask for the scores before it.
 //
-// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a score.
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a
+//            score.
 // Memory:    no workgroup memory.
 // Given:     the scratch holds scale · q·k of every key below params.key_end.
 // Reference: src/reference/logits.rs
@@ -27,6 +29,6 @@ fn main(
     if (!here.inside || key >= params.key_end) {
         return;
     }
-    let at = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
+    let at = {{ row_at("s", "here.batch", "here.head", "row") }} + key;
     s[at] = logit(here.batch, here.head, row, key, sequence(here.batch), s[at]);
 }

@@ -1,31 +1,48 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
-// Matrix:  out = softmax(logits) v  over tiles of keys, both products by cooperative matrices of {{ size }}×{{ size }}: f16 operands, f32 sums.
-// A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of {{ keys }} keys:
+{% from "shared/address.wgsl" import row_at, lse_at %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/unroll.wgsl" import joined %}
+// Matrix:  out = softmax(logits) v  over tiles of keys, both products by cooperative matrices of {{ size }}×{{ size }}:
+// f16 operands, f32 sums. A workgroup owns {{ tile_rows }} query rows × {{ dims }} value dims and walks tiles of
+// {{ keys }} keys:
 //   s = scale · q kᵀ;  p = exp(s − m);  l = l + Σ p;  o = o + p v,   in the end  out = o / l and lse = m + ln l.
 // More value dims than {{ dims }} are further workgroups, which form the scores again.
 //
-// Lazy rescale (the rule of FlashAttention-4): m is a reference that follows the row maximum only where that rises by more than
-// {{ lazy }}; then o and l are multiplied by exp(m − m'). Any m gives the same quotient o / l and the same m + ln l, so this is as exact as the maximum.
-// It saves what nearly every tile would cost: a matrix cannot be multiplied row by row, o must go through workgroup memory. By WGSL's
-// letter exp may be off by 3 + 2|x| ulp, here up to 2·{{ lazy }} more for the largest keys; a kernel that follows the maximum multiplies
-// by one more exp, 3 ulp, at every rise.
+// Lazy rescale (the rule of FlashAttention-4): m is a reference that follows the row maximum only where that rises by
+// more than {{ lazy }}; then o and l are multiplied by exp(m − m'). Any m gives the same quotient o / l and the same
+// m + ln l, so this is as exact as the maximum. It saves what nearly every tile would cost: a matrix cannot be
+// multiplied row by row, o must go through workgroup memory. By WGSL's letter exp may be off by 3 + 2|x| ulp, here up
+// to 2·{{ lazy }} more for the largest keys; a kernel that follows the maximum multiplies by one more exp, 3 ulp, at
+// every rise.
 //
-// Numbers: q, k and v are f16 as they stand (q is scaled after the product, in f32), products of f16 are exact in f32, sums are f32. p is not
-// f16: rounded, it would cost 2⁻¹¹ Σ p |v|, which exceeds the 2⁻¹¹ |out| of the final rounding wherever values cancel. So p goes in as
-// two matrices, hi = the leading 11 bits of {{ p_scale }} p and lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
-// ((8 + √keys) u max |v|, u = 2⁻²⁴). At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's largest number, and what is too small for
-// f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each key.)
+// Numbers: q, k and v are f16 as they stand (q is scaled after the product, in f32), products of f16 are exact in f32,
+// sums are f32. p is not f16: rounded, it would cost 2⁻¹¹ Σ p |v|, which exceeds the 2⁻¹¹ |out| of the final rounding
+// wherever values cancel. So p goes in as two matrices, hi = the leading 11 bits of {{ p_scale }} p and
+// lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
+// ((8 + √keys) u max |v|, u = 2⁻²⁴). At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's
+// largest number, and what is too small for f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes
+// subnormals of f16 leaves u for each key.)
 //
-// Who:       a subgroup owns {{ size }} rows ({{ "as many times as there are fewer subgroups than that: it may have any number of lanes up to 64" if varying else "it has 32 lanes" }}) for both products, its o
-//            stays in registers; for softmax, staging and stores {{ per_row }} invocations own a row, wherever they run. They meet in workgroup memory
-//            behind workgroup barriers, never by lane. NaN and infinities are found by their bits when they are staged:
-//            in q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
-//            key, and each invocation keeps the classes of those its row sees (shared/value.wgsl) until they meet at the end.
+// Who:       a subgroup owns {{ size }} rows for both products, and its o stays in registers.
+{% if varying %}
+//            A subgroup may have any number of lanes up to 64. Where there are fewer subgroups than blocks of rows,
+//            each owns several blocks.
+{% else %}
+//            A subgroup has 32 lanes.
+{% endif %}
+//            For softmax, staging and stores {{ per_row }} invocations own
+//            a row, wherever they run. They meet in workgroup memory behind workgroup barriers, never by lane. NaN and
+//            infinities are found by their bits when they are staged: in q or k they make codes of logits
+//            (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden key, and each
+//            invocation keeps the classes of those its row sees (shared/value.wgsl) until they meet at the end.
 // Grid:      columns = blocks of value dims, rows = tiles of query rows, then heads and batches (shared/params.wgsl).
-// Memory:    {{ workgroup_bytes }} bytes of workgroup memory. Rows of matrices there begin at multiples of 16 bytes, as Vulkan wants.
-// Given:     {{ threads }} invocations, in full subgroups{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of keys that no row sees by range are not read.
+// Memory:    {{ workgroup_bytes }} bytes of workgroup memory. Rows of matrices there begin at multiples of 16 bytes, as
+//            Vulkan wants.
+// Given:     {{ threads }} invocations, in full subgroups{{ "; head_dim ≤ %s" | format(dims) if resident }}. Tiles of
+//            keys that no row sees by range are not read.
 {% if emulated %}
-// Emulated:  matrices are plain numbers here, for tests on devices that have none: a subgroup is {{ lanes }} neighbouring invocations.
+// Emulated:  matrices are plain numbers here, for tests on devices that have none: a subgroup is {{ lanes }}
+//            neighbouring invocations.
 {% endif %}
 // Reference: src/reference.rs (attention)
 enable f16;
@@ -36,18 +53,8 @@ diagnostic(off, derivative_uniformity);
 {% endif %}
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, native, vector) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, native, vector) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, native, vector) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output(out, vector) }};
-{% if lists %}
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% endif %}
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
+{% set wide, carry = false, false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -93,8 +100,8 @@ var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
 var<workgroup> sh_lo: array<f16, {{ tile_rows * (keys + 8) }}>;
 // Of each invocation f32 numbers, as bits, and in the end classes.
 var<workgroup> sh_row: array<u32, {{ threads }}>;
-// The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no reset, so
-// no further barrier.
+// The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no
+// reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ keys }}>;
 var<workgroup> sh_any: u32;
 // The last tile of keys, counted from 1, in which key j held NaN or an infinity in k; not 0: the row does in q.
@@ -103,8 +110,9 @@ var<workgroup> sh_q_bad: array<u32, {{ tile_rows }}>;
 var<workgroup> sh_moved: u32;
 
 {% if emulated %}
-// Of A an invocation holds its row, of C its part of that row; B stays where it stands until it is multiplied. The loops have bounds
-// that no driver sees through: unrolled, each of their loads at each place of use, they take minutes to compile.
+// Of A an invocation holds its row, of C its part of that row; B stays where it stands until it is multiplied. The
+// loops have bounds that no driver sees through: unrolled, each of their loads at each place of use, they take minutes
+// to compile.
 alias MatrixA = array<f32, {{ size }}>;
 alias MatrixC = array<f32, {{ own }}>;
 var<private> own_row: u32;
@@ -155,17 +163,33 @@ alias MatrixB = coop_mat{{ size }}x{{ size }}<f16, B>;
 alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
 {% endif %}
 {# The operations, in both forms. A load without T takes the other order: rows of k are columns of kᵀ. #}
-{% macro load_a(array, at, row) %}{% if emulated %}a_{{ array }}({{ at }}){% else %}coopLoadT<MatrixA>(&{{ array }}[{{ at }}], {{ row }}){% endif %}{% endmacro %}
-{% macro load_k(at) %}{% if emulated %}{{ at }}{% else %}coopLoad<MatrixB>(&sh_kv[{{ at }}], KV_ROW){% endif %}{% endmacro %}
-{% macro load_v(at) %}{% if emulated %}{{ at }}{% else %}coopLoadT<MatrixB>(&sh_kv[{{ at }}], KV_ROW){% endif %}{% endmacro %}
-{% macro multiply(of, a, b, c) %}{% if emulated %}multiply_{{ of }}({{ a }}, {{ b }}, {{ c }}){% else %}coopMultiplyAdd({{ a }}, {{ b }}, {{ c }}){% endif %}{% endmacro %}
-{% macro load_c(at) %}{% if emulated %}load_c({{ at }}){% else %}coopLoadT<MatrixC>(&sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
-{% macro store_c(c, at) %}{% if emulated %}store_c({{ c }}, {{ at }}){% else %}coopStoreT({{ c }}, &sh_s[{{ at }}], S_ROW){% endif %}{% endmacro %}
+{% macro load_a(array, at, row) -%}
+{{ "a_%s(%s)" | format(array, at) if emulated else "coopLoadT<MatrixA>(&%s[%s], %s)" | format(array, at, row) }}
+{%- endmacro %}
+{% macro load_k(at) -%}
+{{ at if emulated else "coopLoad<MatrixB>(&sh_kv[%s], KV_ROW)" | format(at) }}
+{%- endmacro %}
+{% macro load_v(at) -%}
+{{ at if emulated else "coopLoadT<MatrixB>(&sh_kv[%s], KV_ROW)" | format(at) }}
+{%- endmacro %}
+{% macro multiply(of, a, b, c) -%}
+{{ "multiply_" ~ of if emulated else "coopMultiplyAdd" }}({{ a }}, {{ b }}, {{ c }})
+{%- endmacro %}
+{% macro load_c(at) -%}
+{{ "load_c(%s)" | format(at) if emulated else "coopLoadT<MatrixC>(&sh_s[%s], S_ROW)" | format(at) }}
+{%- endmacro %}
+{% macro store_c(c, at) -%}
+{{ "store_c(%s, %s)" | format(c, at) if emulated else "coopStoreT(%s, &sh_s[%s], S_ROW)" | format(c, at) }}
+{%- endmacro %}
+{# Where matrix t of block n stands in sh_s. #}
+{% macro block_at(n, t) -%}
+block_{{ n }} * (SIZE * S_ROW) + {{ t * size }}u
+{%- endmacro %}
 {# What a subgroup does for its n-th block, if it has one. #}
 {% macro for_block(n) %}{% if varying %}if (block_{{ n }} < BLOCKS) {% endif %}{% endmacro %}
 
-// A dot product so large that its rounding shows: matrices add up one product after the other, which rounds equal terms all the same way.
-// Sums of four vectors each, added up, do not.
+// A dot product so large that its rounding shows: matrices add up one product after the other, which rounds equal terms
+// all the same way. Sums of four vectors each, added up, do not.
 fn large_dot(q_from: u32, k_from: u32) -> f32 {
     var s = 0.0;
     for (var d = 0u; d < params.head_dim; d += 16u) {
@@ -188,27 +212,13 @@ fn main(
     @builtin(num_subgroups) subgroups: u32,
 {% endif %}
 ) {
-    let here = place(workgroup, grid);
-    if (!here.inside) {
-        return;
-    }
-    let batch = here.batch;
-    let head = here.head;
-    let seq = sequence(batch);
-    let row_first = params.row0 + here.row_tile * TILE_Q;
-    let row_end = min(params.row_end, seq.rows);
-    if (row_first >= row_end) {
-        return;
-    }
-    let row_last = row_end - 1u;
-    let tile_last = min(row_first + TILE_Q - 1u, row_last);
-    let range = tile_range(seq, row_first, tile_last);
+{% include "shared/tile.wgsl" %}
     // Between these every row of the tile sees every key by range.
     let all_first = key_range(seq, tile_last).x;
     let all_end = key_range(seq, row_first).y;
     let key_end = min(range.y, seq.stored);
     let dim_first = here.col_tile * DIMS;
-    let q_at = params.q_base + batch_of(batch) * params.q_batch + head * params.q_head + seq.token_q * params.q_row;
+    let q_at = {{ row_at("q", "batch_of(batch)", "head", "seq.token_q") }};
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
@@ -340,7 +350,7 @@ fn main(
 {% for n in range(per) %}
         {{ for_block(n) }}{
 {% for t in range(keys // size) %}
-            {{ store_c("s_%s_%s" | format(n, t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+            {{ store_c("s_%s_%s" | format(n, t), block_at(n, t)) }};
 {% endfor %}
         }
 {% endfor %}
@@ -353,7 +363,10 @@ fn main(
             var x = vec4<f32>();
             if (key + j < key_end && dim_first + d < params.value_dim) {
                 let at = stored_at(seq, batch, key + j);
-                x = load_v(v_at + at.x * params.v_batch + at.y * params.v_row + dim_first + d, params.value_dim - dim_first - d);
+                x = load_v(
+                    v_at + at.x * params.v_batch + at.y * params.v_row + dim_first + d,
+                    params.value_dim - dim_first - d,
+                );
             }
             if (!finite(x)) {
                 x = finite_or_zero(x);
@@ -373,7 +386,10 @@ fn main(
             var dot_product = sh_s[at];
             if ((abs(dot_product * params.scale) > LARGE) & !bad) {
                 let k_row = stored_at(seq, batch, min(key + column + i * PER_ROW, key_end - 1u));
-                dot_product = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+                dot_product = large_dot(
+                    q_at + row_there * params.q_row,
+                    k_at + k_row.x * params.k_batch + k_row.y * params.k_row,
+                );
             }
             let x = select(scaled(dot_product), scaled_code(dot_product), bad);
             sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, x);
@@ -387,7 +403,10 @@ fn main(
         let bad_{{ i }} = q_bad | (sh_k_bad[column + {{ i * per_row }}u] == stage);
         if ((abs(dot_{{ i }} * params.scale) > LARGE) & !bad_{{ i }}) {
             let k_row = stored_at(seq, batch, min(key + column + {{ i * per_row }}u, key_end - 1u));
-            dot_{{ i }} = large_dot(q_at + row_there * params.q_row, k_at + k_row.x * params.k_batch + k_row.y * params.k_row);
+            dot_{{ i }} = large_dot(
+                q_at + row_there * params.q_row,
+                k_at + k_row.x * params.k_batch + k_row.y * params.k_row,
+            );
         }
         var s_{{ i }} = select(scaled(dot_{{ i }}), scaled_code(dot_{{ i }}), bad_{{ i }});
 {% endfor %}
@@ -421,7 +440,8 @@ fn main(
         // Its own sum first: equal weights that are small beside l would all round the same way.
         var sum = 0.0;
 {% for i in range(each) %}
-        let p_{{ i }} = select(select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN), NOTHING, s_{{ i }} == MINUS);
+        let visible_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN);
+        let p_{{ i }} = select(visible_{{ i }}, NOTHING, s_{{ i }} == MINUS);
         // The bits that f16 has: compilers take f32(f16(x)) for x, and x − x for 0, but they cannot see through a mask.
         let hi_{{ i }} = bitcast<f32>(bitcast<u32>(p_{{ i }} * P_SCALE) & 0xffffe000u);
         sh_hi[p_at + {{ i * per_row }}u] = f16(hi_{{ i }});
@@ -435,7 +455,7 @@ fn main(
 {% for n in range(per) %}
             {{ for_block(n) }}{
 {% for t in range(keys // size) %}
-                {{ store_c("o_%s_%s" | format(n, first // size + t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+                {{ store_c("o_%s_%s" | format(n, first // size + t), block_at(n, t)) }};
 {% endfor %}
             }
 {% endfor %}
@@ -447,7 +467,7 @@ fn main(
 {% for n in range(per) %}
             {{ for_block(n) }}{
 {% for t in range(keys // size) %}
-                o_{{ n }}_{{ first // size + t }} = {{ load_c("block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+                o_{{ n }}_{{ first // size + t }} = {{ load_c(block_at(n, t)) }};
 {% endfor %}
             }
 {% endfor %}
@@ -491,30 +511,22 @@ fn main(
         workgroupBarrier();
         sh_row[thread] = seen[i];
         workgroupBarrier();
-        seen[i] = {% for c in range(per_row) %}{{ " | " if not loop.first }}sh_row[line * PER_ROW + {{ c }}u]{% endfor %};
+        seen[i] = {{ joined(per_row, " | ", "sh_row[line * PER_ROW + #u]") }};
     }
-    var shrink = 1.0;
+{{ join_sinks("head", lists) }}
 {% if lists %}
-    if ((params.flags & SINKS) != 0u) {
-        let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-        shrink = with_sink.shrink;
-        l = with_sink.l;
-        m = with_sink.m;
-    }
-    if ((params.flags & LSE) != 0u && row <= row_last && column == 0u && here.col_tile == 0u) {
-        let at = params.lse_base + batch_of(batch) * params.lse_batch + head * params.lse_head + seq.token_q + row;
-        store_lse(at, m, l);
-    }
+{% set lse_place = lse_at("batch_of(batch)", "head", "seq.token_q + row") %}
+{{ leave_lse(lse_place, "row <= row_last && column == 0u && here.col_tile == 0u") }}
 {% endif %}
-    let factor = select(0.0, shrink / l, l > 0.0) / P_SCALE;
+    let factor = {{ over_sum("shrink") }} / P_SCALE;
     let all_nan = select(0u, 0xffu, broken(m));
-    let out_at = params.out_base + batch_of(batch) * params.out_batch + head * params.out_head + (seq.token_q + row_there) * params.out_row;
+    let out_at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row_there)") }};
 {% for first in range(0, dims, keys) %}
     workgroupBarrier();
 {% for n in range(per) %}
     {{ for_block(n) }}{
 {% for t in range(keys // size) %}
-        {{ store_c("o_%s_%s" | format(n, first // size + t), "block_%s * (SIZE * S_ROW) + %su" | format(n, t * size)) }};
+        {{ store_c("o_%s_%s" | format(n, first // size + t), block_at(n, t)) }};
 {% endfor %}
     }
 {% endfor %}
@@ -524,7 +536,11 @@ fn main(
         if (row <= row_last && d < params.value_dim) {
             let at = line * S_ROW + i;
             let x = vec4<f32>(sh_s[at], sh_s[at + 1u], sh_s[at + 2u], sh_s[at + 3u]) * factor;
-            store_out(out_at + d, params.value_dim - d, result_bits(x, all_nan | (seen[({{ first }}u + i) / 16u] >> (({{ first }}u + i) / 4u % 4u * 8u))));
+            store_out(
+                out_at + d,
+                params.value_dim - d,
+                result_bits(x, all_nan | (seen[({{ first }}u + i) / 16u] >> (({{ first }}u + i) / 4u % 4u * 8u))),
+            );
         }
     }
 {% endfor %}

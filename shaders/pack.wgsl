@@ -1,15 +1,19 @@
 {% from "shared/element.wgsl" import rounding %}
-// Pack:  out = round(x), f32 scratch -> 16-bit output, for rows that do not fill whole vectors, where `values` would share words.
+// Pack:  out = round(x), f32 scratch -> 16-bit output, for rows that do not fill whole vectors, where `values` would
+// share words.
 {% if lists %}
-// Of a packed batch only the tokens that a sequence owns are written: the scratch holds an earlier call's results for the others.
+// Of a packed batch only the tokens that a sequence owns are written: the scratch holds an earlier call's results for
+// the others.
 {% endif %}
 //
 // Grid:      columns = tiles of {{ threads }} words. One invocation a word of two elements.
 // Memory:    no workgroup memory.
-// Given:     the output is dense, and the scratch has its elements in the same order; params.pack_count elements from the bindings' start.
+// Given:     the output is dense, and the scratch has its elements in the same order; params.pack_count elements from
+//            the bindings' start.
 {% if lists %}
-//            The first element is element params.x_base of token params.row0 + n · params.total_q of a head n, the next token params.x_row
-//            elements behind. The first tokens of the params.item_count sequences do not fall; where they do, fewer tokens may be written.
+//            The first element is element params.x_base of token params.row0 + n · params.total_q of a head n, and
+//            the next token is params.x_row elements behind. The first tokens of the params.item_count sequences do not
+//            fall; where they do, fewer tokens may be written.
 {% endif %}
 // Reference: src/reference/values.rs
 {% include "shared/params.wgsl" %}
@@ -64,7 +68,8 @@ fn main(
     let has_first = true;
     let has_second = second < params.pack_count;
 {% endif %}
-    // The half of a word that is another's stays as it was: beyond an odd last element, or of a token that no sequence owns.
+    // The half of a word that is another's stays as it was: beyond an odd last element, or of a token that no sequence
+    // owns.
     var bits = 0u;
     if (!has_first || !has_second) {
         bits = out[word];

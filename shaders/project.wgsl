@@ -1,226 +1,26 @@
-{% from "shared/element.wgsl" import storage, load, store, output %}
-{% from "shared/turn.wgsl" import turn %}
-// Project:  y = x w (+ b), rows of x times a matrix; y is split into heads of params.col_head columns, which may stand anywhere.
-// The weights are [{{ "out, in" if transposed else "in, out" }}], as they come; x, b and y are f32.
+// Project:  y = x w (+ b). This is the body for GPUs; project_lanes.wgsl is the one for CPU adapters.
+// y is split into heads of params.col_head columns, which may stand anywhere. The weights are stored as
+// [{{ "out, in" if transposed else "in, out" }}]; x, b and y are f32.
 {% if turned %}
-// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their row (shaders/rotary.wgsl).
+// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their
+// row (shaders/rotary.wgsl).
 {% endif %}
+//
+// A workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns. A loop iteration stages {{ dims }} inputs of both in
+// workgroup memory, the weights as [column][input] whatever their order in memory, and adds their products to the sums.
+// An invocation owns {{ rows }} × {{ cols }} of the sums, which it keeps in registers.
 //
 // Grid:      columns = tiles of output columns, rows = tiles of rows, then batches (shared/params.wgsl).
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
-// Given:     1 ≤ rows, columns and inputs of the part; where the inputs come in several dispatches, later ones add to y.
+// Given:     1 ≤ rows, columns and inputs of the part. Where the inputs come in several dispatches, the later ones add
+//            to y.
 {% if turned %}
 //            All columns, those of a head and those of it that turn are multiples of eight, and so is params.col0.
 {% endif %}
 // Reference: src/reference/project.rs
 {% include "shared/params.wgsl" %}
+{% include "shared/project.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> x: {{ storage("f32", false, vector, wide) }};
-@group(0) @binding(2) var<storage, read> w: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(3) var<storage, read> b: array<f32>;
-@group(0) @binding(4) var<storage, read_write> y: {{ storage("f32", false, vector and lanes) }};
-{% if turned %}
-@group(0) @binding(5) var<storage, read> table: {{ storage("f32", false, lanes) }};
-@group(0) @binding(6) var<storage, read> positions: array<u32>;
-{% endif %}
-
-{{ load("x", "f32", false, vector, wide) }}
-{{ load("w", element, false, vector, wide) }}
-
-fn x_place(batch: u32, row: u32) -> u32 {
-    return params.x_base + batch * params.x_batch + row * params.x_row;
-}
-
-fn y_place(batch: u32, row: u32, col: u32) -> u32 {
-    return params.out_base + batch * params.out_batch + (col / params.col_head) * params.out_head + row * params.out_row + col % params.col_head;
-}
-
-fn bias(col: u32) -> f32 {
-    return b[params.b_base + min(col, params.col_end - 1u)];
-}
-
-{% if turned %}
-{{ turn("vec4<f32>" if lanes else "f32") }}
-// Columns are numbered so that each eight hold four whole pairs. Where pairs are neighbours, the numbers are the columns themselves; where
-// they stand half a rotation apart, four first columns are followed by the four that turn with them.
-fn column(number: u32) -> u32 {
-    let within = number % params.turn_head;
-    let moved = number - within + within / 8u * 4u + (within / 4u) % 2u * (params.head_dim / 2u) + within % 4u;
-    return select(number, moved, (params.flags & HALVES) != 0u && number < params.turn_end && within < params.head_dim);
-}
-
-// Whether the eight columns from this number on turn now: all inputs are in.
-fn turns(number: u32) -> bool {
-    return (params.flags & TURN) != 0u && number < params.turn_end && number % params.turn_head < params.head_dim;
-}
-
-// The row of the table for a row, where rows of all batches may be numbered through.
-fn angles(batch: u32, row: u32) -> u32 {
-    return position(batch + row / params.seq_q, row % params.seq_q) * params.head_dim;
-}
-{% endif %}
-
-{% if lanes %}
-{% if not vector %}
-fn give(batch: u32, row: u32, col: u32, sum: f32) {
-    if (col < params.col_end) {
-        let at = y_place(batch, row, col);
-        y[at] = sum + select(0.0, y[at], (params.flags & ADD) != 0u);
-    }
-}
-{% endif %}
-
-// Lane-per-row form, for CPU adapters, where loads are the cost: a lane owns {{ rows }} rows and {{ tile_cols }} columns of each in registers;
-// the weights of four inputs are loaded once per subgroup, spread over its lanes, and broadcast. The workgroup is one subgroup.
-const LANES: u32 = {{ lanes }}u;
-const ROWS: u32 = {{ rows }}u;
-const COLS: u32 = {{ tile_cols }}u;
-
-@compute @workgroup_size({{ lanes }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) grid: vec3<u32>,
-    {{ "@builtin(subgroup_invocation_id)" if subgroup else "@builtin(local_invocation_index)" }} lane: u32,
-) {
-    // No early return: a CPU driver would run all that follows under a mask. Without work the loops are empty.
-    let here = place(workgroup, grid);
-    let batch = here.batch;
-    let row_first = params.row0 + here.row_tile * (LANES * ROWS);
-    let col_first = params.col0 + here.col_tile * COLS;
-    let row_end = select(0u, params.row_end, here.inside);
-    let in_end = select(0u, params.in_end, here.inside);
-    let col_last = params.col_end - 1u;
-{% if not transposed %}
-    let col_last4 = params.col0 + ((col_last - params.col0) & ~3u);
-{% endif %}
-{% for r in range(rows) %}
-    let x_{{ r }} = x_place(batch, min(row_first + {{ r * lanes }}u + lane, params.row_end - 1u));
-{% for c in range(tile_cols // 4) %}
-    var sum_{{ r }}_{{ c }} = vec4<f32>();
-{% endfor %}
-{% endfor %}
-{% if subgroup %}
-{% for t in range(tile_cols // lanes) %}
-{% if transposed %}
-    let w_{{ t }} = params.w_base + {{ "column" if turned else "" }}(min(col_first + lane + {{ t * lanes }}u, col_last)) * params.w_row;
-{% else %}
-    let in_{{ t }} = (lane + {{ t * lanes }}u) / {{ tile_cols // 4 }}u;
-    let col_{{ t }} = min(col_first + ((lane + {{ t * lanes }}u) % {{ tile_cols // 4 }}u) * 4u, col_last4);
-{% endif %}
-{% endfor %}
-{% elif transposed %}
-{% for part in range(tile_cols) %}
-    let w_{{ part }} = params.w_base + {{ "column" if turned else "" }}(min(col_first + {{ part }}u, col_last)) * params.w_row;
-{% endfor %}
-{% endif %}
-    for (var i = params.in0; i < in_end; i += 4u) {
-        let valid = in_end - i;
-{% for r in range(rows) %}
-        let a_{{ r }} = load_x(x_{{ r }} + i, valid);
-{% endfor %}
-{% if subgroup %}
-{% for t in range(tile_cols // lanes) %}
-{% if transposed %}
-        let part_{{ t }} = load_w(w_{{ t }} + i, valid);
-{% else %}
-        let part_{{ t }} = load_w(params.w_base + min(i + in_{{ t }}, in_end - 1u) * params.w_row + col_{{ t }}, params.col_end - col_{{ t }});
-{% endif %}
-{% endfor %}
-{% endif %}
-{% for c in range(tile_cols // 4) %}
-{% for j in range(4) %}
-{% set component = "xyzw"[j] %}
-{% set part = c * 4 + j if transposed else j * (tile_cols // 4) + c %}
-{% if subgroup %}
-        let w_{{ c }}_{{ j }} = subgroupBroadcast(part_{{ part // lanes }}, {{ part % lanes }}u);
-{% elif transposed %}
-        let w_{{ c }}_{{ j }} = load_w(w_{{ part }} + i, valid);
-{% else %}
-        let w_{{ c }}_{{ j }} = load_w(
-            params.w_base + min(i + {{ j }}u, in_end - 1u) * params.w_row + min(col_first + {{ c * 4 }}u, col_last4),
-            params.col_end - min(col_first + {{ c * 4 }}u, col_last4),
-        );
-{% endif %}
-{% for r in range(rows) %}
-{% if transposed %}
-        sum_{{ r }}_{{ c }}.{{ component }} += dot(a_{{ r }}, w_{{ c }}_{{ j }});
-{% else %}
-        sum_{{ r }}_{{ c }} += a_{{ r }}.{{ component }} * w_{{ c }}_{{ j }};
-{% endif %}
-{% endfor %}
-{% endfor %}
-{% endfor %}
-    }
-    // One row after the other, so that each store stands once in the text: drivers that compile on the CPU pay for each place.
-    for (var r = 0u; r < ROWS; r++) {
-        let row = row_first + r * LANES + lane;
-        if (row < row_end) {
-{% if turned %}
-            let angle = angles(batch, row) >> 2u;
-            let adds = (params.flags & ADD) != 0u;
-            let halves = (params.flags & HALVES) != 0u;
-{% for c in range(0, tile_cols // 4, 2) %}
-            let number_{{ c }} = col_first + {{ c * 4 }}u;
-            if (number_{{ c }} < params.col_end) {
-                var sum = sum_0_{{ c }};
-                var next = sum_0_{{ c + 1 }};
-{% for r in range(1, rows) %}
-                sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
-                next = select(next, sum_{{ r }}_{{ c + 1 }}, r == {{ r }}u);
-{% endfor %}
-                let col = column(number_{{ c }});
-                let col_next = column(number_{{ c }} + 4u);
-                if ((params.flags & BIAS) != 0u) {
-                    sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
-                    next += vec4<f32>(bias(col_next), bias(col_next + 1u), bias(col_next + 2u), bias(col_next + 3u));
-                }
-                let at = y_place(batch, row, col) >> 2u;
-                let at_next = y_place(batch, row, col_next) >> 2u;
-                sum += select(vec4<f32>(), y[at], adds);
-                next += select(vec4<f32>(), y[at_next], adds);
-                if (turns(number_{{ c }})) {
-                    let first = select(vec4<f32>(sum.xz, next.xz), sum, halves);
-                    let second = select(vec4<f32>(sum.yw, next.yw), next, halves);
-                    let pair = angle + number_{{ c }} % params.turn_head / 8u;
-                    let cosine = table[pair];
-                    let sine = table[pair + params.head_dim / 8u];
-                    let a = turn_first(first, second, cosine, sine);
-                    let b = turn_second(first, second, cosine, sine);
-                    sum = select(vec4<f32>(a.x, b.x, a.y, b.y), a, halves);
-                    next = select(vec4<f32>(a.z, b.z, a.w, b.w), b, halves);
-                }
-                y[at] = sum;
-                y[at_next] = next;
-            }
-{% endfor %}
-{% else %}
-{% for c in range(tile_cols // 4) %}
-            let col_at_{{ c }} = col_first + {{ c * 4 }}u;
-            if (col_at_{{ c }} < params.col_end) {
-                var sum = sum_0_{{ c }};
-{% for r in range(1, rows) %}
-                sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
-{% endfor %}
-                if ((params.flags & BIAS) != 0u) {
-                    sum += vec4<f32>(bias(col_at_{{ c }}), bias(col_at_{{ c }} + 1u), bias(col_at_{{ c }} + 2u), bias(col_at_{{ c }} + 3u));
-                }
-{% if vector %}
-                let at = y_place(batch, row, col_at_{{ c }}) >> 2u;
-                y[at] = sum + select(vec4<f32>(), y[at], (params.flags & ADD) != 0u);
-{% else %}
-{% for j in range(4) %}
-                give(batch, row, col_at_{{ c }} + {{ j }}u, sum.{{ "xyzw"[j] }});
-{% endfor %}
-{% endif %}
-            }
-{% endfor %}
-{% endif %}
-        }
-    }
-}
-{% else %}
-// Tiled form, for GPUs: a workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns, stages {{ dims }} inputs of both at a time (weights as
-// [column][input], whatever their order in memory), and each invocation owns {{ rows }} × {{ cols }} of the tile in registers.
 const TILE_ROWS: u32 = {{ tile_rows }}u;
 const TILE_COLS: u32 = {{ tile_cols }}u;
 const DEPTH: u32 = {{ dims }}u;
@@ -290,7 +90,8 @@ fn main(
             if (i < params.in_end) {
 {% if turned %}
                 let place = part / (DEPTH / 4u);
-                let col = column(min(col_first + number_of(pair_at(place), place / {{ apart }}u % 2u), params.col_end - 1u));
+                let number = number_of(pair_at(place), place / {{ apart }}u % 2u);
+                let col = column(min(col_first + number, params.col_end - 1u));
 {% else %}
                 let col = min(col_first + part / (DEPTH / 4u), params.col_end - 1u);
 {% endif %}
@@ -305,7 +106,9 @@ fn main(
             let down4 = part / (TILE_COLS / 4u);
             let i = first + down4 * 4u;
             let col = col_first + across4 * 4u;
-            let block = transpose(mat4x4<f32>(w_row(i, col), w_row(i + 1u, col), w_row(i + 2u, col), w_row(i + 3u, col)));
+            let block = transpose(
+                mat4x4<f32>(w_row(i, col), w_row(i + 1u, col), w_row(i + 2u, col), w_row(i + 3u, col)),
+            );
 {% if turned %}
             // Two pairs: neighbours in memory.
             let pair = across4 * 2u;
@@ -392,4 +195,3 @@ fn main(
 {% endfor %}
 {% endif %}
 }
-{% endif %}

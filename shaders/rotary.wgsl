@@ -1,5 +1,6 @@
 {% from "shared/element.wgsl" import rounding %}
 {% from "shared/turn.wgsl" import turn %}
+{% from "shared/address.wgsl" import row_at %}
 // Rotary:  each pair (a, b) of the first params.head_dim elements of a row turns by the angle of its position:
 //   y_a = cos · a − sin · b,  y_b = sin · a + cos · b  (shared/turn.wgsl).
 {% if interleaved %}
@@ -7,9 +8,11 @@
 {% else %}
 // Pairs stand half a rotation apart: (0, n/2), (1, n/2 + 1), …
 {% endif %}
-// (Su et al., "RoFormer", 2021; ONNX `RotaryEmbedding`.) {{ "In place." if in_place else "The rest of the row is copied." }}
+// (Su et al., "RoFormer", 2021; ONNX `RotaryEmbedding`.)
+// {{ "In place." if in_place else "The rest of the row is copied." }}
 //
-// Grid:      rows = {{ threads }} items of (row, pair{{ "s of one word" if packed else "" }}), then heads and batches (shared/params.wgsl).
+// Grid:      rows = {{ threads }} items of (row, pair{{ "s of one word" if packed else "" }}), then heads and batches
+//            (shared/params.wgsl).
 // Memory:    no workgroup memory.
 {% if packed %}
 // Given:     rows begin and end at whole words{{ "" if interleaved else ", and so does each half of the rotation" }}.
@@ -63,8 +66,8 @@ fn main(
     if (!here.inside || row >= params.row_end) {
         return;
     }
-    let source = params.x_base + here.batch * params.x_batch + here.head * params.x_head + row * params.x_row;
-    let target_at = params.out_base + here.batch * params.out_batch + here.head * params.out_head + row * params.out_row;
+    let source = {{ row_at("x", "here.batch", "here.head", "row") }};
+    let target_at = {{ row_at("out", "here.batch", "here.head", "row") }};
     if (item >= turning) {
 {% if not in_place %}
 {% if packed %}
@@ -82,7 +85,10 @@ fn main(
     let a = widened({{ x }}[(source >> 1u) + item]);
     let cosine = table[angle + item];
     let sine = table[angle + half + item];
-    y[(target_at >> 1u) + item] = packed(vec2<f32>(turn_first(a.x, a.y, cosine, sine), turn_second(a.x, a.y, cosine, sine)));
+    y[(target_at >> 1u) + item] = packed(vec2<f32>(
+        turn_first(a.x, a.y, cosine, sine),
+        turn_second(a.x, a.y, cosine, sine),
+    ));
 {% elif packed %}
     let a = widened({{ x }}[(source >> 1u) + item]);
     let b = widened({{ x }}[(source >> 1u) + turning + item]);

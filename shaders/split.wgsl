@@ -1,33 +1,33 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
-// Split:  out = softmax(logits) v  for few queries and many keys: the keys of a tile of rows are shared out to several workgroups, and
-// all query heads of a key/value head are rows of one tile, so that each key is loaded once for {{ rows }} of them.
-// {{ across }} lanes form a stream: each holds every {{ across }}th vector of four dims of q, k, v and o. A workgroup has {{ streams }} stream{{ "s" if streams > 1 }}; stream n takes
-// every {{ streams }}th block of {{ keys }} keys, with a running maximum m, sum l and unnormalised output o of its own:
+{% from "shared/address.wgsl" import row_at %}
+{% from "shared/lines.wgsl" import lines_until %}
+{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/weigh.wgsl" import weigh %}
+{% from "shared/unroll.wgsl" import joined, bits_unless, maximum, all_good, chosen %}
+{% from "shared/value.wgsl" import classes_word %}
+// Split:  out = softmax(logits) v  for few queries and many keys: the keys of a tile of rows are shared out to several
+// workgroups, and all query heads of a key/value head are rows of one tile, so that each key is loaded once for
+// {{ rows }} of them. {{ across }} lanes form a stream: each holds every {{ across }}th vector of four dims of q, k, v
+// and o. A workgroup has {{ streams }} stream{{ "s" if streams > 1 }}; stream n takes every {{ streams }}th block of
+// {{ keys }} keys, with a running maximum m, sum l and unnormalised output o of its own:
 //   s = scale · q kᵀ;  m' = max(m, s);  p = exp(s − m');  l = l · exp(m − m') + Σ p;  o = o · exp(m − m') + p v.
-// At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where several
-// workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al., Flash-Decoding, 2023.)
-// Lanes of a stream sum their parts of a dot product by {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}.
-// NaN and infinities are found by their bits when they are loaded. In q or k they make codes of logits (shared/code.wgsl); in v they count
-// as 0, so that 0 · NaN cannot leak from a hidden key, and each lane keeps the classes of its dims of what a row sees (shared/value.wgsl).
+// At the end the streams are merged: out = Σ o exp(m − max m) / Σ l exp(m − max m), lse = max m + ln of that sum. Where
+// several workgroups share the keys of a row, merge.wgsl does the same with what they write. (Dao et al.,
+// Flash-Decoding, 2023.) Lanes of a stream sum their parts of a dot product by
+// {{ "subgroup shuffles" if shuffle else "way of workgroup memory" }}. NaN and infinities are found by their bits when
+// they are loaded. In q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot
+// leak from a hidden key, and each lane keeps the classes of its dims of what a row sees (shared/value.wgsl).
 //
-// Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the group), then key/value
-//            heads (counted by head0 and heads) and batches (shared/params.wgsl).
+// Grid:      columns = parts of the keys, rows = tiles of {{ rows }} rows (query row by query row all heads of the
+//            group), then key/value heads (counted by head0 and heads) and batches (shared/params.wgsl).
 // Memory:    {{ bytes }} bytes of workgroup memory.
 // Given:     1 ≤ head_dim, value_dim ≤ {{ dims }}; no packed sequences. No key outside the range of the tile is read.
 // Reference: src/reference.rs (attention)
 {% include "shared/params.wgsl" %}
 {% include "shared/lines.wgsl" %}
 
-@group(0) @binding(1) var<storage, read> q: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(2) var<storage, read> k: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(3) var<storage, read> v: {{ storage(element, false, vector, wide) }};
-@group(0) @binding(4) var<storage, read_write> out: {{ output("f32", vector) }};
-@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(6) var<storage, read> lists: array<u32>;
-{% if full %}
-@group(0) @binding(7) var<storage, read> mask: array<u32>;
-@group(0) @binding(8) var<storage, read> bias: array<u32>;
-{% endif %}
+{% set native, out, carry = false, "f32", false %}
+{% include "shared/operands.wgsl" %}
 
 {% include "shared/visible.wgsl" %}
 {% include "shared/pages.wgsl" %}
@@ -60,21 +60,19 @@ var<workgroup> outputs: array<vec4<f32>, {{ streams * dims // 4 }}>;
 var<workgroup> row_classes: array<atomic<u32>, {{ rows * dims // 4 }}>;
 {% endif %}
 
-// exp(x − m), as low as f32 can tell from 0.
-fn weigh(x: f32, m: f32) -> f32 {
-    return exp(max(x - m, -150.0));
-}
+// Below this difference f32 cannot tell the weight from 0.
+{{ weigh("f32", "-150.0") }}
 
 // Writes four elements of a row of out.
 fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, all: u32) {
-    let at = params.out_base + part * params.partial_out + batch * params.out_batch + head * params.out_head + row * params.out_row;
+    let at = params.out_base + part * params.partial_out
+        + batch * params.out_batch + head * params.out_head + row * params.out_row;
     store_out(at + dim, params.value_dim - dim, result_bits(y, all));
 }
 
 {# The union of what the lanes of a stream have marked. #}
 {% macro union(mark) -%}
-{% if streams == 1 %}{% for n in range(across) %}{{ " | " if not loop.first }}subgroupBroadcast({{ mark }}, {{ n }}u){% endfor %}
-{%- else %}marked({{ mark }}){% endif %}
+{{ joined(across, " | ", "subgroupBroadcast(%s, #u)" | format(mark)) if streams == 1 else "marked(%s)" | format(mark) }}
 {%- endmacro %}
 {% if streams > 1 and shuffle %}
 fn marked(mark: u32) -> u32 {
@@ -103,7 +101,7 @@ fn main(
 
     let row_end = max(params.row0, select(params.row0, min(params.row_end, seq.rows), here.inside));
     let line_first = here.row_tile * ROWS;
-    let line_end = (row_end - params.row0) * (params.group_end - params.group0);
+    let line_end = {{ lines_until("row_end") }};
     let turns = min(ROWS, max(line_end, line_first) - line_first);
     let line_last = max(line_end, 1u) - 1u;
 {% for r in range(rows) %}
@@ -129,7 +127,7 @@ fn main(
 {% if not full %}
     let range_{{ r }} = key_range(seq, row_{{ r }});
 {% endif %}
-    let q_at_{{ r }} = params.q_base + batch * params.q_batch + head_{{ r }} * params.q_head + row_{{ r }} * params.q_row;
+    let q_at_{{ r }} = {{ row_at("q", "batch", "head_%s" | format(r), "row_%s" | format(r)) }};
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
 {% if streams == 1 %}
@@ -138,7 +136,11 @@ fn main(
 {% endfor %}
 {% endif %}
 {% for c in range(chunks) %}
-    let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_at_{{ r }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
+    let q_{{ r }}_{{ c }} = select(
+        vec4<f32>(),
+        load_q(q_at_{{ r }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}),
+        dim_{{ c }} < params.head_dim,
+    );
     var o_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
@@ -150,11 +152,11 @@ fn main(
     workgroupBarrier();
 {% endif %}
     // Bit r: row r holds NaN or an infinity in q.
-    let q_own = {% for r in range(rows) %}{{ " | " if not loop.first }}select({{ 2 ** r }}u, 0u, {% for c in range(chunks) %}{{ " & " if not loop.first }}finite(q_{{ r }}_{{ c }}){% endfor %}){% endfor %};
+    let q_own = {{ bits_unless(rows, joined(chunks, " & ", "finite(q_@_#)")) }};
 {% if streams > 1 and not shuffle %}
     marks[thread] = q_own;
     workgroupBarrier();
-    let q_bad = {% for n in range(across) %}{{ " | " if not loop.first }}marks[stream * ACROSS + {{ n }}u]{% endfor %};
+    let q_bad = {{ joined(across, " | ", "marks[stream * ACROSS + #u]") }};
     workgroupBarrier();
 {% else %}
     let q_bad = {{ union("q_own") }};
@@ -186,10 +188,14 @@ fn main(
             let k_place_{{ j }} = k_at + at_{{ j }}.x * params.k_batch + at_{{ j }}.y * params.k_row;
 {% endif %}
 {% for c in range(chunks) %}
-            let k_{{ j }}_{{ c }} = select(vec4<f32>(), load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}), dim_{{ c }} < params.head_dim);
+            let k_{{ j }}_{{ c }} = select(
+                vec4<f32>(),
+                load_k(k_place_{{ j }} + q_dim_{{ c }}, params.head_dim - q_dim_{{ c }}),
+                dim_{{ c }} < params.head_dim,
+            );
 {% endfor %}
 {% endfor %}
-            let k_own = {% for j in range(keys) %}{{ " | " if not loop.first }}select({{ 2 ** j }}u, 0u, {% for c in range(chunks) %}{{ " & " if not loop.first }}finite(k_{{ j }}_{{ c }}){% endfor %}){% endfor %};
+            let k_own = {{ bits_unless(keys, joined(chunks, " & ", "finite(k_@_#)")) }};
             // Bit j: key j holds NaN or an infinity.
 {% if shuffle %}
             let k_bad = {{ union("k_own") }};
@@ -198,7 +204,7 @@ fn main(
 {% endif %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            var s_{{ r }}_{{ j }} = {% for c in range(chunks) %}{{ " + " if not loop.first }}dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }}){% endfor %};
+            var s_{{ r }}_{{ j }} = {{ joined(chunks, " + ", "dot(q_%s_#, k_%s_#)" | format(r, j)) }};
 {% if shuffle %}
             s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 1u);
             s_{{ r }}_{{ j }} += subgroupShuffleXor(s_{{ r }}_{{ j }}, 2u);
@@ -212,9 +218,11 @@ fn main(
             workgroupBarrier();
             for (var pair = lane; pair < {{ pairs }}u; pair += ACROSS) {
                 let at = (stream * {{ pairs }}u + pair) * ACROSS;
-                sums[stream * {{ pairs }}u + pair] = ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u])) + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
+                sums[stream * {{ pairs }}u + pair] =
+                    ((parts[at] + parts[at + 1u]) + (parts[at + 2u] + parts[at + 3u]))
+                    + ((parts[at + 4u] + parts[at + 5u]) + (parts[at + 6u] + parts[at + 7u]));
             }
-            let k_bad = {% for n in range(across) %}{{ " | " if not loop.first }}marks[stream * ACROSS + {{ n }}u]{% endfor %};
+            let k_bad = {{ joined(across, " | ", "marks[stream * ACROSS + #u]") }};
             workgroupBarrier();
 {% for r in range(rows) %}
 {% for j in range(keys) %}
@@ -237,7 +245,11 @@ fn main(
 {% for r in range(1, rows) %}
                 x_{{ j }} = select(x_{{ j }}, x_{{ r }}_{{ j }}, r == {{ r }}u);
 {% endfor %}
-                x_{{ j }} = select(HIDDEN, logit(batch, head, row, key + {{ j }}u, seq, x_{{ j }}), key + {{ j }}u < end);
+                x_{{ j }} = select(
+                    HIDDEN,
+                    logit(batch, head, row, key + {{ j }}u, seq, x_{{ j }}),
+                    key + {{ j }}u < end,
+                );
 {% for r in range(rows) %}
                 x_{{ r }}_{{ j }} = select(x_{{ r }}_{{ j }}, x_{{ j }}, r == {{ r }}u);
 {% endfor %}
@@ -246,7 +258,11 @@ fn main(
 {% else %}
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-            x_{{ r }}_{{ j }} = select(HIDDEN, x_{{ r }}_{{ j }}, (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < min(range_{{ r }}.y, end)));
+            x_{{ r }}_{{ j }} = select(
+                HIDDEN,
+                x_{{ r }}_{{ j }},
+                (key + {{ j }}u >= range_{{ r }}.x) & (key + {{ j }}u < min(range_{{ r }}.y, end)),
+            );
 {% endfor %}
 {% endfor %}
 {% endif %}
@@ -254,18 +270,22 @@ fn main(
             for (var once = u32((q_bad | k_bad) != 0u); once > 0u; once--) {
 {% for r in range(rows) %}
 {% for j in range(keys) %}
-                x_{{ r }}_{{ j }} = with_code(x_{{ r }}_{{ j }}, s_{{ r }}_{{ j }}, ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u);
+                x_{{ r }}_{{ j }} = with_code(
+                    x_{{ r }}_{{ j }},
+                    s_{{ r }}_{{ j }},
+                    ((q_bad & {{ 2 ** r }}u) | (k_bad & {{ 2 ** j }}u)) != 0u,
+                );
 {% endfor %}
 {% endfor %}
             }
 {% for r in range(rows) %}
-            let higher_{{ r }} = {% for j in range(keys) %}max(x_{{ r }}_{{ j }}, {% endfor %}m_{{ r }}{% for j in range(keys) %}){% endfor %};
+            let higher_{{ r }} = {{ maximum(keys, "x_%s" | format(r), "m_%s" | format(r)) }};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
             m_{{ r }} = higher_{{ r }};
 {% for j in range(keys) %}
             let p_{{ r }}_{{ j }} = select(0.0, weigh(x_{{ r }}_{{ j }}, higher_{{ r }}), x_{{ r }}_{{ j }} > MINUS);
 {% endfor %}
-            l_{{ r }} = l_{{ r }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }}{% endfor %};
+            l_{{ r }} = l_{{ r }} * shrink_{{ r }} + {{ joined(keys, " + ", "p_%s_#" | format(r)) }};
 {% endfor %}
 {% for j in range(keys) %}
 {% if streams == 1 %}
@@ -281,16 +301,19 @@ fn main(
 {% endfor %}
 {% for r in range(rows) %}
 {% for c in range(chunks) %}
-            o_{{ r }}_{{ c }} = o_{{ r }}_{{ c }} * shrink_{{ r }}{% for j in range(keys) %} + p_{{ r }}_{{ j }} * v_{{ j }}_{{ c }}{% endfor %};
+            o_{{ r }}_{{ c }} =
+                o_{{ r }}_{{ c }} * shrink_{{ r }} + {{ joined(keys, " + ", "p_%s_# * v_#_%s" | format(r, c)) }};
 {% endfor %}
 {% endfor %}
-            for (var once = u32(!({% for j in range(keys) %}{{ " & " if not loop.first }}{% for c in range(chunks) %}{{ " & " if not loop.first }}good_{{ j }}_{{ c }}{% endfor %}{% endfor %})); once > 0u; once--) {
+            for (var once = u32(!({{ all_good(keys, chunks) }})); once > 0u; once--) {
 {% if streams == 1 %}
 {% for j in range(keys) %}
 {% for w in range(words) %}
-                let class_of_{{ j }}_{{ w }} = {% for c in range(4 * w, [4 * w + 4, chunks] | min) %}{{ " | " if not loop.first }}(classes(raw_{{ j }}_{{ c }}) << {{ c % 4 * 8 }}u){% endfor %};
+                let class_of_{{ j }}_{{ w }} =
+                    {{ classes_word("raw_%s" | format(j), 4 * w, [4, chunks - 4 * w] | min) }};
 {% for r in range(rows) %}
-                class_{{ r }}_{{ w }} |= classes_seen(class_of_{{ j }}_{{ w }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
+                class_{{ r }}_{{ w }} |=
+                    classes_seen(class_of_{{ j }}_{{ w }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -299,7 +322,8 @@ fn main(
 {% for c in range(chunks) %}
                 let class_of_{{ j }}_{{ c }} = classes(raw_{{ j }}_{{ c }});
 {% for r in range(rows) %}
-                let own_{{ r }}_{{ j }}_{{ c }} = classes_seen(class_of_{{ j }}_{{ c }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
+                let own_{{ r }}_{{ j }}_{{ c }} =
+                    classes_seen(class_of_{{ j }}_{{ c }}, x_{{ r }}_{{ j }} > HIDDEN, x_{{ r }}_{{ j }} == MINUS);
                 if (own_{{ r }}_{{ j }}_{{ c }} != 0u) {
                     atomicOr(&row_classes[lane + {{ r * dims // 4 + c * across }}u], own_{{ r }}_{{ j }}_{{ c }});
                 }
@@ -325,7 +349,7 @@ fn main(
         let line = min(line_first + r, line_last);
         let row = line_row(line);
         let head = line_head(here.head, line);
-{% macro pick(name) %}{% for r in range(1, rows) %}select({% endfor %}{{ name | replace("#", "0") }}{% for r in range(1, rows) %}, {{ name | replace("#", r) }}, r == {{ r }}u){% endfor %}{% endmacro %}
+{% macro pick(name) %}{{ chosen(rows, "r", name) }}{% endmacro %}
         let own = {{ pick("m_#") }};
         var m = own;
         var l = {{ pick("l_#") }};
@@ -338,26 +362,19 @@ fn main(
             l += totals[r * STREAMS + n].y * weigh(totals[r * STREAMS + n].x, m);
         }
 {% endif %}
-        var shrink = 1.0;
-        if ((params.flags & SINKS) != 0u) {
-            let with_sink = join_sink(m, l, coded(lists[params.list_sinks + head]));
-            shrink = with_sink.shrink;
-            l = with_sink.l;
-            m = with_sink.m;
-        }
+{{ join_sinks("head") }}
         let all_nan = select(0u, 0xffu, broken(m));
-        let factor = select(0.0, {{ "weigh(own, m)" if streams > 1 else "shrink" }} / l, l > 0.0);
-        if ((params.flags & LSE) != 0u && thread == 0u && r < turns) {
-            let at = params.lse_base + here.col_tile * params.partial_lse + batch * params.lse_batch + head * params.lse_head + row;
-            store_lse(at, m, l);
-        }
+        let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
+{% set part = "params.lse_base + here.col_tile * params.partial_lse" %}
+{{ leave_lse(part ~ " + batch * params.lse_batch + head * params.lse_head + row", "thread == 0u && r < turns") }}
 {% for c in range(chunks) %}
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
 {% else %}
         if (r < turns && dim_{{ c }} < params.value_dim) {
-            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | (({{ pick("class_#_" ~ c // 4) }} >> {{ c % 4 * 8 }}u) & 0xffu));
+{% set classes = "((%s >> %su) & 0xffu)" | format(pick("class_#_" ~ c // 4), c % 4 * 8) %}
+            write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | {{ classes }});
         }
 {% endif %}
 {% endfor %}
@@ -368,7 +385,8 @@ fn main(
             for (var n = 0u; n < STREAMS; n++) {
                 sum += outputs[n * {{ dims // 4 }}u + thread];
             }
-            write(batch, head, row, here.col_tile, thread * 4u, sum, all_nan | atomicLoad(&row_classes[r * {{ dims // 4 }}u + thread]));
+{% set classes = "atomicLoad(&row_classes[r * %su + thread])" | format(dims // 4) %}
+            write(batch, head, row, here.col_tile, thread * 4u, sum, all_nan | {{ classes }});
         }
         workgroupBarrier();
 {% endif %}

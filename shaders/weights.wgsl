@@ -1,10 +1,13 @@
-// Weights:  w = exp(x − m) / l  in place on raw scores, x being their logits and m, l the maximum and sum that a fused kernel left of
-// each row;  lse = m + ln l  where it is asked for. Hidden keys weigh 0, and so does all of a row that sees none.
-// (Dao et al., FlashAttention, 2022: softmax recomputed from its normaliser.)
+{% from "shared/address.wgsl" import lse_at, row_at %}
+// Weights:  w = exp(x − m) / l  in place on raw scores, x being their logits and m, l the maximum and sum that a fused
+// kernel left of each row;  lse = m + ln l  where it is asked for. Hidden keys weigh 0, and so does all of a row that
+// sees none. (Dao et al., FlashAttention, 2022: softmax recomputed from its normaliser.)
 //
-// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a weight.
+// Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads and batches. One invocation a
+//            weight.
 // Memory:    no workgroup memory.
-// Given:     s, the output, holds scale · q·k of every key that a row sees by range; totals hold m and l of every row. Every place is written.
+// Given:     s, the output, holds scale · q·k of every key that a row sees by range; totals hold m and l of every row.
+//            Every place is written.
 // Reference: src/reference/weights.rs
 {% include "shared/params.wgsl" %}
 
@@ -32,10 +35,10 @@ fn main(
         return;
     }
     let seq = sequence(here.batch);
-    let at = params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row + key;
+    let at = {{ row_at("s", "here.batch", "here.head", "row") }} + key;
     var bits = 0u;
     if (row < seq.rows) {
-        let line = params.lse_base + batch_of(here.batch) * params.lse_batch + here.head * params.lse_head + seq.token_q + row;
+        let line = {{ lse_at("batch_of(here.batch)", "here.head", "seq.token_q + row") }};
         let m = totals[line].x;
         let l = totals[line].y;
         let range = key_range(seq, row);

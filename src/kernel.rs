@@ -141,6 +141,18 @@ impl Variant {
         }
     }
 
+    /// The file of the shader under `shaders/`, without its ending: that of the kernel, or that of its second body or pass.
+    pub fn shader(&self) -> &'static str {
+        let lanes = |tile: &Tile| tile.body != Body::Tiled;
+        match self {
+            Variant::Scores(x) if lanes(&x.tile) => "scores_lanes",
+            Variant::Values(x) if lanes(&x.tile) => "values_lanes",
+            Variant::Project(x) if lanes(&x.tile) => "project_lanes",
+            Variant::Merge(merge::Merge::Totals { .. }) => "merge_totals",
+            _ => self.kernel(),
+        }
+    }
+
     /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
     pub fn takes_group(&self) -> bool {
         match self {

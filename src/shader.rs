@@ -20,7 +20,11 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     environment.add_global("flags", params::FLAGS.iter().copied().collect::<std::collections::BTreeMap<_, _>>());
     let sources = templates![
         "shared/params.wgsl",
+        "shared/unroll.wgsl",
+        "shared/address.wgsl",
         "shared/lines.wgsl",
+        "shared/tile.wgsl",
+        "shared/operands.wgsl",
         "shared/visible.wgsl",
         "shared/pages.wgsl",
         "shared/code.wgsl",
@@ -30,12 +34,22 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/normaliser.wgsl",
         "shared/total.wgsl",
         "shared/weight.wgsl",
+        "shared/weigh.wgsl",
+        "shared/finish.wgsl",
         "shared/turn.wgsl",
+        "shared/scores.wgsl",
+        "shared/values.wgsl",
+        "shared/project.wgsl",
+        "shared/merge.wgsl",
+        "shared/merge_row.wgsl",
         "scores.wgsl",
+        "scores_lanes.wgsl",
         "logits.wgsl",
         "softmax.wgsl",
         "values.wgsl",
+        "values_lanes.wgsl",
         "project.wgsl",
+        "project_lanes.wgsl",
         "rotary.wgsl",
         "extra.wgsl",
         "append.wgsl",
@@ -48,6 +62,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "matrix.wgsl",
         "split.wgsl",
         "merge.wgsl",
+        "merge_totals.wgsl",
     ];
     for (name, source) in sources {
         environment.add_template(name, source).unwrap_or_else(|error| panic!("template {name}: {error:#}"));
@@ -57,7 +72,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
 
 /// The WGSL of a variant.
 pub fn render(variant: &Variant) -> String {
-    let name = format!("{}.wgsl", variant.kernel());
-    let template = TEMPLATES.get_template(&name).expect("every kernel has its template");
+    let name = format!("{}.wgsl", variant.shader());
+    let template = TEMPLATES.get_template(&name).expect("every shader has its template");
     template.render(variant.context()).unwrap_or_else(|error| panic!("rendering {variant}: {error:#}"))
 }

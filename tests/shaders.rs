@@ -219,6 +219,18 @@ fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
 }
 
 #[test]
+fn no_line_of_a_shader_is_longer_than_120_columns() {
+    for folder in ["shaders", "shaders/shared"] {
+        for stem in stems(folder, "wgsl") {
+            let path = format!("{folder}/{stem}.wgsl");
+            let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).unwrap();
+            let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+            assert!(longest <= 120, "{path} has a line of {longest} columns");
+        }
+    }
+}
+
+#[test]
 fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");
@@ -226,8 +238,16 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     ["params", "slot", "format", "body", "fused"]
         .iter()
         .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
-    assert_eq!(shaders, modules);
-    assert_eq!(shaders, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
+    assert_eq!(modules, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
+    assert_eq!(shaders, Variant::all().iter().map(|variant| variant.shader().to_owned()).collect());
+    // A shader beside that of the kernel is a second body or pass.
+    for variant in Variant::all() {
+        let (kernel, shader) = (variant.kernel(), variant.shader());
+        assert!(
+            shader.strip_prefix(kernel).is_some_and(|rest| ["", "_lanes", "_totals"].contains(&rest)),
+            "{kernel} has the shader {shader}"
+        );
+    }
     // The error budget has no kernel, a list of rows is where results are put, and `layer` composes the others.
     let mut idle = stems("src/reference", "rs");
     ["budget", "query", "layer"].iter().for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));

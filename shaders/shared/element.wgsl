@@ -1,6 +1,6 @@
-{# Loads and stores of four consecutive elements per element type. `vector`: every address is a multiple of four elements.
-   f16 and bf16 are packed in u32 (`native` f16 uses the adapter's own type for loads). `wide`: whole vectors are loaded by 64 bits, for
-   drivers that load component by component. Arithmetic is f32. #}
+{# Loads and stores of four consecutive elements per element type. `vector`: every address is a multiple of four
+   elements. f16 and bf16 are packed in u32 (`native` f16 uses the adapter's own type for loads). `wide`: whole vectors
+   are loaded by 64 bits, for drivers that load component by component. Arithmetic is f32. #}
 
 {% macro storage(element, native, vector, wide=false) -%}
 {% if wide and vector %}array<{{ "vec2<u64>" if element == "f32" else "u64" }}>
@@ -10,7 +10,11 @@
 {%- endmacro %}
 
 {% macro words(name, wide) -%}
-{% if wide %}vec2<u32>(u32({{ name }}[index >> 2u]), u32({{ name }}[index >> 2u] >> 32u)){% else %}{{ name }}[index >> 2u]{% endif %}
+{% if wide -%}
+vec2<u32>(u32({{ name }}[index >> 2u]), u32({{ name }}[index >> 2u] >> 32u))
+{%- else -%}
+{{ name }}[index >> 2u]
+{%- endif %}
 {%- endmacro %}
 
 {% macro load(name, element, native, vector, wide=false) %}
@@ -144,11 +148,13 @@ fn half_bits(x: f32) -> u32 {
 {% if element != "f32" %}
 {{ rounding(element) }}
 {% endif %}
-// Writes the bits of f32 values to elements index .. index + 3 of {{ name }}, only the first `valid` where they are not whole vectors.
+// Writes the bits of f32 values to elements index .. index + 3 of {{ name }}, only the first `valid` where they are not
+// whole vectors.
 fn store_{{ name }}(index: u32, valid: u32, bits: vec4<u32>) {
 {% if element != "f32" %}
     let x = bitcast<vec4<f32>>(bits);
-    {{ name }}[index >> 2u] = vec2<u32>(half_bits(x.x) | (half_bits(x.y) << 16u), half_bits(x.z) | (half_bits(x.w) << 16u));
+    {{ name }}[index >> 2u] =
+        vec2<u32>(half_bits(x.x) | (half_bits(x.y) << 16u), half_bits(x.z) | (half_bits(x.w) << 16u));
 {% elif vector %}
     {{ name }}[index >> 2u] = bits;
 {% else %}

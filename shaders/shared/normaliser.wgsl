@@ -7,7 +7,8 @@ fn lse_bits(m: f32, l: f32) -> u32 {
     return select(select(finite_or_minus, 0x7f800000u, m == PLUS), 0x7fc00000u, m == UNDEFINED);
 }
 
-// Maximum and sum of a row with a sink, and the factor of what was summed under the maximum before. A sink of −∞ is none.
+// Maximum and sum of a row with a sink, and the factor of what was summed under the maximum before. A sink of −∞ is
+// none.
 struct Joined {
     m: f32,
     l: f32,

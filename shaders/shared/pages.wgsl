@@ -1,7 +1,8 @@
-{# Where keys and values stand: rows of their batch, or of the pages of a pool that the block table names. Needs visible.wgsl; without
-   `lists` no problem with pages runs. #}
+{# Where keys and values stand: rows of their batch, or of the pages of a pool that the block table names. Needs
+   visible.wgsl; without `lists` no problem with pages runs. #}
 
-// Batch (or page) and row of k and v that hold key `key`. Page numbers come from the GPU: clamped, so that no value leaves the pool.
+// Batch (or page) and row of k and v that hold key `key`. Page numbers come from the GPU: clamped, so that no value
+// leaves the pool.
 fn stored_at(s: Sequence, batch: u32, key: u32) -> vec2<u32> {
     var at = vec2<u32>(batch_of(batch), s.token_kv + key);
 {% if lists %}

@@ -1,4 +1,5 @@
-{# What every kernel starts with: its uniform, and which part of the work a workgroup owns. `params_fields` comes from src/kernel/params.rs. #}
+{# What every kernel starts with: its uniform, and which part of the work a workgroup owns. `params_fields` comes from
+   src/kernel/params.rs. #}
 struct Params {
 {{ params_fields }}}
 
@@ -8,7 +9,8 @@ struct Params {
 const {{ name }}: u32 = {{ bit }}u;
 {% endfor %}
 
-// The part of the work that one workgroup owns: a batch, a head, a tile of rows and a tile of columns (keys or value dims).
+// The part of the work that one workgroup owns: a batch, a head, a tile of rows and a tile of columns (keys or value
+// dims).
 struct Place {
     inside: bool,
     batch: u32,
@@ -17,7 +19,8 @@ struct Place {
     col_tile: u32,
 }
 
-// Workgroups are numbered through, so that any count folds into three grid axes; columns run fastest, then rows, then heads.
+// Workgroups are numbered through, so that any count folds into three grid axes; columns run fastest, then rows, then
+// heads.
 fn place(workgroup: vec3<u32>, grid: vec3<u32>) -> Place {
     let number = params.first + workgroup.x + grid.x * (workgroup.y + grid.y * workgroup.z);
     // The grid may overshoot; whoever does not return then still forms addresses that exist.

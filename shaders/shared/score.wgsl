@@ -1,11 +1,13 @@
-{# The score transform of the contract, once for every kernel that forms dot products. Needs visible.wgsl.
-   `full`: with soft cap, ALiBi, bias and boolean mask (bindings `mask`, `bias`); otherwise the scale alone, and the key range is left to softmax. #}
+{% from "shared/address.wgsl" import row_at %}
+{# The score transform of the contract, once for every kernel that forms dot products. Needs visible.wgsl. `full`: with
+   soft cap, ALiBi, bias and boolean mask (bindings `mask`, `bias`); otherwise the scale alone, and the key range is
+   left to softmax. #}
 
 {% include "shared/code.wgsl" %}
 
 {% if full %}
-// tanh through exp (WGSL's own may be off by 1e-5); a series where 1 − exp cancels. No compiler knows 1 − exp(x) as anything else, so that
-// there is nothing to simplify.
+// tanh through exp (WGSL's own may be off by 1e-5); a series where 1 − exp cancels. No compiler knows 1 − exp(x) as
+// anything else, so that there is nothing to simplify.
 fn tanh_exact(x: f32) -> f32 {
     let e = exp(-2.0 * min(abs(x), 20.0));
     let far = sign(x) * (1.0 - e) / (1.0 + e);
@@ -22,7 +24,7 @@ fn mask_allows(batch: u32, head: u32, row: u32, key: u32) -> bool {
     if (key >= params.mask_keys) {
         return false;
     }
-    let at = params.mask_base + batch * params.mask_batch + head * params.mask_head + row * params.mask_row + key * params.mask_key;
+    let at = {{ row_at("mask", "batch", "head", "row") }} + key * params.mask_key;
     return ((mask[at >> 2u] >> ((at & 3u) * 8u)) & 0xffu) != 0u;
 }
 
@@ -31,7 +33,7 @@ fn bias_bits(batch: u32, head: u32, row: u32, key: u32) -> u32 {
     if (key >= params.bias_keys) {
         return 0xff800000u;
     }
-    let at = params.bias_base + batch * params.bias_batch + head * params.bias_head + row * params.bias_row + key * params.bias_key;
+    let at = {{ row_at("bias", "batch", "head", "row") }} + key * params.bias_key;
     if ((params.flags & BIAS_F32) != 0u) {
         return bias[at];
     }
@@ -79,7 +81,8 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
 }
 
 {% if quick is defined %}
-// The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit` what comes of it.
+// The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit`
+// what comes of it.
 fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
@@ -124,8 +127,8 @@ fn scaled_code(dot_product: f32) -> f32 {
     return scale_code(code_of(dot_product));
 }
 
-// The logit x of a pair as arithmetic clamped it, or its code where q or k of the pair holds NaN or an infinity (`bad`) and the row sees
-// the key. A soft cap makes a number of an infinite score, so that x stays.
+// The logit x of a pair as arithmetic clamped it, or its code where q or k of the pair holds NaN or an infinity (`bad`)
+// and the row sees the key. A soft cap makes a number of an infinite score, so that x stays.
 fn with_code(x: f32, dot_product: f32, bad: bool) -> f32 {
     let code = scaled_code(dot_product);
     let capped = ((params.flags & SOFTCAP) != 0u) & (code != UNDEFINED);

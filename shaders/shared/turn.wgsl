@@ -1,5 +1,6 @@
-{# What turns rows by their positions, for pairs of `type`: a number or a vector of them. Needs the bindings `positions`, u32, and `table`,
-   whose rows of params.head_dim numbers hold the cosines, then the sines of a position. #}
+{# What turns rows by their positions, for pairs of `type`: a number or a vector of them. Needs the bindings
+   `positions`, u32, and `table`, whose rows of params.head_dim numbers hold the cosines, then the sines of a position.
+   #}
 {% macro turn(type) %}
 // The row of the table for a row of a batch; positions beyond the table take its last one.
 fn position(batch: u32, row: u32) -> u32 {

@@ -12,8 +12,8 @@ fn finite_or_zero(x: vec4<f32>) -> vec4<f32> {
     return select(vec4<f32>(), x, finite_each(x));
 }
 
-// What a visible value makes of an element of out, a bit each: bit c where component c is NaN or +∞, bit 4 + c where it is NaN or −∞. Of
-// the classes of several values, those of their weighted sum are the union.
+// What a visible value makes of an element of out, a bit each: bit c where component c is NaN or +∞, bit 4 + c where it
+// is NaN or −∞. Of the classes of several values, those of their weighted sum are the union.
 fn classes(x: vec4<f32>) -> u32 {
     let bits = bitcast<vec4<u32>>(x);
     let size = bits & vec4<u32>(0x7fffffffu);
@@ -26,12 +26,14 @@ fn classes(x: vec4<f32>) -> u32 {
     return both.x | both.y | both.z | both.w;
 }
 
-// The classes where the weight is exactly 0, because the logit is −∞: 0 · ∞ is NaN. For any number of classes side by side.
+// The classes where the weight is exactly 0, because the logit is −∞: 0 · ∞ is NaN. For any number of classes side by
+// side.
 fn classes_of_zero(all: u32) -> u32 {
     return all | ((all >> 4u) & 0x0f0f0f0fu) | ((all & 0x0f0f0f0fu) << 4u);
 }
 
-// The classes that a row takes from a value whose key it sees or not, and weighs exactly 0 or not. For any number of classes side by side.
+// The classes that a row takes from a value whose key it sees or not, and weighs exactly 0 or not. For any number of
+// classes side by side.
 fn classes_seen(all: u32, visible: bool, weighs_zero: bool) -> u32 {
     return select(0u, select(all, classes_of_zero(all), weighs_zero), visible);
 }
@@ -53,3 +55,17 @@ fn larger(sizes: vec4<u32>, x: vec4<f32>) -> vec4<u32> {
 fn any_ends(sizes: vec4<u32>) -> bool {
     return max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)) >= 0x7f800000u;
 }
+
+{# A word with the classes of up to four vectors, eight bits each. The vectors are the variables name_first,
+   name_(first + 1), and so on. #}
+{% macro classes_word(name, first, count=4) -%}
+{% for i in range(count) -%}
+{{ " | " if not loop.first }}(classes({{ name }}_{{ first + i }}) << {{ i * 8 }}u)
+{%- endfor %}
+{%- endmacro %}
+
+{# The classes of vector c, in the lowest bits. The words of four vectors each are the variables name_0, name_1, and so
+   on. #}
+{% macro classes_of_vector(name, c) -%}
+{{ name }}_{{ c // 4 }} >> {{ c % 4 * 8 }}u
+{%- endmacro %}

@@ -1,7 +1,8 @@
-{# Lengths, positions and the key range of a row. Needs params.wgsl and, with `lists`, the binding of that name: the small per-batch and
-   per-head arrays. Without it no problem that has any of them runs. #}
+{# Lengths, positions and the key range of a row. Needs params.wgsl and, with `lists`, the binding of that name: the
+   small per-batch and per-head arrays. Without it no problem that has any of them runs. #}
 
-// One batch entry or packed sequence. Lengths that come from the GPU are clamped here, so that no value leaves a buffer.
+// One batch entry or packed sequence. Lengths that come from the GPU are clamped here, so that no value leaves a
+// buffer.
 struct Sequence {
     rows: u32,       // query rows
     keys: u32,       // keys that may be visible

@@ -1,4 +1,4 @@
-//! Host side of `shaders/merge.wgsl`: one result from several, each over a part of the keys.
+//! Host side of `shaders/merge_totals.wgsl` and `shaders/merge.wgsl`: one result from several, each over a part of the keys.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Host side of `shaders/project.wgsl`: y = x w + b.
+//! Host side of `shaders/project.wgsl` and `shaders/project_lanes.wgsl`: y = x w + b.
 
 use std::fmt;
 

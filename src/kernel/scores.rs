@@ -1,4 +1,4 @@
-//! Host side of `shaders/scores.wgsl`: s = scale · q kᵀ.
+//! Host side of `shaders/scores.wgsl` and `shaders/scores_lanes.wgsl`: s = scale · q kᵀ.
 
 use std::fmt;
 

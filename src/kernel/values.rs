@@ -1,4 +1,4 @@
-//! Host side of `shaders/values.wgsl`: out = w v.
+//! Host side of `shaders/values.wgsl` and `shaders/values_lanes.wgsl`: out = w v.
 
 use std::fmt;
 

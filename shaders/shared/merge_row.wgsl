@@ -1,0 +1,8 @@
+{# The row of `merge` that has the number `line`, and its address `at`: in lse, in totals and, from partial_base on, in
+   the lse of each partial. #}
+    let rows = params.row_end - params.row0;
+    let plane = line / rows;
+    let row = params.row0 + line % rows;
+    let head = params.head0 + plane % params.heads;
+    let batch = params.batch0 + plane / params.heads;
+    let at = batch * params.lse_batch + head * params.lse_head + row;
