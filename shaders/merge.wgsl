@@ -66,7 +66,8 @@ fn main(
 {% endif %}
     for (var n = params.key0; n < params.key_end; n++) {
         let one = partial(n, at);
-        if (one.x > MINUS) {
+        // A part of which all logits are −∞ weighs 0, but its NaN show.
+        if (one.x > HIDDEN) {
             let part = load_partial_out(from_place + n * params.partial_out, valid);
             all |= classes(part);
             sum += weigh(one.x, total.x) * one.y * inverse * part;

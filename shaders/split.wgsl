@@ -363,7 +363,9 @@ fn main(
         }
 {% endif %}
 {{ join_sinks("head") }}
-        let all_nan = select(0u, 0xffu, broken(m));
+        // Where `merge` goes on, other parts or the sink decide what becomes of logits of which all are −∞.
+        let decided = (m != MINUS) | ((params.flags & PARTIAL) == 0u);
+        let all_nan = select(0u, 0xffu, broken(m) & decided);
         let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
 {% set part = "params.lse_base + here.col_tile * params.partial_lse" %}
 {{ leave_lse(part ~ " + batch * params.lse_batch + head * params.lse_head + row", "thread == 0u && r < turns") }}

@@ -457,7 +457,8 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         if let Some(fused) = self.fused {
             // m + ln l would lose l where m is large.
-            let totals = if self.totals() || self.partials > 0 { flags::LSE | flags::TOTALS } else { 0 };
+            let partial = if self.partials > 0 { flags::LSE | flags::TOTALS | flags::PARTIAL } else { 0 };
+            let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 } | partial;
             let lse = if s.lse { flags::LSE } else { 0 };
             self.state = self.state.max(self.state_bytes(part));
             for keys in self.ranges() {

@@ -235,4 +235,5 @@ flags! {
     PAGED = 20,
     TURN = 21,
     HALVES = 22,
+    PARTIAL = 23,
 }

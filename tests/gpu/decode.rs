@@ -2,8 +2,8 @@
 
 use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Options, Window};
 
-use crate::problem;
 use crate::support::{Case, Data, Tensor, gpus, is_small};
+use crate::{problem, ways};
 
 fn split() -> Options {
     Options { kernel: Some(Kernel::Split), ..Options::default() }
@@ -74,6 +74,36 @@ fn parts_of_large_logits_count_by_the_number_of_their_keys() {
         for gpu in gpus() {
             let (_, plan) = case.check(gpu, &split());
             assert!(plan.steps()[0].params.col_tiles > 1, "{plan}");
+        }
+    }
+}
+
+/// A part of which every logit is −∞ weighs nothing beside another part or a sink, but 0 · ∞ is NaN in the elements of infinite values.
+#[test]
+fn infinite_values_show_in_a_part_that_weighs_nothing() {
+    for (sinks, keys, nan) in [(true, 1, 2), (true, 600, 2), (false, 600, 2), (false, 1, 2 * 21)] {
+        for element in [Element::F32, Element::F16] {
+            let p = problem([1, 4, 1, 1601, 24], |p| {
+                (p.kv_heads, p.value_dim, p.element, p.lse) = (2, 21, element, true);
+                (p.sinks, p.weights, p.logits, p.key_lengths) = (sinks, false, None, true);
+            });
+            let mut data = Data::random(&p, 5, 1.0);
+            data.key_lengths = Some(vec![if keys == 1 { 1 } else { 1601 }]);
+            // The queries are positive in their first lane, where the first keys hold −∞.
+            for head in 0..4 {
+                data.q.set(head * 24, 1.0);
+            }
+            for key in 0..keys {
+                data.k.set(key * 24, f32::NEG_INFINITY);
+            }
+            data.v.set(20, f32::INFINITY);
+            let case = Case::new(p, data);
+            assert_eq!(case.want.out.iter().filter(|x| x.is_nan()).count(), nan);
+            for gpu in gpus() {
+                for way in ways(gpu, &case.problem) {
+                    case.check(gpu, &way);
+                }
+            }
         }
     }
 }
