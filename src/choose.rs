@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernel::body::{Body, LANE_DIMS, LANE_ROWS, Tile, WIDE_LANES, lane_bodies};
 use crate::kernel::format::Format;
 use crate::kernel::fused::Operands;
+use crate::kernel::shader::Shader;
 use crate::kernel::{Variant, flash, matrix, rows, scores, split, values};
 use crate::options::{Form, Kernel, Options};
 use crate::problem::{Causal, Element};

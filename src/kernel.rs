@@ -17,6 +17,7 @@ pub mod project;
 pub mod rotary;
 pub mod rows;
 pub mod scores;
+pub mod shader;
 pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
@@ -29,202 +30,120 @@ use minijinja::Value;
 
 pub use body::{Body, SUBGROUP_SIZES, Tile};
 pub use format::Format;
+pub use shader::{Needs, Shader};
 pub use slot::Slot;
 
-/// One renderable shader: the key of the pipeline cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Variant {
-    /// Tiled QKᵀ.
-    Scores(scores::Scores),
-    /// The score transform in place.
-    Logits(logits::Logits),
-    /// Masked row softmax.
-    Softmax(softmax::Softmax),
-    /// Weights × V.
-    Values(values::Values),
-    /// Scores to an output.
-    Export(export::Export),
-    /// Raw scores to weights in place, after a fused kernel.
-    Weights(weights::Weights),
-    /// f32 to 16-bit output.
-    Pack(pack::Pack),
-    /// Fused, a query row per lane.
-    Rows(rows::Rows),
-    /// Fused, tiled.
-    Flash(flash::Flash),
-    /// Fused, by cooperative matrices.
-    Matrix(matrix::Matrix),
-    /// Fused, for few queries: keys shared out to workgroups.
-    Split(split::Split),
-    /// Rows times a weight matrix.
-    Project(project::Project),
-    /// Rotary position embedding.
-    Rotary(rotary::Rotary),
-    /// One more key that every row sees.
-    Extra(extra::Extra),
-    /// The weights that the layer gives out.
-    Average(average::Average),
-    /// One result from several.
-    Merge(merge::Merge),
-    /// New rows of a cache.
-    Append(append::Append),
-}
-
-macro_rules! each {
-    ($variant:expr, $x:ident => $body:expr) => {
-        match $variant {
-            Variant::Scores($x) => $body,
-            Variant::Logits($x) => $body,
-            Variant::Softmax($x) => $body,
-            Variant::Values($x) => $body,
-            Variant::Export($x) => $body,
-            Variant::Weights($x) => $body,
-            Variant::Pack($x) => $body,
-            Variant::Rows($x) => $body,
-            Variant::Flash($x) => $body,
-            Variant::Matrix($x) => $body,
-            Variant::Split($x) => $body,
-            Variant::Project($x) => $body,
-            Variant::Rotary($x) => $body,
-            Variant::Extra($x) => $body,
-            Variant::Average($x) => $body,
-            Variant::Merge($x) => $body,
-            Variant::Append($x) => $body,
+/// Writes [`Variant`] from the list of kernels: what is known of any kernel stands in its own module.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $module:ident: $kernel:ident,)*) => {
+        /// One renderable shader: the key of the pipeline cache.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Variant {
+            $($(#[$doc])* $kernel($module::$kernel),)*
         }
+
+        macro_rules! each {
+            ($variant:expr, $x:ident => $body:expr) => {
+                match $variant {
+                    $(Variant::$kernel($x) => $body,)*
+                }
+            };
+        }
+
+        impl Variant {
+            /// Every variant that the planner can choose.
+            pub fn all() -> Vec<Variant> {
+                let mut all = Vec::new();
+                $(all.extend(<$module::$kernel as Shader>::all().map(Variant::$kernel));)*
+                all
+            }
+        }
+
+        $(impl From<$module::$kernel> for Variant {
+            fn from(variant: $module::$kernel) -> Variant {
+                Variant::$kernel(variant)
+            }
+        })*
     };
 }
 
+kernels! {
+    /// Tiled QKᵀ.
+    scores: Scores,
+    /// The score transform in place.
+    logits: Logits,
+    /// Masked row softmax.
+    softmax: Softmax,
+    /// Weights × V.
+    values: Values,
+    /// Scores to an output.
+    export: Export,
+    /// Raw scores to weights in place, after a fused kernel.
+    weights: Weights,
+    /// f32 to 16-bit output.
+    pack: Pack,
+    /// Fused, a query row per lane.
+    rows: Rows,
+    /// Fused, tiled.
+    flash: Flash,
+    /// Fused, by cooperative matrices.
+    matrix: Matrix,
+    /// Fused, for few queries: keys shared out to workgroups.
+    split: Split,
+    /// Rows times a weight matrix.
+    project: Project,
+    /// Rotary position embedding.
+    rotary: Rotary,
+    /// One more key that every row sees.
+    extra: Extra,
+    /// The weights that the layer returns.
+    average: Average,
+    /// One result from several.
+    merge: Merge,
+    /// New rows of a cache.
+    append: Append,
+}
+
 impl Variant {
-    /// Every variant that the planner can choose.
-    pub fn all() -> Vec<Variant> {
-        let mut all = Vec::new();
-        all.extend(scores::Scores::all().map(Variant::Scores));
-        all.extend(logits::Logits::all().map(Variant::Logits));
-        all.extend(softmax::Softmax::all().map(Variant::Softmax));
-        all.extend(values::Values::all().map(Variant::Values));
-        all.extend(export::Export::all().map(Variant::Export));
-        all.extend(weights::Weights::all().map(Variant::Weights));
-        all.extend(pack::Pack::all().map(Variant::Pack));
-        all.extend(rows::Rows::all().map(Variant::Rows));
-        all.extend(flash::Flash::all().map(Variant::Flash));
-        all.extend(matrix::Matrix::all().map(Variant::Matrix));
-        all.extend(split::Split::all().map(Variant::Split));
-        all.extend(project::Project::all().map(Variant::Project));
-        all.extend(rotary::Rotary::all().map(Variant::Rotary));
-        all.extend(extra::Extra::all().map(Variant::Extra));
-        all.extend(average::Average::all().map(Variant::Average));
-        all.extend(merge::Merge::all().map(Variant::Merge));
-        all.extend(append::Append::all().map(Variant::Append));
-        all
-    }
-
-    /// The kernel's noun: its shader, module and reference.
+    /// The kernel's noun, see [`Shader::NAME`].
     pub fn kernel(&self) -> &'static str {
-        match self {
-            Variant::Scores(_) => "scores",
-            Variant::Logits(_) => "logits",
-            Variant::Softmax(_) => "softmax",
-            Variant::Values(_) => "values",
-            Variant::Export(_) => "export",
-            Variant::Weights(_) => "weights",
-            Variant::Pack(_) => "pack",
-            Variant::Rows(_) => "rows",
-            Variant::Flash(_) => "flash",
-            Variant::Matrix(_) => "matrix",
-            Variant::Split(_) => "split",
-            Variant::Project(_) => "project",
-            Variant::Rotary(_) => "rotary",
-            Variant::Extra(_) => "extra",
-            Variant::Average(_) => "average",
-            Variant::Merge(_) => "merge",
-            Variant::Append(_) => "append",
+        fn name<K: Shader>(_: &K) -> &'static str {
+            K::NAME
         }
+        each!(self, x => name(x))
     }
 
-    /// The file of the shader under `shaders/`, without its ending: that of the kernel, or that of its second body or pass.
+    /// See [`Shader::shader`].
     pub fn shader(&self) -> &'static str {
-        let lanes = |tile: &Tile| tile.body != Body::Tiled;
-        match self {
-            Variant::Scores(x) if lanes(&x.tile) => "scores_lanes",
-            Variant::Values(x) if lanes(&x.tile) => "values_lanes",
-            Variant::Project(x) if lanes(&x.tile) => "project_lanes",
-            Variant::Merge(merge::Merge::Totals { .. }) => "merge_totals",
-            _ => self.kernel(),
-        }
+        each!(self, x => x.shader())
     }
 
-    /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
+    /// See [`Shader::takes_group`].
     pub fn takes_group(&self) -> bool {
-        match self {
-            Variant::Scores(x) => x.tile.body != Body::Tiled,
-            Variant::Values(x) => x.tile.body != Body::Tiled,
-            Variant::Split(_) => true,
-            _ => false,
-        }
+        each!(self, x => x.takes_group())
     }
 
-    /// Storage bindings 1, 2, … in order, and whether the kernel writes them.
+    /// See [`Shader::bindings`].
     pub fn bindings(&self) -> Vec<(Slot, bool)> {
         each!(self, x => x.bindings())
     }
 
-    /// Invocations of a workgroup.
+    /// See [`Shader::threads`].
     pub fn threads(&self) -> u32 {
         each!(self, x => x.threads())
     }
 
-    /// Bytes of workgroup memory.
+    /// See [`Shader::workgroup_bytes`].
     pub fn workgroup_bytes(&self) -> u32 {
         each!(self, x => x.workgroup_bytes())
     }
 
-    /// Whether the shader needs the adapter's f16.
-    pub fn uses_f16(&self) -> bool {
-        match self {
-            Variant::Scores(x) => x.format.native,
-            Variant::Values(x) => x.format.native,
-            Variant::Flash(x) => x.format.native,
-            Variant::Matrix(_) => true,
-            _ => false,
-        }
+    /// See [`Shader::needs`].
+    pub fn needs(&self) -> Needs {
+        each!(self, x => x.needs())
     }
 
-    /// Whether the shader needs 64-bit integers.
-    pub fn uses_int64(&self) -> bool {
-        let wide = |body: &Body| matches!(body, Body::Lanes { wide: true, .. });
-        match self {
-            Variant::Scores(x) => wide(&x.tile.body) && x.format.vector,
-            Variant::Values(x) => wide(&x.tile.body),
-            Variant::Rows(x) => wide(&x.tile.body) && x.format.vector,
-            Variant::Split(x) => x.tile.wide() && x.format.vector,
-            Variant::Project(x) => wide(&x.tile.body) && x.vector,
-            _ => false,
-        }
-    }
-
-    /// Whether the shader needs subgroup operations.
-    pub fn uses_subgroups(&self) -> bool {
-        match self {
-            Variant::Scores(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
-            Variant::Values(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
-            Variant::Rows(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
-            Variant::Flash(x) => x.tile.shuffle,
-            Variant::Matrix(x) => !x.emulated,
-            Variant::Split(x) => x.tile.shuffle,
-            Variant::Project(x) => matches!(x.tile.body, Body::Lanes { subgroup: true, .. }),
-            _ => false,
-        }
-    }
-
-    /// The size of the cooperative matrices (f16 operands, f32 sums) that the shader needs, if it needs any.
-    pub fn uses_matrices(&self) -> Option<u32> {
-        match self {
-            Variant::Matrix(x) if !x.emulated => Some(x.tile.size),
-            _ => None,
-        }
-    }
-
-    /// What the template is rendered with.
+    /// See [`Shader::context`].
     pub(crate) fn context(&self) -> Value {
         each!(self, x => x.context())
     }

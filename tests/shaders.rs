@@ -27,12 +27,12 @@ static EVERY: LazyLock<Vec<Checked>> = LazyLock::new(|| {
             .unwrap_or_else(|error| panic!("{variant}\n{}", error.emit_to_string(&source)));
         // unpack2x16float is WebGPU's own; naga counts it as a capability for the sake of WebGL.
         let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-        capabilities.set(Capabilities::SHADER_FLOAT16, variant.uses_f16());
-        capabilities.set(Capabilities::SHADER_INT64, variant.uses_int64());
-        capabilities.set(Capabilities::SUBGROUP, variant.uses_subgroups());
-        capabilities.set(Capabilities::COOPERATIVE_MATRIX, variant.uses_matrices().is_some());
+        capabilities.set(Capabilities::SHADER_FLOAT16, variant.needs().f16);
+        capabilities.set(Capabilities::SHADER_INT64, variant.needs().int64);
+        capabilities.set(Capabilities::SUBGROUP, variant.needs().subgroups);
+        capabilities.set(Capabilities::COOPERATIVE_MATRIX, variant.needs().matrices.is_some());
         let mut validator = Validator::new(ValidationFlags::all(), capabilities);
-        if variant.uses_subgroups() {
+        if variant.needs().subgroups {
             validator
                 .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
                 .subgroup_operations(SubgroupOperationSet::all());
@@ -65,7 +65,7 @@ fn every_variant_is_written_for_every_language_that_has_what_it_uses() {
 
         // HLSL and GLSL have no cooperative matrices, and wgpu offers none on their backends: plans for devices without have none
         // of those variants (tests/plan).
-        if variant.uses_matrices().is_some() {
+        if variant.needs().matrices.is_some() {
             return;
         }
         let direct = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..hlsl::Options::default() };
@@ -76,7 +76,7 @@ fn every_variant_is_written_for_every_language_that_has_what_it_uses() {
 
         // GLSL ES 3.1 has no f16, and subgroups only by an extension: plans for devices without have none of those
         // variants (tests/plan).
-        if !variant.uses_f16() && !variant.uses_subgroups() && !variant.uses_int64() {
+        if !variant.needs().f16 && !variant.needs().subgroups && !variant.needs().int64 {
             let pipeline = glsl::PipelineOptions {
                 shader_stage: ShaderStage::Compute,
                 entry_point: "main".into(),
@@ -103,12 +103,12 @@ fn every_variant_that_a_browser_could_run_is_accepted_by_tint() {
     std::fs::create_dir_all(&folder).unwrap();
     for variant in Variant::all() {
         // WebGPU has neither 64-bit integers nor cooperative matrices.
-        if variant.uses_int64() || variant.uses_matrices().is_some() {
+        if variant.needs().int64 || variant.needs().matrices.is_some() {
             println!("not for browsers: {variant}");
             continue;
         }
         // Tint demands this line, and naga refuses it.
-        let enable = if variant.uses_subgroups() { "enable subgroups; " } else { "" };
+        let enable = if variant.needs().subgroups { "enable subgroups; " } else { "" };
         let text = format!("{enable}{}", shader::render(&variant));
         std::fs::write(folder.join(format!("{variant}.wgsl")), text).unwrap();
     }
@@ -235,7 +235,7 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");
     // What several kernels share.
-    ["params", "slot", "format", "body", "fused"]
+    ["params", "shader", "slot", "format", "body", "fused"]
         .iter()
         .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
     assert_eq!(modules, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());

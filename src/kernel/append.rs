@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// A variant of `append`: what one invocation copies. The bits are copied as they are, so that the element type plays no part.
@@ -19,10 +20,6 @@ pub enum Append {
 }
 
 impl Append {
-    pub(crate) fn all() -> impl Iterator<Item = Append> {
-        [Append::Vector, Append::Word, Append::Half].into_iter()
-    }
-
     /// Bytes of the unit.
     pub(crate) fn bytes(&self) -> u64 {
         match self {
@@ -31,20 +28,24 @@ impl Append {
             Append::Half => 2,
         }
     }
+}
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+impl Shader for Append {
+    const NAME: &str = "append";
+
+    fn all() -> impl Iterator<Item = Self> {
+        [Append::Vector, Append::Word, Append::Half].into_iter()
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::X, false), (Slot::Starts, false), (Slot::BlockTable, false), (Slot::Cache, true)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         let unit = if *self == Append::Vector { "vec4<u32>" } else { "u32" };
         context! { threads => self.threads(), bytes => self.bytes(), unit, half => *self == Append::Half }
     }

@@ -5,30 +5,29 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// The only variant of `average`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Average;
 
-impl Average {
-    pub(crate) fn all() -> impl Iterator<Item = Average> {
+impl Shader for Average {
+    const NAME: &str = "average";
+
+    fn all() -> impl Iterator<Item = Self> {
         std::iter::once(Average)
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::Weights, false), (Slot::Lse, false), (Slot::Averaged, true)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { threads => self.threads() }
     }
 }

@@ -6,6 +6,7 @@ use minijinja::Value;
 use serde::{Deserialize, Serialize};
 
 use super::format::Format;
+use super::shader::Needs;
 
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
 pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
@@ -42,6 +43,18 @@ pub enum Body {
         /// Whether whole vectors are loaded by 64 bits: for drivers that load component by component.
         wide: bool,
     },
+}
+
+impl Body {
+    /// What a shader with this body needs of a device; `vector`: it loads whole vectors of four.
+    pub(crate) fn needs(&self, vector: bool) -> Needs {
+        match *self {
+            Body::Tiled => Needs::default(),
+            Body::Lanes { subgroup, wide, .. } => {
+                Needs { int64: wide && vector, subgroups: subgroup, ..Needs::default() }
+            }
+        }
+    }
 }
 
 impl fmt::Display for Body {

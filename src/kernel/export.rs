@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// A variant of `export`: what it writes.
@@ -14,24 +15,22 @@ pub struct Export {
     pub to: Slot,
 }
 
-impl Export {
-    pub(crate) fn all() -> impl Iterator<Item = Export> {
+impl Shader for Export {
+    const NAME: &str = "export";
+
+    fn all() -> impl Iterator<Item = Self> {
         [Slot::Weights, Slot::Logits].map(|to| Export { to }).into_iter()
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::Scores, false), (self.to, true), (Slot::Lists, false)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { lists => true, threads => self.threads(), full => false }
     }
 }

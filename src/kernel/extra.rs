@@ -5,30 +5,29 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// The only variant of `extra`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Extra;
 
-impl Extra {
-    pub(crate) fn all() -> impl Iterator<Item = Extra> {
+impl Shader for Extra {
+    const NAME: &str = "extra";
+
+    fn all() -> impl Iterator<Item = Self> {
         std::iter::once(Extra)
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::Q, false), (Slot::Shifts, false), (Slot::Lse, true), (Slot::Out, true)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { threads => self.threads() }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::fused::Operands;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -82,16 +83,6 @@ pub const TILES: [Tile; 8] = [
 ];
 
 impl Flash {
-    pub(crate) fn all() -> impl Iterator<Item = Flash> {
-        TILES.into_iter().flat_map(|tile| {
-            Format::all().flat_map(move |format| {
-                let forms = Operands::all().map(|operands| (operands, false)).into_iter();
-                let forms = forms.chain([(Operands::Lists, true), (Operands::Full, true)]);
-                forms.map(move |(operands, carry)| Flash { tile, format, operands, carry })
-            })
-        })
-    }
-
     /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).
     pub fn out(&self) -> Element {
         if self.format.vector { self.format.element } else { Element::F32 }
@@ -103,12 +94,6 @@ impl Flash {
         Flash { operands, carry: true, ..self }
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = self.operands.bindings();
-        slots.extend(self.carry.then_some((Slot::State, true)));
-        slots
-    }
-
     /// Vectors of four of an invocation between two dispatches: maxima, sums and a flag of its rows, and their outputs.
     fn state_vectors(&self) -> u32 {
         2 + self.tile.rows * self.tile.dims / (4 * ACROSS)
@@ -117,10 +102,6 @@ impl Flash {
     /// Bytes of a workgroup between two dispatches.
     pub(crate) fn state_bytes(&self) -> u64 {
         16 * u64::from(self.threads()) * u64::from(self.state_vectors())
-    }
-
-    pub(crate) fn threads(&self) -> u32 {
-        ACROSS * DOWN
     }
 
     /// Turns that the loops of an invocation take together for a tile of keys, the test that ends each among them.
@@ -136,7 +117,37 @@ impl Flash {
         1 + scores + rows + 1 + values + 2 * scores + 2 + classes
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.
+    fn staged_kv(&self) -> u32 {
+        let maxima = if self.format.element == Element::F32 && !self.tile.shuffle { ACROSS * DOWN } else { 0 };
+        self.tile.staged_kv().max(maxima)
+    }
+}
+
+impl Shader for Flash {
+    const NAME: &str = "flash";
+
+    fn all() -> impl Iterator<Item = Self> {
+        TILES.into_iter().flat_map(|tile| {
+            Format::all().flat_map(move |format| {
+                let forms = Operands::all().map(|operands| (operands, false)).into_iter();
+                let forms = forms.chain([(Operands::Lists, true), (Operands::Full, true)]);
+                forms.map(move |(operands, carry)| Flash { tile, format, operands, carry })
+            })
+        })
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = self.operands.bindings();
+        slots.extend(self.carry.then_some((Slot::State, true)));
+        slots
+    }
+
+    fn threads(&self) -> u32 {
+        ACROSS * DOWN
+    }
+
+    fn workgroup_bytes(&self) -> u32 {
         let Tile { value_keys, shuffle, .. } = self.tile;
         let weights = 4 * self.tile.tile_rows() * self.tile.tile_keys();
         // Without shuffles the maxima of the columns, f32, go through the place of k and v, or through one of their own.
@@ -150,13 +161,11 @@ impl Flash {
             + 4 * (value_keys + self.tile.tile_keys() + self.tile.tile_rows() + 3)
     }
 
-    /// The same as [`Tile::staged_kv`], with room for the maxima that share the place.
-    fn staged_kv(&self) -> u32 {
-        let maxima = if self.format.element == Element::F32 && !self.tile.shuffle { ACROSS * DOWN } else { 0 };
-        self.tile.staged_kv().max(maxima)
+    fn needs(&self) -> Needs {
+        Needs { f16: self.format.native, subgroups: self.tile.shuffle, ..Needs::default() }
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         let Tile { dims, rows, depth, value_keys, resident, shuffle } = self.tile;
         context! {
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,

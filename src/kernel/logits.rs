@@ -5,30 +5,29 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// A variant of `logits`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Logits;
 
-impl Logits {
-    pub(crate) fn all() -> impl Iterator<Item = Logits> {
+impl Shader for Logits {
+    const NAME: &str = "logits";
+
+    fn all() -> impl Iterator<Item = Self> {
         [Logits].into_iter()
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::Scores, true), (Slot::Lists, false), (Slot::Mask, false), (Slot::Bias, false)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { lists => true, threads => self.threads(), full => true }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::fused::Operands;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -85,18 +86,6 @@ pub(crate) fn emulates(tile: &Tile) -> bool {
 }
 
 impl Matrix {
-    pub(crate) fn all() -> impl Iterator<Item = Matrix> {
-        let forms = tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
-        let forms = forms.flat_map(|(tile, varying)| [false, true].map(|emulated| (tile, varying, emulated)));
-        let forms = forms.filter(|&(tile, _, emulated)| !emulated || emulates(&tile));
-        forms.flat_map(|(tile, varying, emulated)| {
-            let vectors = [true, false].into_iter();
-            vectors.flat_map(move |vector| {
-                Operands::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
-            })
-        })
-    }
-
     /// How its operands are read.
     pub fn format(&self) -> Format {
         Format { element: Element::F16, native: true, vector: self.vector }
@@ -105,14 +94,6 @@ impl Matrix {
     /// Type of the output: f16 where whole vectors are written, else f32, scratch for `pack`.
     pub fn out(&self) -> Element {
         if self.vector { Element::F16 } else { Element::F32 }
-    }
-
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        self.operands.bindings()
-    }
-
-    pub(crate) fn threads(&self) -> u32 {
-        THREADS
     }
 
     /// Turns that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
@@ -126,13 +107,6 @@ impl Matrix {
             + KEYS * self.tile.tile_rows() / THREADS * (dims / 4 + 1 + 5 * head_dim.div_ceil(16))
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        let Tile { dims, depth, .. } = self.tile;
-        let rows = self.tile.tile_rows();
-        let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
-        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
-    }
-
     /// Invocations that stand for a subgroup: so many that with one size of matrices a subgroup owns two blocks, with the other
     /// some own none.
     fn emulated_lanes(&self) -> u32 {
@@ -142,8 +116,44 @@ impl Matrix {
             (true, _) => 16,
         }
     }
+}
 
-    pub(crate) fn context(&self) -> Value {
+impl Shader for Matrix {
+    const NAME: &str = "matrix";
+
+    fn all() -> impl Iterator<Item = Self> {
+        let forms = tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
+        let forms = forms.flat_map(|(tile, varying)| [false, true].map(|emulated| (tile, varying, emulated)));
+        let forms = forms.filter(|&(tile, _, emulated)| !emulated || emulates(&tile));
+        forms.flat_map(|(tile, varying, emulated)| {
+            let vectors = [true, false].into_iter();
+            vectors.flat_map(move |vector| {
+                Operands::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
+            })
+        })
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
+        self.operands.bindings()
+    }
+
+    fn threads(&self) -> u32 {
+        THREADS
+    }
+
+    fn workgroup_bytes(&self) -> u32 {
+        let Tile { dims, depth, .. } = self.tile;
+        let rows = self.tile.tile_rows();
+        let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
+        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
+    }
+
+    fn needs(&self) -> Needs {
+        let real = !self.emulated;
+        Needs { f16: true, subgroups: real, matrices: real.then_some(self.tile.size), ..Needs::default() }
+    }
+
+    fn context(&self) -> Value {
         let Tile { size, dims, depth, resident } = self.tile;
         let Format { element, native, vector } = self.format();
         let (rows, lanes) = (self.tile.tile_rows(), self.emulated_lanes());

@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -27,15 +28,21 @@ pub enum Merge {
     },
 }
 
-impl Merge {
-    pub(crate) fn all() -> impl Iterator<Item = Merge> {
+impl Shader for Merge {
+    const NAME: &str = "merge";
+
+    fn all() -> impl Iterator<Item = Self> {
         let totals = [(false, false), (false, true), (true, false), (true, true)];
         let outs = [(Element::F32, true), (Element::F32, false), (Element::F16, true), (Element::Bf16, true)];
         let totals = totals.map(|(lse, sinks)| Merge::Totals { lse, sinks });
         totals.into_iter().chain(outs.map(|(element, vector)| Merge::Out { element, vector }))
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn shader(&self) -> &'static str {
+        if matches!(self, Merge::Totals { .. }) { "merge_totals" } else { Self::NAME }
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         match *self {
             Merge::Totals { lse, sinks } => {
                 let mut slots = vec![(Slot::PartialLse, false), (Slot::Totals, true)];
@@ -49,15 +56,11 @@ impl Merge {
         }
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         match *self {
             Merge::Totals { lse, sinks } => context! { threads => self.threads(), totals => true, lse, sinks },
             Merge::Out { element, vector } => {

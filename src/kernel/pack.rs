@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -17,27 +18,25 @@ pub struct Pack {
     pub packed: bool,
 }
 
-impl Pack {
-    pub(crate) fn all() -> impl Iterator<Item = Pack> {
+impl Shader for Pack {
+    const NAME: &str = "pack";
+
+    fn all() -> impl Iterator<Item = Self> {
         let each = |element| [false, true].map(|packed| Pack { element, packed });
         [Element::F16, Element::Bf16].into_iter().flat_map(each)
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut bindings = vec![(Slot::Unpacked, false), (Slot::Out, true)];
         bindings.extend(self.packed.then_some((Slot::Lists, false)));
         bindings
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { lists => self.packed, threads => self.threads(), element => self.element.to_string() }
     }
 }

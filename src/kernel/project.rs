@@ -6,6 +6,7 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_bodies};
 use super::scores;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -42,8 +43,10 @@ pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
     lane_bodies().flat_map(lane_tiles).chain(TILED)
 }
 
-impl Project {
-    pub(crate) fn all() -> impl Iterator<Item = Project> {
+impl Shader for Project {
+    const NAME: &str = "project";
+
+    fn all() -> impl Iterator<Item = Self> {
         // Transposed, vector, turned.
         let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
         let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
@@ -61,7 +64,11 @@ impl Project {
         })
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn shader(&self) -> &'static str {
+        if self.tile.body == Body::Tiled { Self::NAME } else { "project_lanes" }
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Y, true)];
         if self.turned {
             slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
@@ -69,18 +76,22 @@ impl Project {
         slots
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         self.tile.threads(self.tile.cols)
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    fn workgroup_bytes(&self) -> u32 {
         match self.tile.body {
             Body::Tiled => 16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1),
             Body::Lanes { .. } => 0,
         }
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn needs(&self) -> Needs {
+        self.tile.body.needs(self.vector)
+    }
+
+    fn context(&self) -> Value {
         context! {
             element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
             turned => self.turned,

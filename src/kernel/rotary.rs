@@ -5,6 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -19,8 +20,10 @@ pub struct Rotary {
     pub in_place: bool,
 }
 
-impl Rotary {
-    pub(crate) fn all() -> impl Iterator<Item = Rotary> {
+impl Shader for Rotary {
+    const NAME: &str = "rotary";
+
+    fn all() -> impl Iterator<Item = Self> {
         [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(|element| {
             [(false, false), (false, true), (true, false), (true, true)].map(|(interleaved, in_place)| Rotary {
                 element,
@@ -30,7 +33,7 @@ impl Rotary {
         })
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut slots = vec![(Slot::Angles, false), (Slot::Positions, false), (Slot::Y, true)];
         if !self.in_place {
             slots.push((Slot::X, false));
@@ -38,15 +41,11 @@ impl Rotary {
         slots
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! {
             threads => self.threads(), element => self.element.to_string(), packed => self.element != Element::F32,
             interleaved => self.interleaved, in_place => self.in_place,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::body::{Body, lane_bodies};
 use super::format::Format;
 use super::fused::Operands;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::error::counted;
 use crate::problem::Element;
@@ -67,7 +68,21 @@ pub(crate) fn tiles(body: Body) -> impl Iterator<Item = Tile> {
 }
 
 impl Rows {
-    pub(crate) fn all() -> impl Iterator<Item = Rows> {
+    /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).
+    pub fn out(&self) -> Element {
+        if self.format.vector { self.format.element } else { Element::F32 }
+    }
+
+    /// Bytes of a workgroup's rows between two dispatches.
+    pub(crate) fn state_bytes(&self) -> u64 {
+        16 * u64::from(self.tile.tile_rows()) * u64::from(1 + self.tile.dims / 4)
+    }
+}
+
+impl Shader for Rows {
+    const NAME: &str = "rows";
+
+    fn all() -> impl Iterator<Item = Self> {
         let formats = || Format::all().filter(|format| !format.native);
         lane_bodies().flat_map(tiles).flat_map(move |tile| {
             let forms = [(false, false), (false, true), (true, false), (true, true)];
@@ -75,31 +90,21 @@ impl Rows {
         })
     }
 
-    /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).
-    pub fn out(&self) -> Element {
-        if self.format.vector { self.format.element } else { Element::F32 }
-    }
-
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut slots = if self.full { Operands::Full } else { Operands::Lists }.bindings();
         slots.extend(self.carry.then_some((Slot::State, true)));
         slots
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         self.tile.lanes()
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
+    fn needs(&self) -> Needs {
+        self.tile.body.needs(self.format.vector)
     }
 
-    /// Bytes of a workgroup's rows between two dispatches.
-    pub(crate) fn state_bytes(&self) -> u64 {
-        16 * u64::from(self.tile.tile_rows()) * u64::from(1 + self.tile.dims / 4)
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         let Tile { body, rows, keys, dims } = self.tile;
         let Body::Lanes { lanes, subgroup, wide } = body else { panic!("not a lane body: {body:?}") };
         context! {

@@ -6,6 +6,7 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 
 /// A variant of `scores`.
@@ -34,8 +35,10 @@ pub(crate) fn tiles() -> Vec<Tile> {
     lane_tiles(lane_tile).chain(TILED).collect()
 }
 
-impl Scores {
-    pub(crate) fn all() -> impl Iterator<Item = Scores> {
+impl Shader for Scores {
+    const NAME: &str = "scores";
+
+    fn all() -> impl Iterator<Item = Self> {
         tiles().into_iter().flat_map(|tile| {
             Format::all()
                 .filter(move |format| renders(tile, *format))
@@ -44,7 +47,15 @@ impl Scores {
         })
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn shader(&self) -> &'static str {
+        if self.tile.body == Body::Tiled { Self::NAME } else { "scores_lanes" }
+    }
+
+    fn takes_group(&self) -> bool {
+        self.tile.body != Body::Tiled
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut slots = vec![(Slot::Q, false), (Slot::K, false), (Slot::Scores, true), (Slot::Lists, false)];
         if self.full {
             slots.extend([(Slot::Mask, false), (Slot::Bias, false)]);
@@ -52,18 +63,22 @@ impl Scores {
         slots
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         self.tile.threads(self.tile.cols)
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    fn workgroup_bytes(&self) -> u32 {
         match self.tile.body {
             Body::Tiled => (self.tile.tile_rows + self.tile.tile_cols) * (16 * (self.tile.depth / 4 + 1) + 4),
             Body::Lanes { .. } => 0,
         }
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn needs(&self) -> Needs {
+        Needs { f16: self.format.native, ..self.tile.body.needs(self.format.vector) }
+    }
+
+    fn context(&self) -> Value {
         context! {
             lists => true,
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,

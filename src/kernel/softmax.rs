@@ -4,6 +4,7 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// A variant of `softmax`.
@@ -18,12 +19,14 @@ pub struct Softmax {
 /// Invocations that share a row: CPU adapters, short rows, long rows.
 pub const THREADS: [u32; 3] = [8, 64, 256];
 
-impl Softmax {
-    pub(crate) fn all() -> impl Iterator<Item = Softmax> {
+impl Shader for Softmax {
+    const NAME: &str = "softmax";
+
+    fn all() -> impl Iterator<Item = Self> {
         THREADS.into_iter().flat_map(|threads| [false, true].map(|lse| Softmax { threads, lse }))
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         let mut slots = vec![(Slot::Scores, true), (Slot::Lists, false)];
         if self.lse {
             slots.push((Slot::Lse, true));
@@ -31,15 +34,15 @@ impl Softmax {
         slots
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         self.threads
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    fn workgroup_bytes(&self) -> u32 {
         8 * self.threads
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { lists => true, threads => self.threads, lse => self.lse, full => false }
     }
 }

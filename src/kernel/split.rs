@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::fused::Operands;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::error::counted;
 
@@ -66,23 +67,29 @@ pub const WORKGROUPS: [u32; 2] = [16, 512];
 /// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
 pub const LEAST_KEYS: [u32; 2] = [512, 256];
 
-impl Split {
-    pub(crate) fn all() -> impl Iterator<Item = Split> {
+impl Shader for Split {
+    const NAME: &str = "split";
+
+    fn all() -> impl Iterator<Item = Self> {
         tiles().flat_map(|tile| {
             let formats = Format::all().filter(|format| !format.native);
             formats.flat_map(move |format| [false, true].map(|full| Split { tile, format, full }))
         })
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn takes_group(&self) -> bool {
+        true
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         if self.full { Operands::Full } else { Operands::Lists }.bindings()
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ACROSS * self.tile.streams
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let pairs = rows * keys;
         let dots = if shuffle { 0 } else { 4 * streams * (pairs * (ACROSS + 1) + ACROSS) };
@@ -90,7 +97,11 @@ impl Split {
         dots + merge
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn needs(&self) -> Needs {
+        Needs { int64: self.tile.wide() && self.format.vector, subgroups: self.tile.shuffle, ..Needs::default() }
+    }
+
+    fn context(&self) -> Value {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         context! {
             lists => true,

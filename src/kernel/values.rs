@@ -6,6 +6,7 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
+use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::problem::Element;
 
@@ -37,8 +38,10 @@ pub(crate) fn tiles() -> Vec<Tile> {
     lane_tiles(lane_tile).chain(TILED).collect()
 }
 
-impl Values {
-    pub(crate) fn all() -> impl Iterator<Item = Values> {
+impl Shader for Values {
+    const NAME: &str = "values";
+
+    fn all() -> impl Iterator<Item = Self> {
         tiles().into_iter().flat_map(|tile| {
             Format::all().filter(move |format| renders(tile, *format)).flat_map(move |format| {
                 let direct = format.vector && format.element != Element::F32;
@@ -51,15 +54,23 @@ impl Values {
         })
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn shader(&self) -> &'static str {
+        if self.tile.body == Body::Tiled { Self::NAME } else { "values_lanes" }
+    }
+
+    fn takes_group(&self) -> bool {
+        self.tile.body != Body::Tiled
+    }
+
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![(Slot::Scores, false), (Slot::V, false), (Slot::Out, true), (Slot::Lists, false)]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         self.tile.threads(4 * self.tile.cols)
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    fn workgroup_bytes(&self) -> u32 {
         let Tile { body, tile_rows, tile_cols, depth, .. } = self.tile;
         match body {
             Body::Tiled => 16 * (tile_rows * (depth / 4 + 1) + depth * tile_cols / 4) + 4 * (depth + 1),
@@ -67,7 +78,11 @@ impl Values {
         }
     }
 
-    pub(crate) fn context(&self) -> Value {
+    fn needs(&self) -> Needs {
+        Needs { f16: self.format.native, ..self.tile.body.needs(true) }
+    }
+
+    fn context(&self) -> Value {
         context! {
             lists => true,
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,

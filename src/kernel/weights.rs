@@ -5,18 +5,21 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::shader::Shader;
 use super::slot::Slot;
 
 /// A variant of `weights`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Weights;
 
-impl Weights {
-    pub(crate) fn all() -> impl Iterator<Item = Weights> {
+impl Shader for Weights {
+    const NAME: &str = "weights";
+
+    fn all() -> impl Iterator<Item = Self> {
         [Weights].into_iter()
     }
 
-    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+    fn bindings(&self) -> Vec<(Slot, bool)> {
         vec![
             (Slot::Weights, true),
             (Slot::Totals, false),
@@ -27,15 +30,11 @@ impl Weights {
         ]
     }
 
-    pub(crate) fn threads(&self) -> u32 {
+    fn threads(&self) -> u32 {
         ELEMENTWISE
     }
 
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn context(&self) -> Value {
+    fn context(&self) -> Value {
         context! { lists => true, threads => self.threads(), full => true }
     }
 }

@@ -3,6 +3,7 @@
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::params::{Params, flags};
+use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, append};
 use crate::options::Options;

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::kernel::params::{Params, flags};
+use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, average};
 use crate::ops::extra::{lse_params, lse_words};

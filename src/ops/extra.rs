@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::kernel::params::Params;
+use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, extra};
 use crate::part::Part;

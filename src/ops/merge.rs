@@ -6,6 +6,7 @@ use crate::caps::Caps;
 use crate::choose;
 use crate::error::{Error, Result};
 use crate::kernel::params::{Params, flags};
+use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, merge};
 use crate::ops::pack::pack;

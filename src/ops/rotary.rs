@@ -3,6 +3,7 @@
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::params::Params;
+use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, rotary};
 use crate::options::Options;

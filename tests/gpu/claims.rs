@@ -150,7 +150,7 @@ fn planned(gpu: &Gpu, kernel: Kernel, feature: &Feature, p: &Problem) -> Option<
             let (must, may) = consists_of(kernel, p);
             assert!(names.is_superset(&must) && names.is_subset(&may), "{what} is {names:?}, not {must:?}\n{plan}");
             if feature.name == "native f16" {
-                assert!(plan.steps().iter().any(|step| step.variant.uses_f16()), "{what}\n{plan}");
+                assert!(plan.steps().iter().any(|step| step.variant.needs().f16), "{what}\n{plan}");
             }
             Some(plan)
         }

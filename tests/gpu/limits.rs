@@ -170,7 +170,7 @@ fn small_workgroups_and_no_features_are_enough() {
                 let (_, plan) = case.check(&device, &way);
                 for step in plan.steps() {
                     let variant = &step.variant;
-                    assert!(!variant.uses_f16() && !variant.uses_subgroups(), "{plan}");
+                    assert!(!variant.needs().f16 && !variant.needs().subgroups, "{plan}");
                     assert!(variant.workgroup_bytes() <= bytes && variant.threads() <= 64, "{plan}");
                 }
             }
@@ -255,7 +255,7 @@ fn flash_holds_without_features_in_the_least_workgroup_memory() {
             let (_, plan) = Case::random(p, 6).check(&device, &options);
             assert_eq!(plan.kernel(), "flash");
             assert!(
-                plan.steps().iter().all(|step| step.bindings.len() == 4 && !step.variant.uses_subgroups()),
+                plan.steps().iter().all(|step| step.bindings.len() == 4 && !step.variant.needs().subgroups),
                 "{plan}"
             );
         }

@@ -64,7 +64,7 @@ fn in_forms(case: &Case, forms: &[(u32, Option<u32>)]) {
         if !gpu.library().caps().matrices.is_empty() {
             let options = Options { form: None, ..emulated() };
             let (_, plan) = case.check(gpu, &options);
-            assert!(plan.steps()[0].variant.uses_matrices().is_some(), "{plan}");
+            assert!(plan.steps()[0].variant.needs().matrices.is_some(), "{plan}");
         }
     }
 }

@@ -42,7 +42,7 @@ fn native_f16_and_packed_f16_both_hold() {
             case.check(gpu, &way(Some(false)));
             if gpu.library().caps().f16 {
                 let (_, plan) = case.check(gpu, &way(Some(true)));
-                assert!(plan.steps().iter().any(|step| step.variant.uses_f16()));
+                assert!(plan.steps().iter().any(|step| step.variant.needs().f16));
             } else {
                 let error = gpu.library().plan_with(&case.problem, &way(Some(true))).unwrap_err();
                 assert!(matches!(error, Error::Kernel { .. }) && error.to_string().contains("f16"), "{error}");

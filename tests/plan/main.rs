@@ -101,26 +101,26 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         variant.threads() <= l.max_compute_invocations_per_workgroup.min(l.max_compute_workgroup_size_x),
         "{variant}"
     );
-    assert!(!variant.uses_f16() || caps.f16, "{variant}");
-    assert!(!variant.uses_int64() || caps.int64, "{variant}");
+    assert!(!variant.needs().f16 || caps.f16, "{variant}");
+    assert!(!variant.needs().int64 || caps.int64, "{variant}");
     if let Variant::Matrix(x) = variant {
         matrices(x, plan, caps);
     }
     match (variant, subgroup(variant)) {
         // Shuffles among eight neighbours: any size from eight on will do.
-        (Variant::Flash(_) | Variant::Split(_), None) if variant.uses_subgroups() => {
+        (Variant::Flash(_) | Variant::Split(_), None) if variant.needs().subgroups => {
             assert!(caps.subgroup_min_size >= Some(8), "{variant}")
         }
         // Whole subgroups of a size that the text counts on, or of any size up to that which it has blocks for.
         (Variant::Matrix(x), None) if !x.emulated => {
-            assert!(variant.uses_subgroups() && caps.subgroup_max_size <= Some(64), "{variant}");
+            assert!(variant.needs().subgroups && caps.subgroup_max_size <= Some(64), "{variant}");
             assert!(x.varying || caps.subgroup_size == Some(32), "{variant}");
         }
         (_, Some(lanes)) => {
-            assert!(variant.uses_subgroups(), "{variant}");
+            assert!(variant.needs().subgroups, "{variant}");
             assert_eq!(Some(lanes), caps.subgroup_size, "{variant}");
         }
-        _ => assert!(!variant.uses_subgroups(), "{variant}"),
+        _ => assert!(!variant.needs().subgroups, "{variant}"),
     }
     static RENDERED: LazyLock<HashSet<Variant>> = LazyLock::new(|| Variant::all().into_iter().collect());
     assert!(RENDERED.contains(variant), "{variant} is not rendered by the tests");
@@ -412,10 +412,10 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
         let error = native(form, f16).unwrap_err();
         assert!(matches!(&error, Error::Kernel { kernel: "native f16", why } if why.contains("f16")), "{error}");
     }
-    assert!(native(Form::Tiled, true).unwrap().steps().iter().any(|step| step.variant.uses_f16()));
+    assert!(native(Form::Tiled, true).unwrap().steps().iter().any(|step| step.variant.needs().f16));
     let packed = Options { native_f16: Some(false), ..Options::default() };
     let plan = Plan::new(&shape, &Caps { f16: true, ..gpu() }, &packed).unwrap();
-    assert!(!plan.steps().iter().any(|step| step.variant.uses_f16()));
+    assert!(!plan.steps().iter().any(|step| step.variant.needs().f16));
 }
 
 #[test]
@@ -556,7 +556,7 @@ fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() 
         assert!(own.reasons().iter().any(|reason| reason.contains("no graphics card is known to run it")), "{own}");
         let plan = planned(&halves(512, dim), &matrix_gpu(), &forced);
         assert_eq!(plan.kernel(), "matrix", "{plan}");
-        assert!(plan.steps().iter().all(|step| step.variant.uses_matrices() == Some(16)), "{plan}");
+        assert!(plan.steps().iter().all(|step| step.variant.needs().matrices == Some(16)), "{plan}");
     }
     let metal = Caps {
         matrices: vec![8],
@@ -566,7 +566,7 @@ fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() 
         limits: wgpu::Limits { max_compute_workgroup_storage_size: 32_768, ..wgpu::Limits::default() },
         ..matrix_gpu()
     };
-    assert_eq!(planned(&halves(512, 128), &metal, &forced).steps()[0].variant.uses_matrices(), Some(8));
+    assert_eq!(planned(&halves(512, 128), &metal, &forced).steps()[0].variant.needs().matrices, Some(8));
 
     let mut full = halves(512, 64);
     full.element = Element::F32;
@@ -586,7 +586,7 @@ fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() 
         (&prefill, &no_f16, "no shader f16"),
     ] {
         let plan = planned(p, caps, &Options::default());
-        assert!(plan.steps().iter().all(|step| step.variant.uses_matrices().is_none()), "{plan}");
+        assert!(plan.steps().iter().all(|step| step.variant.needs().matrices.is_none()), "{plan}");
         let told = |reason: &String| reason.starts_with("not kernel matrix: ") && reason.contains(why);
         assert!(plan.reasons().iter().any(told), "{why}: {plan}");
         match Plan::new(&p.check().unwrap(), caps, &forced) {

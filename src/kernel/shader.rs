@@ -1,0 +1,60 @@
+//! What every kernel tells the host about its shader.
+
+use std::fmt::{Debug, Display};
+use std::hash::Hash;
+
+use minijinja::Value;
+
+use super::slot::Slot;
+
+/// One kernel. A value of the type is a variant of the kernel: the numbers that its shader is rendered with.
+pub trait Shader: Copy + Debug + Display + Eq + Hash {
+    /// The kernel's noun: the name of its module, and of its shader and its reference where it has one of its own.
+    const NAME: &'static str;
+
+    /// Every variant that the planner can choose.
+    fn all() -> impl Iterator<Item = Self>;
+
+    /// The file of the shader under `shaders/`, without its ending: that of the kernel, or that of its second body or pass.
+    fn shader(&self) -> &'static str {
+        Self::NAME
+    }
+
+    /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
+    fn takes_group(&self) -> bool {
+        false
+    }
+
+    /// Storage bindings 1, 2, … in order, and whether the kernel writes them.
+    fn bindings(&self) -> Vec<(Slot, bool)>;
+
+    /// Invocations of a workgroup.
+    fn threads(&self) -> u32;
+
+    /// Bytes of workgroup memory.
+    fn workgroup_bytes(&self) -> u32 {
+        0
+    }
+
+    /// What the shader needs of a device beside limits.
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+
+    /// What the template of the shader is rendered with.
+    fn context(&self) -> Value;
+}
+
+/// Optional features of a device that a shader uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Needs {
+    /// The adapter's own f16.
+    pub f16: bool,
+    /// 64-bit integers.
+    pub int64: bool,
+    /// Subgroup operations.
+    pub subgroups: bool,
+    /// Cooperative matrices (f16 operands, f32 sums) of this size.
+    pub matrices: Option<u32>,
+}
