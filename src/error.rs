@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use crate::obstacle::Obstacle;
 use crate::operands::Scalar;
 use crate::problem::Element;
 
@@ -233,7 +234,7 @@ pub enum Error {
         /// The kernel.
         kernel: &'static str,
         /// The reason.
-        why: String,
+        why: Obstacle,
     },
     /// The device is below what any kernel of this crate needs.
     #[error("the device's {limit} is {got}{unit}; at least {want}{unit} is needed", unit = unit_of(limit))]

@@ -3,11 +3,13 @@
 pub mod append;
 pub mod average;
 pub(crate) mod body;
+pub(crate) mod eligibility;
 pub mod export;
 pub mod extra;
 pub mod flash;
 pub(crate) mod format;
 pub mod fused;
+pub(crate) mod grid;
 pub mod logits;
 pub mod matrix;
 pub mod merge;

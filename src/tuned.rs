@@ -7,6 +7,7 @@ use crate::caps::Caps;
 use crate::choose;
 use crate::error::Result;
 use crate::kernel::body::lane_bodies;
+use crate::kernel::fused::transforms;
 use crate::kernel::{Variant, flash, matrix, rows, split};
 use crate::options::Kernel;
 use crate::problem::{Causal, Element};
@@ -57,7 +58,7 @@ impl Class {
         Class {
             dims: DIMS.into_iter().find(|&dims| dim <= dims).expect("a checked problem has no larger dims"),
             element: shape.element,
-            operands: choose::transforms(shape),
+            operands: transforms(shape),
             queries,
             causal: queries == Queries::Many && shape.causal != Causal::None,
         }

@@ -10,8 +10,8 @@ use wgpu_attention::operands::Scalar;
 use wgpu_attention::problem::Strides;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
-    LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Options, Order, Packed, Paged, Plan,
-    Problem, Projection, ProjectionBuffers, Rotation, wgpu,
+    LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Obstacle, Options, Order, Packed, Paged,
+    Plan, Problem, Projection, ProjectionBuffers, Rotation, wgpu,
 };
 
 type Change<T> = fn(&mut T);
@@ -181,8 +181,7 @@ fn pages_that_cannot_be_are_refused() {
             gpu.library().plan_with(&p, &options).unwrap_err()
         };
         for error in [force(Some(Kernel::Unfused), None), force(None, Some(wgpu_attention::Form::Tiled))] {
-            let why = "it reads no keys in pages".to_owned();
-            says(error, Error::Kernel { kernel: "unfused", why }, &["unfused", "pages"]);
+            says(error, Error::Kernel { kernel: "unfused", why: Obstacle::Pages }, &["unfused", "pages"]);
         }
         let plan = gpu.library().plan(&p).unwrap();
         let staged = Staged::new(gpu.device(), &plan, &Data::random(&p, 1, 1.0));
@@ -584,7 +583,8 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
         let caps = gpu.library().caps().clone();
         let lanes = Options { form: Some(wgpu_attention::Form::Lanes), native_f16: Some(true), ..Options::default() };
         let error = Plan::new(&shape, &caps, &lanes).unwrap_err();
-        assert!(matches!(error, Error::Kernel { kernel: "native f16", .. }));
+        let why = |why: &Obstacle| matches!(why, Obstacle::LanesPackedF16 | Obstacle::NoF16);
+        assert!(matches!(&error, Error::Kernel { kernel: "native f16", why: got } if why(got)), "{error}");
         names(&error, &["native f16", "cannot run"]);
         let mut few = caps.clone();
         few.limits.max_storage_buffers_per_shader_stage = 3;
@@ -611,18 +611,23 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
         let error = Plan::new(&shape, &tight, &Options::default()).unwrap_err();
         names(&error, &["max_storage_buffer_binding_size is 100 bytes; at least 4096 bytes"]);
         // Of several reasons the one that nobody can change: the dims, not what is asked for beside them.
-        for (kernel, why) in [(Kernel::Rows, "300 dims"), (Kernel::Split, "300 dims")] {
+        let (rows, split) = (Obstacle::LaneDims { dims: 300 }, Obstacle::SplitDims { dims: 300 });
+        for (kernel, why) in [(Kernel::Rows, rows), (Kernel::Split, split)] {
             let p = with(|p| {
                 (p.element, p.head_dim, p.weights, p.logits) = (Element::F16, 300, true, Some(Logits::Raw));
             });
             let options = Options { kernel: Some(kernel), native_f16: Some(true), ..Options::default() };
             let error = Plan::new(&p.check().unwrap(), &caps, &options).unwrap_err();
-            assert!(matches!(&error, Error::Kernel { kernel: name, .. } if *name == kernel.name()), "{error}");
-            names(&error, &[why]);
+            says(error, Error::Kernel { kernel: kernel.name(), why }, &["300 dims"]);
         }
         let matrix = Options { kernel: Some(Kernel::Matrix), native_f16: Some(false), ..Options::default() };
         let p = with(|p| (p.element, p.logits) = (Element::Bf16, Some(Logits::Raw))).check().unwrap();
-        names(&Plan::new(&p, &caps, &matrix).unwrap_err(), &["its operands are f16"]);
+        let why = Obstacle::NotF16 { element: Element::Bf16 };
+        says(
+            Plan::new(&p, &caps, &matrix).unwrap_err(),
+            Error::Kernel { kernel: "matrix", why },
+            &["its operands are f16"],
+        );
 
         // A plan for another device: its pipeline does not compile here, and that is an error, not a panic.
         let poor = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::shader::Needs;
+use crate::caps::Caps;
+use crate::options::{Form, Options};
 
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
 pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
@@ -127,5 +129,33 @@ pub(crate) fn renders(tile: Tile, format: Format) -> bool {
     match tile.body {
         Body::Tiled => true,
         Body::Lanes { .. } => !format.native && (format.vector || tile.depth == LANE_DIMS[1]),
+    }
+}
+
+impl Body {
+    /// The lane body that suits a device best.
+    pub(crate) fn lanes(caps: &Caps) -> Body {
+        match caps.lanes() {
+            Some(lanes) => Body::Lanes { lanes, subgroup: true, wide: caps.int64 && lanes == WIDE_LANES },
+            None => Body::Lanes { lanes: 8, subgroup: false, wide: false },
+        }
+    }
+
+    /// Whether the device has what a lane body uses.
+    pub(crate) fn runs(self, caps: &Caps) -> bool {
+        let Body::Lanes { lanes, subgroup, wide } = self else { return false };
+        (!subgroup || caps.lanes() == Some(lanes)) && (!wide || caps.int64)
+    }
+
+    /// The body of the kernels that have several, with the reason.
+    pub(crate) fn choose(caps: &Caps, options: &Options) -> (Body, &'static str) {
+        match (options.form, caps.cpu) {
+            (Some(Form::Tiled), _) => (Body::Tiled, "as asked"),
+            (Some(Form::Lanes), _) => (Body::lanes(caps), "as asked"),
+            (None | Some(Form::Emulated), true) => {
+                (Body::lanes(caps), "a CPU adapter: loads are the cost, workgroup memory is no faster")
+            }
+            (None | Some(Form::Emulated), false) => (Body::Tiled, "a GPU: tiles in workgroup memory and registers"),
+        }
     }
 }

@@ -5,11 +5,16 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::eligibility::fits;
 use super::format::Format;
-use super::fused::Operands;
+use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
+use crate::obstacle::Obstacle;
+use crate::options::Options;
 use crate::problem::Element;
+use crate::shape::Shape;
 
 /// A variant of `flash`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,8 +23,8 @@ pub struct Flash {
     pub tile: Tile,
     /// q, k, v and out.
     pub format: Format,
-    /// Operands bound.
-    pub operands: Operands,
+    /// OperandSet bound.
+    pub operands: OperandSet,
     /// Whether the keys come in several dispatches: maxima, sums and outputs of each invocation wait in a scratch in between.
     pub carry: bool,
 }
@@ -90,7 +95,7 @@ impl Flash {
 
     /// The same with its keys in several dispatches.
     pub(crate) fn carried(self) -> Flash {
-        let operands = if self.operands == Operands::Bare { Operands::Lists } else { self.operands };
+        let operands = if self.operands == OperandSet::Bare { OperandSet::Lists } else { self.operands };
         Flash { operands, carry: true, ..self }
     }
 
@@ -130,8 +135,8 @@ impl Shader for Flash {
     fn all() -> impl Iterator<Item = Self> {
         TILES.into_iter().flat_map(|tile| {
             Format::all().flat_map(move |format| {
-                let forms = Operands::all().map(|operands| (operands, false)).into_iter();
-                let forms = forms.chain([(Operands::Lists, true), (Operands::Full, true)]);
+                let forms = OperandSet::all().map(|operands| (operands, false)).into_iter();
+                let forms = forms.chain([(OperandSet::Lists, true), (OperandSet::Full, true)]);
                 forms.map(move |(operands, carry)| Flash { tile, format, operands, carry })
             })
         })
@@ -169,7 +174,7 @@ impl Shader for Flash {
         let Tile { dims, rows, depth, value_keys, resident, shuffle } = self.tile;
         context! {
             element => self.format.element.to_string(), native => self.format.native, vector => self.format.vector,
-            out => self.out().to_string(), lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
+            out => self.out().to_string(), lists => self.operands != OperandSet::Bare, full => self.operands == OperandSet::Full,
             carry => self.carry, state_vectors => self.state_vectors(),
             dims, rows, depth, value_keys, resident, shuffle, parts => dims / (4 * ACROSS), across => ACROSS, down => DOWN,
             shuffles => (0..ACROSS.ilog2()).map(|bit| 1 << bit).collect::<Vec<u32>>(),
@@ -187,10 +192,67 @@ impl fmt::Display for Flash {
         let shuffle = if shuffle { ", shuffles" } else { "" };
         let carry = if self.carry { ", carried on" } else { "" };
         let operands = match self.operands {
-            Operands::Bare => " bare",
-            Operands::Lists => "",
-            Operands::Full => " full",
+            OperandSet::Bare => " bare",
+            OperandSet::Lists => "",
+            OperandSet::Full => " full",
         };
         write!(f, "flash[{rows}×{keys}×{depth}, {dims} dims{resident}{shuffle}{carry}; {}{operands}]", self.format)
+    }
+}
+
+impl Fused for Flash {
+    fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Flash>, Obstacle> {
+        let operands = OperandSet::of(shape);
+        let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
+        let format = whole_format(shape, native);
+        let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= ACROSS);
+        let largest = TILES.iter().map(|tile| tile.dims).max().expect("the table has rows");
+        let dims = shape.value_dim.min(largest);
+        let mut found: Vec<_> = TILES
+            .into_iter()
+            .map(|tile| Flash { tile, format, operands, carry: false })
+            .filter(|x| {
+                dims <= x.tile.dims
+                    && (shuffles || !x.tile.shuffle)
+                    && (shape.head_dim <= x.tile.dims || !x.tile.resident)
+                    && fits(caps, x.threads(), x.workgroup_bytes())
+            })
+            .collect();
+        let smallest = found.first().map(|x| x.tile.dims);
+        found.retain(|x| Some(x.tile.dims) == smallest);
+        if found.is_empty() {
+            return Err(Obstacle::NoTile);
+        }
+        check_operands(shape, caps, operands)?;
+        if options.native_f16 == Some(true) && shape.element == Element::F16 && !caps.f16 {
+            return Err(Obstacle::NoF16);
+        }
+        Ok(found)
+    }
+
+    fn in_several_dispatches(self, walk: &Walk<'_>, one: Obstacle) -> Result<Flash, Obstacle> {
+        let carried = self.carried();
+        walk.check_state(one, carried.bindings().len(), self.state_bytes())?;
+        Ok(carried)
+    }
+
+    fn tile_rows(&self) -> u32 {
+        self.tile.tile_rows()
+    }
+
+    fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
+        (keys.div_ceil(self.tile.tile_keys().into()) + 1) * u64::from(self.turns(shape.head_dim)) * 5 / 4
+    }
+
+    fn value_dims(&self) -> Option<u32> {
+        Some(self.tile.dims)
+    }
+
+    fn writes_element(&self) -> bool {
+        self.format.vector
+    }
+
+    fn waiting_bytes(&self) -> u64 {
+        if self.carry { self.state_bytes() } else { 0 }
     }
 }

@@ -5,11 +5,16 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::eligibility::fits;
 use super::format::Format;
-use super::fused::Operands;
+use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
+use crate::obstacle::Obstacle;
+use crate::options::{Form, Options};
 use crate::problem::Element;
+use crate::shape::Shape;
 
 /// A variant of `matrix`. q, k and v are f16, read with the adapter's own type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,8 +27,8 @@ pub struct Matrix {
     pub emulated: bool,
     /// Every row of q, k, v and out starts at a multiple of four elements and has a multiple of four of them.
     pub vector: bool,
-    /// Operands bound.
-    pub operands: Operands,
+    /// OperandSet bound.
+    pub operands: OperandSet,
 }
 
 /// Tile parameters of `matrix`.
@@ -128,7 +133,7 @@ impl Shader for Matrix {
         forms.flat_map(|(tile, varying, emulated)| {
             let vectors = [true, false].into_iter();
             vectors.flat_map(move |vector| {
-                Operands::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
+                OperandSet::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
             })
         })
     }
@@ -160,7 +165,7 @@ impl Shader for Matrix {
         let per_row = THREADS / rows;
         context! {
             element => element.to_string(), native, vector, out => self.out().to_string(),
-            lists => self.operands != Operands::Bare, full => self.operands == Operands::Full,
+            lists => self.operands != OperandSet::Bare, full => self.operands == OperandSet::Full,
             size, dims, depth, resident, keys => KEYS, blocks => BLOCKS, threads => THREADS, tile_rows => rows,
             per_row, each => KEYS / per_row, lazy => format!("{LAZY:?}"), p_scale => format!("{P_SCALE:?}"),
             // Blocks of a subgroup, at the fewest subgroups that there may be.
@@ -177,12 +182,81 @@ impl fmt::Display for Matrix {
         let lanes = if self.varying { "any lanes" } else { "32 lanes" };
         let emulated = if self.emulated { ", emulated" } else { "" };
         let operands = match self.operands {
-            Operands::Bare => " bare",
-            Operands::Lists => "",
-            Operands::Full => " full",
+            OperandSet::Bare => " bare",
+            OperandSet::Lists => "",
+            OperandSet::Full => " full",
         };
         let rows = self.tile.tile_rows();
         write!(f, "matrix[{rows}×{KEYS}×{depth} by {size}×{size}, {dims} dims{resident}, {lanes}{emulated}; ")?;
         write!(f, "{}{operands}]", self.format())
+    }
+}
+
+/// What keeps every tile from running.
+fn check_device(shape: &Shape, caps: &Caps, emulated: bool) -> Result<(), Obstacle> {
+    if shape.element != Element::F16 {
+        Err(Obstacle::NotF16 { element: shape.element })
+    } else if !caps.f16 {
+        Err(Obstacle::NoF16)
+    } else if emulated {
+        Ok(())
+    } else if caps.matrices.is_empty() {
+        Err(Obstacle::NoMatrices)
+    } else if caps.subgroup_max_size.is_none_or(|most| most > MOST_LANES) {
+        Err(Obstacle::SubgroupLanes { limit: MOST_LANES })
+    } else {
+        Ok(())
+    }
+}
+
+impl Fused for Matrix {
+    fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Matrix>, Obstacle> {
+        let operands = OperandSet::of(shape);
+        let emulated = options.form == Some(Form::Emulated);
+        check_device(shape, caps, emulated)?;
+        let vector = whole_format(shape, true).vector;
+        let varying = caps.subgroup_size != Some(LANES);
+        let has = |tile: &Tile| match emulated {
+            true => emulates(tile) && (caps.matrices.is_empty() || caps.matrices.contains(&tile.size)),
+            false => caps.matrices.contains(&tile.size),
+        };
+        let mut found: Vec<_> = tiles()
+            .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
+            .map(|tile| Matrix { tile, varying, emulated, vector, operands })
+            .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+            .collect();
+        // Tiles that hold the value dims, else those of the most: further dims are further workgroups.
+        let most = found.iter().map(|x| x.tile.dims).max();
+        let dims = found.iter().map(|x| x.tile.dims).filter(|dims| shape.value_dim <= *dims).min().or(most);
+        found.retain(|x| Some(x.tile.dims) == dims);
+        if found.is_empty() {
+            return Err(Obstacle::NoTile);
+        }
+        check_operands(shape, caps, operands)?;
+        if options.native_f16 == Some(false) {
+            return Err(Obstacle::OwnF16);
+        }
+        Ok(found)
+    }
+
+    fn in_several_dispatches(self, _: &Walk<'_>, one: Obstacle) -> Result<Matrix, Obstacle> {
+        Err(one)
+    }
+
+    fn tile_rows(&self) -> u32 {
+        self.tile.tile_rows()
+    }
+
+    fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
+        // Its own count leaves out the tests.
+        (keys.div_ceil(KEYS.into()) + 1) * u64::from(self.turns(shape.head_dim)) * 3 / 2
+    }
+
+    fn value_dims(&self) -> Option<u32> {
+        Some(self.tile.dims)
+    }
+
+    fn writes_element(&self) -> bool {
+        self.vector
     }
 }

@@ -7,11 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use super::body::{Body, lane_bodies};
 use super::format::Format;
-use super::fused::Operands;
+use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
 use crate::error::counted;
+use crate::obstacle::Obstacle;
+use crate::options::Options;
 use crate::problem::Element;
+use crate::shape::Shape;
 
 /// A variant of `rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,7 +95,7 @@ impl Shader for Rows {
     }
 
     fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = if self.full { Operands::Full } else { Operands::Lists }.bindings();
+        let mut slots = OperandSet::with_lists(self.full).bindings();
         slots.extend(self.carry.then_some((Slot::State, true)));
         slots
     }
@@ -122,5 +126,50 @@ impl fmt::Display for Rows {
         let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
         let carry = if self.carry { ", carried on" } else { "" };
         write!(f, "rows[{body}; {rows} a lane, {keys}, {dims} dims{carry}; {}{full}]", self.format)
+    }
+}
+
+impl Fused for Rows {
+    fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Rows>, Obstacle> {
+        let full = transforms(shape);
+        let dims = shape.head_dim.max(shape.value_dim);
+        let own = Body::lanes(caps);
+        let others = lane_bodies().filter(|&body| body != own && body.runs(caps));
+        let tiles = std::iter::once(own).chain(others).filter_map(|body| tiles(body).find(|tile| dims <= tile.dims));
+        let format = whole_format(shape, false);
+        let found: Vec<_> = tiles.map(|tile| Rows { tile, format, full, carry: false }).collect();
+        if found.is_empty() {
+            return Err(Obstacle::LaneDims { dims });
+        }
+        check_operands(shape, caps, OperandSet::with_lists(full))?;
+        if options.native_f16 == Some(true) && shape.element == Element::F16 {
+            return Err(Obstacle::PackedF16);
+        }
+        Ok(found)
+    }
+
+    fn in_several_dispatches(self, walk: &Walk<'_>, one: Obstacle) -> Result<Rows, Obstacle> {
+        let carried = Rows { carry: true, ..self };
+        walk.check_state(one, carried.bindings().len(), self.state_bytes())?;
+        Ok(carried)
+    }
+
+    fn tile_rows(&self) -> u32 {
+        self.tile.tile_rows()
+    }
+
+    fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
+        // A second walk, key by key, where there are NaN or infinities, with its loops over rows.
+        let Tile { rows, keys: step, .. } = self.tile;
+        let walks = key_loop(shape, keys, step) + key_loop(shape, keys, 1);
+        walks * row_loops(self.full, rows) + 2 * u64::from(rows) + 1
+    }
+
+    fn writes_element(&self) -> bool {
+        self.format.vector
+    }
+
+    fn waiting_bytes(&self) -> u64 {
+        if self.carry { self.state_bytes() } else { 0 }
     }
 }

@@ -5,9 +5,14 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
+use super::eligibility::{fits, lane_tile as lane_tile_of, largest};
 use super::format::Format;
+use super::grid::Grid;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
+use crate::obstacle::Obstacle;
+use crate::shape::Shape;
 
 /// A variant of `scores`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,5 +98,24 @@ impl fmt::Display for Scores {
         let Tile { body, rows, cols, tile_rows, tile_cols, depth } = self.tile;
         let full = if self.full { " full" } else { "" };
         write!(f, "scores[{body}; {tile_rows}×{tile_cols}×{depth} by {rows}×{cols}; {}{full}]", self.format)
+    }
+}
+
+/// The tile for a problem on a device.
+pub(crate) fn tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile, Obstacle> {
+    if body != Body::Tiled {
+        return Ok(lane_tile_of(lane_tile, body, shape, shape.head_dim, format));
+    }
+    largest(&TILED, shape.seq_q, |&tile| {
+        let variant = Scores { tile, format, full: false };
+        fits(caps, variant.threads(), variant.workgroup_bytes())
+    })
+}
+
+impl Scores {
+    /// How the work on so many keys is divided into workgroups.
+    pub(crate) fn grid(&self, shape: &Shape, keys: u64) -> Grid {
+        let columns = keys.div_ceil(self.tile.tile_cols.into());
+        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.head_dim) }
     }
 }

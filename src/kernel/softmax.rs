@@ -6,6 +6,8 @@ use minijinja::{Value, context};
 
 use super::shader::Shader;
 use super::slot::Slot;
+use crate::caps::{CPU_TURNS, Caps};
+use crate::shape::Shape;
 
 /// A variant of `softmax`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,5 +52,21 @@ impl Shader for Softmax {
 impl fmt::Display for Softmax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "softmax[{} threads{}]", self.threads, if self.lse { "; lse" } else { "" })
+    }
+}
+
+impl Softmax {
+    /// The variant for a problem on a device.
+    pub(crate) fn new(shape: &Shape, caps: &Caps) -> Softmax {
+        let wanted = match (caps.cpu, shape.seq_kv) {
+            // Two loop iterations for 32 keys of a row.
+            (true, keys) if u64::from(keys / 16) > CPU_TURNS => THREADS[2],
+            (true, _) => THREADS[0],
+            (false, ..=512) => THREADS[1],
+            (false, _) => THREADS[2],
+        };
+        let most = caps.limits.max_compute_invocations_per_workgroup.min(caps.limits.max_compute_workgroup_size_x);
+        let threads = THREADS.into_iter().rev().find(|&n| n <= wanted.min(most)).expect("8 is below every floor");
+        Softmax { threads, lse: shape.lse }
     }
 }

@@ -5,11 +5,21 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::body::WIDE_LANES;
+use super::eligibility::{fits, group_rows};
 use super::format::Format;
-use super::fused::Operands;
+use super::fused::{
+    Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
+};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
 use crate::error::counted;
+use crate::obstacle::Obstacle;
+use crate::options::Options;
+use crate::problem::Element;
+use crate::shape::Shape;
+use crate::walk::most_keys;
 
 /// A variant of `split`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,7 +92,7 @@ impl Shader for Split {
     }
 
     fn bindings(&self) -> Vec<(Slot, bool)> {
-        if self.full { Operands::Full } else { Operands::Lists }.bindings()
+        OperandSet::with_lists(self.full).bindings()
     }
 
     fn threads(&self) -> u32 {
@@ -118,5 +128,115 @@ impl fmt::Display for Split {
         let full = if self.full { " full" } else { "" };
         let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
         write!(f, "split[{rows}, {streams} × {keys}, {dims} dims{shuffle}; {}{full}]", self.format)
+    }
+}
+
+impl Split {
+    /// Into how many parts the keys are shared out: enough workgroups to fill the device, few enough that merging costs little, but none
+    /// longer than a binding or the loops of a CPU adapter take, and as many for each dispatch of `key_step` keys; 0 where one part is
+    /// enough and can be written as it is.
+    pub(crate) fn partials(&self, walk: &Walk<'_>) -> u32 {
+        let Walk { shape, caps, options, key_step } = *walk;
+        let class = usize::from(!caps.cpu);
+        let tiles = group_rows(shape).div_ceil(self.tile.rows.into());
+        let batch = if options.batch_invariant { 1 } else { shape.batch };
+        let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
+        let wanted = u64::from(WORKGROUPS[class]).div_ceil(workgroups.max(1));
+        let most = most_keys(shape, self.tile.rows).div_ceil(LEAST_KEYS[class].into());
+        let room = walk.room() / longer_partial_bytes(shape, 1).max(1);
+        let dispatches = shape.seq_kv.div_ceil(key_step);
+        let each = (wanted.min(most).min(room) as u32 / dispatches.max(1)).max(1) * dispatches;
+        match each.max(self.fewest_partials(walk)) {
+            0 | 1 => u32::from(shape.element != Element::F32),
+            parts => parts,
+        }
+    }
+
+    /// The fewest parts, so that none is longer than what a binding and the loops of a CPU adapter take.
+    fn fewest_partials(&self, walk: &Walk<'_>) -> u32 {
+        let Walk { shape, caps, key_step, .. } = *walk;
+        let longest = most_keys(shape, self.tile.rows).min(key_step.into());
+        let each = longest.div_ceil(most_loop_keys(self, shape, caps).max(1)).max(1) as u32;
+        each.saturating_mul(shape.seq_kv.div_ceil(key_step))
+    }
+}
+
+/// Bytes of the partial outputs, and of the maximum and the sum of each of their rows.
+pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
+    let rows = u64::from(partials) * shape.lse_len();
+    [4 * rows * u64::from(shape.value_dim), 8 * rows]
+}
+
+/// Bytes of the longer of the two buffers that the parts fill.
+fn longer_partial_bytes(shape: &Shape, partials: u32) -> u64 {
+    let [out, totals] = partial_bytes(shape, partials);
+    out.max(totals)
+}
+
+impl Fused for Split {
+    fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Split>, Obstacle> {
+        let full = transforms(shape);
+        if shape.packed.is_some() {
+            return Err(Obstacle::PackedSequences);
+        }
+        let dims = shape.head_dim.max(shape.value_dim);
+        let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= ACROSS);
+        let wide = caps.int64 && caps.lanes() == Some(WIDE_LANES);
+        let one_stream = caps.cpu && wide;
+        let many_rows = group_rows(shape) > 2;
+        let format = whole_format(shape, false);
+        let mut found: Vec<_> = tiles()
+            .filter(|tile| dims <= tile.dims && (shuffle || !tile.shuffle) && (wide || !tile.wide()))
+            .map(|tile| Split { tile, format, full })
+            .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+            .collect();
+        found.sort_by_key(|x| {
+            let tile = &x.tile;
+            (tile.dims, tile.shuffle != shuffle, (tile.streams == 1) != one_stream, (tile.rows > 1) != many_rows)
+        });
+        let smallest = found.first().map(|x| x.tile.dims);
+        found.retain(|x| Some(x.tile.dims) == smallest);
+        if found.is_empty() {
+            return Err(Obstacle::SplitDims { dims });
+        }
+        check_operands(shape, caps, OperandSet::with_lists(full))?;
+        if options.native_f16 == Some(true) && shape.element == Element::F16 {
+            return Err(Obstacle::PackedF16);
+        }
+        let (bytes, limit) = (longer_partial_bytes(shape, 1), caps.binding().min(options.scratch_budget));
+        if shape.element != Element::F32 && bytes > limit {
+            return Err(Obstacle::Partials { bytes, limit });
+        }
+        Ok(found)
+    }
+
+    /// Its parts are merged.
+    fn in_several_dispatches(self, walk: &Walk<'_>, one: Obstacle) -> Result<Split, Obstacle> {
+        let bytes = longer_partial_bytes(walk.shape, self.fewest_partials(walk));
+        let limit = walk.room();
+        if bytes > limit {
+            let several = Box::new(Obstacle::PartResults { bytes, limit });
+            return Err(Obstacle::SeveralDispatches { one: Box::new(one), several });
+        }
+        Ok(self)
+    }
+
+    fn tile_rows(&self) -> u32 {
+        self.tile.rows
+    }
+
+    fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
+        let Tile { rows, keys: each, streams, shuffle, .. } = self.tile;
+        let sums = if shuffle { 0 } else { 1 + u64::from((rows * each).div_ceil(ACROSS)) };
+        let blocks =
+            if streams == 1 { key_loop(shape, keys, each) } else { keys.div_ceil((each * streams).into()) + 4 };
+        // Two loops that run once where there are NaN or infinities, with the tests that end them.
+        let iterations = blocks * (4 + row_loops(self.full, rows) + sums);
+        if shuffle { iterations } else { iterations * 5 / 4 }
+    }
+
+    /// `merge` rounds what it merges; without a merge the output is f32.
+    fn writes_element(&self) -> bool {
+        true
     }
 }

@@ -5,10 +5,16 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
+use super::eligibility::{fits, lane_tile as lane_tile_of, largest};
 use super::format::Format;
+use super::grid::Grid;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use crate::caps::Caps;
+use crate::obstacle::Obstacle;
 use crate::problem::Element;
+use crate::shape::Shape;
+use crate::walk::most_keys;
 
 /// A variant of `values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,5 +102,30 @@ impl fmt::Display for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { body, rows, cols, tile_rows, tile_cols, depth } = self.tile;
         write!(f, "values[{body}; {tile_rows}×{tile_cols}×{depth} by {rows}×{cols}; {} to {}]", self.format, self.out)
+    }
+}
+
+/// The tile for a problem on a device.
+pub(crate) fn tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile, Obstacle> {
+    if body != Body::Tiled {
+        return Ok(lane_tile_of(lane_tile, body, shape, shape.value_dim, format));
+    }
+    largest(&TILED, shape.seq_q, |&tile| {
+        let variant = Values { tile, format, out: Element::F32 };
+        fits(caps, variant.threads(), variant.workgroup_bytes())
+    })
+}
+
+/// Keys of one dispatch, of at most `key_step` keys.
+pub(crate) fn loop_step(shape: &Shape, caps: &Caps, key_step: u32) -> u32 {
+    let most_rows = TILED[0].tile_rows;
+    if caps.cpu && most_keys(shape, most_rows) > CPU_KEYS.into() { key_step.min(CPU_KEYS) } else { key_step }
+}
+
+impl Values {
+    /// How the work is divided into workgroups.
+    pub(crate) fn grid(&self, shape: &Shape) -> Grid {
+        let columns = shape.value_dim.div_ceil(self.tile.tile_cols).into();
+        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.value_dim) }
     }
 }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
-use crate::choose;
 use crate::error::{Error, Result};
+use crate::kernel::eligibility::whole_vectors;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
@@ -170,7 +170,7 @@ impl Merge {
         let mut parts = planner.divide(Part::new(0..self.batch, 0..self.heads, 0..self.seq_q))?;
         // Whether several dispatches add to one output decides its scratch, whose size may divide parts further.
         let several = parts.iter().any(|part| planner.step(part, planner.out_step()) < self.partials);
-        if self.element != Element::F32 && (several || !choose::whole_vectors(&out)) {
+        if self.element != Element::F32 && (several || !whole_vectors(&out)) {
             if !out.is_dense() {
                 return Err(Error::Conflict {
                     left: "element",
@@ -292,7 +292,7 @@ impl Planner<'_, '_> {
             self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, lines)?;
         }
         let element = if self.unpacked { Element::F32 } else { m.element };
-        let vector = m.value_dim.is_multiple_of(4) && choose::whole_vectors(&self.out);
+        let vector = m.value_dim.is_multiple_of(4) && whole_vectors(&self.out);
         let items = lines * u64::from(m.value_dim.div_ceil(4));
         for partials in self.chunks(part, self.out_step()) {
             self.dispatch(merge::Merge::Out { element, vector }, part, &partials, items)?;

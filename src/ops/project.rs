@@ -1,9 +1,9 @@
 //! `y = x w + b` on the GPU: the linear layers around attention.
 
 use crate::caps::Caps;
-use crate::choose;
 use crate::error::{Error, Result};
-use crate::kernel::body::{Body, Tile};
+use crate::kernel::body::Tile;
+use crate::kernel::eligibility::too_many_bindings;
 use crate::kernel::params::{Params, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, project};
@@ -236,19 +236,6 @@ impl Projection {
             && [self.weight_offset, self.weight_row].iter().all(|n| n.is_multiple_of(4))
     }
 
-    fn tile(&self, caps: &Caps, options: &Options) -> Result<Tile> {
-        let (body, _) = choose::choose_body(caps, options);
-        if let Body::Lanes { lanes, .. } = body {
-            let [many, one] = project::lane_tiles(body);
-            return Ok(if self.rows <= lanes { one } else { many });
-        }
-        let fits = |tile: &Tile| {
-            let variant = Variant::Project(self.variant(*tile, false));
-            choose::fits(caps, variant.threads(), variant.workgroup_bytes())
-        };
-        choose::largest(&project::TILED, self.rows, fits, "project")
-    }
-
     fn variant(&self, tile: Tile, turned: bool) -> project::Project {
         let transposed = self.order == Order::OutIn;
         project::Project { tile, element: self.element, transposed, vector: self.vector(), turned }
@@ -271,7 +258,7 @@ impl Projection {
         } else if largest > caps.binding() {
             Some("the weights of one head, the table or the positions exceed a binding".into())
         } else {
-            choose::too_many_bindings(caps, 6)
+            too_many_bindings(caps, 6).map(|obstacle| obstacle.to_string())
         }
     }
 
@@ -287,7 +274,9 @@ impl Projection {
             return Ok(());
         }
         let of = self.flat();
-        let variant = of.variant(of.tile(steps.caps, &steps.options)?, wiring.turn.is_some());
+        let tile = project::tile(of.rows, steps.caps, &steps.options)
+            .map_err(|why| Error::Kernel { kernel: "project", why })?;
+        let variant = of.variant(tile, wiring.turn.is_some());
         let planner = Planner { wiring, caps: steps.caps, variant, of };
         planner.of.whole().divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }

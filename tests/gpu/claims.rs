@@ -4,11 +4,12 @@
 use std::collections::BTreeSet;
 
 use wgpu_attention::{
-    Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Options, Packed, Paged, Plan,
+    Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Obstacle, Options, Packed, Paged, Plan,
 };
 use wgpu_attention::{Form, Problem, Strides, Window, wgpu};
 
 use crate::support::{Case, gpus, is_small};
+use crate::{Reason, reason};
 
 /// A feature: its name, the sizes [batch, heads, seq_q, seq_kv, head_dim] it is tried at, and how a problem asks for it.
 struct Feature {
@@ -71,26 +72,26 @@ fn bias(element: Element) -> Bias {
 }
 
 /// Every pair of kernel and feature that is not claimed, with the reason for it. All others are.
-const REFUSED: [(Kernel, &str, &str); 19] = [
-    (Kernel::Unfused, "keys in pages", "no keys in pages"),
-    (Kernel::Rows, "512 dims", "do not fit a lane's registers"),
-    (Kernel::Rows, "native f16", "reads f16 packed"),
-    (Kernel::Rows, "logits raw", "score matrix"),
-    (Kernel::Rows, "logits capped", "score matrix"),
-    (Kernel::Rows, "logits masked", "score matrix"),
-    (Kernel::Flash, "logits raw", "score matrix"),
-    (Kernel::Flash, "logits capped", "score matrix"),
-    (Kernel::Flash, "logits masked", "score matrix"),
-    (Kernel::Matrix, "bf16", "its operands are f16"),
-    (Kernel::Matrix, "logits raw", "score matrix"),
-    (Kernel::Matrix, "logits capped", "score matrix"),
-    (Kernel::Matrix, "logits masked", "score matrix"),
-    (Kernel::Split, "512 dims", "do not fit its lanes' registers"),
-    (Kernel::Split, "native f16", "reads f16 packed"),
-    (Kernel::Split, "packed", "no packed sequences"),
-    (Kernel::Split, "logits raw", "score matrix"),
-    (Kernel::Split, "logits capped", "score matrix"),
-    (Kernel::Split, "logits masked", "score matrix"),
+const REFUSED: [(Kernel, &str, Reason); 19] = [
+    (Kernel::Unfused, "keys in pages", reason!(Obstacle::Pages)),
+    (Kernel::Rows, "512 dims", reason!(Obstacle::LaneDims { dims: 512 })),
+    (Kernel::Rows, "native f16", reason!(Obstacle::PackedF16)),
+    (Kernel::Rows, "logits raw", reason!(Obstacle::Logits)),
+    (Kernel::Rows, "logits capped", reason!(Obstacle::Logits)),
+    (Kernel::Rows, "logits masked", reason!(Obstacle::Logits)),
+    (Kernel::Flash, "logits raw", reason!(Obstacle::Logits)),
+    (Kernel::Flash, "logits capped", reason!(Obstacle::Logits)),
+    (Kernel::Flash, "logits masked", reason!(Obstacle::Logits)),
+    (Kernel::Matrix, "bf16", reason!(Obstacle::NotF16 { element: Element::Bf16 })),
+    (Kernel::Matrix, "logits raw", reason!(Obstacle::Logits)),
+    (Kernel::Matrix, "logits capped", reason!(Obstacle::Logits)),
+    (Kernel::Matrix, "logits masked", reason!(Obstacle::Logits)),
+    (Kernel::Split, "512 dims", reason!(Obstacle::SplitDims { dims: 512 })),
+    (Kernel::Split, "native f16", reason!(Obstacle::PackedF16)),
+    (Kernel::Split, "packed", reason!(Obstacle::PackedSequences)),
+    (Kernel::Split, "logits raw", reason!(Obstacle::Logits)),
+    (Kernel::Split, "logits capped", reason!(Obstacle::Logits)),
+    (Kernel::Split, "logits masked", reason!(Obstacle::Logits)),
 ];
 
 /// What a kernel's plan consists of: itself, and the helpers that it is documented to have.
@@ -131,13 +132,13 @@ fn problem(feature: &Feature, element: Element) -> Problem {
 }
 
 /// What keeps a kernel from a feature on a device: this table, and what the device lacks.
-fn refusal(gpu: &Gpu, kernel: Kernel, feature: &Feature) -> Option<&'static str> {
+fn refusal(gpu: &Gpu, kernel: Kernel, feature: &Feature) -> Option<Reason> {
     let listed = REFUSED.iter().find(|&&(k, name, _)| k == kernel && name == feature.name).map(|&(.., why)| why);
     let native = feature.name == "native f16" || kernel == Kernel::Matrix;
-    let no_f16 = (native && !gpu.library().caps().f16).then_some("no shader f16");
+    let no_f16 = (native && !gpu.library().caps().f16).then_some(reason!(Obstacle::NoF16));
     // Devices too small for a kernel as such have tests of their own (limits.rs). What the device lacks comes before what is asked for.
     match listed {
-        Some("score matrix") => no_f16.or(listed),
+        Some(reason) if reason.is(&Obstacle::Logits) => no_f16.or(listed),
         _ => listed.or(no_f16),
     }
 }
@@ -155,10 +156,10 @@ fn planned(gpu: &Gpu, kernel: Kernel, feature: &Feature, p: &Problem) -> Option<
             Some(plan)
         }
         (Err(Error::Kernel { why, .. }), Some(reason)) => {
-            assert!(why.contains(reason), "{what} is refused because {why}, not {reason}");
+            assert!(reason.is(&why), "{what} is refused because {why}, not {reason:?}");
             None
         }
-        (Ok(plan), Some(reason)) => panic!("{what} is planned, though it should be refused: {reason}\n{plan}"),
+        (Ok(plan), Some(reason)) => panic!("{what} is planned, though it should be refused: {reason:?}\n{plan}"),
         (Err(error), _) => panic!("{what}: {error}"),
     }
 }

@@ -23,9 +23,11 @@ mod types;
 mod visible;
 mod weights;
 
+use std::fmt;
+
 use support::{Case, gpus, is_small};
 use wgpu_attention::shape::Tensor;
-use wgpu_attention::{Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Options, Problem, wgpu};
+use wgpu_attention::{Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Obstacle, Options, Problem, wgpu};
 
 fn form(form: Option<Form>) -> Options {
     Options { form, ..Options::default() }
@@ -82,7 +84,7 @@ fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
                 }
             }
             (Err(Error::Kernel { kernel: name, why }), Some(reason)) => {
-                assert!(name == kernel.name() && why.contains(reason), "{name}: {why}, not {reason}\n{p:?}");
+                assert!(name == kernel.name() && reason.is(&why), "{name}: {why}, not {reason:?}\n{p:?}");
             }
             (result, reason) => panic!("{}: {:?}, but expected {reason:?}\n{p:?}", kernel.name(), result.err()),
         }
@@ -90,8 +92,35 @@ fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
     ways
 }
 
+/// What a refusal must be: a pattern of [`Obstacle`].
+#[derive(Clone, Copy)]
+struct Reason {
+    pattern: &'static str,
+    fits: fn(&Obstacle) -> bool,
+}
+
+impl Reason {
+    fn is(&self, why: &Obstacle) -> bool {
+        (self.fits)(why)
+    }
+}
+
+impl fmt::Debug for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.pattern)
+    }
+}
+
+macro_rules! reason {
+    ($pattern:pat) => {
+        $crate::Reason { pattern: stringify!($pattern), fits: |why| matches!(why, $pattern) }
+    };
+}
+
+use reason;
+
 /// Why a kernel cannot run a problem on a device, as its documentation has it.
-fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Option<&'static str> {
+fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Option<Reason> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
     let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
@@ -99,7 +128,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
     let small = p.weights || p.lse || p.sinks || p.key_lengths || p.packed.is_some() || paged;
     let lists = small || p.causal == Causal::Offset;
     let buffers = match kernel {
-        Kernel::Unfused => return paged.then_some("no keys in pages"),
+        Kernel::Unfused => return paged.then_some(reason!(Obstacle::Pages)),
         _ if full => 8,
         Kernel::Flash | Kernel::Matrix if !lists => 4,
         _ => 6,
@@ -127,34 +156,39 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
     let few = limits.max_compute_invocations_per_workgroup < 128;
     // What the problem and the device are comes before what is asked for.
     if kernel == Kernel::Split && p.packed.is_some() {
-        Some("packed sequences")
+        Some(reason!(Obstacle::PackedSequences))
     } else if kernel == Kernel::Split && p.head_dim.max(p.value_dim) > 256 {
-        Some("lanes' registers")
+        Some(reason!(Obstacle::SplitDims { dims: 257.. }))
     } else if kernel == Kernel::Split && few && !caps.int64 && limits.max_compute_workgroup_storage_size < 8836 {
         // The bytes of its only tile of 64 invocations.
-        Some("its tiles not the device")
+        Some(reason!(Obstacle::SplitDims { dims: ..=256 }))
     } else if kernel == Kernel::Matrix && p.element != Element::F16 {
-        Some("its operands are f16")
+        Some(reason!(Obstacle::NotF16 { element: Element::F32 | Element::Bf16 }))
     } else if kernel == Kernel::Matrix && !caps.f16 {
-        Some("no shader f16")
+        Some(reason!(Obstacle::NoF16))
     } else if kernel == Kernel::Matrix && form.is_none() && caps.matrices.is_empty() {
-        Some("no cooperative matrices")
+        Some(reason!(Obstacle::NoMatrices))
     } else if kernel == Kernel::Matrix && form.is_none() && caps.subgroup_max_size.is_none_or(|most| most > 64) {
-        Some("at most 64 lanes")
+        Some(reason!(Obstacle::SubgroupLanes { limit: 64 }))
     } else if kernel == Kernel::Matrix && few {
-        Some("no tile fits")
+        Some(reason!(Obstacle::NoTile))
     } else if kernel == Kernel::Rows && p.head_dim.max(p.value_dim) > 256 {
-        Some("do not fit a lane's registers")
+        Some(reason!(Obstacle::LaneDims { dims: 257.. }))
     } else if kernel == Kernel::Flash && few {
-        Some("no tile fits")
+        Some(reason!(Obstacle::NoTile))
     } else if limits.max_storage_buffers_per_shader_stage < buffers {
-        Some("storage buffers")
+        Some(reason!(Obstacle::Bindings { .. }))
     } else if p.logits.is_some() {
-        Some("score matrix")
+        Some(reason!(Obstacle::Logits))
     } else if several
         && (between > room || (kernel != Kernel::Split && limits.max_storage_buffers_per_shader_stage <= most))
     {
-        Some("exceed a binding")
+        Some(match kernel {
+            Kernel::Matrix => reason!(Obstacle::LongKeys),
+            // The f32 results of 16-bit outputs may exceed a binding even in one dispatch.
+            Kernel::Split => reason!(Obstacle::SeveralDispatches { .. } | Obstacle::Partials { .. }),
+            _ => reason!(Obstacle::SeveralDispatches { .. }),
+        })
     } else {
         None
     }

@@ -228,7 +228,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
 
 #[cfg(test)]
 mod tests {
-    use wgpu_attention::Error;
+    use wgpu_attention::{Element, Error, Obstacle};
 
     use super::*;
     use crate::difference::{Rule, compare};
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_case_is_counted_once_and_as_what_became_of_it() {
-        let kernel = Error::Kernel { kernel: "matrix", why: "its operands are f16".into() };
+        let kernel = Error::Kernel { kernel: "matrix", why: Obstacle::NotF16 { element: Element::Bf16 } };
         let results = [
             (Ok(vec![verdict(1.25), verdict(1.0)]), [1, 0, 0]),
             (Ok(vec![verdict(1.0), verdict(2.0)]), [0, 1, 0]),

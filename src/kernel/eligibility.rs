@@ -1,0 +1,99 @@
+//! What several kernels ask of a problem and a device before they can run.
+
+use super::body::{Body, LANE_DIMS, LANE_ROWS, Tile};
+use super::format::Format;
+use crate::caps::Caps;
+use crate::error::{Error, Result};
+use crate::obstacle::Obstacle;
+use crate::shape::{Shape, Tensor};
+
+/// Whether a workgroup fits the device.
+pub(crate) fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {
+    let l = &caps.limits;
+    workgroup_bytes <= l.max_compute_workgroup_storage_size
+        && threads <= l.max_compute_invocations_per_workgroup
+        && threads <= l.max_compute_workgroup_size_x
+}
+
+/// The largest tile that fits the device and is not mostly empty for so few rows.
+pub(crate) fn largest(tiles: &[Tile], rows: u32, fits: impl Fn(&Tile) -> bool) -> Result<Tile, Obstacle> {
+    let smallest = tiles.last().expect("the table has rows").tile_rows;
+    let found = tiles.iter().find(|tile| fits(tile) && (rows > tile.tile_rows / 2 || tile.tile_rows == smallest));
+    found.copied().ok_or(Obstacle::NoTile)
+}
+
+/// The lane-per-row tile of `scores` or `values`, whose lanes keep `dim` dims of a row.
+pub(crate) fn lane_tile(tile: fn(Body, u32, u32) -> Tile, body: Body, shape: &Shape, dim: u32, format: Format) -> Tile {
+    let Body::Lanes { lanes, .. } = body else { unreachable!("called for lane bodies") };
+    let [one, many] = LANE_ROWS;
+    let [narrow, wide] = LANE_DIMS;
+    let rows = if group_rows(shape) <= u64::from(lanes) { one } else { many };
+    let dims = if dim <= narrow && format.vector { narrow } else { wide };
+    tile(body, rows, dims)
+}
+
+/// What keeps a kernel that binds so many storage buffers from running.
+pub(crate) fn too_many_bindings(caps: &Caps, needed: u32) -> Option<Obstacle> {
+    let l = &caps.limits;
+    let limit = l.max_storage_buffers_per_shader_stage.min(l.max_bindings_per_bind_group.saturating_sub(1));
+    (limit < needed).then_some(Obstacle::Bindings { needed, limit })
+}
+
+/// Query rows that share a key/value head.
+pub(crate) fn group_rows(shape: &Shape) -> u64 {
+    u64::from(shape.seq_q) * u64::from(shape.group)
+}
+
+/// Whether every row starts at a multiple of four elements and has a multiple of four of them.
+pub(crate) fn whole_vectors(tensor: &Tensor) -> bool {
+    let s = &tensor.strides;
+    let steps = [s.batch, s.head, s.row];
+    let aligned = steps.iter().zip(tensor.sizes).all(|(stride, size)| size == 1 || stride % 4 == 0);
+    tensor.dim.is_multiple_of(4) && s.offset.is_multiple_of(4) && aligned
+}
+
+/// Keys of one dispatch: all (1 where there are none), unless the keys or values of a single head exceed a binding.
+pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
+    let keys = shape.seq_kv.max(1);
+    if shape.packed.is_some() {
+        return Ok(keys);
+    }
+    let bytes = shape.element.bytes();
+    let room = caps.binding() - caps.alignment();
+    if shape.paged.is_some() {
+        // Any page may hold keys of any sequence, so that all of them are bound, of one head at least.
+        let pool = |tensor: &Tensor| {
+            if tensor.is_empty() {
+                return 0;
+            }
+            let [pages, _, rows] = tensor.sizes;
+            (tensor.at(pages - 1, 0, rows - 1) + u64::from(tensor.dim) - tensor.strides.offset) * bytes
+        };
+        let pools = [("k", pool(&shape.k)), ("v", pool(&shape.v))];
+        return match pools.into_iter().find(|&(_, value)| value > room) {
+            Some((field, size)) => {
+                let advice = "use a pool of fewer pages, or one pool for each part of the key/value heads";
+                Err(Error::Room { field, size, unit: "bytes", limit: room, advice })
+            }
+            None => Ok(keys),
+        };
+    }
+    let mut step = u64::from(keys);
+    for (field, tensor) in [("k", &shape.k), ("v", &shape.v)] {
+        let dim = u64::from(tensor.dim);
+        let keys = match (room / bytes).checked_sub(dim) {
+            None => 0,
+            Some(rest) => rest / tensor.strides.row.max(1) + 1,
+        };
+        if keys < u64::from(shape.seq_kv) {
+            // Whole vectors of weights.
+            let whole = keys / 4 * 4;
+            if whole == 0 {
+                let value = (tensor.strides.row * 3 + dim) * bytes;
+                return Err(Error::bytes(field, value, room));
+            }
+            step = step.min(whole);
+        }
+    }
+    Ok(step as u32)
+}

@@ -1,0 +1,281 @@
+//! The kernels that compute a problem on a device, and the keys of each of their dispatches.
+
+use crate::caps::Caps;
+use crate::choose::choose_fused;
+use crate::error::{Error, Result};
+use crate::kernel::body::Body;
+use crate::kernel::eligibility::{key_step, whole_vectors};
+use crate::kernel::format::Format;
+use crate::kernel::fused::{self, Fused, Walk, transforms};
+use crate::kernel::scores::{self, Scores};
+use crate::kernel::softmax::Softmax;
+use crate::kernel::values::{self, Values};
+use crate::kernel::{Variant, split};
+use crate::obstacle::Obstacle;
+use crate::options::Options;
+use crate::problem::{Element, Logits};
+use crate::shape::{Shape, Tensor};
+use crate::tuned::{Choice, Tuning};
+
+/// How a problem is computed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Route {
+    /// By a fused kernel in one pass over the keys.
+    Fused {
+        kernel: Variant,
+        /// Keys of one dispatch.
+        key_step: u32,
+        /// Parts that `split` makes of the keys, whose results are merged; 0 where the kernel writes the output itself.
+        partials: u32,
+        /// The kernel that forms the scores again, if the weights are asked for.
+        weights: Option<Scores>,
+        /// The rows of a part are a multiple of this.
+        part_rows: u32,
+    },
+    /// By `scores`, `softmax` and `values`, with the score matrix in between.
+    Staged {
+        scores: Scores,
+        softmax: Softmax,
+        values: Values,
+        /// Keys of one dispatch of `scores` and `values`.
+        key_step: u32,
+        /// The score transform is a pass of its own.
+        separate: bool,
+    },
+}
+
+impl Route {
+    /// Chooses the kernels, and adds the reasons.
+    pub(crate) fn new(
+        shape: &Shape,
+        caps: &Caps,
+        options: &Options,
+        tuning: &Tuning,
+        reasons: &mut Vec<String>,
+    ) -> Result<Route> {
+        let walk = Walk { shape, caps, options, key_step: key_step(shape, caps)? };
+        match choose_fused(&walk, tuning, reasons)? {
+            Some(kernel) => Route::fused(kernel, &walk, reasons),
+            None => Route::staged(&walk, reasons),
+        }
+    }
+
+    fn fused(kernel: Variant, walk: &Walk<'_>, reasons: &mut Vec<String>) -> Result<Route> {
+        let Walk { shape, caps, options, .. } = *walk;
+        let fused = fused::of(&kernel).expect("a fused kernel is chosen");
+        let (key_step, partials) = match &kernel {
+            // Its parts are shorter than what its loops take.
+            Variant::Split(split) => (walk.key_step, split.partials(walk)),
+            _ => (fused::loop_step(fused, shape, caps, walk.key_step), 0),
+        };
+        let (mut body, _) = Body::choose(caps, options);
+        if shape.weights {
+            if !shape.seq_kv.is_multiple_of(4) || (options.native_f16 == Some(true) && options.form.is_none()) {
+                // The lane form writes whole vectors, also across the ends of rows, and reads f16 packed.
+                body = Body::Tiled;
+            }
+            reasons.push(format!(
+                "weights are formed from scores in place, with the maximum and sum of each row: no score matrix beside \
+                 them (scores in the form: {body})"
+            ));
+        }
+        // The fused kernel has seen to its own format.
+        let native = shape.weights && choose_native(walk, body)?;
+        let [qk, vo] = formats(shape, native, reasons);
+        explain_key_step(key_step, shape, reasons);
+        if partials > 0 {
+            reasons.push(match partials {
+                1 => "the keys of a row go to one workgroup, whose f32 result the merge rounds".into(),
+                _ => format!("the keys of a row go to {partials} workgroups, whose results are merged"),
+            });
+        }
+        if unpacks(fused, partials, shape) {
+            check_unpacked(shape, reasons)?;
+        }
+        let scores = scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?;
+        let values = values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?;
+        let weights = shape.weights.then_some(Scores { tile: scores, format: qk, full: false });
+        Ok(Route::Fused { kernel, key_step, partials, weights, part_rows: scores.tile_rows.max(values.tile_rows) })
+    }
+
+    fn staged(walk: &Walk<'_>, reasons: &mut Vec<String>) -> Result<Route> {
+        let Walk { shape, caps, options, .. } = *walk;
+        let key_step = values::loop_step(shape, caps, walk.key_step);
+        let (body, why) = Body::choose(caps, options);
+        reasons.push(format!("scores and values in the form: {body} ({why})"));
+        let native = choose_native(walk, body)?;
+        let operands = transforms(shape) || shape.wants(Logits::Masked);
+        let separate = operands && is_separate(shape, caps, body, reasons);
+        let [qk, vo] = formats(shape, native, reasons);
+        explain_key_step(key_step, shape, reasons);
+        let unpacked = shape.element != Element::F32 && (!vo.vector || key_step < shape.seq_kv);
+        if unpacked {
+            check_unpacked(shape, reasons)?;
+        }
+        let scores = Scores {
+            tile: scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?,
+            format: qk,
+            full: operands && !separate,
+        };
+        let values = Values {
+            tile: values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?,
+            format: vo,
+            out: if unpacked { Element::F32 } else { shape.element },
+        };
+        Ok(Route::Staged { scores, softmax: Softmax::new(shape, caps), values, key_step, separate })
+    }
+
+    pub(crate) fn choice(&self) -> Choice {
+        match self {
+            Route::Fused { kernel, .. } => Choice::of(kernel),
+            Route::Staged { .. } => Choice::Unfused,
+        }
+    }
+
+    /// Keys of one dispatch.
+    pub(crate) fn key_step(&self) -> u32 {
+        match *self {
+            Route::Fused { key_step, .. } | Route::Staged { key_step, .. } => key_step,
+        }
+    }
+
+    /// The fused kernel, if there is one.
+    pub(crate) fn kernel(&self) -> Option<&dyn Fused> {
+        match self {
+            Route::Fused { kernel, .. } => fused::of(kernel),
+            Route::Staged { .. } => None,
+        }
+    }
+
+    /// The kernel that multiplies the weights by the values, if it is one of its own.
+    pub(crate) fn values(&self) -> Option<Values> {
+        match *self {
+            Route::Fused { .. } => None,
+            Route::Staged { values, .. } => Some(values),
+        }
+    }
+
+    /// The results that are merged, 0 where there is nothing to merge.
+    pub(crate) fn partials(&self) -> u32 {
+        match *self {
+            Route::Fused { partials, .. } => partials,
+            Route::Staged { .. } => 0,
+        }
+    }
+
+    /// Whether `out` is written in f32 and packed afterwards. `merge` sees to its output itself.
+    pub(crate) fn unpacked(&self, shape: &Shape) -> bool {
+        match self {
+            Route::Fused { kernel, partials, .. } => {
+                fused::of(kernel).is_some_and(|fused| unpacks(fused, *partials, shape))
+            }
+            Route::Staged { values, .. } => values.out != shape.element,
+        }
+    }
+
+    /// The kernel that forms the weights after a fused kernel: none where rows have no key, and no weights.
+    pub(crate) fn weights(&self, shape: &Shape) -> Option<Scores> {
+        match *self {
+            Route::Fused { weights, .. } if shape.seq_kv > 0 => weights,
+            _ => None,
+        }
+    }
+
+    /// Whether the fused kernel leaves maximum and sum of each row, for `weights`; those of `split`'s parts come from the merge.
+    pub(crate) fn totals(&self, shape: &Shape) -> bool {
+        self.weights(shape).is_some() && self.partials() == 0
+    }
+
+    /// Whether parts end where a group of query heads does: some kernels take the query heads of a key/value head together.
+    pub(crate) fn takes_group(&self) -> bool {
+        match *self {
+            Route::Fused { kernel, weights, .. } => {
+                kernel.takes_group() || weights.is_some_and(|scores| Variant::Scores(scores).takes_group())
+            }
+            Route::Staged { scores, .. } => Variant::Scores(scores).takes_group(),
+        }
+    }
+
+    /// The rows of a part are a multiple of this.
+    pub(crate) fn part_rows(&self) -> u32 {
+        match self {
+            Route::Fused { part_rows, .. } => *part_rows,
+            Route::Staged { scores, values, .. } => scores.tile.tile_rows.max(values.tile.tile_rows),
+        }
+    }
+
+    /// Bytes of the partial outputs and of their maxima and sums.
+    pub(crate) fn partial_bytes(&self, shape: &Shape) -> [u64; 2] {
+        split::partial_bytes(shape, self.partials())
+    }
+}
+
+/// Whether a fused kernel leaves a 16-bit output to `pack`.
+fn unpacks(kernel: &dyn Fused, partials: u32, shape: &Shape) -> bool {
+    shape.element != Element::F32 && partials == 0 && !kernel.writes_element()
+}
+
+fn check_unpacked(shape: &Shape, reasons: &mut Vec<String>) -> Result<()> {
+    if !shape.out.is_dense() {
+        return Err(Error::Conflict {
+            left: "element",
+            right: "out",
+            why: "16-bit rows that are not whole vectors of four, or whose keys are split over dispatches, need a dense out",
+        });
+    }
+    reasons.push("out is summed in an f32 scratch and packed to 16 bits afterwards".into());
+    Ok(())
+}
+
+/// The formats of q and k, and of v and out.
+fn formats(shape: &Shape, native: bool, reasons: &mut Vec<String>) -> [Format; 2] {
+    let mut format = |what: &str, tensors: [&Tensor; 2]| {
+        let vector = tensors.into_iter().all(whole_vectors);
+        if !vector {
+            reasons.push(format!("{what} has rows that are not whole vectors of four: elements are read one by one"));
+        }
+        Format { element: shape.element, native, vector }
+    };
+    [format("q or k", [&shape.q, &shape.k]), format("v or out", [&shape.v, &shape.out])]
+}
+
+fn explain_key_step(key_step: u32, shape: &Shape, reasons: &mut Vec<String>) {
+    if key_step < shape.seq_kv {
+        reasons.push(format!(
+            "{key_step} keys a dispatch: those of one head exceed a binding, or what the loops of a CPU adapter take"
+        ));
+    }
+}
+
+/// Whether the score transform, which there is, is a pass of its own.
+fn is_separate(shape: &Shape, caps: &Caps, body: Body, reasons: &mut Vec<String>) -> bool {
+    let buffers = caps.limits.max_storage_buffers_per_shader_stage;
+    let room = buffers >= 6 && caps.limits.max_bindings_per_bind_group >= 7;
+    let early = shape.wants(Logits::Raw) || shape.wants(Logits::Capped);
+    let why = if early {
+        "because scores before it are asked for".into()
+    } else if !room {
+        format!("scores cannot bind q, k, scores, lists, mask and bias under {buffers} storage buffers")
+    } else if body != Body::Tiled {
+        "unrolled in the lane form it would compile for seconds".into()
+    } else {
+        return false;
+    };
+    let mark = if early { "," } else { ":" };
+    reasons.push(format!("the score transform is a pass of its own{mark} {why}"));
+    true
+}
+
+/// Whether `scores` and `values` read f16 with the adapter's own type.
+fn choose_native(walk: &Walk<'_>, body: Body) -> Result<bool> {
+    let is_f16 = walk.shape.element == Element::F16;
+    let possible = is_f16 && walk.caps.f16 && body == Body::Tiled;
+    match walk.options.native_f16 {
+        Some(true) if !possible && is_f16 => {
+            let why = if walk.caps.f16 { Obstacle::LanesPackedF16 } else { Obstacle::NoF16 };
+            Err(Error::Kernel { kernel: "native f16", why })
+        }
+        Some(false) => Ok(false),
+        _ => Ok(possible),
+    }
+}
