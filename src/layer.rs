@@ -1,5 +1,21 @@
 //! The multi-head attention layer: projections, heads, attention, output projection, on the GPU from first to last.
 
+mod buffers;
+mod multihead;
+mod operation;
+mod parameters;
+mod plan;
+mod planner;
+mod prepared;
+mod projected;
+#[cfg(test)]
+mod tests;
+
+pub use buffers::{CacheBuffers, LayerBuffers};
+pub use multihead::MultiHeadAttention;
+pub use plan::LayerPlan;
+pub use prepared::PreparedLayer;
+
 use crate::error::{Error, Result};
 use crate::operands::{HostSlice, Operands};
 use crate::ops::project::Order;
@@ -100,6 +116,20 @@ pub struct Call {
     pub weights: Option<Weights>,
     /// Projected keys and values are appended to a cache with room for `seq_kv` rows, `seq_q` of them at a time.
     pub cache: bool,
+}
+
+impl Call {
+    /// How many keys and values of a batch are projected.
+    pub(crate) fn projected_keys(&self, problem: &Problem) -> u32 {
+        if self.cache { problem.seq_q } else { problem.seq_kv }
+    }
+}
+
+impl RotaryEmbedding {
+    /// Bytes of the table of cosines and sines.
+    pub(crate) fn table_bytes(&self) -> u64 {
+        4 * u64::from(self.positions) * u64::from(self.dim)
+    }
 }
 
 /// Host inputs of a layer.
@@ -313,7 +343,7 @@ impl Layer {
             }
         }
         let rows = |seq: u32| problem.batch as usize * seq as usize;
-        let keys = if call.cache { problem.seq_q } else { problem.seq_kv };
+        let keys = call.projected_keys(problem);
         let lengths = [
             ("query", inputs.query.len(), rows(problem.seq_q) * self.query.inputs as usize),
             ("key", key.len(), rows(keys) * self.key.inputs as usize),

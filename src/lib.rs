@@ -69,7 +69,8 @@
 //!
 //! # Beside attention
 //!
-//! - [`MultiHeadAttention`] is the whole layer: projections, rotary position embedding and a key/value cache. [`Layer`] describes it.
+//! - [`MultiHeadAttention`] is the whole layer: projections, rotary position embedding and a key/value cache. [`Layer`] describes it, and
+//!   [`LayerPlan`] is its plan.
 //! - [`Append`] writes new keys or values into a cache, [`Merge`] joins results over parts of the keys, [`Projection`] multiplies rows
 //!   by a weight matrix, [`Rotation`] applies the rotary embedding; each becomes an [`Operation`] that is recorded like [`Prepared`].
 //! - [`Runner`] runs problems on the best GPU, or on the CPU reference where there is none and the caller allows that.
@@ -131,7 +132,6 @@ pub mod layer;
 mod lists;
 #[cfg(feature = "safetensors")]
 pub mod load;
-mod multihead;
 mod obstacle;
 pub mod operands;
 mod operation;
@@ -156,8 +156,10 @@ pub use caps::Caps;
 pub use encode::{Attention, Buffers, Prepared, Recording};
 pub use error::{Error, Result};
 pub use gpu::{DeviceOptions, Gpu, Resident};
-pub use layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Sources, Weights};
-pub use multihead::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
+pub use layer::{
+    CacheBuffers, Call, Layer, LayerBuffers, LayerInputs, LayerOutputs, LayerPlan, Linear, MultiHeadAttention,
+    PreparedLayer, Sources, Weights,
+};
 pub use obstacle::Obstacle;
 pub use operands::{HostSlice, Operand, Operands};
 pub use operation::{AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers};

@@ -34,12 +34,16 @@ struct Need {
 
 impl Compiled {
     /// Compiles the steps, and allocates buffers of the given bytes for the slots that hold intermediate results.
-    pub(crate) fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
+    pub(crate) fn new(
+        attention: &Attention,
+        steps: &[Step],
+        slices: Vec<Range<usize>>,
+        scratch: &[(Slot, u64)],
+    ) -> Result<Self> {
         attention.caps().check()?;
-        let (steps, slices) = steps.finish();
-        let program = attention.program(&steps)?;
+        let program = attention.program(steps)?;
         let scratch: Vec<_> = scratch.iter().copied().filter(|&(_, bytes)| bytes > 0).collect();
-        let mut needs = needs(&steps);
+        let mut needs = needs(steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
         let scratch = Scratch::new(attention.device(), scratch)?;
         Ok(Compiled { program, slices, needs, scratch, alignment: attention.caps().alignment() })
@@ -130,7 +134,8 @@ pub struct Operation<D> {
 
 impl<D: Description> Operation<D> {
     fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
-        Ok(Operation { compiled: Compiled::new(attention, steps, scratch)?, of: PhantomData })
+        let (steps, slices) = steps.finish();
+        Ok(Operation { compiled: Compiled::new(attention, &steps, slices, scratch)?, of: PhantomData })
     }
 
     /// Each buffer that is read or written, by its field, and its least size in bytes. There is none where the operation has no rows.

@@ -157,6 +157,21 @@ pub(crate) fn no_more_slices(slice: usize, slices: usize) -> Result<()> {
     if value <= limit { Ok(()) } else { Err(Error::TooLarge { field: "slice, counted from 1,", value, limit }) }
 }
 
+/// Writes each variant of the steps on a line of its own, with the number of its dispatches.
+pub(crate) fn write_variants(f: &mut fmt::Formatter<'_>, steps: &[Step]) -> fmt::Result {
+    let mut seen: Vec<(Variant, usize)> = Vec::new();
+    for step in steps {
+        match seen.iter_mut().find(|(variant, _)| *variant == step.variant) {
+            Some((_, times)) => *times += 1,
+            None => seen.push((step.variant, 1)),
+        }
+    }
+    for (variant, times) in seen {
+        writeln!(f, "  {times} × {variant}, {} bytes of workgroup memory", variant.workgroup_bytes())?;
+    }
+    Ok(())
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = &self.shape;
@@ -181,16 +196,7 @@ impl fmt::Display for Plan {
             counted(self.scratch_bytes() as usize, "byte"),
             self.estimate().as_secs_f64() * 1e3
         )?;
-        let mut seen: Vec<(Variant, usize)> = Vec::new();
-        for step in &self.steps {
-            match seen.iter_mut().find(|(variant, _)| *variant == step.variant) {
-                Some((_, times)) => *times += 1,
-                None => seen.push((step.variant, 1)),
-            }
-        }
-        for (variant, times) in seen {
-            writeln!(f, "  {times} × {variant}, {} bytes of workgroup memory", variant.workgroup_bytes())?;
-        }
+        write_variants(f, &self.steps)?;
         for reason in &self.reasons {
             writeln!(f, "  {reason}")?;
         }

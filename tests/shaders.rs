@@ -235,7 +235,7 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");
     // What several kernels share.
-    ["params", "shader", "slot", "format", "body", "fused"]
+    ["params", "shader", "slot", "format", "body", "fused", "eligibility", "grid"]
         .iter()
         .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
     assert_eq!(modules, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());

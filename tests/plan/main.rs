@@ -4,6 +4,7 @@
 mod address;
 mod coverage;
 mod golden;
+mod layer;
 mod long;
 mod strategy;
 mod tuned;
