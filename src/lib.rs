@@ -103,6 +103,7 @@
 //! | *part* | a range of batches, heads, query rows or keys that is small enough for one binding or for the scratch budget |
 //! | *step* | one dispatch of a plan, as data: variant, uniform, bindings, grid, estimated work |
 //! | *slice* | consecutive steps that together keep to the work budget; submit after each slice where a driver has a watchdog |
+//! | *obstacle* | why a kernel cannot run a problem on a device; see [`Obstacle`] |
 //! | *scratch* | device memory for intermediate results, allocated when a plan is prepared |
 //! | *work budget*, *scratch budget* | the most estimated time of one slice, and the most bytes of scratch, in [`Options`] |
 //! | *error budget* | how far each element may be from the f64 reference by f32 arithmetic, computed from the same data; see [`reference::Budget`] |
