@@ -1,9 +1,13 @@
 //! The features and limits of a device, as pure data.
 
 use crate::error::{Error, Result};
-use crate::kernel::body::SUBGROUP_SIZES;
-use crate::kernel::matrix;
 use crate::options::Kernel;
+
+/// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
+pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
+
+/// Sizes of cooperative matrices for which `matrix` has variants; rows, columns and summed axis are the same.
+pub const MATRIX_SIZES: [u32; 2] = [16, 8];
 
 /// What the planner needs to know about a device.
 #[derive(Clone, Debug, PartialEq)]
@@ -128,5 +132,5 @@ pub fn matrix_sizes(adapter: &wgpu::Adapter) -> Vec<u32> {
                 && x.cr_type == wgpu::CooperativeScalarType::F32
         })
     };
-    matrix::SIZES.into_iter().filter(offers).collect()
+    MATRIX_SIZES.into_iter().filter(offers).collect()
 }

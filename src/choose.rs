@@ -175,25 +175,32 @@ fn tuned_variant(choice: &Choice, walk: &Walk<'_>) -> Result<Option<Variant>, St
     variant.map(Some).ok_or_else(|| "its tile does not suit this device and these dims".into())
 }
 
-/// What can be measured against each other for a problem, the planner's own choice first.
-pub(crate) fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
-    caps.check()?;
-    let walk = Walk { shape, caps, options: &Options::default(), key_step: key_step(shape, caps)? };
-    let own = choose_fused(&walk, &Tuning::default(), &mut Vec::new())?;
-    let mut choices = vec![own.as_ref().map_or(Choice::Unfused, Choice::of)];
-    for kernel in Kernel::ALL.into_iter().filter(|&kernel| !caps.takes_minutes(kernel)) {
-        // A kernel that cannot run is no candidate.
-        choices.extend(variants(kernel, &walk).unwrap_or_default().iter().map(Choice::of));
-    }
-    if shape.paged.is_none() {
-        choices.push(Choice::Unfused);
-    }
-    let mut seen = Vec::new();
-    choices.retain(|choice| {
-        !seen.contains(choice) && {
-            seen.push(*choice);
-            true
+impl Tuning {
+    /// The choices to measure for a problem on a device: every kernel and tile for its dimensions that can run, except those that a
+    /// driver takes minutes to compile. The planner's own choice comes first.
+    ///
+    /// # Errors
+    ///
+    /// If no kernel can run the problem on the device.
+    pub fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
+        caps.check()?;
+        let walk = Walk { shape, caps, options: &Options::default(), key_step: key_step(shape, caps)? };
+        let own = choose_fused(&walk, &Tuning::default(), &mut Vec::new())?;
+        let mut choices = vec![own.as_ref().map_or(Choice::Unfused, Choice::of)];
+        for kernel in Kernel::ALL.into_iter().filter(|&kernel| !caps.takes_minutes(kernel)) {
+            // A kernel that cannot run is no candidate.
+            choices.extend(variants(kernel, &walk).unwrap_or_default().iter().map(Choice::of));
         }
-    });
-    Ok(choices)
+        if shape.paged.is_none() {
+            choices.push(Choice::Unfused);
+        }
+        let mut seen = Vec::new();
+        choices.retain(|choice| {
+            !seen.contains(choice) && {
+                seen.push(*choice);
+                true
+            }
+        });
+        Ok(choices)
+    }
 }

@@ -30,7 +30,7 @@ use std::fmt;
 
 use minijinja::Value;
 
-pub use body::{Body, SUBGROUP_SIZES, Tile};
+pub use body::{Body, Tile};
 pub use format::Format;
 pub use shader::{Needs, Shader};
 pub use slot::Slot;

@@ -3,9 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::caps::Caps;
-use crate::choose;
-use crate::error::Result;
 use crate::kernel::body::lane_bodies;
 use crate::kernel::fused::transforms;
 use crate::kernel::{Variant, flash, matrix, rows, split};
@@ -139,15 +136,5 @@ impl Tuning {
     /// The rows that no plan follows, because their kernel does not have their tile.
     pub fn unknown(&self) -> impl Iterator<Item = &Row> {
         self.rows.iter().filter(|row| !row.choice.exists())
-    }
-
-    /// The choices to measure for a problem on a device: every kernel and tile for its dimensions that can run, except those that a
-    /// driver takes minutes to compile. The planner's own choice comes first.
-    ///
-    /// # Errors
-    ///
-    /// If no kernel can run the problem on the device.
-    pub fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
-        choose::candidates(shape, caps)
     }
 }

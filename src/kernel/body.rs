@@ -7,11 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::shader::Needs;
-use crate::caps::Caps;
+use crate::caps::{Caps, SUBGROUP_SIZES};
 use crate::options::{Form, Options};
-
-/// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
-pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
 
 /// Tile parameters of `scores` and `values`. Each kernel has the table of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

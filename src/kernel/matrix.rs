@@ -10,7 +10,7 @@ use super::format::Format;
 use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
-use crate::caps::Caps;
+use crate::caps::{Caps, MATRIX_SIZES};
 use crate::obstacle::Obstacle;
 use crate::options::{Form, Options};
 use crate::problem::Element;
@@ -34,7 +34,7 @@ pub struct Matrix {
 /// Tile parameters of `matrix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
-    /// Rows and columns of a matrix, one of [`SIZES`].
+    /// Rows and columns of a matrix, one of [`MATRIX_SIZES`].
     pub size: u32,
     /// Value dims of a workgroup.
     pub dims: u32,
@@ -43,9 +43,6 @@ pub struct Tile {
     /// q is staged once and stays; head_dim fits `depth`.
     pub resident: bool,
 }
-
-/// Sizes of matrices that there are variants for; rows, columns and summed axis are the same.
-pub const SIZES: [u32; 2] = [16, 8];
 
 /// Invocations of a workgroup.
 pub const THREADS: u32 = 128;
@@ -82,7 +79,7 @@ const TILES: [(u32, u32, bool); 5] =
 
 /// The tiles: for each size of matrices, largest first, those of [`TILES`] in order.
 pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
-    SIZES.into_iter().flat_map(|size| TILES.map(|(dims, depth, resident)| Tile { size, dims, depth, resident }))
+    MATRIX_SIZES.into_iter().flat_map(|size| TILES.map(|(dims, depth, resident)| Tile { size, dims, depth, resident }))
 }
 
 /// Whether a tile has an emulated form: those that fit the CPU adapters and compile in seconds there.
