@@ -335,7 +335,7 @@ fn the_dispatches_of_a_few_calls_are_these() {
         (layer.bias_kv, call.weights) = (Some((vec![0.0; 32], vec![0.0; 32])), Some(Weights::Mean));
         problem.mask = Some(Broadcast([1, 1, 48, 48]));
     });
-    assert_eq!(kernels(&added), "2 project | 1 scores, 1 softmax, 1 values | 2 extra, 1 project, 2 average");
+    assert_eq!(kernels(&added), "2 project | 1 scores, 1 softmax, 1 export, 1 values | 2 extra, 1 project, 2 average");
     // The weights of the heads leave as attention writes them, unless the layer adds a column.
     let heads = |zero_attn: bool| {
         plan(Sources::Query, &|layer, problem, call| {
@@ -344,9 +344,9 @@ fn the_dispatches_of_a_few_calls_are_these() {
         })
     };
     let (own, wider) = (heads(false), heads(true));
-    assert_eq!(kernels(&own), "1 project | 1 scores, 1 softmax, 1 values | 1 project");
+    assert_eq!(kernels(&own), "1 project | 1 scores, 1 softmax, 1 export, 1 values | 1 project");
     assert_eq!(own.attention_buffer(Slot::Weights), Slot::Averaged);
-    assert_eq!(kernels(&wider), "1 project | 1 scores, 1 softmax, 1 values | 1 project, 2 average");
+    assert_eq!(kernels(&wider), "1 project | 1 scores, 1 softmax, 1 export, 1 values | 1 project, 2 average");
     assert_eq!(wider.attention_buffer(Slot::Weights), Slot::Weights);
 
     // 2 batches of 48 rows: of 64 + 32 + 32 columns projected, and of 64 merged.
@@ -354,7 +354,7 @@ fn the_dispatches_of_a_few_calls_are_these() {
     assert_eq!([Slot::Q, Slot::K, Slot::V].map(|tensor| joined.attention_buffer(tensor)), [Slot::Q; 3]);
     let text = joined.to_string();
     let lines =
-        ["projection of query to q: 2×48×64 to 128 columns", "attention 2×4(2)×48×48×16×16(16)", "after attention"];
+        ["projection of query to q: 2×48×64 to 128 columns", "attention 2×4(2)×48×48×16(16) f32", "after attention"];
     assert!(text.starts_with("layer: 3 dispatches in 3 slices"), "{text}");
     assert!(lines.iter().all(|line| text.contains(line)), "{text}");
 }

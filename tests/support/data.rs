@@ -22,6 +22,21 @@ impl Tensor {
         }
     }
 
+    /// From the bytes of a buffer.
+    pub fn from_bytes(element: Element, bytes: &[u8]) -> Self {
+        match element {
+            Element::F32 => Tensor::F32(bytemuck::pod_collect_to_vec(bytes)),
+            Element::F16 => Tensor::F16(bytemuck::pod_collect_to_vec(bytes)),
+            Element::Bf16 => Tensor::Bf16(bytemuck::pod_collect_to_vec(bytes)),
+        }
+    }
+
+    /// The same numbers in f32.
+    pub fn widened(&self) -> Vec<f32> {
+        let elements = self.elements();
+        (0..elements.len()).map(|index| elements.get(index) as f32).collect()
+    }
+
     pub fn elements(&self) -> Elements<'_> {
         match self {
             Tensor::F32(x) => Elements::F32(x),
