@@ -1,8 +1,8 @@
 //! Few queries over many keys: `split`, and `merge` where several workgroups share the keys of a row.
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Options, Window};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Form, Kernel, Options, Window};
 
-use crate::support::{Case, Data, Tensor, gpus, is_small};
+use crate::support::{Case, Data, Tensor, checked, gpus, is_small};
 use crate::{problem, ways};
 
 fn split() -> Options {
@@ -100,7 +100,9 @@ fn infinite_values_show_in_a_part_that_weighs_nothing() {
             let case = Case::new(p, data);
             assert_eq!(case.want.out.iter().filter(|x| x.is_nan()).count(), nan);
             for gpu in gpus() {
-                for way in ways(gpu, &case.problem) {
+                // With runtime checks, llvmpipe does not unroll the loops of emulated matrices, and ends them before so many keys.
+                let runs = |way: &Options| way.form != Some(Form::Emulated) || !checked();
+                for way in ways(gpu, &case.problem).into_iter().filter(runs) {
                     case.check(gpu, &way);
                 }
             }

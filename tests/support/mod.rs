@@ -9,7 +9,7 @@ pub mod oracle;
 pub mod random;
 pub mod staged;
 
-pub use adapters::{Adapter, floor, gpus, is_small, small};
+pub use adapters::{Adapter, checked, floor, gpus, is_small, small};
 pub use case::Case;
 pub use data::{Data, Tensor};
 pub use oracle::Oracle;
