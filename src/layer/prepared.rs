@@ -170,7 +170,7 @@ impl PreparedLayer {
 }
 
 impl Recording<'_, PreparedLayer> {
-    /// Records one slice. Slices run in order, each at most about [`Options::work_budget`] long; submit after each.
+    /// Records one slice. Slices run in order, each at most about [`crate::Options::work_budget`] long; submit after each.
     pub fn encode_slice(
         &self,
         slice: usize,
