@@ -20,6 +20,7 @@ pub mod scores;
 pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
+pub mod uniform;
 pub mod values;
 pub mod weights;
 
@@ -30,6 +31,9 @@ use minijinja::Value;
 pub use body::{Body, SUBGROUP_SIZES, Tile};
 pub use format::Format;
 pub use slot::Slot;
+
+use params::Attention;
+use uniform::{Layout, Reads, Uniform};
 
 /// One renderable shader: the key of the pipeline cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -221,6 +225,28 @@ impl Variant {
         match self {
             Variant::Matrix(x) if !x.emulated => Some(x.tile.size),
             _ => None,
+        }
+    }
+
+    /// The fields of the uniform.
+    pub fn layout(&self) -> &'static Layout {
+        each!(self, x => x.layout())
+    }
+
+    /// The uniform of a kernel of attention.
+    pub(crate) fn attention(&self, all: &Attention) -> Uniform {
+        match self {
+            Variant::Scores(_) => Uniform::new(&scores::Params::from(all)),
+            Variant::Logits(_) => Uniform::new(&logits::Params::from(all)),
+            Variant::Softmax(_) => Uniform::new(&softmax::Params::from(all)),
+            Variant::Values(_) => Uniform::new(&values::Params::from(all)),
+            Variant::Export(_) => Uniform::new(&export::Params::from(all)),
+            Variant::Weights(_) => Uniform::new(&weights::Params::from(all)),
+            Variant::Rows(_) => Uniform::new(&rows::Params::from(all)),
+            Variant::Flash(_) => Uniform::new(&flash::Params::from(all)),
+            Variant::Matrix(_) => Uniform::new(&matrix::Params::from(all)),
+            Variant::Split(_) => Uniform::new(&split::Params::from(all)),
+            other => unreachable!("{other} is no kernel of attention"),
         }
     }
 

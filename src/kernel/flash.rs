@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::fused::Operands;
+use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::problem::Element;
 
 /// A variant of `flash`.
@@ -80,6 +82,40 @@ pub const TILES: [Tile; 8] = [
     Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];
+
+params! {
+    /// The parameters of `flash`.
+    Flash of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+    } reads SINKS, LSE, TOTALS, CARRIED
+}
 
 impl Flash {
     pub(crate) fn all() -> impl Iterator<Item = Flash> {

@@ -6,7 +6,9 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
+use super::params::{At, Keys, Lines, Lists, Transform, Visible};
 use super::slot::Slot;
+use super::uniform::params;
 
 /// A variant of `scores`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +34,34 @@ pub fn lane_tile(body: Body, rows: u32, dims: u32) -> Tile {
 /// Every tile of `scores`.
 pub(crate) fn tiles() -> Vec<Tile> {
     lane_tiles(lane_tile).chain(TILED).collect()
+}
+
+params! {
+    /// The parameters of `scores`.
+    Scores of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Scores.
+        s: At,
+    }
 }
 
 impl Scores {

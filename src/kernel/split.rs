@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::format::Format;
 use super::fused::Operands;
+use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, Visible};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::error::counted;
 
 /// A variant of `split`.
@@ -65,6 +67,44 @@ pub const WORKGROUPS: [u32; 2] = [16, 512];
 
 /// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
 pub const LEAST_KEYS: [u32; 2] = [512, 256];
+
+params! {
+    /// The parameters of `split`.
+    Split of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+        /// Distances between partial results.
+        partials: Partials,
+    } reads SINKS, LSE, TOTALS
+}
 
 impl Split {
     pub(crate) fn all() -> impl Iterator<Item = Split> {

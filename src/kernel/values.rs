@@ -6,7 +6,9 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::format::Format;
+use super::params::{At, Keys, Lines, Lists, Visible};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::problem::Element;
 
 /// A variant of `values`.
@@ -35,6 +37,32 @@ pub fn lane_tile(body: Body, rows: u32, dims: u32) -> Tile {
 /// Every tile of `values`.
 pub(crate) fn tiles() -> Vec<Tile> {
     lane_tiles(lane_tile).chain(TILED).collect()
+}
+
+params! {
+    /// The parameters of `values`.
+    Values of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// Weights.
+        s: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+    } reads ADD
 }
 
 impl Values {
