@@ -9,8 +9,8 @@
 // Grid:      rows = {{ threads }} items of (row, unit), then heads and batches. An item copies one unit.
 //            A unit has {{ bytes }} bytes.
 // Memory:    no workgroup memory.
-// Given:     sizes and strides count units; no more rows than capacity (params.seq_kv, rows in params.seq_q). The cache
-//            rows params.key0 .. params.key_end are bound; rows that go elsewhere are left to another dispatch.
+// Given:     sizes and strides count units; no more rows than capacity. The cache rows params.cache_row0 ..
+//            params.cache_row_end are bound; rows that go elsewhere are left to another dispatch.
 {% if half %}
 //            Two rows may share a word, so that each half of a word changes by itself.
 {% endif %}
@@ -30,29 +30,29 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     let number = here.row_tile * {{ threads }}u + thread;
-    let row = params.row0 + number / params.col_end;
-    let unit = number % params.col_end;
+    let row = params.row0 + number / params.units;
+    let unit = number % params.units;
     if (!here.inside || row >= params.row_end) {
         return;
     }
-    let start = starts[params.k_base + here.batch];
-    var target_row = min(start, params.seq_kv - params.seq_q) + row;
+    let start = starts[params.starts_base + here.batch];
+    var target_row = min(start, params.capacity - params.rows) + row;
     if ((params.flags & CIRCULAR) != 0u) {
-        target_row = (start % params.seq_kv + row) % params.seq_kv;
+        target_row = (start % params.capacity + row) % params.capacity;
     }
-    if (target_row < params.key0 || target_row >= params.key_end) {
+    if (target_row < params.cache_row0 || target_row >= params.cache_row_end) {
         return;
     }
     var slab = here.batch;
     if ((params.flags & PAGED) != 0u) {
-        slab = block_table[params.list_pages + here.batch * params.table_row + target_row / params.page_size];
+        slab = block_table[params.table_base + here.batch * params.table_row + target_row / params.page_size];
         if (slab >= params.pages) {
             return;
         }
         target_row = target_row % params.page_size;
     }
     let source = {{ row_at("x", "here.batch", "here.head", "row") }} + unit;
-    let to = {{ row_at("out", "slab", "here.head", "target_row") }} + unit;
+    let to = {{ row_at("cache", "slab", "here.head", "target_row") }} + unit;
 {% if half %}
     let bits = (x[source >> 1u] >> ((source & 1u) * 16u)) & 0xffffu;
     let shift = (to & 1u) * 16u;

@@ -7,8 +7,8 @@
 // Grid:      columns = tiles of {{ threads }} keys, rows = single query rows, then heads (one where the mean is taken)
 //            and batches.
 // Memory:    no workgroup memory.
-// Given:     lse as `extra` leaves it. params.in_end heads are averaged, params.seq_kv keys stand in w and
-//            params.key_end columns in y.
+// Given:     lse as `extra` leaves it. params.mean_heads heads are averaged, params.keys keys stand in w and
+//            params.columns columns in y.
 // Reference: src/reference/average.rs
 {% include "shared/params.wgsl" %}
 
@@ -25,26 +25,26 @@ fn main(
     let here = place(workgroup, grid);
     let row = params.row0 + here.row_tile;
     let key = here.col_tile * {{ threads }}u + thread;
-    if (!here.inside || key >= params.key_end) {
+    if (!here.inside || key >= params.columns) {
         return;
     }
     var sum = 0.0;
     // By the bits: NaN in one head makes the mean NaN.
     var undefined = false;
-    for (var n = 0u; n < params.in_end; n++) {
+    for (var n = 0u; n < params.mean_heads; n++) {
         let line = params.lse_base + here.batch * params.lse_batch + (here.head + n) * params.lse_head + row;
         var keep = 1.0;
         var extra = 0.0;
-        if ((params.flags & BIAS) != 0u) {
-            extra = lse[line + params.total_q];
+        if ((params.flags & EXTRA_KEY) != 0u) {
+            extra = lse[line + params.extra_weights];
             undefined |= (bitcast<u32>(extra) & 0x7fffffffu) > 0x7f800000u;
             keep = 1.0 - extra;
         }
-        if (key < params.seq_kv) {
-            let weight = w[{{ row_at("s", "here.batch", "(here.head + n)", "row") }} + key];
+        if (key < params.keys) {
+            let weight = w[{{ row_at("w", "here.batch", "(here.head + n)", "row") }} + key];
             undefined |= (bitcast<u32>(weight) & 0x7fffffffu) > 0x7f800000u;
             sum += keep * weight;
-        } else if (key == params.seq_kv && (params.flags & BIAS) != 0u) {
+        } else if (key == params.keys && (params.flags & EXTRA_KEY) != 0u) {
             sum += extra;
         } else {
             let bits = bitcast<u32>(lse[line]) & 0x7fffffffu;
@@ -52,6 +52,6 @@ fn main(
             sum += keep * exp(-lse[line]);
         }
     }
-    y[{{ row_at("out", "here.batch", "here.head", "row") }} + key] =
-        select(bitcast<u32>(sum * params.scale), 0x7fc00000u, undefined);
+    y[{{ row_at("y", "here.batch", "here.head", "row") }} + key] =
+        select(bitcast<u32>(sum * params.factor), 0x7fc00000u, undefined);
 }

@@ -14,7 +14,7 @@
 @group(0) @binding(3) var<storage, read> lists: array<u32>;
 
 {% include "shared/visible.wgsl" %}
-{% include "shared/score.wgsl" %}
+{% include "shared/code.wgsl" %}
 {% include "shared/weight.wgsl" %}
 
 @compute @workgroup_size({{ threads }})

@@ -39,7 +39,7 @@ fn main(
     var bad = false;
     for (var d = 0u; d < params.head_dim; d++) {
         let x = q[q_at + d];
-        let k = shifts[params.k_base + kv_head * params.head_dim + d];
+        let k = shifts[params.key_base + kv_head * params.head_dim + d];
         bad |= ends(bitcast<u32>(x)) | ends(bitcast<u32>(k));
         dot_product += x * k;
     }
@@ -54,11 +54,11 @@ fn main(
     let e = select(exp(clamp(bitcast<f32>(select(bits, 0u, hidden)) - s, -80.0, 80.0)), 0.0, hidden);
     let w = select(1.0 / (1.0 + e), 0.0, own == MINUS);
     let keep = select(e * w, 1.0, own == MINUS);
-    lse[line + params.total_q] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
+    lse[line + params.extra_weights] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
     let out_at = {{ row_at("out", "here.batch", "here.head", "row") }};
     for (var d = 0u; d < params.value_dim; d++) {
         let before = out[out_at + d];
-        let value = shifts[params.v_base + kv_head * params.value_dim + d];
+        let value = shifts[params.value_base + kv_head * params.value_dim + d];
         let sum = bitcast<u32>(keep * bitcast<f32>(before) + w * value);
         // What is NaN or an infinity before makes the sum one, as arithmetic has it or else NaN.
         let special = ends(before) | ends(bitcast<u32>(value));

@@ -158,7 +158,7 @@ fn main(
     let plane = (batch - params.batch0) * params.heads + head - params.head0;
     let number = (plane * params.row_tiles + here.row_tile) * params.col_tiles + here.col_tile;
     let state_at = number * {{ state_vectors * across * down }}u + thread;
-    if ((params.flags & ADD) != 0u) {
+    if ((params.flags & CARRIED) != 0u) {
         let kept_m = bitcast<vec4<f32>>(state[state_at]);
         let kept_l = bitcast<vec4<f32>>(state[state_at + THREADS]);
 {% for r in range(rows) %}

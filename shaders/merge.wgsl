@@ -12,7 +12,7 @@
 //
 // Grid:      columns = tiles of {{ threads }} items, an item being a row and four of its elements. No other axis.
 // Memory:    no workgroup memory.
-// Given:     partials params.key0 .. params.key_end are bound. Items are numbered through from params.batch0,
+// Given:     partials params.partial0 .. params.partial_end are bound. Items are numbered through from params.batch0,
 //            params.head0 and params.row0 on.
 // Reference: src/reference/merge.rs
 {% include "shared/params.wgsl" %}
@@ -38,7 +38,7 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     let item = here.col_tile * {{ threads }}u + thread;
-    if (!here.inside || item >= params.item_count) {
+    if (!here.inside || item >= params.items) {
         return;
     }
     let groups = (params.value_dim + 3u) / 4u;
@@ -49,7 +49,7 @@ fn main(
     let inverse = {{ over_sum("1.0", "total.y") }};
     let valid = min(4u, params.value_dim - dim);
     let to = {{ row_at("out", "batch", "head", "row") }} + dim;
-    let from_place = {{ row_at("x", "batch", "head", "row") }} + dim;
+    let from_place = {{ row_at("first_out", "batch", "head", "row") }} + dim;
     var sum = vec4<f32>();
     var all = select(0u, 0xffu, broken(total.x));
 {% if element == "f32" %}
@@ -64,11 +64,11 @@ fn main(
         all |= classes(sum);
     }
 {% endif %}
-    for (var n = params.key0; n < params.key_end; n++) {
+    for (var n = params.partial0; n < params.partial_end; n++) {
         let one = partial(n, at);
         // A part of which all logits are −∞ weighs 0, but its NaN show.
         if (one.x > HIDDEN) {
-            let part = load_partial_out(from_place + n * params.partial_out, valid);
+            let part = load_partial_out(from_place + n * params.next_out, valid);
             all |= classes(part);
             sum += weigh(one.x, total.x) * one.y * inverse * part;
         }

@@ -9,7 +9,7 @@
 //
 // Grid:      columns = tiles of {{ threads }} items, an item being a row. No other axis.
 // Memory:    no workgroup memory.
-// Given:     partials params.key0 .. params.key_end are bound. Items are numbered through from params.batch0,
+// Given:     partials params.partial0 .. params.partial_end are bound. Items are numbered through from params.batch0,
 //            params.head0 and params.row0 on.
 // Reference: src/reference/merge.rs
 {% include "shared/params.wgsl" %}
@@ -35,7 +35,7 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     let item = here.col_tile * {{ threads }}u + thread;
-    if (!here.inside || item >= params.item_count) {
+    if (!here.inside || item >= params.items) {
         return;
     }
     let line = item;
@@ -47,11 +47,11 @@ fn main(
         l = totals[params.lse_base + at].y;
     }
     let before = m;
-    for (var n = params.key0; n < params.key_end; n++) {
+    for (var n = params.partial0; n < params.partial_end; n++) {
         m = max(m, partial(n, at).x);
     }
     l *= weigh(before, m);
-    for (var n = params.key0; n < params.key_end; n++) {
+    for (var n = params.partial0; n < params.partial_end; n++) {
         let one = partial(n, at);
         l += select(0.0, weigh(one.x, m) * one.y, one.x > MINUS);
     }

@@ -8,12 +8,12 @@
 //
 // Grid:      columns = tiles of {{ threads }} words. One invocation a word of two elements.
 // Memory:    no workgroup memory.
-// Given:     the output is dense, and the scratch has its elements in the same order; params.pack_count elements from
+// Given:     the output is dense, and the scratch has its elements in the same order; params.elements elements from
 //            the bindings' start.
 {% if lists %}
-//            The first element is element params.x_base of token params.row0 + n · params.total_q of a head n, and
-//            the next token is params.x_row elements behind. The first tokens of the params.item_count sequences do not
-//            fall; where they do, fewer tokens may be written.
+//            The first element is element params.element0 of token params.token0 + n · params.total_q of a head n, and
+//            the next token is params.token_elements elements behind. The first tokens of the params.sequences
+//            sequences do not fall; where they do, fewer tokens may be written.
 {% endif %}
 // Reference: src/reference/values.rs
 {% include "shared/params.wgsl" %}
@@ -27,12 +27,12 @@
 
 // Whether a sequence owns the token of an element. Only the last sequence that begins at or before the token can.
 fn owned(element: u32) -> bool {
-    let token = (params.row0 + (params.x_base + element) / params.x_row) % params.total_q;
+    let token = (params.token0 + (params.element0 + element) / params.token_elements) % params.total_q;
     var low = 0u;
-    var high = params.item_count;
+    var high = params.sequences;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.list_cu_q + middle] <= token) {
+        if (lists[params.list_cu_seqlens_q + middle] <= token) {
             low = middle;
         } else {
             high = middle;
@@ -53,20 +53,20 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     let word = here.col_tile * {{ threads }}u + thread;
-    if (!here.inside || word * 2u >= params.pack_count) {
+    if (!here.inside || word * 2u >= params.elements) {
         return;
     }
     let first = word * 2u;
     let second = first + 1u;
 {% if lists %}
     let has_first = owned(first);
-    let has_second = second < params.pack_count && owned(second);
+    let has_second = second < params.elements && owned(second);
     if (!has_first && !has_second) {
         return;
     }
 {% else %}
     let has_first = true;
-    let has_second = second < params.pack_count;
+    let has_second = second < params.elements;
 {% endif %}
     // The half of a word that is another's stays as it was: beyond an odd last element, or of a token that no sequence
     // owns.

@@ -1,9 +1,9 @@
 // Project:  y = x w (+ b). This is the body for GPUs; project_lanes.wgsl is the one for CPU adapters.
-// y is split into heads of params.col_head columns, which may stand anywhere. The weights are stored as
+// y is split into heads of params.head_columns columns, which may stand anywhere. The weights are stored as
 // [{{ "out, in" if transposed else "in, out" }}]; x, b and y are f32.
 {% if turned %}
-// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their
-// row (shaders/rotary.wgsl).
+// Then the first params.rotary_dim of each params.turn_head columns before params.turn_end turn by the position of
+// their row (shaders/rotary.wgsl).
 {% endif %}
 //
 // A workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns. A loop iteration stages {{ dims }} inputs of both in
@@ -154,7 +154,7 @@ fn main(
         let col_next = column(number_of(pair_{{ c }}, 1u));
         let within = pair_{{ c }} % (params.turn_head / 2u);
         var shift = vec2<f32>();
-        if ((params.flags & BIAS) != 0u) {
+        if ((params.flags & SHIFTS) != 0u) {
             shift = vec2<f32>(bias(col), bias(col_next));
         }
 {% for r in range(rows) %}
@@ -166,7 +166,7 @@ fn main(
             if (turns(number_{{ c }})) {
                 let a = sum;
                 let cosine = table[angle_{{ r }} + within];
-                let sine = table[angle_{{ r }} + params.head_dim / 2u + within];
+                let sine = table[angle_{{ r }} + params.rotary_dim / 2u + within];
                 sum = turn_first(a, next, cosine, sine);
                 next = turn_second(a, next, cosine, sine);
             }
@@ -181,7 +181,7 @@ fn main(
     let col_{{ c }} = col_first + across + {{ c * (tile_cols // cols) }}u;
     if (col_{{ c }} < params.col_end) {
         var shift = 0.0;
-        if ((params.flags & BIAS) != 0u) {
+        if ((params.flags & SHIFTS) != 0u) {
             shift = bias(col_{{ c }});
         }
 {% for r in range(rows) %}

@@ -1,9 +1,9 @@
 // Project, lanes:  y = x w (+ b). This is the body of `project` for CPU adapters, where loads are the cost.
-// y is split into heads of params.col_head columns, which may stand anywhere. The weights are stored as
+// y is split into heads of params.head_columns columns, which may stand anywhere. The weights are stored as
 // [{{ "out, in" if transposed else "in, out" }}]; x, b and y are f32.
 {% if turned %}
-// Then the first params.head_dim of each params.turn_head columns before params.turn_end turn by the position of their
-// row (shaders/rotary.wgsl).
+// Then the first params.rotary_dim of each params.turn_head columns before params.turn_end turn by the position of
+// their row (shaders/rotary.wgsl).
 {% endif %}
 //
 // A workgroup is one subgroup. It owns {{ rows * lanes }} rows × {{ tile_cols }} columns. A lane owns {{ rows }} of the
@@ -138,7 +138,7 @@ fn main(
 {% endfor %}
                 let col = column(number_{{ c }});
                 let col_next = column(number_{{ c }} + 4u);
-                if ((params.flags & BIAS) != 0u) {
+                if ((params.flags & SHIFTS) != 0u) {
                     sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
                     next += vec4<f32>(bias(col_next), bias(col_next + 1u), bias(col_next + 2u), bias(col_next + 3u));
                 }
@@ -151,7 +151,7 @@ fn main(
                     let second = select(vec4<f32>(sum.yw, next.yw), next, halves);
                     let pair = angle + number_{{ c }} % params.turn_head / 8u;
                     let cosine = table[pair];
-                    let sine = table[pair + params.head_dim / 8u];
+                    let sine = table[pair + params.rotary_dim / 8u];
                     let a = turn_first(first, second, cosine, sine);
                     let b = turn_second(first, second, cosine, sine);
                     sum = select(vec4<f32>(a.x, b.x, a.y, b.y), a, halves);
@@ -169,7 +169,7 @@ fn main(
 {% for r in range(1, rows) %}
                 sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-                if ((params.flags & BIAS) != 0u) {
+                if ((params.flags & SHIFTS) != 0u) {
                     let col = col_at_{{ c }};
                     sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
                 }

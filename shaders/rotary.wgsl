@@ -1,7 +1,7 @@
 {% from "shared/element.wgsl" import rounding %}
 {% from "shared/turn.wgsl" import turn %}
 {% from "shared/address.wgsl" import row_at %}
-// Rotary:  each pair (a, b) of the first params.head_dim elements of a row turns by the angle of its position:
+// Rotary:  each pair (a, b) of the first params.rotary_dim elements of a row turns by the angle of its position:
 //   y_a = cos · a − sin · b,  y_b = sin · a + cos · b  (shared/turn.wgsl).
 {% if interleaved %}
 // Pairs are neighbours: (0, 1), (2, 3), …
@@ -58,29 +58,29 @@ fn main(
 ) {
     let here = place(workgroup, grid);
     // Items of a row: first the pairs that turn (two at a time where two halves share a word), then what is copied.
-    let half = params.head_dim / 2u;
+    let half = params.rotary_dim / 2u;
     let turning = {{ "half / 2u" if packed and not interleaved else "half" }};
     let number = here.row_tile * {{ threads }}u + thread;
-    let row = params.row0 + number / params.col_end;
-    let item = number % params.col_end;
+    let row = params.row0 + number / params.items;
+    let item = number % params.items;
     if (!here.inside || row >= params.row_end) {
         return;
     }
     let source = {{ row_at("x", "here.batch", "here.head", "row") }};
-    let target_at = {{ row_at("out", "here.batch", "here.head", "row") }};
+    let target_at = {{ row_at("y", "here.batch", "here.head", "row") }};
     if (item >= turning) {
 {% if not in_place %}
 {% if packed %}
         let rest = half + item - turning;
         y[(target_at >> 1u) + rest] = x[(source >> 1u) + rest];
 {% else %}
-        let rest = params.head_dim + item - turning;
+        let rest = params.rotary_dim + item - turning;
         y[target_at + rest] = x[source + rest];
 {% endif %}
 {% endif %}
         return;
     }
-    let angle = position(here.batch, row) * params.head_dim;
+    let angle = position(here.batch, row) * params.rotary_dim;
 {% if packed and interleaved %}
     let a = widened({{ x }}[(source >> 1u) + item]);
     let cosine = table[angle + item];

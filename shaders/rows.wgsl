@@ -122,7 +122,7 @@ const KEYS: u32 = {{ keys }}u;
 {% endfor %}
 {% endfor %}
 {% if carry %}
-    for (var r = 0u; r < select(0u, own_rows, (params.flags & ADD) != 0u); r++) {
+    for (var r = 0u; r < select(0u, own_rows, (params.flags & CARRIED) != 0u); r++) {
         let from_place = state_at + r * {{ state_row }}u;
         let kept = bitcast<vec4<f32>>(state[from_place]);
 {% for c in range(vectors) %}

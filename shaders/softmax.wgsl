@@ -21,7 +21,7 @@
 {% endif %}
 
 {% include "shared/visible.wgsl" %}
-{% include "shared/score.wgsl" %}
+{% include "shared/code.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
 {% include "shared/weight.wgsl" %}
 

@@ -65,7 +65,7 @@ var<workgroup> row_classes: array<atomic<u32>, {{ rows * dims // 4 }}>;
 
 // Writes four elements of a row of out.
 fn write(batch: u32, head: u32, row: u32, part: u32, dim: u32, y: vec4<f32>, all: u32) {
-    let at = params.out_base + part * params.partial_out
+    let at = params.out_base + part * params.next_out
         + batch * params.out_batch + head * params.out_head + row * params.out_row;
     store_out(at + dim, params.value_dim - dim, result_bits(y, all));
 }
@@ -367,7 +367,7 @@ fn main(
         let decided = (m != MINUS) | ((params.flags & PARTIAL) == 0u);
         let all_nan = select(0u, 0xffu, broken(m) & decided);
         let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
-{% set part = "params.lse_base + here.col_tile * params.partial_lse" %}
+{% set part = "params.lse_base + here.col_tile * params.next_lse" %}
 {{ leave_lse(part ~ " + batch * params.lse_batch + head * params.lse_head + row", "thread == 0u && r < turns") }}
 {% for c in range(chunks) %}
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;

@@ -108,7 +108,7 @@ impl Caps {
             ("max_compute_invocations_per_workgroup", u64::from(l.max_compute_invocations_per_workgroup), 64),
             ("max_compute_workgroup_size_x", u64::from(l.max_compute_workgroup_size_x), 64),
             ("max_compute_workgroups_per_dimension", u64::from(l.max_compute_workgroups_per_dimension), 1),
-            ("max_uniform_buffer_binding_size", l.max_uniform_buffer_binding_size, crate::kernel::params::STRIDE),
+            ("max_uniform_buffer_binding_size", l.max_uniform_buffer_binding_size, crate::kernel::uniform::STRIDE),
             ("max_storage_buffer_binding_size", l.max_storage_buffer_binding_size, 4096),
             ("max_buffer_size", l.max_buffer_size, 4096),
         ];

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
-use crate::kernel::params::STRIDE;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::STRIDE;
 use crate::operands::{Kind, Operand, Operands};
 use crate::options::Options;
 use crate::pipelines::{Pipeline, Pipelines};
@@ -32,7 +32,7 @@ impl Program {
         let compiled = compiled.collect::<Result<_>>()?;
         let mut bytes = vec![0; steps.len().max(1) * STRIDE as usize];
         for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(steps) {
-            let source = bytemuck::bytes_of(&step.params);
+            let source = step.uniform.bytes();
             place[..source.len()].copy_from_slice(source);
         }
         let params = constant(device, "params", wgpu::BufferUsages::UNIFORM, &bytes)?;

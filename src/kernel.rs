@@ -23,6 +23,7 @@ pub mod shader;
 pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
+pub mod uniform;
 pub mod values;
 pub mod weights;
 
@@ -34,6 +35,9 @@ pub use body::{Body, Tile};
 pub use format::Format;
 pub use shader::{Needs, Shader};
 pub use slot::Slot;
+
+use params::Attention;
+use uniform::{Layout, Reads, Uniform};
 
 /// Writes [`Variant`] from the list of kernels: what is known of any kernel stands in its own module.
 macro_rules! kernels {
@@ -143,6 +147,28 @@ impl Variant {
     /// See [`Shader::needs`].
     pub fn needs(&self) -> Needs {
         each!(self, x => x.needs())
+    }
+
+    /// The fields of the uniform.
+    pub fn layout(&self) -> &'static Layout {
+        each!(self, x => x.layout())
+    }
+
+    /// The uniform of a kernel of attention.
+    pub(crate) fn attention(&self, all: &Attention) -> Uniform {
+        match self {
+            Variant::Scores(_) => Uniform::new(&scores::Params::from(all)),
+            Variant::Logits(_) => Uniform::new(&logits::Params::from(all)),
+            Variant::Softmax(_) => Uniform::new(&softmax::Params::from(all)),
+            Variant::Values(_) => Uniform::new(&values::Params::from(all)),
+            Variant::Export(_) => Uniform::new(&export::Params::from(all)),
+            Variant::Weights(_) => Uniform::new(&weights::Params::from(all)),
+            Variant::Rows(_) => Uniform::new(&rows::Params::from(all)),
+            Variant::Flash(_) => Uniform::new(&flash::Params::from(all)),
+            Variant::Matrix(_) => Uniform::new(&matrix::Params::from(all)),
+            Variant::Split(_) => Uniform::new(&split::Params::from(all)),
+            other => unreachable!("{other} is no kernel of attention"),
+        }
     }
 
     /// See [`Shader::context`].

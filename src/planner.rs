@@ -9,9 +9,11 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::grid::Grid;
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::{
+    self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Place, Transform, Visible, flags,
+};
 use crate::kernel::slot::Slot;
-use crate::kernel::{Variant, fused};
+use crate::kernel::{self, Variant, fused};
 use crate::lists::Lists;
 use crate::operands::Operand;
 use crate::ops::merge::{Merge, Partials};
@@ -19,9 +21,9 @@ use crate::ops::pack::pack;
 use crate::options::Options;
 use crate::part::{Part, count};
 use crate::plan::Plan;
-use crate::problem::{Broadcast, Causal, Element, Layout};
+use crate::problem::{Broadcast, Causal, Element, Layout, Strides};
 use crate::route::Route;
-use crate::shape::{Shape, Tensor};
+use crate::shape::Shape;
 use crate::step::Bound;
 use crate::steps::{SPARE, Steps, check_dispatches, checked_u32};
 use crate::tuned::Tuning;
@@ -124,8 +126,13 @@ impl<'a> Planner<'a> {
         }
         if self.route.unpacked(s) {
             let unpacked = self.check_buffer("out in f32", 4 * s.out.extent())?;
-            let whole = Part::new(0..s.batch, 0..s.heads, 0..s.seq_q);
-            let params = Params { item_count: s.batch, ..self.params(&whole, &(0..s.seq_kv), 0) };
+            let params = kernel::pack::Params {
+                visible: self.visible(),
+                list: params::Lists::from_fn(|list| self.lists.place(list)),
+                flags: problem_flags(s),
+                sequences: s.batch,
+                ..kernel::pack::Params::default()
+            };
             let packed = s.packed.map(|_| (params, self.lists.bytes()));
             pack(self.caps, s.element, &s.out, packed, &mut self.steps)?;
             scratch.push((Slot::Unpacked, unpacked));
@@ -148,15 +155,16 @@ impl<'a> Planner<'a> {
         let mut params = self.params(part, keys, extra_flags);
         let mut planes = part.planes();
         if variant.takes_group() {
-            params.head0 = part.heads.start / s.group;
-            params.heads = (part.heads.end - 1) / s.group + 1 - params.head0;
-            planes = count(&part.batch) * u64::from(params.heads);
+            let place = &mut params.place;
+            place.head0 = part.heads.start / s.group;
+            place.heads = (part.heads.end - 1) / s.group + 1 - place.head0;
+            planes = count(&part.batch) * u64::from(place.heads);
         }
         if self.route.partials() > 0 && matches!(variant, Variant::Split(_)) {
             params.flags &= !flags::SINKS;
         }
-        params.row_tiles = checked_u32("row tiles", row_tiles)?;
-        params.col_tiles = checked_u32("column tiles", col_tiles)?;
+        params.place.row_tiles = checked_u32("row tiles", row_tiles)?;
+        params.place.col_tiles = checked_u32("column tiles", col_tiles)?;
         let bindings = variant
             .bindings()
             .into_iter()
@@ -188,7 +196,7 @@ impl<'a> Planner<'a> {
             }
         };
         let workgroups = checked_u32("workgroups", row_tiles * col_tiles * planes)?;
-        self.steps.push_uneven(variant, params, bindings, workgroups, |n| {
+        self.steps.push_uneven(variant, variant.attention(&params), bindings, workgroups, |n| {
             let (n, cols) = (u64::from(n) / col_tiles, u64::from(n) % col_tiles);
             let (planes, n) = (n / row_tiles, n % row_tiles);
             let whole = tiles(n);
@@ -218,9 +226,8 @@ impl<'a> Planner<'a> {
         u64::from(self.shape.seq_kv.div_ceil(self.route.key_step()).max(1))
     }
 
-    fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Params {
+    fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Attention {
         let s = self.shape;
-        let l = &self.lists;
         let rows = u64::from(part.rows.end - part.rows.start);
         let group = self.group(part);
         let values = self.route.values();
@@ -230,49 +237,47 @@ impl<'a> Planner<'a> {
         let origin = u64::from(part.batch.start) * s_batch
             + u64::from(part.heads.start) * s_head
             + u64::from(part.rows.start) * row;
-        Params {
-            batch0: part.batch.start,
-            head0: part.heads.start,
-            heads: part.heads.end - part.heads.start,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            key0: keys.start,
-            key_end: keys.end,
-            seq_q: s.seq_q,
-            seq_kv: s.seq_kv,
-            total_q: s.packed.map_or(0, |p| p.total_q),
-            total_kv: s.packed.map_or(0, |p| p.total_kv),
-            pages: s.paged.map_or(0, |p| p.pages),
-            page_size: s.paged.map_or(s.seq_kv.max(1), |p| p.page_size),
-            table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
+        Attention {
+            place: Place::of(part),
+            keys: Keys { key0: keys.start, key_end: keys.end },
+            visible: self.visible(),
+            pages: Pages {
+                pages: s.paged.map_or(0, |p| p.pages),
+                page_size: s.paged.map_or(s.seq_kv.max(1), |p| p.page_size),
+                table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
+            },
+            list: params::Lists::from_fn(|list| self.lists.place(list)),
+            flags: problem_flags(s) | extra_flags,
             group: s.group,
+            lines: Lines { group0: group.start, group_end: group.end },
             head_dim: s.head_dim,
             value_dim: s.value_dim,
-            flags: problem_flags(s) | extra_flags,
-            scale: s.scale,
-            softcap: s.softcap.unwrap_or(0.0),
-            window_left: s.window.left.unwrap_or(0),
-            window_right: s.window.right.unwrap_or(0),
-            group0: group.start,
-            group_end: group.end,
+            transform: Transform { scale: s.scale, softcap: s.softcap.unwrap_or(0.0), ..Transform::default() },
+            s: At {
+                base: 0u64.wrapping_sub(origin) as u32,
+                batch: s_batch as u32,
+                head: s_head as u32,
+                row: s.score_row(),
+            },
             values_rows: values.map_or(0, |values| values.tile.tile_rows),
             values_each: if values.is_some_and(|x| Variant::Values(x).takes_group()) {
                 group.end - group.start
             } else {
                 1
             },
-            s_base: 0u64.wrapping_sub(origin) as u32,
-            s_batch: s_batch as u32,
-            s_head: s_head as u32,
-            s_row: s.score_row(),
-            list_lengths: l.place(Operand::KeyLengths),
-            list_offsets: l.place(Operand::Offsets),
-            list_slopes: l.place(Operand::AlibiSlopes),
-            list_sinks: l.place(Operand::Sinks),
-            list_cu_q: l.place(Operand::CuSeqlensQ),
-            list_cu_kv: l.place(Operand::CuSeqlensKv),
-            list_pages: l.place(Operand::BlockTable),
-            ..Params::default()
+            ..Attention::default()
+        }
+    }
+
+    fn visible(&self) -> Visible {
+        let s = self.shape;
+        Visible {
+            seq_q: s.seq_q,
+            seq_kv: s.seq_kv,
+            total_q: s.packed.map_or(0, |p| p.total_q),
+            total_kv: s.packed.map_or(0, |p| p.total_kv),
+            window_left: s.window.left.unwrap_or(0),
+            window_right: s.window.right.unwrap_or(0),
         }
     }
 
@@ -284,14 +289,12 @@ impl<'a> Planner<'a> {
         variant: &Variant,
         part: &Part,
         keys: &Range<u32>,
-        p: &mut Params,
+        p: &mut Attention,
     ) -> Bound {
         let s = self.shape;
         let bytes = s.element.bytes();
-        let strides = |t: &Tensor| [t.strides.batch as u32, t.strides.head as u32, t.strides.row as u32];
-        let dense =
-            [s.heads as u64 * s.seq_q as u64 * s.seq_kv as u64, s.seq_q as u64 * s.seq_kv as u64, s.seq_kv.into()]
-                .map(|x| x as u32);
+        let [heads, rows, keys_all] = [s.heads, s.seq_q, s.seq_kv].map(u64::from);
+        let dense = Strides { offset: 0, batch: heads * rows * keys_all, head: rows * keys_all, row: keys_all };
         let unpacked = self.route.unpacked(s)
             && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_));
         let partial = self.route.partials() > 0;
@@ -326,47 +329,37 @@ impl<'a> Planner<'a> {
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
             Slot::Scores if fused => (Slot::Weights, self.bind(self.dense_span(part), 4, 0)),
-            Slot::Scores => (slot, (0, self.score_bytes(part), p.s_base)),
+            Slot::Scores => (slot, (0, self.score_bytes(part), p.s.base)),
             _ => unreachable!("attention's kernels bind no such operand"),
         };
+        let parts_before = (keys.start / self.route.key_step()).wrapping_mul(p.place.col_tiles);
         match slot {
-            Slot::Q => (p.q_base, [p.q_batch, p.q_head, p.q_row]) = (base, strides(&s.q)),
-            Slot::K => (p.k_base, [p.k_batch, p.k_head, p.k_row]) = (base, strides(&s.k)),
-            Slot::V => (p.v_base, [p.v_batch, p.v_head, p.v_row]) = (base, strides(&s.v)),
-            Slot::Out | Slot::Unpacked => {
-                (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, strides(&s.out));
-            }
-            Slot::Weights if fused => (p.s_base, [p.s_batch, p.s_head, p.s_row]) = (base, dense),
-            Slot::Weights | Slot::Logits => (p.out_base, [p.out_batch, p.out_head, p.out_row]) = (base, dense),
+            Slot::Q => p.q = At::new(base, &s.q.strides),
+            Slot::K => p.k = At::new(base, &s.k.strides),
+            Slot::V => p.v = At::new(base, &s.v.strides),
+            Slot::Out | Slot::Unpacked => p.out = At::new(base, &s.out.strides),
+            Slot::Weights if fused => p.s = At::new(base, &dense),
+            Slot::Weights | Slot::Logits => p.out = At::new(base, &dense),
             Slot::PartialOut => {
                 let plane = s.seq_q.wrapping_mul(s.value_dim);
-                (p.out_base, [p.out_batch, p.out_head, p.out_row]) =
-                    (base, [s.heads.wrapping_mul(plane), plane, s.value_dim]);
-                p.partial_out = s.batch.wrapping_mul(p.out_batch);
-                // The parts of the dispatches before.
-                p.out_base = (keys.start / self.route.key_step()).wrapping_mul(p.col_tiles).wrapping_mul(p.partial_out);
+                let batch = s.heads.wrapping_mul(plane);
+                p.partials.next_out = s.batch.wrapping_mul(batch);
+                // Behind the parts of the dispatches before.
+                let base = parts_before.wrapping_mul(p.partials.next_out);
+                p.out = At { base, batch, head: plane, row: s.value_dim };
             }
             Slot::PartialLse => {
-                (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(s.seq_q), s.seq_q);
-                p.partial_lse = s.batch.wrapping_mul(p.lse_batch);
-                p.lse_base = (keys.start / self.route.key_step()).wrapping_mul(p.col_tiles).wrapping_mul(p.partial_lse);
+                let batch = s.heads.wrapping_mul(s.seq_q);
+                p.partials.next_lse = s.batch.wrapping_mul(batch);
+                let base = parts_before.wrapping_mul(p.partials.next_lse);
+                p.lse = LineAt { base, batch, head: s.seq_q };
             }
             Slot::Lse | Slot::Totals => {
                 let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
-                (p.lse_base, p.lse_batch, p.lse_head) = (base, s.heads.wrapping_mul(row), row);
+                p.lse = LineAt { base, batch: s.heads.wrapping_mul(row), head: row };
             }
-            Slot::Mask => {
-                let shape = s.mask.expect("matched above");
-                p.mask_base = base;
-                [p.mask_batch, p.mask_head, p.mask_row, p.mask_key] = broadcast_strides(&shape);
-                p.mask_keys = covered(&shape, s.seq_kv);
-            }
-            Slot::Bias => {
-                let shape = s.bias.expect("matched above").shape;
-                p.bias_base = base;
-                [p.bias_batch, p.bias_head, p.bias_row, p.bias_key] = broadcast_strides(&shape);
-                p.bias_keys = covered(&shape, s.seq_kv);
-            }
+            Slot::Mask => p.transform.mask = pair_at(base, &s.mask.expect("matched above"), s.seq_kv),
+            Slot::Bias => p.transform.bias = pair_at(base, &s.bias.expect("matched above").shape, s.seq_kv),
             _ => {}
         }
         Bound { slot, offset, size, written }
@@ -400,6 +393,11 @@ fn problem_flags(s: &Shape) -> u32 {
         (s.mask.is_some(), flags::MASK),
     ];
     set.into_iter().filter(|&(on, _)| on).fold(bias | causal, |all, (_, flag)| all | flag)
+}
+
+fn pair_at(base: u32, of: &Broadcast, seq_kv: u32) -> PairAt {
+    let [batch, head, row, key] = broadcast_strides(of);
+    PairAt { base, batch, head, row, key, keys: covered(of, seq_kv) }
 }
 
 fn broadcast_strides(Broadcast(shape): &Broadcast) -> [u32; 4] {

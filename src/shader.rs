@@ -2,10 +2,10 @@
 
 use std::sync::LazyLock;
 
-use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, context};
 
-use crate::kernel::{Variant, params};
+use crate::kernel::Variant;
 
 macro_rules! templates {
     ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../shaders/", $name)))),*] };
@@ -16,8 +16,6 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true).build();
     environment.set_syntax(syntax.expect("the default delimiters are valid"));
     environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-    environment.add_global("params_fields", params::WGSL);
-    environment.add_global("flags", params::FLAGS.iter().copied().collect::<std::collections::BTreeMap<_, _>>());
     let sources = templates![
         "shared/params.wgsl",
         "shared/unroll.wgsl",
@@ -74,5 +72,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
 pub fn render(variant: &Variant) -> String {
     let name = format!("{}.wgsl", variant.shader());
     let template = TEMPLATES.get_template(&name).expect("every shader has its template");
-    template.render(variant.context()).unwrap_or_else(|error| panic!("rendering {variant}: {error:#}"))
+    let layout = variant.layout();
+    let context = context! { params_fields => layout.wgsl(), flags => layout.flags(), ..variant.context() };
+    template.render(context).unwrap_or_else(|error| panic!("rendering {variant}: {error:#}"))
 }

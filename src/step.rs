@@ -1,8 +1,8 @@
 //! One dispatch, as pure data.
 
 use crate::kernel::Variant;
-use crate::kernel::params::Params;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 
 /// A storage binding: which operand, and which bytes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,10 +23,10 @@ pub struct Step {
     /// The shader.
     pub variant: Variant,
     /// Its uniform.
-    pub params: Params,
+    pub uniform: Uniform,
     /// Its storage bindings 1, 2, …
     pub bindings: Vec<Bound>,
-    /// Workgroups on the three grid axes: at least `params.end − params.first`.
+    /// Workgroups on the three grid axes: at least `end − first` of the uniform's place.
     pub grid: [u32; 3],
     /// Estimated floating-point operations.
     pub flops: f64,

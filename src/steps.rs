@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
-use crate::kernel::params::Params;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::options::Options;
 use crate::step::{Bound, Step};
 
@@ -35,7 +35,7 @@ impl<'a> Steps<'a> {
     pub(crate) fn push(
         &mut self,
         variant: Variant,
-        params: Params,
+        uniform: Uniform,
         bindings: Vec<Bound>,
         workgroups: u32,
         flops: f64,
@@ -48,14 +48,14 @@ impl<'a> Steps<'a> {
         check_dispatches(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
         let each = flops / f64::from(workgroups);
         let end = |first: u32| workgroups.min(first.saturating_add(piece));
-        self.cut(variant, params, bindings, workgroups, end, |n| each * f64::from(n))
+        self.cut(variant, uniform, bindings, workgroups, end, |n| each * f64::from(n))
     }
 
     /// The same where the first `n` workgroups take `flops(n)` operations.
     pub(crate) fn push_uneven(
         &mut self,
         variant: Variant,
-        params: Params,
+        uniform: Uniform,
         bindings: Vec<Bound>,
         workgroups: u32,
         flops: impl Fn(u32) -> f64,
@@ -76,7 +76,7 @@ impl<'a> Steps<'a> {
             }
             low
         };
-        self.cut(variant, params, bindings, workgroups, end, &flops)
+        self.cut(variant, uniform, bindings, workgroups, end, &flops)
     }
 
     /// How many work budgets so many operations take.
@@ -92,12 +92,13 @@ impl<'a> Steps<'a> {
     fn cut(
         &mut self,
         variant: Variant,
-        params: Params,
+        uniform: Uniform,
         bindings: Vec<Bound>,
         workgroups: u32,
         end: impl Fn(u32) -> u32,
         flops: impl Fn(u32) -> f64,
     ) -> Result<()> {
+        assert_eq!(uniform.layout(), variant.layout(), "the uniform is another kernel's");
         let side = self.caps.limits.max_compute_workgroups_per_dimension.into();
         let mut first = 0;
         while first < workgroups {
@@ -105,7 +106,7 @@ impl<'a> Steps<'a> {
             check_dispatches(self.list.len() as u64 + 1)?;
             self.list.push(Step {
                 variant,
-                params: Params { first, end, ..params },
+                uniform: uniform.cut(first, end),
                 bindings: bindings.clone(),
                 grid: fold(end - first, side),
                 flops: flops(end) - flops(first),

@@ -168,7 +168,7 @@ fn new_rows_and_the_block_table_are_split_under_small_limits_and_the_pool_is_not
         (0..30).for_each(|page| table[(page % 9) * 128 + 3 * (page / 9)] = page as u32);
         let steps = append.plan(gpu.library().caps(), &options).expect("splits");
         assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
-        assert!(steps.iter().any(|step| step.params.batch0 > 0), "the block table is split");
+        assert!(steps.iter().any(|step| step.uniform.place().batch0 > 0), "the block table is split");
         check_table(gpu, &append, &[0; 9], Some(&table), &options);
         append.paged = Some(Paged { pages: 80, page_size: 1 });
         let error = append.plan(gpu.library().caps(), &options).unwrap_err();
@@ -189,8 +189,8 @@ fn every_split_happens_under_small_limits() {
                     let steps = append.plan(gpu.library().caps(), &options).expect("splits");
                     assert!(steps.iter().all(|step| step.grid.iter().all(|&side| side <= 3)));
                     assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
-                    assert!(steps.iter().any(|step| step.params.row0 > 0), "new rows are split");
-                    assert!(steps.iter().any(|step| step.params.key0 > 0), "the cache is split");
+                    assert!(steps.iter().any(|step| step.uniform.place().row0 > 0), "new rows are split");
+                    assert!(steps.iter().any(|step| step.uniform["cache_row0"] > 0), "the cache is split");
                     check(gpu, &append, &[50, if circular { 299 } else { 60 }], &options);
                 }
             }

@@ -244,11 +244,11 @@ fn every_split_happens_under_small_limits() {
             assert!(steps.iter().all(|step| step.grid.iter().all(|&side| side <= 3)));
             assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
             for first in 0..5 {
-                assert!(steps.iter().any(|step| step.params.key0 == first), "partials are split");
+                assert!(steps.iter().any(|step| step.uniform["partial0"] == first), "partials are split");
             }
-            let rows_split = steps.iter().any(|step| step.params.row0 > 0);
+            let rows_split = steps.iter().any(|step| step.uniform.place().row0 > 0);
             assert_eq!(rows_split, 4 * 70 * dim > 4096, "rows are split where those of one head exceed a binding");
-            assert!(steps.iter().any(|step| step.params.head0 > 0), "heads are split");
+            assert!(steps.iter().any(|step| step.uniform.place().head0 > 0), "heads are split");
             check(gpu, &merge, &Parts::random(&merge, 60, 3.0));
         }
     }

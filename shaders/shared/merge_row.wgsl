@@ -1,4 +1,4 @@
-{# The row of `merge` that has the number `line`, and its address `at`: in lse, in totals and, from partial_base on, in
+{# The row of `merge` that has the number `line`, and its address `at`: in lse, in totals and, from first_lse on, in
    the lse of each partial. #}
     let rows = params.row_end - params.row0;
     let plane = line / rows;

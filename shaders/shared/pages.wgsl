@@ -7,7 +7,7 @@ fn stored_at(s: Sequence, batch: u32, key: u32) -> vec2<u32> {
     var at = vec2<u32>(batch_of(batch), s.token_kv + key);
 {% if lists %}
     if ((params.flags & PAGED) != 0u) {
-        let page = lists[params.list_pages + batch * params.table_row + key / params.page_size];
+        let page = lists[params.list_block_table + batch * params.table_row + key / params.page_size];
         at = vec2<u32>(min(page, params.pages - 1u), key % params.page_size);
     }
 {% endif %}

@@ -1,5 +1,5 @@
-{# What every kernel starts with: its uniform, and which part of the work a workgroup owns. `params_fields` comes from
-   src/kernel/params.rs. #}
+{# What every kernel starts with: its uniform, and which part of the work a workgroup owns. `params_fields` and `flags`
+   are those that the kernel's module declares, see src/kernel/uniform.rs. #}
 struct Params {
 {{ params_fields }}}
 

@@ -20,7 +20,7 @@ fn x_place(batch: u32, row: u32) -> u32 {
 }
 
 fn y_place(batch: u32, row: u32, col: u32) -> u32 {
-    return {{ row_at("out", "batch", "(col / params.col_head)", "row") }} + col % params.col_head;
+    return {{ row_at("y", "batch", "(col / params.head_columns)", "row") }} + col % params.head_columns;
 }
 
 fn bias(col: u32) -> f32 {
@@ -34,17 +34,21 @@ fn bias(col: u32) -> f32 {
 // with them.
 fn column(number: u32) -> u32 {
     let within = number % params.turn_head;
-    let moved = number - within + within / 8u * 4u + (within / 4u) % 2u * (params.head_dim / 2u) + within % 4u;
-    return select(number, moved, (params.flags & HALVES) != 0u && number < params.turn_end && within < params.head_dim);
+    let moved = number - within + within / 8u * 4u + (within / 4u) % 2u * (params.rotary_dim / 2u) + within % 4u;
+    return select(
+        number,
+        moved,
+        (params.flags & HALVES) != 0u && number < params.turn_end && within < params.rotary_dim,
+    );
 }
 
 // Whether the eight columns from this number on turn now: all inputs are in.
 fn turns(number: u32) -> bool {
-    return (params.flags & TURN) != 0u && number < params.turn_end && number % params.turn_head < params.head_dim;
+    return (params.flags & TURN) != 0u && number < params.turn_end && number % params.turn_head < params.rotary_dim;
 }
 
 // The row of the table for a row, where rows of all batches may be numbered through.
 fn angles(batch: u32, row: u32) -> u32 {
-    return position(batch + row / params.seq_q, row % params.seq_q) * params.head_dim;
+    return position(batch + row / params.batch_rows, row % params.batch_rows) * params.rotary_dim;
 }
 {% endif %}

@@ -64,7 +64,7 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
     }
     if ((params.flags & ALIBI) != 0u) {
         let distance = f32(abs(i32(row) + s.offset - i32(key)));
-        let slope = coded(lists[params.list_slopes + head]);
+        let slope = coded(lists[params.list_alibi_slopes + head]);
         // An infinite slope is 0 · ∞ at distance 0.
         let ended = select(-slope, UNDEFINED, (slope == UNDEFINED) | (distance == 0.0));
         x = sum_of(x, select(max(min(-slope * distance, HIGHEST), LOWEST), ended, abs(slope) > HIGHEST));
@@ -90,7 +90,7 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
     }
     if ((params.flags & ALIBI) != 0u) {
         let distance = abs(i32(row) + s.offset - i32(key));
-        x -= bitcast<f32>(lists[params.list_slopes + head]) * f32(distance);
+        x -= bitcast<f32>(lists[params.list_alibi_slopes + head]) * f32(distance);
     }
     var visible = mask_allows(batch, head, row, key);
     var ended = false;
@@ -107,7 +107,7 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
 
 // Whether a slope is NaN or an infinity, which `quick_logit` does not see.
 fn slope_ends(head: u32) -> bool {
-    return (params.flags & ALIBI) != 0u && (lists[params.list_slopes + head] & 0x7f800000u) == 0x7f800000u;
+    return (params.flags & ALIBI) != 0u && (lists[params.list_alibi_slopes + head] & 0x7f800000u) == 0x7f800000u;
 }
 {% endif %}
 {% endif %}

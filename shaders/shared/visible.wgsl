@@ -21,10 +21,10 @@ fn sequence(batch: u32) -> Sequence {
     var s = Sequence(params.seq_q, params.seq_kv, params.seq_kv, 0u, 0u, 0);
 {% if lists %}
     if ((params.flags & PACKED) != 0u) {
-        s.token_q = min(lists[params.list_cu_q + batch], params.total_q);
-        s.token_kv = min(lists[params.list_cu_kv + batch], params.total_kv);
-        let end_q = min(lists[params.list_cu_q + batch + 1u], params.total_q);
-        let end_kv = min(lists[params.list_cu_kv + batch + 1u], params.total_kv);
+        s.token_q = min(lists[params.list_cu_seqlens_q + batch], params.total_q);
+        s.token_kv = min(lists[params.list_cu_seqlens_kv + batch], params.total_kv);
+        let end_q = min(lists[params.list_cu_seqlens_q + batch + 1u], params.total_q);
+        let end_kv = min(lists[params.list_cu_seqlens_kv + batch + 1u], params.total_kv);
         s.rows = min(max(end_q, s.token_q) - s.token_q, params.seq_q);
         s.keys = min(max(end_kv, s.token_kv) - s.token_kv, params.seq_kv);
         s.stored = s.keys;
@@ -33,7 +33,7 @@ fn sequence(batch: u32) -> Sequence {
         s.token_kv = min(s.token_kv, max(params.total_kv, 1u) - 1u);
     }
     if ((params.flags & LENGTHS) != 0u) {
-        s.keys = min(lists[params.list_lengths + batch], params.seq_kv);
+        s.keys = min(lists[params.list_key_lengths + batch], params.seq_kv);
     }
 {% endif %}
     if ((params.flags & BOTTOM_RIGHT) != 0u) {

@@ -5,8 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{At, Pages};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 
 /// A variant of `append`: what one invocation copies. The bits are copied as they are, so that the element type plays no part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +19,34 @@ pub enum Append {
     Word,
     /// One 16-bit element; two rows may share a word.
     Half,
+}
+
+params! {
+    /// The parameters of `append`.
+    Append {
+        /// New rows, in units.
+        x: At,
+        /// The cache, in units.
+        cache: At,
+        /// Place of the start of batch 0.
+        starts_base: u32,
+        /// Place of the block table.
+        table_base: u32,
+        /// New rows of a head.
+        rows: u32,
+        /// Rows of a head that the cache has room for.
+        capacity: u32,
+        /// Units of a row.
+        units: u32,
+        /// First row of the cache that is bound.
+        cache_row0: u32,
+        /// End of those rows.
+        cache_row_end: u32,
+        /// The pages of the cache.
+        pages: Pages,
+        /// One bit a rule that is on.
+        flags: u32,
+    } reads CIRCULAR
 }
 
 impl Append {

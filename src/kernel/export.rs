@@ -5,14 +5,32 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{At, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 
 /// A variant of `export`: what it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Export {
     /// [`Slot::Weights`] or [`Slot::Logits`].
     pub to: Slot,
+}
+
+params! {
+    /// The parameters of `export`.
+    Export of attention {
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Scores, or weights.
+        s: At,
+        /// The output.
+        out: At,
+    } reads EXPORT_LOGITS
 }
 
 impl Shader for Export {
@@ -31,7 +49,7 @@ impl Shader for Export {
     }
 
     fn context(&self) -> Value {
-        context! { lists => true, threads => self.threads(), full => false }
+        context! { lists => true, threads => self.threads() }
     }
 }
 

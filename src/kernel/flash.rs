@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::eligibility::fits;
 use super::format::Format;
 use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
+use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::Caps;
 use crate::obstacle::Obstacle;
 use crate::options::Options;
@@ -86,6 +88,40 @@ pub const TILES: [Tile; 8] = [
     Tile { dims: 256, rows: 2, depth: 32, value_keys: 8, resident: false, shuffle: true },
     Tile { dims: 256, rows: 2, depth: 16, value_keys: 4, resident: false, shuffle: false },
 ];
+
+params! {
+    /// The parameters of `flash`.
+    Flash of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+    } reads SINKS, LSE, TOTALS, CARRIED
+}
 
 impl Flash {
     /// Type of the output: that of the operands where whole vectors are written, else f32 (the caller's, or scratch for `pack`).

@@ -5,12 +5,32 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{At, Keys, Lists, Transform, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 
 /// A variant of `logits`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Logits;
+
+params! {
+    /// The parameters of `logits`.
+    Logits of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Scores.
+        s: At,
+    }
+}
 
 impl Shader for Logits {
     const NAME: &str = "logits";

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::eligibility::fits;
 use super::format::Format;
 use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
+use super::params::{At, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::{Caps, MATRIX_SIZES};
 use crate::obstacle::Obstacle;
 use crate::options::{Form, Options};
@@ -85,6 +87,38 @@ pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
 /// Whether a tile has an emulated form: those that fit the CPU adapters and compile in seconds there.
 pub(crate) fn emulates(tile: &Tile) -> bool {
     tile.dims == TILES[0].0
+}
+
+params! {
+    /// The parameters of `matrix`.
+    Matrix of attention {
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+    } reads SINKS, LSE, TOTALS
 }
 
 impl Matrix {

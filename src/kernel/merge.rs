@@ -5,8 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{At, LineAt, Partials};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 use crate::problem::Element;
 
 /// A variant of `merge`: one of its two passes.
@@ -26,6 +28,32 @@ pub enum Merge {
         /// Whether all rows are whole vectors of four; 16-bit types are written only where they are.
         vector: bool,
     },
+}
+
+params! {
+    /// The parameters of `merge`.
+    Merge {
+        /// First partial that is bound.
+        partial0: u32,
+        /// End of the partials.
+        partial_end: u32,
+        /// Outputs of partial 0.
+        first_out: At,
+        /// Place of the log-sum-exps of partial 0.
+        first_lse: u32,
+        /// Distances between partial results.
+        partials: Partials,
+        /// The output.
+        out: At,
+        /// Log-sum-exp, and maximum and sum.
+        lse: LineAt,
+        /// Last axis of out.
+        value_dim: u32,
+        /// Items that are numbered through.
+        items: u32,
+        /// One bit a rule that is on.
+        flags: u32,
+    } reads ADD, TOTALS
 }
 
 impl Shader for Merge {

@@ -5,8 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 use crate::problem::Element;
 
 /// A variant of `pack`.
@@ -16,6 +18,28 @@ pub struct Pack {
     pub element: Element,
     /// The rows are the tokens of a packed batch: those that no sequence owns keep what they held.
     pub packed: bool,
+}
+
+params! {
+    /// The parameters of `pack`.
+    Pack {
+        /// Lengths of a packed batch.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Elements of the dispatch.
+        elements: u32,
+        /// Sequences of a packed batch.
+        sequences: u32,
+        /// Token of the first element, and which element of the token that is.
+        token0: u32,
+        /// The element.
+        element0: u32,
+        /// Elements from one token to the next.
+        token_elements: u32,
+    }
 }
 
 impl Shader for Pack {

@@ -6,9 +6,11 @@ use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_bodies};
 use super::eligibility::{fits, largest};
+use super::params::{At, Turn};
 use super::scores;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::Caps;
 use crate::obstacle::Obstacle;
 use crate::options::Options;
@@ -45,6 +47,46 @@ const ROWS: [u32; 2] = [8, 1];
 /// Every tile of `project`.
 pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
     lane_bodies().flat_map(lane_tiles).chain(TILED)
+}
+
+params! {
+    /// The parameters of `project`.
+    Project {
+        /// Input rows: place of the first.
+        x_base: u32,
+        /// From one batch of them to the next.
+        x_batch: u32,
+        /// From one of them to the next.
+        x_row: u32,
+        /// Place of the first weight.
+        w_base: u32,
+        /// From one row of the matrix in memory to the next.
+        w_row: u32,
+        /// Place of the first bias.
+        b_base: u32,
+        /// Output rows.
+        y: At,
+        /// First input.
+        in0: u32,
+        /// End of the inputs.
+        in_end: u32,
+        /// First output column.
+        col0: u32,
+        /// End of the output columns.
+        col_end: u32,
+        /// Output columns of a head.
+        head_columns: u32,
+        /// What columns turn by.
+        turn: Turn,
+        /// End of the columns that turn.
+        turn_end: u32,
+        /// Columns of a head of those.
+        turn_head: u32,
+        /// Rows of a batch, where those of all batches may be numbered through.
+        batch_rows: u32,
+        /// One bit a rule that is on.
+        flags: u32,
+    } reads ADD, SHIFTS, TURN, HALVES
 }
 
 impl Shader for Project {

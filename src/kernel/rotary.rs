@@ -5,8 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
+use super::params::{At, Turn};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 use crate::problem::Element;
 
 /// A variant of `rotary`.
@@ -18,6 +20,20 @@ pub struct Rotary {
     pub interleaved: bool,
     /// The result replaces the input.
     pub in_place: bool,
+}
+
+params! {
+    /// The parameters of `rotary`.
+    Rotary {
+        /// Input rows.
+        x: At,
+        /// Output rows.
+        y: At,
+        /// What rows turn by.
+        turn: Turn,
+        /// Items of a row: words or elements that an invocation sees to.
+        items: u32,
+    }
 }
 
 impl Shader for Rotary {

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::body::{Body, lane_bodies};
 use super::format::Format;
 use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
+use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::Caps;
 use crate::error::counted;
 use crate::obstacle::Obstacle;
@@ -69,6 +71,40 @@ pub(crate) fn tiles(body: Body) -> impl Iterator<Item = Tile> {
         let [rows, keys] = if subgroup { spread } else { alone };
         Tile { body, rows, keys, dims }
     })
+}
+
+params! {
+    /// The parameters of `rows`.
+    Rows of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+    } reads SINKS, LSE, TOTALS, CARRIED
 }
 
 impl Rows {

@@ -4,8 +4,10 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::params::{At, LineAt, Lines, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::{CPU_TURNS, Caps};
 use crate::shape::Shape;
 
@@ -20,6 +22,30 @@ pub struct Softmax {
 
 /// Invocations that share a row: CPU adapters, short rows, long rows.
 pub const THREADS: [u32; 3] = [8, 64, 256];
+
+params! {
+    /// The parameters of `softmax`.
+    Softmax of attention {
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Scores.
+        s: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+        /// Lines of a tile of `values`, see shaders/shared/lines.wgsl; where its heads stand apart, rows.
+        values_rows: u32,
+        /// Lines of a row there: query heads that share a tile.
+        values_each: u32,
+    } reads SINKS
+}
 
 impl Shader for Softmax {
     const NAME: &str = "softmax";
@@ -45,7 +71,7 @@ impl Shader for Softmax {
     }
 
     fn context(&self) -> Value {
-        context! { lists => true, threads => self.threads, lse => self.lse, full => false }
+        context! { lists => true, threads => self.threads, lse => self.lse }
     }
 }
 

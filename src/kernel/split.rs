@@ -11,8 +11,10 @@ use super::format::Format;
 use super::fused::{
     Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
 };
+use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::Caps;
 use crate::error::counted;
 use crate::obstacle::Obstacle;
@@ -76,6 +78,44 @@ pub const WORKGROUPS: [u32; 2] = [16, 512];
 
 /// Fewest keys of a workgroup of `split`, on CPU adapters and on GPUs: below, starting and merging cost more than they save.
 pub const LEAST_KEYS: [u32; 2] = [512, 256];
+
+params! {
+    /// The parameters of `split`.
+    Split of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// The pages of keys and values.
+        pages: Pages,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Last axis of q and k.
+        head_dim: u32,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// The score transform.
+        transform: Transform,
+        /// Queries.
+        q: At,
+        /// Keys.
+        k: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+        /// Log-sum-exp.
+        lse: LineAt,
+        /// Distances between partial results.
+        partials: Partials,
+    } reads SINKS, LSE, TOTALS, PARTIAL
+}
 
 impl Shader for Split {
     const NAME: &str = "split";

@@ -8,8 +8,10 @@ use super::body::{Body, Tile, lane_tiles, renders, tiled};
 use super::eligibility::{fits, lane_tile as lane_tile_of, largest};
 use super::format::Format;
 use super::grid::Grid;
+use super::params::{At, Keys, Lines, Lists, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
+use super::uniform::params;
 use crate::caps::Caps;
 use crate::obstacle::Obstacle;
 use crate::problem::Element;
@@ -42,6 +44,32 @@ pub fn lane_tile(body: Body, rows: u32, dims: u32) -> Tile {
 /// Every tile of `values`.
 pub(crate) fn tiles() -> Vec<Tile> {
     lane_tiles(lane_tile).chain(TILED).collect()
+}
+
+params! {
+    /// The parameters of `values`.
+    Values of attention {
+        /// The keys of the dispatch.
+        keys: Keys,
+        /// Lengths and positions.
+        visible: Visible,
+        /// Places of the small arrays.
+        list: Lists,
+        /// One bit a rule or operand that is on.
+        flags: u32,
+        /// Query heads per key/value head.
+        group: u32,
+        /// Those of this part.
+        lines: Lines,
+        /// Last axis of v and out.
+        value_dim: u32,
+        /// Weights.
+        s: At,
+        /// Values.
+        v: At,
+        /// The output.
+        out: At,
+    } reads ADD
 }
 
 impl Shader for Values {

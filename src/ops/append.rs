@@ -2,9 +2,10 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::{At, Pages, Place, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, append};
 use crate::options::Options;
 use crate::part::{Axis, Cut, Excess, Part, count, span};
@@ -276,46 +277,35 @@ impl Planner<'_> {
         let row_tiles = items.div_ceil(self.variant.threads());
         let (x, cache) = (&self.x.strides, &self.cache.strides);
         let (from, x_base) = bound(caps, self.slots.x, part.span(&self.x), unit, x.offset, false)?;
-        let (to, out_base) = bound(caps, self.slots.cache, self.cache_span(part), unit, cache.offset, true)?;
-        let (starts, k_base) = bound(caps, Slot::Starts, starts_span(part), 4, 0, false)?;
-        let (table, list_pages) = match self.append.paged {
+        let (to, cache_base) = bound(caps, self.slots.cache, self.cache_span(part), unit, cache.offset, true)?;
+        let (starts, starts_base) = bound(caps, Slot::Starts, starts_span(part), 4, 0, false)?;
+        let (table, table_base) = match self.append.paged {
             // Something must be bound.
             None => (starts, 0),
             Some(_) => bound(caps, Slot::BlockTable, self.table_span(part), 4, 0, false)?,
         };
         let paged = if self.append.paged.is_some() { flags::PAGED } else { 0 };
-        let params = Params {
-            row_tiles,
-            col_tiles: 1,
-            batch0: part.batch.start,
-            head0: part.heads.start,
-            heads: part.heads.len() as u32,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            key0: part.cache_rows.start,
-            key_end: part.cache_rows.end,
-            seq_q: self.append.rows,
-            seq_kv: self.append.capacity,
-            col_end: units,
-            pages: self.append.paged.map_or(0, |paged| paged.pages),
-            page_size: self.append.paged.map_or(self.append.capacity, |paged| paged.page_size),
-            table_row: self.append.columns(),
-            list_pages,
+        let uniform = Uniform::new(&append::Params {
+            place: Place { row_tiles, col_tiles: 1, ..Place::of(part) },
+            x: At::new(x_base, x),
+            cache: At::new(cache_base, cache),
+            starts_base,
+            table_base,
+            rows: self.append.rows,
+            capacity: self.append.capacity,
+            units,
+            cache_row0: part.cache_rows.start,
+            cache_row_end: part.cache_rows.end,
+            pages: Pages {
+                pages: self.append.paged.map_or(0, |paged| paged.pages),
+                page_size: self.append.paged.map_or(self.append.capacity, |paged| paged.page_size),
+                table_row: self.append.columns(),
+            },
             flags: paged | if self.append.circular { flags::CIRCULAR } else { 0 },
-            x_base,
-            x_batch: x.batch as u32,
-            x_head: x.head as u32,
-            x_row: x.row as u32,
-            k_base,
-            out_base,
-            out_batch: cache.batch as u32,
-            out_head: cache.head as u32,
-            out_row: cache.row as u32,
-            ..Params::default()
-        };
+        });
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * part.planes())?;
         let flops = 16.0 * f64::from(items) * part.planes() as f64;
-        steps.push(Variant::Append(self.variant), params, vec![from, starts, table, to], workgroups, flops)
+        steps.push(Variant::Append(self.variant), uniform, vec![from, starts, table, to], workgroups, flops)
     }
 }
 

@@ -1,11 +1,12 @@
 //! The weights that a layer gives out.
 
 use crate::error::Result;
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::{At, Place, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, average};
-use crate::ops::extra::{lse_params, lse_words};
+use crate::ops::extra::{extra_weights, lse_at, lse_words};
 use crate::shape::Shape;
 use crate::steps::{Steps, bound, checked_u32};
 
@@ -33,34 +34,32 @@ impl Average<'_> {
         let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, self.extra)), 4, 0, false)?;
         // A binding may not be empty: without a key the kernel reads none of the heads' weights.
-        let (weights, s_base) = match keys {
+        let (weights, w_base) = match keys {
             0 => (lse, 0),
             _ => bound(caps, Slot::Weights, within(h * rows * keys), 4, 0, false)?,
         };
         let per_batch = u64::from(heads) * rows * u64::from(self.columns);
-        let (out, out_base) = bound(caps, Slot::Averaged, within(per_batch), 4, 0, true)?;
-        let params = Params {
-            row_tiles: s.seq_q,
-            col_tiles: self.columns.div_ceil(threads),
-            batch0: batch,
-            heads,
-            in_end: if self.mean { s.heads } else { 1 },
-            seq_kv: s.seq_kv,
-            key_end: self.columns,
-            scale: if self.mean { 1.0 / s.heads as f32 } else { 1.0 },
-            flags: if self.extra { flags::BIAS } else { 0 },
-            s_base,
-            s_batch: (h * rows * keys) as u32,
-            s_head: (rows * keys) as u32,
-            s_row: s.seq_kv,
-            out_base,
-            out_batch: per_batch as u32,
-            out_head: (rows * u64::from(self.columns)) as u32,
-            out_row: self.columns,
-            ..lse_params(s)
-        };
-        let workgroups = checked_u32("workgroups", rows * u64::from(params.col_tiles) * u64::from(heads))?;
+        let (out, y_base) = bound(caps, Slot::Averaged, within(per_batch), 4, 0, true)?;
+        let col_tiles = self.columns.div_ceil(threads);
+        let uniform = Uniform::new(&average::Params {
+            place: Place { row_tiles: s.seq_q, col_tiles, batch0: batch, heads, row_end: s.seq_q, ..Place::default() },
+            w: At { base: w_base, batch: (h * rows * keys) as u32, head: (rows * keys) as u32, row: s.seq_kv },
+            y: At {
+                base: y_base,
+                batch: per_batch as u32,
+                head: (rows * u64::from(self.columns)) as u32,
+                row: self.columns,
+            },
+            lse: lse_at(s),
+            extra_weights: extra_weights(s),
+            mean_heads: if self.mean { s.heads } else { 1 },
+            factor: if self.mean { 1.0 / s.heads as f32 } else { 1.0 },
+            keys: s.seq_kv,
+            columns: self.columns,
+            flags: if self.extra { flags::EXTRA_KEY } else { 0 },
+        });
+        let workgroups = checked_u32("workgroups", rows * u64::from(col_tiles) * u64::from(heads))?;
         let flops = 32.0 * (h * rows) as f64 * f64::from(self.columns);
-        steps.push(Variant::Average(average::Average), params, vec![weights, lse, out], workgroups, flops)
+        steps.push(Variant::Average(average::Average), uniform, vec![weights, lse, out], workgroups, flops)
     }
 }

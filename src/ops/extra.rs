@@ -1,9 +1,10 @@
 //! One more key that every row of a layer sees.
 
 use crate::error::Result;
-use crate::kernel::params::Params;
+use crate::kernel::params::{At, LineAt, Place};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, extra};
 use crate::part::Part;
 use crate::shape::Shape;
@@ -26,16 +27,14 @@ pub(crate) fn lse_words(attention: &Shape, extra: bool) -> u64 {
     if extra { 2 * rows } else { rows }
 }
 
-/// What the uniform says of the log-sum-exps.
-pub(crate) fn lse_params(attention: &Shape) -> Params {
-    let (heads, rows) = (attention.heads, attention.seq_q);
-    Params {
-        lse_batch: heads * rows,
-        lse_head: rows,
-        total_q: attention.batch * heads * rows,
-        row_end: rows,
-        ..Params::default()
-    }
+/// Where the log-sum-exps stand.
+pub(crate) fn lse_at(attention: &Shape) -> LineAt {
+    LineAt { base: 0, batch: attention.heads * attention.seq_q, head: attention.seq_q }
+}
+
+/// From the log-sum-exp of a row to the weight of its extra key.
+pub(crate) fn extra_weights(attention: &Shape) -> u32 {
+    attention.batch * attention.heads * attention.seq_q
 }
 
 impl Extra<'_> {
@@ -52,29 +51,22 @@ impl Extra<'_> {
         let (out, out_base) = bound(caps, Slot::Out, part.span(&s.out), 4, s.out.strides.offset, true)?;
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, true)), 4, 0, true)?;
         let (biases, first) = bound(caps, Slot::Shifts, (0, self.biases), 4, 0, false)?;
-        let params = Params {
-            row_tiles: s.seq_q.div_ceil(threads),
-            col_tiles: 1,
-            batch0: batch,
-            heads: s.heads,
+        let row_tiles = s.seq_q.div_ceil(threads);
+        let uniform = Uniform::new(&extra::Params {
+            place: Place { row_tiles, col_tiles: 1, ..Place::of(&part) },
+            q: At::new(q_base, &s.q.strides),
+            out: At::new(out_base, &s.out.strides),
+            lse: lse_at(s),
+            extra_weights: extra_weights(s),
             group: s.group,
             head_dim: s.head_dim,
             value_dim: s.value_dim,
             scale: s.scale,
-            q_base,
-            q_batch: s.q.strides.batch as u32,
-            q_head: s.q.strides.head as u32,
-            q_row: s.q.strides.row as u32,
-            out_base,
-            out_batch: s.out.strides.batch as u32,
-            out_head: s.out.strides.head as u32,
-            out_row: s.out.strides.row as u32,
-            k_base: (self.key as u32).wrapping_add(first),
-            v_base: (self.value as u32).wrapping_add(first),
-            ..lse_params(s)
-        };
-        let workgroups = checked_u32("workgroups", u64::from(params.row_tiles) * u64::from(s.heads))?;
+            key_base: (self.key as u32).wrapping_add(first),
+            value_base: (self.value as u32).wrapping_add(first),
+        });
+        let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(s.heads))?;
         let flops = 4.0 * f64::from(s.heads) * f64::from(s.seq_q) * f64::from(s.head_dim + s.value_dim);
-        steps.push(Variant::Extra(extra::Extra), params, vec![q, biases, lse, out], workgroups, flops)
+        steps.push(Variant::Extra(extra::Extra), uniform, vec![q, biases, lse, out], workgroups, flops)
     }
 }

@@ -5,9 +5,10 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::eligibility::whole_vectors;
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::{self, At, LineAt, Place, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, merge};
 use crate::ops::pack::pack;
 use crate::options::Options;
@@ -305,30 +306,19 @@ impl Planner<'_, '_> {
         let dim = u64::from(m.value_dim);
         let plane = u64::from(m.seq_q) * dim;
         let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
-        let mut params = Params {
-            row_tiles: 1,
-            col_tiles: workgroups,
-            batch0: part.batch.start,
-            head0: part.heads.start,
-            heads: part.heads.len() as u32,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            key0: partials.start,
-            key_end: partials.end,
+        let base = bind(caps, self.lines(part), 4, 0).2;
+        let mut params = merge::Params {
+            place: Place { row_tiles: 1, col_tiles: workgroups, ..Place::of(part) },
+            partial0: partials.start,
+            partial_end: partials.end,
+            first_out: At { base: 0, batch: (u64::from(m.heads) * plane) as u32, head: plane as u32, row: m.value_dim },
+            first_lse: 0,
+            partials: params::Partials { next_out: (m.lines() * dim) as u32, next_lse: m.lines() as u32 },
+            out: At::new(0, &self.out.strides),
+            lse: LineAt { base, batch: m.heads.wrapping_mul(m.seq_q), head: m.seq_q },
             value_dim: m.value_dim,
+            items: checked_u32("items", items)?,
             flags: if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 },
-            x_batch: (u64::from(m.heads) * plane) as u32,
-            x_head: plane as u32,
-            x_row: m.value_dim,
-            out_batch: self.out.strides.batch as u32,
-            out_head: self.out.strides.head as u32,
-            out_row: self.out.strides.row as u32,
-            lse_batch: m.heads.wrapping_mul(m.seq_q),
-            lse_head: m.seq_q,
-            partial_lse: m.lines() as u32,
-            partial_out: (m.lines() * dim) as u32,
-            item_count: checked_u32("items", items)?,
-            ..Params::default()
         };
         let mut bindings = Vec::new();
         for (slot, written) in variant.bindings() {
@@ -338,12 +328,12 @@ impl Planner<'_, '_> {
                 Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, SPARE)),
                 Slot::PartialOut => {
                     let (offset, size, base) = bind(caps, self.partial_span(part, partials, dim), 4, 0);
-                    params.x_base = base;
+                    params.first_out.base = base;
                     (slot, (offset, size))
                 }
                 Slot::PartialLse => {
                     let (offset, size, base) = bind(caps, self.partial_span(part, partials, self.words), 4, 0);
-                    params.partial_base = base;
+                    params.first_lse = base;
                     (slot, (offset, size))
                 }
                 // Two numbers where lse has one, so that both have the same base.
@@ -352,19 +342,18 @@ impl Planner<'_, '_> {
                 Slot::Out => {
                     let (offset, size, base) =
                         bind(caps, part.span(&self.out), self.out_bytes(), self.out.strides.offset);
-                    params.out_base = base;
+                    params.out.base = base;
                     (if self.unpacked { Slot::Unpacked } else { slot }, (offset, size))
                 }
                 _ => (slot, (0, 4 * u64::from(m.heads))),
             };
             bindings.push(Bound { slot, offset, size, written });
         }
-        params.lse_base = bind(caps, self.lines(part), 4, 0).2;
         if let Some(bound) = bindings.iter().find(|bound| bound.size > caps.binding()) {
             return Err(Error::bytes(bound.slot.name(), bound.size, caps.binding()));
         }
         let flops = 16.0 * items as f64 * partials.len() as f64;
-        self.steps.push(Variant::Merge(variant), params, bindings, workgroups, flops)?;
+        self.steps.push(Variant::Merge(variant), Uniform::new(&params), bindings, workgroups, flops)?;
         Ok(())
     }
 }

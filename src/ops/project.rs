@@ -4,8 +4,9 @@ use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::body::Tile;
 use crate::kernel::eligibility::too_many_bindings;
-use crate::kernel::params::{Params, flags};
+use crate::kernel::params::{At, Place, Turn as TurnParams, flags};
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, project};
 use crate::options::Options;
 use crate::part::{Axis, Cut, Excess, Part, count};
@@ -320,17 +321,21 @@ impl Planner<'_> {
     }
 
     /// What the uniform says of the rotation in the projection.
-    fn turning(&self, last: bool) -> Params {
-        self.wiring.turn.map_or(Params::default(), |turn| Params {
+    fn turning(&self, last: bool) -> project::Params {
+        self.wiring.turn.map_or(project::Params::default(), |turn| project::Params {
             flags: if last { flags::TURN } else { 0 } | if turn.interleaved { 0 } else { flags::HALVES },
+            turn: TurnParams {
+                table_rows: turn.table_rows,
+                rotary_dim: turn.rotary_dim,
+                positions_base: 0,
+                positions_batch: 1,
+                positions_row: 0,
+                position_step: 1,
+            },
             turn_end: turn.columns,
             turn_head: turn.head_dim,
-            head_dim: turn.rotary_dim,
-            total_kv: turn.table_rows,
-            seq_q: turn.rows,
-            k_batch: 1,
-            k_head: 1,
-            ..Params::default()
+            batch_rows: turn.rows,
+            ..project::Params::default()
         })
     }
 
@@ -342,7 +347,7 @@ impl Planner<'_> {
         let (x, x_base) = bound(caps, wiring.x, p.x_span(part), 4, p.x.offset, false)?;
         let (weight, w_base) =
             bound(caps, wiring.weight, p.weight_span(part), p.element.bytes(), p.weight_offset, false)?;
-        let (y, out_base) = bound(caps, wiring.y, p.y_span(part), 4, p.y.offset, true)?;
+        let (y, y_base) = bound(caps, wiring.y, p.y_span(part), 4, p.y.offset, true)?;
         let (biases, b_base) = match p.bias {
             Some(at) => bound(caps, Slot::Shifts, (at, at + u64::from(p.outputs)), 4, at, false)?,
             // The shader can take biases, so that something must be bound.
@@ -350,31 +355,23 @@ impl Planner<'_> {
         };
         let (first, last) = (part.inputs.start == 0, part.inputs.end == p.inputs);
         let turning = self.turning(last);
-        let params = Params {
-            row_tiles,
-            col_tiles,
-            batch0: part.batch.start,
-            heads: 1,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            in0: part.inputs.start,
-            in_end: part.inputs.end,
-            col0: part.columns.start,
-            col_end: part.columns.end,
-            col_head: p.head_columns,
-            flags: turning.flags | if first { p.bias.map_or(0, |_| flags::BIAS) } else { flags::ADD },
+        let uniform = Uniform::new(&project::Params {
+            place: Place { row_tiles, col_tiles, ..Place::of(part) },
             x_base,
             x_batch: p.x.batch as u32,
             x_row: p.x.row as u32,
             w_base,
             w_row: p.weight_row as u32,
             b_base,
-            out_base,
-            out_batch: p.y.batch as u32,
-            out_head: p.y.head as u32,
-            out_row: p.y.row as u32,
+            y: At::new(y_base, &p.y),
+            in0: part.inputs.start,
+            in_end: part.inputs.end,
+            col0: part.columns.start,
+            col_end: part.columns.end,
+            head_columns: p.head_columns,
+            flags: turning.flags | if first { p.bias.map_or(0, |_| flags::SHIFTS) } else { flags::ADD },
             ..turning
-        };
+        });
         let mut bindings = vec![x, weight, biases, y];
         if let Some(turn) = &wiring.turn {
             let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
@@ -384,6 +381,6 @@ impl Planner<'_> {
         let batch = count(&part.batch);
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * batch)?;
         let flops = 2.0 * batch as f64 * f64::from(rows) * count(&part.inputs) as f64 * f64::from(columns);
-        steps.push(Variant::Project(self.variant), params, bindings, workgroups, flops)
+        steps.push(Variant::Project(self.variant), uniform, bindings, workgroups, flops)
     }
 }

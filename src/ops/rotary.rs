@@ -2,9 +2,10 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
-use crate::kernel::params::Params;
+use crate::kernel::params::{At, Place, Turn};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
+use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, rotary};
 use crate::options::Options;
 use crate::part::{Cut, Excess, Part, count};
@@ -248,38 +249,28 @@ impl Planner<'_> {
         let row_tiles = (count(&part.rows) * u64::from(items)).div_ceil(variant.threads().into());
         let (y, y_slot) = self.y.as_ref().map_or((&self.x, self.slots.x), |y| (y, self.slots.y));
         let (from, x_base) = bound(caps, self.slots.x, part.span(&self.x), bytes, r.x.offset, false)?;
-        let (to, out_base) = bound(caps, y_slot, part.span(y), bytes, y.strides.offset, true)?;
-        let (per_row, step) = match r.positions {
+        let (to, y_base) = bound(caps, y_slot, part.span(y), bytes, y.strides.offset, true)?;
+        let (positions_row, position_step) = match r.positions {
             Positions::Rows => (1, 0),
             Positions::Starts => (0, 1),
         };
         let first = u64::from(part.batch.start) * u64::from(self.per_batch());
-        let (positions, k_base) = bound(caps, Slot::Positions, (first, first + self.positions(part)), 4, 0, false)?;
-        let params = Params {
-            row_tiles: checked_u32("row tiles", row_tiles)?,
-            col_tiles: 1,
-            batch0: part.batch.start,
-            head0: part.heads.start,
-            heads: part.heads.len() as u32,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            col_end: items,
-            head_dim: r.rotary_dim,
-            total_kv: r.table_rows,
-            x_base,
-            x_batch: r.x.batch as u32,
-            x_head: r.x.head as u32,
-            x_row: r.x.row as u32,
-            k_base,
-            k_batch: self.per_batch(),
-            k_row: per_row,
-            k_head: step,
-            out_base,
-            out_batch: y.strides.batch as u32,
-            out_head: y.strides.head as u32,
-            out_row: y.strides.row as u32,
-            ..Params::default()
-        };
+        let (positions, positions_base) =
+            bound(caps, Slot::Positions, (first, first + self.positions(part)), 4, 0, false)?;
+        let uniform = Uniform::new(&rotary::Params {
+            place: Place { row_tiles: checked_u32("row tiles", row_tiles)?, col_tiles: 1, ..Place::of(part) },
+            x: At::new(x_base, &r.x),
+            y: At::new(y_base, &y.strides),
+            turn: Turn {
+                table_rows: r.table_rows,
+                rotary_dim: r.rotary_dim,
+                positions_base,
+                positions_batch: self.per_batch(),
+                positions_row,
+                position_step,
+            },
+            items,
+        });
         let table = Bound { slot: Slot::Angles, offset: 0, size: r.table_bytes(), written: false };
         let mut bindings = vec![table, positions, to];
         if self.y.is_some() {
@@ -287,6 +278,6 @@ impl Planner<'_> {
         }
         let workgroups = checked_u32("workgroups", row_tiles * part.planes())?;
         let flops = 32.0 * row_tiles as f64 * f64::from(variant.threads()) * part.planes() as f64;
-        steps.push(Variant::Rotary(variant), params, bindings, workgroups, flops)
+        steps.push(Variant::Rotary(variant), uniform, bindings, workgroups, flops)
     }
 }

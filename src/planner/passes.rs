@@ -42,8 +42,8 @@ impl Planner<'_> {
         let lse = if self.shape.lse { flags::LSE } else { 0 };
         self.state = self.state.max(self.state_bytes(part));
         for keys in self.ranges() {
-            let add = if keys.start > 0 { flags::ADD } else { 0 };
-            self.step(kernel, part, &keys, lse | totals | add)?;
+            let carried = if keys.start > 0 { flags::CARRIED } else { 0 };
+            self.step(kernel, part, &keys, lse | totals | carried)?;
         }
         Ok(())
     }
@@ -99,9 +99,7 @@ impl Planner<'_> {
     fn transform(&mut self, part: &Part, keep: u32) -> Result<()> {
         let from = self.steps.list.len();
         self.step(Variant::Logits(logits::Logits), part, &(0..self.shape.seq_kv), 0)?;
-        for step in &mut self.steps.list[from..] {
-            step.params.flags &= keep;
-        }
+        self.steps.list[from..].iter_mut().for_each(|step| step.uniform.keep_flags(keep));
         Ok(())
     }
 }

@@ -31,7 +31,7 @@ fn keys_shared_by_workgroups_are_merged_exactly() {
             for gpu in gpus() {
                 let (_, plan) = case.check(gpu, &split());
                 assert!(plan.kernel().starts_with("split+merge"), "{plan}");
-                assert!(plan.steps()[0].params.col_tiles > 1, "{plan}");
+                assert!(plan.steps()[0].uniform.place().col_tiles > 1, "{plan}");
             }
             if is_small() && seq_q == 3 {
                 break;
@@ -73,7 +73,7 @@ fn parts_of_large_logits_count_by_the_number_of_their_keys() {
         let case = Case::new(p, operands);
         for gpu in gpus() {
             let (_, plan) = case.check(gpu, &split());
-            assert!(plan.steps()[0].params.col_tiles > 1, "{plan}");
+            assert!(plan.steps()[0].uniform.place().col_tiles > 1, "{plan}");
         }
     }
 }

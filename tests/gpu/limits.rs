@@ -108,7 +108,7 @@ fn fused_kernels_carry_on_where_the_keys_exceed_a_binding() {
                 let (_, plan) = case.check(&device, &way);
                 carried += usize::from(
                     count(&plan, "rows").max(count(&plan, "flash")) > 1 && {
-                        plan.steps().iter().any(|step| step.params.key0 > 0)
+                        plan.steps().iter().any(|step| step.uniform.get("key0").is_some_and(|key| key > 0))
                     },
                 );
             }
@@ -208,7 +208,10 @@ fn more_rows_than_one_grid_axis_holds() {
         // A tile of `flash` would hold one row, and 90,000 of them take minutes on a CPU.
         for way in ways(gpu, &case.problem).into_iter().filter(|way| way.kernel != Some(Kernel::Flash)) {
             let (_, plan) = case.check(gpu, &way);
-            let folds = plan.steps().iter().any(|step| step.params.end - step.params.first > side && step.grid[1] > 1);
+            let folds = plan.steps().iter().any(|step| {
+                let place = step.uniform.place();
+                place.end - place.first > side && step.grid[1] > 1
+            });
             assert!(folds || side > 90_000 || plan.slices() > 1, "{plan}");
         }
     }

@@ -139,7 +139,7 @@ fn dispatches_that_carry_on_over_the_keys_give_every_output() {
             let flash = (flash && gpu.info().backend != wgpu::Backend::Gl).then_some(Kernel::Flash);
             for kernel in [Some(Kernel::Rows), flash].into_iter().flatten() {
                 let (_, plan) = case.check(gpu, &Options { kernel: Some(kernel), ..Options::default() });
-                let carried = plan.steps().iter().any(|step| step.params.key0 > 0);
+                let carried = plan.steps().iter().any(|step| step.uniform.get("key0").is_some_and(|key| key > 0));
                 assert_eq!(carried, gpu.library().caps().cpu && case.problem.window.left != Some(1023), "{plan}");
             }
         }
@@ -199,7 +199,8 @@ fn walks_every_key(gpu: &Gpu, kernel: Kernel, dim: u32, full: bool) {
     };
     let one = |keys: u32| {
         let plan = gpu.library().plan_with(&problem(keys), &options).unwrap();
-        plan.steps()[0].params.col_tiles == 1 && plan.steps().iter().all(|step| step.params.key0 == 0)
+        plan.steps()[0].uniform.place().col_tiles == 1
+            && plan.steps().iter().all(|step| step.uniform.get("key0").is_none_or(|key| key == 0))
     };
     let (mut low, mut high) = (500, 600_000);
     while low + 1 < high {

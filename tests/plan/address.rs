@@ -6,7 +6,7 @@ use wgpu_attention::plan::{Bound, Step};
 use wgpu_attention::shape::Tensor;
 use wgpu_attention::{Broadcast, Plan};
 
-use crate::coverage::{Place, parts_before, places};
+use crate::coverage::{Place, keys, parts_before, places};
 
 pub fn inside(plan: &Plan) {
     for step in plan.steps() {
@@ -21,13 +21,33 @@ pub fn inside(plan: &Plan) {
                 Slot::Spare => {}
                 Slot::State => state(step, bound),
                 _ if matches!(step.variant, Variant::Pack(_)) => packing(plan, step, bound),
-                _ => places(plan, step).for_each(|place| corners(plan, step, bound, &place)),
+                _ => {
+                    let at = fields(step, bound.slot);
+                    places(plan, step).for_each(|place| corners(plan, step, bound, &place, &at));
+                }
             }
         }
     }
 }
 
-fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
+/// The fields that place an operand: its base, then its strides and what else there is of it.
+fn fields(step: &Step, slot: Slot) -> Vec<u32> {
+    let block = match slot {
+        Slot::Q => "q_",
+        Slot::K => "k_",
+        Slot::V => "v_",
+        Slot::Scores => "s_",
+        Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => "s_",
+        Slot::Lse | Slot::PartialLse | Slot::Totals => "lse_",
+        Slot::Mask => "mask_",
+        Slot::Bias => "bias_",
+        _ => "out_",
+    };
+    let members = step.uniform.layout().members.iter().filter(|member| member.name.starts_with(block));
+    members.map(|member| step.uniform[&*member.name]).collect()
+}
+
+fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
     let s = plan.shape();
     let rows = [place.rows.start, place.rows.end - 1];
     let owns_dims = matches!(
@@ -35,7 +55,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
         Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_)
     );
     // What owns dims runs over the dispatch's keys; all others own keys.
-    let keys = if owns_dims { step.params.key0..step.params.key_end } else { place.cols.clone() };
+    let keys = if owns_dims { keys(plan, step) } else { place.cols.clone() };
     for row in rows {
         for key in [keys.start, keys.end - 1] {
             let tensor = |of: &Tensor, row: u32, head: u32, first: u32, last: u32, bytes: u64| {
@@ -49,14 +69,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                 for (batch, token) in places {
                     for dim in [first, last] {
                         let want = of.at(batch, head, token) + u64::from(dim);
-                        let p = &step.params;
-                        let [base, b, h, r] = match bound.slot {
-                            Slot::Q => [p.q_base, p.q_batch, p.q_head, p.q_row],
-                            Slot::K => [p.k_base, p.k_batch, p.k_head, p.k_row],
-                            Slot::V => [p.v_base, p.v_batch, p.v_head, p.v_row],
-                            _ => [p.out_base, p.out_batch, p.out_head, p.out_row],
-                        };
-                        let got = sum(base, [(batch, b), (head, h), (token, r), (dim, 1)]);
+                        let got = tensor_at(at, [batch, head, token, dim]);
                         hits(step, bound, bytes, got, want);
                         let vector = format(&step.variant).is_some_and(|format| format.vector);
                         assert!(!vector || dim > first || got.is_multiple_of(4), "{} reads half vectors", step.variant);
@@ -65,8 +78,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
             };
             let bytes = s.element.bytes();
             let kv_head = place.head / (s.heads / s.kv_heads);
-            let p = &step.params;
-            let score = |b: u32, h: u32, i: u32| sum(p.s_base, [(b, p.s_batch), (h, p.s_head), (i, p.s_row), (key, 1)]);
+            let score = |b: u32, h: u32, i: u32| tensor_at(at, [b, h, i, key]);
             match bound.slot {
                 Slot::Q => tensor(s.q(), row, place.head, 0, s.head_dim - 1, bytes),
                 Slot::K => tensor(s.k(), key, kv_head, 0, s.head_dim - 1, bytes),
@@ -77,34 +89,32 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let got = score(place.batch, place.head, row);
                     // The whole vector that holds the key.
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
-                    assert!(end <= bound.size && p.s_row.is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
+                    assert!(end <= bound.size && at[3].is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
                 Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
                     let got = score(place.batch, place.head, row);
                     hits(step, bound, 4, got, want);
                     let lanes = matches!(&step.variant, Variant::Scores(x) if x.tile.body != Body::Tiled);
-                    assert!(!lanes || (p.s_row.is_multiple_of(4) && (got - key).is_multiple_of(4)), "{}", step.variant);
+                    assert!(!lanes || (at[3].is_multiple_of(4) && (got - key).is_multiple_of(4)), "{}", step.variant);
                 }
                 Slot::Weights | Slot::Logits => {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
-                    let strides = [(place.batch, p.out_batch), (place.head, p.out_head), (row, p.out_row), (key, 1)];
-                    hits(step, bound, 4, sum(p.out_base, strides), want);
+                    hits(step, bound, 4, tensor_at(at, [place.batch, place.head, row, key]), want);
                 }
                 Slot::PartialOut => {
                     let (part, last) = (place.part, s.value_dim - 1);
                     let want = s.batch * (parts_before(plan, step) + part) + place.batch;
                     let want = dense([1, s.heads, s.seq_q, s.value_dim], [want, place.head, row, last]);
-                    let line = [(place.batch, p.out_batch), (place.head, p.out_head), (row, p.out_row), (last, 1)];
-                    hits(step, bound, 4, sum(p.out_base.wrapping_add(part * p.partial_out), line), want);
+                    let line = tensor_at(at, [place.batch, place.head, row, last]);
+                    hits(step, bound, 4, line.wrapping_add(part * step.uniform["next_out"]), want);
                 }
                 Slot::PartialLse => {
                     let want = s.batch * (parts_before(plan, step) + place.part) + place.batch;
                     let want = dense([1, s.heads, s.seq_q, 1], [want, place.head, row, 0]);
-                    let part =
-                        [(place.part, p.partial_lse), (place.batch, p.lse_batch), (place.head, p.lse_head), (row, 1)];
+                    let part = place.part.wrapping_mul(step.uniform["next_lse"]);
                     // The maximum and the sum of a row.
-                    hits(step, bound, 8, sum(p.lse_base, part), want);
+                    hits(step, bound, 8, line_at(at, [place.batch, place.head, row]).wrapping_add(part), want);
                 }
                 Slot::Lse | Slot::Totals => {
                     let (rows, batch, tokens) = match s.packed {
@@ -113,27 +123,16 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     };
                     for token in tokens {
                         let want = dense([1, s.batch, s.heads, rows], [0, batch, place.head, token]);
-                        let got = sum(p.lse_base, [(batch, p.lse_batch), (place.head, p.lse_head), (token, 1), (0, 0)]);
+                        let got = line_at(at, [batch, place.head, token]);
                         hits(step, bound, if bound.slot == Slot::Totals { 8 } else { 4 }, got, want);
                     }
                 }
                 Slot::Mask => {
-                    let strides = [p.mask_batch, p.mask_head, p.mask_row, p.mask_key];
-                    let shape = s.mask.unwrap();
-                    broadcast(
-                        step,
-                        bound,
-                        shape,
-                        (p.mask_base, strides, p.mask_keys),
-                        1,
-                        [place.batch, place.head, row, key],
-                    );
+                    broadcast(step, bound, s.mask.unwrap(), at, 1, [place.batch, place.head, row, key]);
                 }
                 Slot::Bias => {
-                    let strides = [p.bias_batch, p.bias_head, p.bias_row, p.bias_key];
-                    let bias = s.bias.unwrap();
-                    let at = [place.batch, place.head, row, key];
-                    broadcast(step, bound, bias.shape, (p.bias_base, strides, p.bias_keys), bias.element.bytes(), at);
+                    let (bias, of) = (s.bias.unwrap(), [place.batch, place.head, row, key]);
+                    broadcast(step, bound, bias.shape, at, bias.element.bytes(), of);
                 }
                 Slot::Lists | Slot::Spare | Slot::State => unreachable!("handled before"),
                 _ => unreachable!("attention binds no operand of the layer"),
@@ -154,6 +153,18 @@ fn format(variant: &Variant) -> Option<Format> {
     }
 }
 
+/// An element of a tensor of which base and strides are given.
+fn tensor_at(at: &[u32], [batch, head, row, last]: [u32; 4]) -> u32 {
+    let [base, b, h, r] = *at else { panic!("{at:?} are not the fields of a tensor") };
+    sum(base, [(batch, b), (head, h), (row, r), (last, 1)])
+}
+
+/// A row of a tensor of one number a row.
+fn line_at(at: &[u32], [batch, head, row]: [u32; 3]) -> u32 {
+    let [base, b, h] = *at else { panic!("{at:?} are not the fields of a tensor of one number a row") };
+    sum(base, [(batch, b), (head, h), (row, 1), (0, 0)])
+}
+
 /// Base and terms as the shader adds them.
 fn sum(base: u32, terms: [(u32, u32); 4]) -> u32 {
     terms.into_iter().fold(base, |at, (n, stride)| at.wrapping_add(n.wrapping_mul(stride)))
@@ -170,14 +181,9 @@ fn hits(step: &Step, bound: &Bound, bytes: u64, got: u32, want: u64) {
     assert_eq!(bound.offset + at, want * bytes, "{} at {got} of {bound:?}", step.variant);
 }
 
-fn broadcast(
-    step: &Step,
-    bound: &Bound,
-    Broadcast(shape): Broadcast,
-    (base, strides, covered): (u32, [u32; 4], u32),
-    bytes: u64,
-    at: [u32; 4],
-) {
+fn broadcast(step: &Step, bound: &Bound, Broadcast(shape): Broadcast, fields: &[u32], bytes: u64, at: [u32; 4]) {
+    let [base, batch, head, row, key, covered] = *fields else { panic!("{fields:?} are not those of an operand") };
+    let strides = [batch, head, row, key];
     let inside = shape[3] == 1 || at[3] < shape[3];
     assert_eq!(at[3] < covered, inside, "{}: keys that a short axis covers", step.variant);
     if inside {
@@ -188,26 +194,32 @@ fn broadcast(
 }
 
 fn lists(plan: &Plan, step: &Step, bound: &Bound) {
-    let (s, p) = (plan.shape(), &step.params);
+    let (s, p) = (plan.shape(), &step.uniform);
     let packed = s.packed.is_some();
+    let table_row = s.paged.map_or(0, |paged| s.seq_kv.div_ceil(paged.page_size));
     let places = [
-        (s.key_lengths, p.list_lengths, s.batch),
-        (s.causal == wgpu_attention::Causal::Offset, p.list_offsets, s.batch),
-        (s.alibi, p.list_slopes, s.heads),
-        (s.sinks, p.list_sinks, s.heads),
-        (packed, p.list_cu_q, s.batch + 1),
-        (packed, p.list_cu_kv, s.batch + 1),
-        (s.paged.is_some(), p.list_pages, s.batch * p.table_row),
+        (s.key_lengths, "list_key_lengths", s.batch),
+        (s.causal == wgpu_attention::Causal::Offset, "list_offsets", s.batch),
+        (s.alibi, "list_alibi_slopes", s.heads),
+        (s.sinks, "list_sinks", s.heads),
+        (packed, "list_cu_seqlens_q", s.batch + 1),
+        (packed, "list_cu_seqlens_kv", s.batch + 1),
+        (s.paged.is_some(), "list_block_table", s.batch * table_row),
     ];
     // The pages of the last key are in the table, and no number that is clamped leaves the pool.
-    match s.paged {
-        Some(paged) => {
-            assert_eq!((p.pages, p.page_size), (paged.pages, paged.page_size));
-            assert_eq!((s.seq_kv - 1) / p.page_size, p.table_row - 1, "{}", step.variant);
+    match (s.paged, p.get("page_size")) {
+        (Some(paged), Some(page_size)) => {
+            assert_eq!((p["pages"], page_size), (paged.pages, paged.page_size));
+            assert_eq!((s.seq_kv - 1) / page_size, p["table_row"] - 1, "{}", step.variant);
+            assert_eq!(p["table_row"], table_row, "{}", step.variant);
         }
-        None => assert!(p.page_size >= s.seq_kv, "{} looks for a second page", step.variant),
+        (None, Some(page_size)) => assert!(page_size >= s.seq_kv, "{} looks for a second page", step.variant),
+        (paged, None) => {
+            let reads = step.variant.bindings().iter().any(|(slot, _)| matches!(slot, Slot::K | Slot::V));
+            assert!(paged.is_none() || !reads, "{} reads no pages", step.variant);
+        }
     }
-    let mut taken: Vec<_> = places.into_iter().filter(|place| place.0).map(|(_, at, n)| at..at + n).collect();
+    let mut taken: Vec<_> = places.into_iter().filter(|place| place.0).map(|(_, at, n)| p[at]..p[at] + n).collect();
     taken.sort_by_key(|range| range.start);
     assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start), "lists overlap");
     assert!(taken.iter().all(|range| 4 * u64::from(range.end) <= bound.size), "{} lists", step.variant);
@@ -222,12 +234,12 @@ fn state(step: &Step, bound: &Bound) {
         other => panic!("{other} keeps no state"),
     };
     assert!(carried && bound.offset == 0, "{bound:?}");
-    assert!(16 * u64::from(step.params.end) * u64::from(each) <= bound.size, "{bound:?}");
-    assert!(step.params.key0 == 0 || step.params.flags & (1 << 16) != 0, "{} starts anew", step.variant);
+    assert!(16 * u64::from(step.uniform.place().end) * u64::from(each) <= bound.size, "{bound:?}");
+    assert!(step.uniform["key0"] == 0 || step.uniform.has("CARRIED"), "{} starts anew", step.variant);
 }
 
 fn packing(plan: &Plan, step: &Step, bound: &Bound) {
-    let count = u64::from(step.params.pack_count);
+    let count = u64::from(step.uniform["elements"]);
     let (bytes, words) =
         if bound.slot == Slot::Unpacked { (4 * count, count) } else { (4 * count.div_ceil(2), count.div_ceil(2)) };
     assert!(bytes <= bound.size && words > 0, "{bound:?}");
@@ -235,10 +247,10 @@ fn packing(plan: &Plan, step: &Step, bound: &Bound) {
     let element = if bound.slot == Slot::Unpacked { bound.offset / 4 } else { bound.offset / 2 };
     let first = |other: &Bound| if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 };
     assert!(step.bindings.iter().filter(|other| other.slot != Slot::Lists).all(|other| element == first(other)));
-    let (p, out) = (&step.params, plan.shape().out());
+    let (p, out) = (&step.uniform, plan.shape().out());
     if let Some(packed) = plan.shape().packed {
         for n in [0, count - 1] {
-            let token = (u64::from(p.x_base) + n) / u64::from(p.x_row) + u64::from(p.row0);
+            let token = (u64::from(p["element0"]) + n) / u64::from(p["token_elements"]) + u64::from(p["token0"]);
             let token = (token % u64::from(packed.total_q)) as u32;
             let starts = (0..out.sizes[1]).map(|head| out.at(0, head, token));
             let dim = u64::from(out.dim);

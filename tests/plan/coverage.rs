@@ -17,9 +17,9 @@ pub fn every_workgroup_once(plan: &Plan) {
     let mut steps = plan.steps().iter().peekable();
     let mut expected = 0;
     while let Some(step) = steps.next() {
-        let (p, variant) = (&step.params, &step.variant);
+        let (p, variant) = (step.uniform.place(), &step.variant);
         assert_eq!(p.first, expected, "{variant}");
-        if let Some(next) = steps.peek().filter(|next| next.params.first != 0) {
+        if let Some(next) = steps.peek().filter(|next| next.uniform.place().first != 0) {
             assert_eq!((&next.variant, &next.bindings), (variant, &step.bindings));
             expected = p.end;
             continue;
@@ -28,9 +28,9 @@ pub fn every_workgroup_once(plan: &Plan) {
         let tiles = p.row_tiles * p.col_tiles;
         assert!(p.end.is_multiple_of(tiles), "{variant} ends inside a head");
         if !matches!(variant, Variant::Pack(_) | Variant::Merge(_)) {
-            let keys = if matches!(variant, Variant::Softmax(_)) { s.seq_kv } else { p.key_end - p.key0 };
-            let each = if variant.takes_group() { p.group_end - p.group0 } else { 1 };
-            let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * u64::from(each) * u64::from(keys);
+            let keys = keys(plan, step).len() as u64;
+            let each = if variant.takes_group() { lines(step).len() as u64 } else { 1 };
+            let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * each * keys;
             *pairs.entry(*variant).or_default() += count;
         }
     }
@@ -54,17 +54,40 @@ pub struct Place {
     pub part: u32,
 }
 
+/// The keys of a step: all, where the kernel does not know another range.
+pub fn keys(plan: &Plan, step: &Step) -> Range<u32> {
+    assert_eq!(step.uniform.get("seq_kv"), Some(plan.shape().seq_kv), "{}", step.variant);
+    match (step.uniform.get("key0"), step.uniform.get("key_end")) {
+        (Some(first), Some(end)) => first..end,
+        (first, end) => {
+            assert_eq!((first, end), (None, None), "{}", step.variant);
+            0..plan.shape().seq_kv
+        }
+    }
+}
+
+/// The query heads of a key/value head that are lines of the tiles of a step.
+fn lines(step: &Step) -> Range<u32> {
+    step.uniform["group0"]..step.uniform["group_end"]
+}
+
+/// The value dims of the kernels that own them.
+fn dims(plan: &Plan, step: &Step) -> Range<u32> {
+    assert_eq!(step.uniform["value_dim"], plan.shape().value_dim, "{}", step.variant);
+    0..plan.shape().value_dim
+}
+
 /// The workgroups of a step as shaders/shared/params.wgsl numbers them.
 pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Place> + 'a> {
-    let p = &step.params;
+    let p = step.uniform.place();
     if step.variant.takes_group() {
         let (tile, tile_cols, cols) = match &step.variant {
-            Variant::Split(x) => (x.tile.rows, None, 0..p.value_dim),
-            Variant::Scores(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), p.key0..p.key_end),
-            Variant::Values(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), 0..p.value_dim),
+            Variant::Split(x) => (x.tile.rows, None, dims(plan, step)),
+            Variant::Scores(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), keys(plan, step)),
+            Variant::Values(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), dims(plan, step)),
             other => panic!("{other} is not known here"),
         };
-        let each = p.group_end - p.group0;
+        let (group, group0, each) = (step.uniform["group"], lines(step).start, lines(step).len() as u32);
         let lines = (p.row_end - p.row0) * each;
         return Box::new((p.first..p.end).flat_map(move |index| {
             let (line, col) = (index / p.col_tiles, index % p.col_tiles);
@@ -76,7 +99,7 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
             };
             (first..lines.min(first + tile)).map(move |n| Place {
                 batch: p.batch0 + plane / p.heads,
-                head: (p.head0 + plane % p.heads) * p.group + p.group0 + n % each,
+                head: (p.head0 + plane % p.heads) * group + group0 + n % each,
                 rows: p.row0 + n / each..p.row0 + n / each + 1,
                 cols: cols.clone(),
                 part,
@@ -85,15 +108,14 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
     }
     let threads = step.variant.threads();
     let (tile_rows, tile_cols, cols) = match &step.variant {
-        Variant::Scores(x) => (x.tile.tile_rows, x.tile.tile_cols, p.key0..p.key_end),
-        Variant::Values(x) => (x.tile.tile_rows, x.tile.tile_cols, 0..p.value_dim),
-        Variant::Softmax(_) => (1, u32::MAX, 0..p.seq_kv),
-        Variant::Rows(x) => (x.tile.tile_rows(), u32::MAX, 0..p.value_dim),
-        Variant::Flash(x) => (x.tile.tile_rows(), x.tile.dims, 0..p.value_dim),
-        Variant::Matrix(x) => (x.tile.tile_rows(), x.tile.dims, 0..p.value_dim),
-        _ => (1, threads, p.key0..p.key_end),
+        Variant::Scores(x) => (x.tile.tile_rows, x.tile.tile_cols, keys(plan, step)),
+        Variant::Values(x) => (x.tile.tile_rows, x.tile.tile_cols, dims(plan, step)),
+        Variant::Softmax(_) => (1, u32::MAX, keys(plan, step)),
+        Variant::Rows(x) => (x.tile.tile_rows(), u32::MAX, dims(plan, step)),
+        Variant::Flash(x) => (x.tile.tile_rows(), x.tile.dims, dims(plan, step)),
+        Variant::Matrix(x) => (x.tile.tile_rows(), x.tile.dims, dims(plan, step)),
+        _ => (1, threads, keys(plan, step)),
     };
-    assert_eq!(p.value_dim, plan.shape().value_dim);
     Box::new((p.first..p.end).map(move |index| {
         let (line, col) = (index / p.col_tiles, index % p.col_tiles);
         let (plane, row) = (line / p.row_tiles, line % p.row_tiles);
@@ -111,7 +133,7 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
 
 /// Parts of the keys that the dispatches before a step of `split` have.
 pub fn parts_before(plan: &Plan, step: &Step) -> u32 {
-    step.params.key0.div_ceil(plan.steps()[0].params.key_end) * step.params.col_tiles
+    keys(plan, step).start.div_ceil(keys(plan, &plan.steps()[0]).end) * step.uniform.place().col_tiles
 }
 
 /// How far a row is.
@@ -135,11 +157,11 @@ struct Row {
 
 pub fn every_place_once(plan: &Plan) {
     let s = plan.shape();
-    let [keys, dims] = [s.seq_kv as usize, s.value_dim as usize];
+    let [all_keys, dims] = [s.seq_kv as usize, s.value_dim as usize];
     let fresh = Row {
-        scored: vec![0; keys],
-        transforms: vec![0; keys],
-        weighed: vec![0; keys],
+        scored: vec![0; all_keys],
+        transforms: vec![0; all_keys],
+        weighed: vec![0; all_keys],
         summed: vec![0; dims],
         merged: vec![0; dims],
         ..Row::default()
@@ -147,18 +169,20 @@ pub fn every_place_once(plan: &Plan) {
     let mut rows = vec![fresh; (s.batch * s.heads * s.seq_q) as usize];
     let mut packed = vec![0u8; s.out().extent() as usize];
     for step in plan.steps() {
-        let p = &step.params;
+        let p = step.uniform.place();
         if let Variant::Pack(_) = step.variant {
             let out = step.bindings.iter().find(|bound| bound.slot == Slot::Out).unwrap();
             let threads = u64::from(step.variant.threads());
             let words = u64::from(p.first) * threads..u64::from(p.end) * threads;
-            let elements = (2 * words.start).min(p.pack_count.into())..(2 * words.end).min(p.pack_count.into());
+            let count = u64::from(step.uniform["elements"]);
+            let elements = (2 * words.start).min(count)..(2 * words.end).min(count);
             elements.for_each(|n| packed[(out.offset / 2 + n) as usize] += 1);
             continue;
         }
         if let Variant::Merge(pass) = &step.variant {
             let (threads, groups) = (step.variant.threads(), s.value_dim.div_ceil(4));
-            for item in p.first * threads..(p.end * threads).min(p.item_count) {
+            let partials = step.uniform["partial0"]..step.uniform["partial_end"];
+            for item in p.first * threads..(p.end * threads).min(step.uniform["items"]) {
                 let (line, dim) = match pass {
                     Merge::Totals { .. } => (item, 0),
                     Merge::Out { .. } => (item / groups, item % groups * 4),
@@ -166,7 +190,7 @@ pub fn every_place_once(plan: &Plan) {
                 let (plane, row) = (line / (p.row_end - p.row0), p.row0 + line % (p.row_end - p.row0));
                 let (batch, head) = (p.batch0 + plane / p.heads, p.head0 + plane % p.heads);
                 let row = &mut rows[((batch * s.heads + head) * s.seq_q + row) as usize];
-                assert!(row.parts >= p.key_end, "{} reads what no workgroup wrote", step.variant);
+                assert!(row.parts >= partials.end, "{} reads what no workgroup wrote", step.variant);
                 match pass {
                     Merge::Totals { lse, .. } => {
                         row.lse += u8::from(*lse);
@@ -175,12 +199,13 @@ pub fn every_place_once(plan: &Plan) {
                     }
                     Merge::Out { .. } => {
                         let end = s.value_dim.min(dim + 4);
-                        row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                        row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += partials.len() as u32);
                     }
                 }
             }
             continue;
         }
+        let walked = keys(plan, step);
         for place in places(plan, step) {
             assert!(!place.rows.is_empty() && !place.cols.is_empty(), "{} has an idle workgroup", step.variant);
             assert!(place.batch < s.batch && place.head < s.heads && place.rows.end <= s.seq_q, "{}", step.variant);
@@ -202,7 +227,9 @@ pub fn every_place_once(plan: &Plan) {
                     Variant::Export(x) => {
                         let logits = x.to == Slot::Logits;
                         assert!(all(&row.scored) && (row.softmax == 0) == logits);
-                        row.exported.entry(x.to.name()).or_insert(vec![0; keys])[cols].iter_mut().for_each(|n| *n += 1);
+                        row.exported.entry(x.to.name()).or_insert(vec![0; all_keys])[cols]
+                            .iter_mut()
+                            .for_each(|n| *n += 1);
                     }
                     Variant::Weights(_) => {
                         assert!(all(&row.scored) && row.fused == 1 && row.totals == 1);
@@ -213,7 +240,7 @@ pub fn every_place_once(plan: &Plan) {
                     }
                     Variant::Values(_) => {
                         assert!(row.softmax == 1);
-                        row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                        row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                     }
                     Variant::Split(_) => {
                         let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
@@ -222,29 +249,29 @@ pub fn every_place_once(plan: &Plan) {
                             assert!(bound(Slot::PartialLse) && row.parts == number, "parts one after the other");
                             row.parts += 1;
                         } else {
-                            assert!(place.part == 0 && p.col_tiles == 1 && (p.key0, p.key_end) == (0, s.seq_kv));
+                            assert!(place.part == 0 && p.col_tiles == 1 && walked == (0..s.seq_kv));
                             row.lse += u8::from(bound(Slot::Lse));
                             row.totals += u8::from(bound(Slot::Totals));
                         }
                         if place.part == 0 {
-                            assert!(row.summed[cols.clone()].iter().all(|&n| n == p.key0));
-                            row.fused += u8::from(p.key_end == s.seq_kv);
-                            row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                            assert!(row.summed[cols.clone()].iter().all(|&n| n == walked.start));
+                            row.fused += u8::from(walked.end == s.seq_kv);
+                            row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                         }
                     }
                     Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) => {
                         // Keys one after the other; what is left in between waits in a scratch.
                         let carried = step.bindings.iter().any(|bound| bound.slot == Slot::State);
-                        assert!(carried || (p.key0, p.key_end) == (0, s.seq_kv));
-                        assert!(row.summed[cols.clone()].iter().all(|&n| n == p.key0));
+                        assert!(carried || walked == (0..s.seq_kv));
+                        assert!(row.summed[cols.clone()].iter().all(|&n| n == walked.start));
                         // The first block of value dims also writes lse, where the last keys are walked.
-                        if cols.start == 0 && p.key_end == s.seq_kv {
+                        if cols.start == 0 && walked.end == s.seq_kv {
                             row.fused += 1;
                             let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
                             row.lse += u8::from(bound(Slot::Lse));
                             row.totals += u8::from(bound(Slot::Totals));
                         }
-                        row.summed[cols].iter_mut().for_each(|n| *n += p.key_end - p.key0);
+                        row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                     }
                     other => panic!("{other} is not known here"),
                 }

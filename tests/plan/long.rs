@@ -66,14 +66,15 @@ fn turns(p: &Problem, step: &Step) -> u64 {
         Variant::Rows(x) => (x.tile.tile_rows(), x.tile.keys, per_step(x.full, x.tile.rows), 1),
         Variant::Split(x) => {
             let sums = if x.tile.shuffle { 0 } else { 2 };
-            (1, x.tile.keys * x.tile.streams, per_step(x.full, x.tile.rows) + sums, step.params.col_tiles)
+            (1, x.tile.keys * x.tile.streams, per_step(x.full, x.tile.rows) + sums, step.uniform.place().col_tiles)
         }
         _ => return 0,
     };
-    let tiles = (step.params.row0..step.params.row_end).step_by(rows as usize).map(|first| {
-        let last = (first + rows).min(step.params.row_end) - 1;
+    let (place, own) = (step.uniform.place(), step.uniform["key0"]..step.uniform["key_end"]);
+    let tiles = (place.row0..place.row_end).step_by(rows as usize).map(|first| {
+        let last = (first + rows).min(place.row_end) - 1;
         let (low, high) = (range(p, first).0, range(p, last).1);
-        let walked = high.min(step.params.key_end.into()) - low.max(step.params.key0.into());
+        let walked = high.min(own.end.into()) - low.max(own.start.into());
         (walked.max(0) as u64).div_ceil(shares.into()).div_ceil(keys.into())
     });
     tiles.max().unwrap_or(0) * each
@@ -137,7 +138,7 @@ fn keys_beyond_the_loops_of_a_cpu_driver_are_walked_in_dispatches_that_carry_on(
             let plan = planned(p, caps, &options);
             let few = p.seq_q == 3;
             assert_eq!(plan.steps()[0].variant.kernel(), if few { "split" } else { "rows" }, "{plan}");
-            let firsts: Vec<u32> = plan.steps().iter().map(|step| step.params.key0).collect();
+            let firsts: Vec<u32> = plan.steps().iter().filter_map(|step| step.uniform.get("key0")).collect();
             assert!(few || firsts.iter().any(|&key| key > 0), "{plan}");
             let state = plan.steps().iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::State));
             assert_eq!(state, !few, "{plan}");
@@ -217,7 +218,8 @@ fn dispatches_of_a_causal_problem_keep_to_the_work_budget_by_what_their_tiles_wa
     for step in plan.steps() {
         let Variant::Flash(x) = &step.variant else { panic!("{plan}") };
         let tile = u64::from(x.tile.tile_rows());
-        let tiles = u64::from(step.params.first)..u64::from(step.params.end);
+        let place = step.uniform.place();
+        let tiles = u64::from(place.first)..u64::from(place.end);
         let pairs: u64 = tiles.map(|n| (n + 1) * tile * tile).sum();
         let found = step.flops / (pairs as f64 * 256.0);
         assert!((0.99..1.01).contains(&found) && step.flops <= 0.02001 * caps.flops_per_second(), "{found}\n{plan}");

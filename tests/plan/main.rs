@@ -102,8 +102,9 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
     }
     let workgroups: u64 = step.grid.iter().map(|&n| u64::from(n)).product();
     assert!(step.grid.iter().all(|&n| (1..=l.max_compute_workgroups_per_dimension).contains(&n)), "{:?}", step.grid);
-    assert!(step.params.first < step.params.end && u64::from(step.params.end - step.params.first) <= workgroups);
-    assert!(u64::from(step.params.first) + workgroups <= 1 << 31, "workgroup numbers cannot wrap");
+    let place = step.uniform.place();
+    assert!(place.first < place.end && u64::from(place.end - place.first) <= workgroups);
+    assert!(u64::from(place.first) + workgroups <= 1 << 31, "workgroup numbers cannot wrap");
     assert!(variant.workgroup_bytes() <= l.max_compute_workgroup_storage_size, "{variant}");
     assert!(
         variant.threads() <= l.max_compute_invocations_per_workgroup.min(l.max_compute_workgroup_size_x),
@@ -224,7 +225,10 @@ fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
                 lse += if *wanted { rows_of(step) } else { 0 };
             }
             Variant::Merge(Merge::Out { .. }) => out += rows_of(step) / u64::from(s.value_dim.div_ceil(4)),
-            Variant::Softmax(x) => lse += if x.lse { u64::from(step.params.end - step.params.first) } else { 0 },
+            Variant::Softmax(x) => {
+                let place = step.uniform.place();
+                lse += if x.lse { u64::from(place.end - place.first) } else { 0 };
+            }
             Variant::Pack(_) => {}
             _ if bound(Slot::PartialOut) => {}
             Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_) => {
@@ -243,7 +247,8 @@ fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
 /// Items of a dispatch of `merge`, without those beyond the last.
 fn rows_of(step: &Step) -> u64 {
     let threads = step.variant.threads();
-    u64::from((step.params.end * threads).min(step.params.item_count) - step.params.first * threads)
+    let place = step.uniform.place();
+    u64::from((place.end * threads).min(step.uniform["items"]) - place.first * threads)
 }
 
 fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
@@ -255,7 +260,8 @@ fn slices_partition_the_steps(plan: &Plan, caps: &Caps, options: &Options) {
         let steps = plan.slice(slice);
         let flops: f64 = steps.iter().map(|step| step.flops).sum();
         // A dispatch of one workgroup cannot be cut; one of several may be a workgroup too long.
-        let workgroups = u64::from(steps[0].params.end - steps[0].params.first);
+        let place = steps[0].uniform.place();
+        let workgroups = u64::from(place.end - place.first);
         let alone = steps.len() == 1 && flops <= budget + flops / workgroups as f64 * 1.0001;
         assert!(
             !steps.is_empty() && (flops <= budget * 1.0001 || alone),
