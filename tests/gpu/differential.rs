@@ -323,8 +323,7 @@ impl Trial {
                     p.out = Layout::Bshd;
                 }
                 Err(Error::Kernel { kernel, why })
-                    if self.options.native_f16.is_some()
-                        && (kernel == "native f16" || matches!(why, Obstacle::PackedF16 | Obstacle::OwnF16)) =>
+                    if self.options.native_f16.is_some() && (kernel == "native f16" || asks_other_f16(&why)) =>
                 {
                     self.options.native_f16 = None;
                 }
@@ -402,6 +401,15 @@ impl Trial {
             Case { problem: p.clone(), operands: data, want, budget, limit }.compare(&got, &plan);
         }
         plan.kernel()
+    }
+}
+
+/// Whether a kernel refuses the way in which f16 must be read: of several kernels, one of them.
+fn asks_other_f16(why: &Obstacle) -> bool {
+    match why {
+        Obstacle::PackedF16 | Obstacle::OwnF16 => true,
+        Obstacle::Every { fused, .. } => fused.iter().any(|(_, why)| asks_other_f16(why)),
+        _ => false,
     }
 }
 
