@@ -92,8 +92,8 @@ impl Route {
         if unpacks(fused, partials, shape) {
             check_unpacked(shape, reasons)?;
         }
-        let scores = scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?;
-        let values = values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?;
+        let scores = scores::tile(shape, caps, body, qk)?;
+        let values = values::tile(shape, caps, body, vo)?;
         let weights = shape.weights.then_some(Scores { tile: scores, format: qk, full: false });
         Ok(Route::Fused { kernel, key_step, partials, weights, part_rows: scores.tile_rows.max(values.tile_rows) })
     }
@@ -112,13 +112,9 @@ impl Route {
         if unpacked {
             check_unpacked(shape, reasons)?;
         }
-        let scores = Scores {
-            tile: scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?,
-            format: qk,
-            full: operands && !separate,
-        };
+        let scores = Scores { tile: scores::tile(shape, caps, body, qk)?, format: qk, full: operands && !separate };
         let values = Values {
-            tile: values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?,
+            tile: values::tile(shape, caps, body, vo)?,
             format: vo,
             out: if unpacked { Element::F32 } else { shape.element },
         };

@@ -215,7 +215,7 @@ impl Fused for Flash {
                 dims <= x.tile.dims
                     && (shuffles || !x.tile.shuffle)
                     && (shape.head_dim <= x.tile.dims || !x.tile.resident)
-                    && fits(caps, x.threads(), x.workgroup_bytes())
+                    && fits(caps, x)
             })
             .collect();
         let smallest = found.first().map(|x| x.tile.dims);

@@ -220,7 +220,7 @@ impl Fused for Matrix {
         let mut found: Vec<_> = tiles()
             .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
             .map(|tile| Matrix { tile, varying, emulated, vector, operands })
-            .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+            .filter(|x| fits(caps, x))
             .collect();
         // Tiles that hold the value dims, else those of the most: further dims are further workgroups.
         let most = found.iter().map(|x| x.tile.dims).max();

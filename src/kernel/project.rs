@@ -5,12 +5,12 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_bodies};
-use super::eligibility::{fits, largest};
+use super::eligibility::largest;
 use super::scores;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use crate::caps::Caps;
-use crate::obstacle::Obstacle;
+use crate::error::Result;
 use crate::options::Options;
 use crate::problem::Element;
 
@@ -120,14 +120,17 @@ impl fmt::Display for Project {
 }
 
 /// The tile for so many rows on a device.
-pub(crate) fn tile(rows: u32, caps: &Caps, options: &Options) -> Result<Tile, Obstacle> {
+pub(crate) fn tile(rows: u32, caps: &Caps, options: &Options) -> Result<Tile> {
     let (body, _) = Body::choose(caps, options);
     if let Body::Lanes { lanes, .. } = body {
         let [many, one] = lane_tiles(body);
         return Ok(if rows <= lanes { one } else { many });
     }
-    largest(&TILED, rows, |&tile| {
-        let variant = Project { tile, element: Element::F32, transposed: false, vector: false, turned: false };
-        fits(caps, variant.threads(), variant.workgroup_bytes())
+    largest(&TILED, rows, caps, |tile| Project {
+        tile,
+        element: Element::F32,
+        transposed: false,
+        vector: false,
+        turned: false,
     })
 }

@@ -36,14 +36,14 @@ impl Planner<'_> {
     }
 
     fn fused(&mut self, kernel: Variant, part: &Part) -> Result<()> {
+        let partial = if self.route.partials() > 0 { flags::PARTIAL } else { 0 };
         // m + ln l would lose l where m is large.
-        let partial = if self.route.partials() > 0 { flags::LSE | flags::TOTALS | flags::PARTIAL } else { 0 };
-        let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 } | partial;
+        let totals = if self.totals() || partial > 0 { flags::LSE | flags::TOTALS } else { 0 };
         let lse = if self.shape.lse { flags::LSE } else { 0 };
         self.state = self.state.max(self.state_bytes(part));
         for keys in self.ranges() {
             let add = if keys.start > 0 { flags::ADD } else { 0 };
-            self.step(kernel, part, &keys, lse | totals | add)?;
+            self.step(kernel, part, &keys, lse | totals | partial | add)?;
         }
         Ok(())
     }

@@ -307,16 +307,7 @@ proptest! {
 
 /// A device with what every WebGPU device has.
 fn gpu() -> Caps {
-    Caps {
-        cpu: false,
-        f16: false,
-        int64: false,
-        subgroup_size: None,
-        subgroup_min_size: None,
-        subgroup_max_size: None,
-        matrices: vec![],
-        limits: wgpu::Limits::default(),
-    }
+    Caps::new(wgpu::Limits::default())
 }
 
 /// The same with buffers that hold any tensor.
