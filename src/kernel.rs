@@ -24,7 +24,6 @@ pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
 pub mod values;
-pub mod weights;
 
 use std::fmt;
 
@@ -80,8 +79,6 @@ kernels! {
     values: Values,
     /// Scores to an output.
     export: Export,
-    /// Raw scores to weights in place, after a fused kernel.
-    weights: Weights,
     /// f32 to 16-bit output.
     pack: Pack,
     /// Fused, a query row per lane.

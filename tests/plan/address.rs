@@ -79,7 +79,9 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
                     assert!(end <= bound.size && p.s_row.is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
-                Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => {
+                Slot::Weights
+                    if matches!(step.variant, Variant::Scores(_) | Variant::Logits(_) | Variant::Softmax(_)) =>
+                {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
                     let got = score(place.batch, place.head, row);
                     hits(step, bound, 4, got, want);
@@ -106,7 +108,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     // The maximum and the sum of a row.
                     hits(step, bound, 8, sum(p.lse_base, part), want);
                 }
-                Slot::Lse | Slot::Totals => {
+                Slot::Lse => {
                     let (rows, batch, tokens) = match s.packed {
                         None => (s.seq_q, place.batch, vec![row]),
                         Some(packed) => (packed.total_q, 0, vec![0, packed.total_q - 1]),
@@ -114,7 +116,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place) {
                     for token in tokens {
                         let want = dense([1, s.batch, s.heads, rows], [0, batch, place.head, token]);
                         let got = sum(p.lse_base, [(batch, p.lse_batch), (place.head, p.lse_head), (token, 1), (0, 0)]);
-                        hits(step, bound, if bound.slot == Slot::Totals { 8 } else { 4 }, got, want);
+                        hits(step, bound, 4, got, want);
                     }
                 }
                 Slot::Mask => {
