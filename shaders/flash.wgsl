@@ -44,7 +44,6 @@ enable f16;
 {% include "shared/normaliser.wgsl" %}
 {% include "shared/weight.wgsl" %}
 {% if lists %}
-{% include "shared/total.wgsl" %}
 {% endif %}
 {% include "shared/value.wgsl" %}
 {{ stage("q", element, native, vector) }}

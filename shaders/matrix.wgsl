@@ -63,7 +63,6 @@ diagnostic(off, derivative_uniformity);
 {% include "shared/weight.wgsl" %}
 {% include "shared/value.wgsl" %}
 {% if lists %}
-{% include "shared/total.wgsl" %}
 {% endif %}
 {{ load("q", element, native, vector) }}
 {{ load("k", element, native, vector) }}

@@ -1,11 +1,8 @@
 // Merge, totals:  the first of two passes over N partial results of the same rows, each over a part of the keys. It
 // forms m and l of each row{{ " and its lse" if lse }}; merge.wgsl then forms out. With ADD it goes on from the m and l
 // of the partials before.
-//   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l,  out = Σ exp(lse_n − m) / l · out_n.
-// A partial whose lse is −∞ is empty, and its out is not looked at. A row of which all partials are empty has out 0 and
-// lse −∞. An lse of NaN or +∞ makes its row NaN; a NaN or an infinity in out shows in its element. m may be a code
-// (shared/code.wgsl). With TOTALS a partial gives m and l instead of lse: m + ln l would lose l where m is large, as in
-// a row of which every bias is the lowest number. (Rabe and Staats, "Self-attention Does Not Need O(n²) Memory", 2021.)
+//   m = max lse_n,  l = Σ exp(lse_n − m) (+ exp(sink − m)),  lse = m + ln l.
+// merge.wgsl says what partials may hold, and what TOTALS changes.
 //
 // Grid:      columns = tiles of {{ threads }} items, an item being a row. No other axis.
 // Memory:    no workgroup memory.

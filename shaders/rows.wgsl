@@ -53,7 +53,6 @@
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
-{% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
 {{ load("k", element, false, vector, wide) }}

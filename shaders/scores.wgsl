@@ -85,9 +85,7 @@ fn main(
             sh_k[key * PITCH + part % (DIMS / 4u)] = x;
         }
         workgroupBarrier();
-        // Two pairs of vectors and then their sum, as `rows` and `split` have it: `weights` compares these scores with
-        // the maximum of theirs. Where a compiler added the two in orders that differ, a weight would be off by as much
-        // as the two scores.
+        // Two pairs of vectors and then their sum, as `rows` and `split` have it.
 {% for d in range(dims // 4) %}
 {% for r in range(rows) %}
         let q_{{ d }}_{{ r }} = sh_q[(down + {{ r * (tile_rows // rows) }}u) * PITCH + {{ d }}u];

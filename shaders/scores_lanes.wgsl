@@ -20,9 +20,6 @@
 // Given:     1 ≤ rows, keys. Rows of the scratch and tiles of keys start at multiples of four. Tiles that no row sees
 //            are not written.
 // Reference: src/reference/scores.rs
-{% if native %}
-enable f16;
-{% endif %}
 {% include "shared/params.wgsl" %}
 {% include "shared/scores.wgsl" %}
 

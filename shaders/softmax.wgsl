@@ -1,20 +1,25 @@
-{% from "shared/address.wgsl" import lse_at %}
+{% from "shared/address.wgsl" import lse_at, row_at %}
 {% from "shared/finish.wgsl" import join_sinks, over_sum %}
 {% from "shared/weigh.wgsl" import weigh %}
 // Softmax:  row of logits -> row of weights, in place:
 //   w[j] = exp(x[j] − m) / l,  l = Σ exp(x[j] − m) (+ exp(sink − m)),  lse = m + ln l.
 // There are two passes over the row. The first keeps a running m and l in each invocation, which the workgroup then
 // merges. The second writes. Keys outside the row's range and HIDDEN ones weigh 0. A row with no
-// visible key is all 0, and its lse is −inf. Logits may be codes (shared/code.wgsl), weights too (shared/weight.wgsl).
+// visible key is all 0, and its lse is −inf. Logits may be codes (shared/code.wgsl).
 //
 // Grid:      rows = single query rows, then heads and batches; a workgroup owns one row, of any length.
 // Memory:    {{ 8 * threads }} bytes of workgroup memory.
+{% if output %}
+// Given:     the rows are those of the caller's weights, without a gap between them. Written: the whole row.
+{% else %}
 // Given:     scratch rows start at multiples of four. Written: every place that `values` reads (the range of its tile
-//            of params.values_rows rows, whole vectors of four), or the whole row where the weights are an output.
+//            of params.values_rows rows, whole vectors of four), or the whole row where the weights are an output, too.
+//            Weights may be codes (shared/weight.wgsl).
+{% endif %}
 // Reference: src/reference/softmax.rs
 {% include "shared/params.wgsl" %}
 
-@group(0) @binding(1) var<storage, read_write> s: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read_write> s: array<{{ "u32" if output else "vec4<f32>" }}>;
 @group(0) @binding(2) var<storage, read> lists: array<u32>;
 {% if lse %}
 @group(0) @binding(3) var<storage, read_write> lse: array<u32>;
@@ -23,15 +28,34 @@
 {% include "shared/visible.wgsl" %}
 {% include "shared/code.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
+{% if not output %}
 {% include "shared/weight.wgsl" %}
+{% endif %}
 
 const THREADS: u32 = {{ threads }}u;
 
 var<workgroup> sh_max: array<f32, {{ threads }}>;
 var<workgroup> sh_sum: array<f32, {{ threads }}>;
 
-fn in_range(range: vec2<u32>, key: u32, x: vec4<f32>) -> vec4<f32> {
-    let keys = vec4<u32>(key, key + 1u, key + 2u, key + 3u);
+// The four keys that an invocation takes at once, of which `key` is the first.
+fn keys_of(key: u32) -> vec4<u32> {
+{% if output %}
+    // Neighbouring invocations take neighbouring keys.
+    return vec4<u32>(key, key + THREADS, key + 2u * THREADS, key + 3u * THREADS);
+{% else %}
+    return vec4<u32>(key, key + 1u, key + 2u, key + 3u);
+{% endif %}
+}
+
+// Their logits. The row begins at `line`.
+fn logits_of(line: u32, key: u32, range: vec2<u32>) -> vec4<f32> {
+    let keys = keys_of(key);
+{% if output %}
+    let at = line + min(keys, vec4<u32>(params.seq_kv - 1u));
+    let x = bitcast<vec4<f32>>(vec4<u32>(s[at.x], s[at.y], s[at.z], s[at.w]));
+{% else %}
+    let x = s[(line + key) >> 2u];
+{% endif %}
     return select(vec4<f32>(HIDDEN), x, (keys >= vec4<u32>(range.x)) & (keys < vec4<u32>(range.y)));
 }
 
@@ -55,7 +79,7 @@ fn main(
     }
     let seq = sequence(here.batch);
     let row = params.row0 + here.row_tile;
-    let line = (params.s_base + here.batch * params.s_batch + here.head * params.s_head + row * params.s_row) >> 2u;
+    let line = {{ row_at("s", "here.batch", "here.head", "row") }};
     // Rows that a packed sequence does not have keep an empty range: their scratch becomes 0.
     var range = vec2<u32>();
     if (row < seq.rows) {
@@ -64,8 +88,9 @@ fn main(
 
     var m = HIDDEN;
     var l = 0.0;
-    for (var key = (range.x & ~3u) + thread * 4u; key < range.y; key += THREADS * 4u) {
-        let x = in_range(range, key, s[line + (key >> 2u)]);
+{% set first = "%s + thread" if output else "(%s & ~3u) + thread * 4u" %}
+    for (var key = {{ first | format("range.x") }}; key < range.y; key += THREADS * 4u) {
+        let x = logits_of(line, key, range);
         let higher = max(max(m, max(x.x, x.y)), max(x.z, x.w));
         let w = weigh_codes(x, higher);
         l = l * exp(max(m - higher, -150.0)) + (w.x + w.y) + (w.z + w.w);
@@ -94,6 +119,19 @@ fn main(
         lse[at] = lse_bits(m, l);
     }
 {% endif %}
+{% if output %}
+    for (var key = thread; key < params.seq_kv; key += THREADS * 4u) {
+        let keys = keys_of(key);
+        let x = logits_of(line, key, range);
+        let finite_weights = bitcast<vec4<u32>>(weigh_codes(x, m) * inverse);
+        let weights = select(finite_weights, vec4<u32>(0x7fc00000u), vec4<bool>(broken(m)) & (x > vec4<f32>(HIDDEN)));
+{% for axis in "xyzw" %}
+        if (keys.{{ axis }} < params.seq_kv) {
+            s[line + keys.{{ axis }}] = weights.{{ axis }};
+        }
+{% endfor %}
+    }
+{% else %}
     // The rows of the tile that `values` reads together, the last of a sequence cut off. A row counts for as many lines
     // as there are heads in such a tile.
     let each = params.values_each;
@@ -104,12 +142,12 @@ fn main(
         min(params.row_end, max(seq.rows, 1u)) - 1u,
     );
     let written = tile_range(seq, min(params.row0 + line_first / each, tile_last), tile_last);
-    for (var key = (written.x & ~3u) + thread * 4u; key < written.y; key += THREADS * 4u) {
-        let at = line + (key >> 2u);
-        let x = in_range(range, key, s[at]);
+    for (var key = {{ first | format("written.x") }}; key < written.y; key += THREADS * 4u) {
+        let x = logits_of(line, key, range);
         let visible = max(weigh_codes(x, m) * inverse, vec4<f32>(LEAST));
         let finite_weight = select(visible, vec4<f32>(NOTHING), x == vec4<f32>(MINUS));
         let weight = select(finite_weight, vec4<f32>(NO_RESULT), broken(m));
-        s[at] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
+        s[(line + key) >> 2u] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
     }
+{% endif %}
 }

@@ -1,7 +1,7 @@
 {% from "shared/element.wgsl" import storage, load, store, output %}
 {% from "shared/address.wgsl" import row_at %}
 {% from "shared/lines.wgsl" import lines_until %}
-{% from "shared/finish.wgsl" import join_sinks, leave_lse, over_sum %}
+{% from "shared/finish.wgsl" import join_sinks, over_sum %}
 {% from "shared/weigh.wgsl" import weigh %}
 {% from "shared/unroll.wgsl" import joined, bits_unless, maximum, all_good, chosen %}
 {% from "shared/value.wgsl" import classes_word %}
@@ -33,7 +33,6 @@
 {% include "shared/pages.wgsl" %}
 {% include "shared/score.wgsl" %}
 {% include "shared/normaliser.wgsl" %}
-{% include "shared/total.wgsl" %}
 {% include "shared/value.wgsl" %}
 {{ load("q", element, false, vector, wide) }}
 {{ load("k", element, false, vector, wide) }}
@@ -367,8 +366,17 @@ fn main(
         let decided = (m != MINUS) | ((params.flags & PARTIAL) == 0u);
         let all_nan = select(0u, 0xffu, broken(m) & decided);
         let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
-{% set part = "params.lse_base + here.col_tile * params.next_lse" %}
-{{ leave_lse(part ~ " + batch * params.lse_batch + head * params.lse_head + row", "thread == 0u && r < turns") }}
+        if (thread == 0u && r < turns) {
+            let at = params.lse_base + here.col_tile * params.next_lse
+                + batch * params.lse_batch + head * params.lse_head + row;
+            // For `merge` m and l themselves: m + ln l loses l where m is large.
+            if ((params.flags & PARTIAL) != 0u) {
+                lse[2u * at] = bitcast<u32>(m);
+                lse[2u * at + 1u] = bitcast<u32>(l);
+            } else if ((params.flags & LSE) != 0u) {
+                lse[at] = lse_bits(m, l);
+            }
+        }
 {% for c in range(chunks) %}
         let y_{{ c }} = {{ pick("o_#_" ~ c) }} * factor;
 {% if streams > 1 %}

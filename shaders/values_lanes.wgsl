@@ -20,9 +20,6 @@
 // Memory:    no workgroup memory.
 // Given:     weights are 0 outside a row's range, over whole vectors of four within the range of the tile.
 // Reference: src/reference/values.rs
-{% if native %}
-enable f16;
-{% endif %}
 {% include "shared/params.wgsl" %}
 {% include "shared/values.wgsl" %}
 

@@ -42,6 +42,20 @@ const CPU_FLOPS: f64 = 10e9;
 const GPU_FLOPS: f64 = 200e9;
 
 impl Caps {
+    /// A GPU with these limits and none of the optional features.
+    pub fn new(limits: wgpu::Limits) -> Self {
+        Caps {
+            cpu: false,
+            f16: false,
+            int64: false,
+            subgroup_size: None,
+            subgroup_min_size: None,
+            subgroup_max_size: None,
+            matrices: Vec::new(),
+            limits,
+        }
+    }
+
     /// The features and limits of a device, which may be lower than those of its adapter. Pass the adapter that the device was made
     /// from to fill [`Caps::matrices`]; a device does not know its adapter.
     ///

@@ -25,7 +25,6 @@ pub mod softmax;
 pub mod split;
 pub mod uniform;
 pub mod values;
-pub mod weights;
 
 use std::fmt;
 
@@ -84,8 +83,6 @@ kernels! {
     values: Values,
     /// Scores to an output.
     export: Export,
-    /// Raw scores to weights in place, after a fused kernel.
-    weights: Weights,
     /// f32 to 16-bit output.
     pack: Pack,
     /// Fused, a query row per lane.
@@ -162,7 +159,6 @@ impl Variant {
             Variant::Softmax(_) => Uniform::new(&softmax::Params::from(all)),
             Variant::Values(_) => Uniform::new(&values::Params::from(all)),
             Variant::Export(_) => Uniform::new(&export::Params::from(all)),
-            Variant::Weights(_) => Uniform::new(&weights::Params::from(all)),
             Variant::Rows(_) => Uniform::new(&rows::Params::from(all)),
             Variant::Flash(_) => Uniform::new(&flash::Params::from(all)),
             Variant::Matrix(_) => Uniform::new(&matrix::Params::from(all)),

@@ -49,16 +49,7 @@
 //! ```
 //! use wgpu_attention::{Caps, Options, Plan, Problem, wgpu};
 //!
-//! let caps = Caps {
-//!     cpu: false,
-//!     f16: false,
-//!     int64: false,
-//!     subgroup_size: None,
-//!     subgroup_min_size: None,
-//!     subgroup_max_size: None,
-//!     matrices: Vec::new(),
-//!     limits: wgpu::Limits::default(),
-//! };
+//! let caps = Caps::new(wgpu::Limits::default());
 //! let plan = Plan::new(&Problem::new(1, 8, 1024, 1024, 64).check()?, &caps, &Options::default())?;
 //! assert_eq!(plan.kernel(), "flash");
 //! print!("{plan}");

@@ -63,7 +63,7 @@ impl<'a> Planner<'a> {
         let mut scratch = vec![(Slot::Scores, self.scratch), (Slot::State, self.state)];
         // Without a row nothing is left to do either.
         if !parts.is_empty() {
-            self.after(&parts, &mut scratch)?;
+            self.after(&mut scratch)?;
         }
         let spare = self.steps.list.iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::Spare));
         scratch.push((Slot::Spare, if spare { SPARE } else { 0 }));
@@ -96,12 +96,9 @@ impl<'a> Planner<'a> {
         check_dispatches((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)
     }
 
-    /// What follows the kernels of all parts: the merge, the weights, and the 16-bit output. Adds their scratch.
-    fn after(&mut self, parts: &[Part], scratch: &mut Vec<(Slot, u64)>) -> Result<()> {
+    /// What follows the kernels of all parts: the merge and the 16-bit output. Adds their scratch.
+    fn after(&mut self, scratch: &mut Vec<(Slot, u64)>) -> Result<()> {
         let s = self.shape;
-        if self.totals() {
-            scratch.push((Slot::Totals, self.check_buffer("totals", 8 * s.lse_len())?));
-        }
         if self.route.partials() > 0 {
             let merge = Merge {
                 partials: self.route.partials(),
@@ -118,11 +115,6 @@ impl<'a> Planner<'a> {
             let [out, lse] = self.route.partial_bytes(s);
             scratch.extend([(Slot::PartialOut, out), (Slot::PartialLse, lse)]);
             scratch.extend(merged.sizes());
-        }
-        if let Some(scores) = self.route.weights(s) {
-            for part in parts {
-                self.weigh(scores, part)?;
-            }
         }
         if self.route.unpacked(s) {
             let unpacked = self.check_buffer("out in f32", 4 * s.out.extent())?;
@@ -172,7 +164,7 @@ impl<'a> Planner<'a> {
             .collect::<Vec<_>>();
         let skips = params.flags & flags::EVERY_KEY == 0;
         let band = match &variant {
-            Variant::Logits(_) | Variant::Export(_) | Variant::Weights(_) => Band::every(s),
+            Variant::Logits(_) | Variant::Export(_) => Band::every(s),
             _ if skips => Band::of(s, (tile / each as u32).max(1)),
             _ => Band::every(s),
         };
@@ -299,7 +291,6 @@ impl<'a> Planner<'a> {
             && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_));
         let partial = self.route.partials() > 0;
         let fused = self.route.kernel().is_some();
-        let weighs = matches!(variant, Variant::Weights(_));
         let (slot, (offset, size, base)) = match slot {
             // A binding may not be empty, and no kernel reads keys or values where there are none.
             Slot::K | Slot::V if s.k.is_empty() => (Slot::Lists, (0, self.lists.bytes(), 0)),
@@ -312,11 +303,8 @@ impl<'a> Planner<'a> {
                 (Slot::Unpacked, self.bind(self.query_span(&s.out, part), 4, s.out.strides.offset))
             }
             Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
-            Slot::Lse if partial && !weighs => (Slot::PartialLse, (0, self.route.partial_bytes(s)[1], 0)),
-            Slot::Lse if self.totals() && !weighs => (Slot::Totals, self.totals_bound(part)),
-            Slot::Totals => (slot, self.totals_bound(part)),
-            // The merge gave out that of `split`'s parts.
-            Slot::Lse if !s.lse || partial => (Slot::Spare, (0, SPARE, 0)),
+            Slot::Lse if partial => (Slot::PartialLse, (0, self.route.partial_bytes(s)[1], 0)),
+            Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
             // A shader that can take the operand binds something even where the problem has none, or none of its elements.
@@ -354,7 +342,7 @@ impl<'a> Planner<'a> {
                 let base = parts_before.wrapping_mul(p.partials.next_lse);
                 p.lse = LineAt { base, batch, head: s.seq_q };
             }
-            Slot::Lse | Slot::Totals => {
+            Slot::Lse => {
                 let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
                 p.lse = LineAt { base, batch: s.heads.wrapping_mul(row), head: row };
             }

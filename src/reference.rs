@@ -1,6 +1,6 @@
 //! Attention on the CPU as the textbook writes it: what every kernel of this crate is checked against.
 //!
-//! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`weights`], [`merge`]), [`attention`] for all of them at
+//! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`merge`]), [`attention`] for all of them at
 //! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]. With the GPU
 //! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`crate::Layer`],
 //! [`crate::Append`], [`crate::Merge`] and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
@@ -22,7 +22,6 @@ mod rotary;
 mod scores;
 mod softmax;
 mod values;
-mod weights;
 
 use std::fmt::Debug;
 use std::iter::Sum;
@@ -41,7 +40,6 @@ pub use rotary::rotary;
 pub use scores::scores;
 pub use softmax::softmax;
 pub use values::values;
-pub use weights::weights;
 
 use crate::error::{Error, Result};
 use crate::problem::{Inputs, Outputs, Problem};

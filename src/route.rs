@@ -3,11 +3,12 @@
 use crate::caps::Caps;
 use crate::choose::choose_fused;
 use crate::error::{Error, Result};
-use crate::kernel::body::Body;
+use crate::kernel::body::{Body, Tile};
 use crate::kernel::eligibility::{key_step, whole_vectors};
 use crate::kernel::format::Format;
 use crate::kernel::fused::{self, Fused, Walk, transforms};
 use crate::kernel::scores::{self, Scores};
+use crate::kernel::shader::Shader;
 use crate::kernel::softmax::Softmax;
 use crate::kernel::values::{self, Values};
 use crate::kernel::{Variant, split};
@@ -27,21 +28,27 @@ pub(crate) enum Route {
         key_step: u32,
         /// Parts that `split` makes of the keys, whose results are merged; 0 where the kernel writes the output itself.
         partials: u32,
-        /// The kernel that forms the scores again, if the weights are asked for.
-        weights: Option<Scores>,
+        /// What forms the weights, from scores of its own, if they are asked for.
+        weights: Option<Weighing>,
         /// The rows of a part are a multiple of this.
         part_rows: u32,
     },
     /// By `scores`, `softmax` and `values`, with the score matrix in between.
     Staged {
-        scores: Scores,
-        softmax: Softmax,
+        weights: Weighing,
         values: Values,
         /// Keys of one dispatch of `scores` and `values`.
         key_step: u32,
-        /// The score transform is a pass of its own.
-        separate: bool,
     },
+}
+
+/// The kernels that form the weights.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weighing {
+    pub(crate) scores: Scores,
+    /// The score transform is a pass of its own.
+    pub(crate) separate: bool,
+    pub(crate) softmax: Softmax,
 }
 
 impl Route {
@@ -75,8 +82,7 @@ impl Route {
                 body = Body::Tiled;
             }
             reasons.push(format!(
-                "weights are formed from scores in place, with the maximum and sum of each row: no score matrix beside \
-                 them (scores in the form: {body})"
+                "weights are formed in place, from scores: no score matrix beside them (scores in the form: {body})"
             ));
         }
         // The fused kernel has seen to its own format.
@@ -92,10 +98,11 @@ impl Route {
         if unpacks(fused, partials, shape) {
             check_unpacked(shape, reasons)?;
         }
-        let scores = scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?;
-        let values = values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?;
-        let weights = shape.weights.then_some(Scores { tile: scores, format: qk, full: false });
-        Ok(Route::Fused { kernel, key_step, partials, weights, part_rows: scores.tile_rows.max(values.tile_rows) })
+        let values = values::tile(shape, caps, body, vo)?;
+        let scores = scores::tile(shape, caps, body, qk)?;
+        let part_rows = scores.tile_rows.max(values.tile_rows);
+        let weights = if shape.weights { Some(Weighing::new(walk, scores, qk, true, reasons)) } else { None };
+        Ok(Route::Fused { kernel, key_step, partials, weights, part_rows })
     }
 
     fn staged(walk: &Walk<'_>, reasons: &mut Vec<String>) -> Result<Route> {
@@ -104,25 +111,19 @@ impl Route {
         let (body, why) = Body::choose(caps, options);
         reasons.push(format!("scores and values in the form: {body} ({why})"));
         let native = choose_native(walk, body)?;
-        let operands = transforms(shape) || shape.wants(Logits::Masked);
-        let separate = operands && is_separate(shape, caps, body, reasons);
         let [qk, vo] = formats(shape, native, reasons);
+        let weights = Weighing::new(walk, scores::tile(shape, caps, body, qk)?, qk, false, reasons);
         explain_key_step(key_step, shape, reasons);
         let unpacked = shape.element != Element::F32 && (!vo.vector || key_step < shape.seq_kv);
         if unpacked {
             check_unpacked(shape, reasons)?;
         }
-        let scores = Scores {
-            tile: scores::tile(shape, caps, body, qk).map_err(|why| Error::Kernel { kernel: "scores", why })?,
-            format: qk,
-            full: operands && !separate,
-        };
         let values = Values {
-            tile: values::tile(shape, caps, body, vo).map_err(|why| Error::Kernel { kernel: "values", why })?,
+            tile: values::tile(shape, caps, body, vo)?,
             format: vo,
             out: if unpacked { Element::F32 } else { shape.element },
         };
-        Ok(Route::Staged { scores, softmax: Softmax::new(shape, caps), values, key_step, separate })
+        Ok(Route::Staged { weights, values, key_step })
     }
 
     pub(crate) fn choice(&self) -> Choice {
@@ -173,26 +174,13 @@ impl Route {
         }
     }
 
-    /// The kernel that forms the weights after a fused kernel: none where rows have no key, and no weights.
-    pub(crate) fn weights(&self, shape: &Shape) -> Option<Scores> {
-        match *self {
-            Route::Fused { weights, .. } if shape.seq_kv > 0 => weights,
-            _ => None,
-        }
-    }
-
-    /// Whether the fused kernel leaves maximum and sum of each row, for `weights`; those of `split`'s parts come from the merge.
-    pub(crate) fn totals(&self, shape: &Shape) -> bool {
-        self.weights(shape).is_some() && self.partials() == 0
-    }
-
     /// Whether parts end where a group of query heads does: some kernels take the query heads of a key/value head together.
     pub(crate) fn takes_group(&self) -> bool {
         match *self {
             Route::Fused { kernel, weights, .. } => {
-                kernel.takes_group() || weights.is_some_and(|scores| Variant::Scores(scores).takes_group())
+                kernel.takes_group() || weights.is_some_and(|weights| weights.scores.takes_group())
             }
-            Route::Staged { scores, .. } => Variant::Scores(scores).takes_group(),
+            Route::Staged { weights, .. } => weights.scores.takes_group(),
         }
     }
 
@@ -200,13 +188,24 @@ impl Route {
     pub(crate) fn part_rows(&self) -> u32 {
         match self {
             Route::Fused { part_rows, .. } => *part_rows,
-            Route::Staged { scores, values, .. } => scores.tile.tile_rows.max(values.tile.tile_rows),
+            Route::Staged { weights, values, .. } => weights.scores.tile.tile_rows.max(values.tile.tile_rows),
         }
     }
 
     /// Bytes of the partial outputs and of their maxima and sums.
     pub(crate) fn partial_bytes(&self, shape: &Shape) -> [u64; 2] {
         split::partial_bytes(shape, self.partials())
+    }
+}
+
+impl Weighing {
+    /// In the scratch, or in the caller's weights, `output`.
+    fn new(walk: &Walk<'_>, tile: Tile, format: Format, output: bool, reasons: &mut Vec<String>) -> Weighing {
+        let Walk { shape, caps, .. } = *walk;
+        let operands = transforms(shape) || shape.wants(Logits::Masked);
+        let separate = operands && is_separate(shape, caps, tile.body, reasons);
+        let scores = Scores { tile, format, full: operands && !separate };
+        Weighing { scores, separate, softmax: Softmax::new(shape, caps, output) }
     }
 }
 

@@ -71,16 +71,7 @@ pub fn mutate_safetensors(data: &mut [u8], size: usize, max_size: usize, seed: u
 
 /// Devices to plan for: a plain GPU, one with everything, a CPU adapter and the least that runs anything.
 pub fn devices() -> [Caps; 4] {
-    let plain = Caps {
-        cpu: false,
-        f16: false,
-        int64: false,
-        subgroup_size: None,
-        subgroup_min_size: None,
-        subgroup_max_size: None,
-        matrices: Vec::new(),
-        limits: Limits::default(),
-    };
+    let plain = Caps::new(Limits::default());
     let lanes = |size| (Some(size), Some(size), Some(size));
     let mut rich = Caps { f16: true, int64: true, matrices: vec![8, 16], ..plain.clone() };
     (rich.subgroup_size, rich.subgroup_min_size, rich.subgroup_max_size) = lanes(32);

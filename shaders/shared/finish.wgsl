@@ -18,11 +18,11 @@
 {% endif %}
 {% endmacro %}
 
-{# The log-sum-exp is stored where the caller asks for it. Needs total.wgsl. #}
+{# The log-sum-exp is stored where the caller asks for it. #}
 {% macro leave_lse(at, condition="") %}
         if ((params.flags & LSE) != 0u{{ " && " ~ condition if condition }}) {
             let at = {{ at }};
-            store_lse(at, m, l);
+            lse[at] = lse_bits(m, l);
         }
 {% endmacro %}
 

@@ -2,24 +2,28 @@
 
 use super::body::{Body, LANE_DIMS, LANE_ROWS, Tile};
 use super::format::Format;
+use super::shader::Shader;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::obstacle::Obstacle;
 use crate::shape::{Shape, Tensor};
 
-/// Whether a workgroup fits the device.
-pub(crate) fn fits(caps: &Caps, threads: u32, workgroup_bytes: u32) -> bool {
+/// Whether a workgroup of a kernel fits the device.
+pub(crate) fn fits(caps: &Caps, kernel: &impl Shader) -> bool {
     let l = &caps.limits;
-    workgroup_bytes <= l.max_compute_workgroup_storage_size
+    let threads = kernel.threads();
+    kernel.workgroup_bytes() <= l.max_compute_workgroup_storage_size
         && threads <= l.max_compute_invocations_per_workgroup
         && threads <= l.max_compute_workgroup_size_x
 }
 
-/// The largest tile that fits the device and is not mostly empty for so few rows.
-pub(crate) fn largest(tiles: &[Tile], rows: u32, fits: impl Fn(&Tile) -> bool) -> Result<Tile, Obstacle> {
+/// The largest tile with which the kernel fits the device, if the tile is not mostly empty for so few rows.
+pub(crate) fn largest<K: Shader>(tiles: &[Tile], rows: u32, caps: &Caps, kernel: impl Fn(Tile) -> K) -> Result<Tile> {
     let smallest = tiles.last().expect("the table has rows").tile_rows;
-    let found = tiles.iter().find(|tile| fits(tile) && (rows > tile.tile_rows / 2 || tile.tile_rows == smallest));
-    found.copied().ok_or(Obstacle::NoTile)
+    let found = tiles
+        .iter()
+        .find(|&&tile| fits(caps, &kernel(tile)) && (rows > tile.tile_rows / 2 || tile.tile_rows == smallest));
+    found.copied().ok_or(Error::Kernel { kernel: K::NAME, why: Obstacle::NoTile })
 }
 
 /// The lane-per-row tile of `scores` or `values`, whose lanes keep `dim` dims of a row.

@@ -120,7 +120,7 @@ params! {
         out: At,
         /// Log-sum-exp.
         lse: LineAt,
-    } reads SINKS, LSE, TOTALS, CARRIED
+    } reads SINKS, LSE, CARRIED
 }
 
 impl Flash {
@@ -251,7 +251,7 @@ impl Fused for Flash {
                 dims <= x.tile.dims
                     && (shuffles || !x.tile.shuffle)
                     && (shape.head_dim <= x.tile.dims || !x.tile.resident)
-                    && fits(caps, x.threads(), x.workgroup_bytes())
+                    && fits(caps, x)
             })
             .collect();
         let smallest = found.first().map(|x| x.tile.dims);

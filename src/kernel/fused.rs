@@ -35,8 +35,7 @@ impl OperandSet {
 
     /// No more operands than the problem has.
     pub(crate) fn of(shape: &Shape) -> OperandSet {
-        let small_arrays = shape.weights
-            || shape.lse
+        let small_arrays = shape.lse
             || shape.sinks
             || shape.key_lengths
             || shape.packed.is_some()

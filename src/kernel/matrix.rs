@@ -118,7 +118,7 @@ params! {
         out: At,
         /// Log-sum-exp.
         lse: LineAt,
-    } reads SINKS, LSE, TOTALS
+    } reads SINKS, LSE
 }
 
 impl Matrix {
@@ -254,7 +254,7 @@ impl Fused for Matrix {
         let mut found: Vec<_> = tiles()
             .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
             .map(|tile| Matrix { tile, varying, emulated, vector, operands })
-            .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+            .filter(|x| fits(caps, x))
             .collect();
         // Tiles that hold the value dims, else those of the most: further dims are further workgroups.
         let most = found.iter().map(|x| x.tile.dims).max();

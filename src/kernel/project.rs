@@ -5,14 +5,14 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_bodies};
-use super::eligibility::{fits, largest};
+use super::eligibility::largest;
 use super::params::{At, Turn};
 use super::scores;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
 use crate::caps::Caps;
-use crate::obstacle::Obstacle;
+use crate::error::Result;
 use crate::options::Options;
 use crate::problem::Element;
 
@@ -162,14 +162,17 @@ impl fmt::Display for Project {
 }
 
 /// The tile for so many rows on a device.
-pub(crate) fn tile(rows: u32, caps: &Caps, options: &Options) -> Result<Tile, Obstacle> {
+pub(crate) fn tile(rows: u32, caps: &Caps, options: &Options) -> Result<Tile> {
     let (body, _) = Body::choose(caps, options);
     if let Body::Lanes { lanes, .. } = body {
         let [many, one] = lane_tiles(body);
         return Ok(if rows <= lanes { one } else { many });
     }
-    largest(&TILED, rows, |&tile| {
-        let variant = Project { tile, element: Element::F32, transposed: false, vector: false, turned: false };
-        fits(caps, variant.threads(), variant.workgroup_bytes())
+    largest(&TILED, rows, caps, |tile| Project {
+        tile,
+        element: Element::F32,
+        transposed: false,
+        vector: false,
+        turned: false,
     })
 }

@@ -104,7 +104,7 @@ params! {
         out: At,
         /// Log-sum-exp.
         lse: LineAt,
-    } reads SINKS, LSE, TOTALS, CARRIED
+    } reads SINKS, LSE, CARRIED
 }
 
 impl Rows {

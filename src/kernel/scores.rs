@@ -5,7 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::{Body, Tile, lane_tiles, renders, tiled};
-use super::eligibility::{fits, lane_tile as lane_tile_of, largest};
+use super::eligibility::{lane_tile as lane_tile_of, largest};
 use super::format::Format;
 use super::grid::Grid;
 use super::params::{At, Keys, Lines, Lists, Transform, Visible};
@@ -13,7 +13,7 @@ use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
 use crate::caps::Caps;
-use crate::obstacle::Obstacle;
+use crate::error::Result;
 use crate::shape::Shape;
 
 /// A variant of `scores`.
@@ -132,14 +132,11 @@ impl fmt::Display for Scores {
 }
 
 /// The tile for a problem on a device.
-pub(crate) fn tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile, Obstacle> {
+pub(crate) fn tile(shape: &Shape, caps: &Caps, body: Body, format: Format) -> Result<Tile> {
     if body != Body::Tiled {
         return Ok(lane_tile_of(lane_tile, body, shape, shape.head_dim, format));
     }
-    largest(&TILED, shape.seq_q, |&tile| {
-        let variant = Scores { tile, format, full: false };
-        fits(caps, variant.threads(), variant.workgroup_bytes())
-    })
+    largest(&TILED, shape.seq_q, caps, |tile| Scores { tile, format, full: false })
 }
 
 impl Scores {

@@ -18,6 +18,8 @@ pub struct Softmax {
     pub threads: u32,
     /// Whether log-sum-exp is an output.
     pub lse: bool,
+    /// Whether the rows are those of the caller's weights, after a fused kernel, and not of the scratch.
+    pub output: bool,
 }
 
 /// Invocations that share a row: CPU adapters, short rows, long rows.
@@ -51,7 +53,8 @@ impl Shader for Softmax {
     const NAME: &str = "softmax";
 
     fn all() -> impl Iterator<Item = Self> {
-        THREADS.into_iter().flat_map(|threads| [false, true].map(|lse| Softmax { threads, lse }))
+        let of = [(false, false), (true, false), (false, true)];
+        THREADS.into_iter().flat_map(move |threads| of.map(|(lse, output)| Softmax { threads, lse, output }))
     }
 
     fn bindings(&self) -> Vec<(Slot, bool)> {
@@ -71,19 +74,22 @@ impl Shader for Softmax {
     }
 
     fn context(&self) -> Value {
-        context! { lists => true, threads => self.threads, lse => self.lse }
+        context! { lists => true, threads => self.threads, lse => self.lse, output => self.output }
     }
 }
 
 impl fmt::Display for Softmax {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "softmax[{} threads{}]", self.threads, if self.lse { "; lse" } else { "" })
+        let [lse, output] =
+            [(self.lse, "; lse"), (self.output, "; in weights")].map(|(on, name)| if on { name } else { "" });
+        write!(f, "softmax[{} threads{lse}{output}]", self.threads)
     }
 }
 
 impl Softmax {
-    /// The variant for a problem on a device.
-    pub(crate) fn new(shape: &Shape, caps: &Caps) -> Softmax {
+    /// The variant for a problem on a device, in the scratch or in the caller's weights. Of the latter a fused kernel gives the
+    /// log-sum-exp.
+    pub(crate) fn new(shape: &Shape, caps: &Caps, output: bool) -> Softmax {
         let wanted = match (caps.cpu, shape.seq_kv) {
             // Two loop iterations for 32 keys of a row.
             (true, keys) if u64::from(keys / 16) > CPU_TURNS => THREADS[2],
@@ -93,6 +99,6 @@ impl Softmax {
         };
         let most = caps.limits.max_compute_invocations_per_workgroup.min(caps.limits.max_compute_workgroup_size_x);
         let threads = THREADS.into_iter().rev().find(|&n| n <= wanted.min(most)).expect("8 is below every floor");
-        Softmax { threads, lse: shape.lse }
+        Softmax { threads, lse: shape.lse && !output, output }
     }
 }

@@ -114,7 +114,7 @@ params! {
         lse: LineAt,
         /// Distances between partial results.
         partials: Partials,
-    } reads SINKS, LSE, TOTALS, PARTIAL
+    } reads SINKS, LSE, PARTIAL
 }
 
 impl Shader for Split {
@@ -228,7 +228,7 @@ impl Fused for Split {
         let mut found: Vec<_> = tiles()
             .filter(|tile| dims <= tile.dims && (shuffle || !tile.shuffle) && (wide || !tile.wide()))
             .map(|tile| Split { tile, format, full })
-            .filter(|x| fits(caps, x.threads(), x.workgroup_bytes()))
+            .filter(|x| fits(caps, x))
             .collect();
         found.sort_by_key(|x| {
             let tile = &x.tile;

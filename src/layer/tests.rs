@@ -100,12 +100,7 @@ prop_compose! {
         let limits = wgpu::Limits {
             max_buffer_size, max_storage_buffers_per_shader_stage: buffers, ..wgpu::Limits::default()
         };
-        let (f16, int64, size) = (false, false, None);
-        let caps = Caps {
-            cpu: false, f16, int64, subgroup_size: size, subgroup_min_size: size, subgroup_max_size: size,
-            matrices: vec![], limits,
-        };
-        Case { layer, problem, call, element, caps }
+        Case { layer, problem, call, element, caps: Caps::new(limits) }
     }
 }
 
@@ -373,16 +368,7 @@ fn every_way_of_joining_projections_is_followed() {
         let mut layer = Layer::new(3, 1, maps).unwrap();
         layer.rotary = Some(RotaryEmbedding { dim: 8, interleaved: false, base: 100.0, positions: 9 });
         let problem = layer.problem(3, 9, 9);
-        let mut caps = Caps {
-            cpu: false,
-            f16: false,
-            int64: false,
-            subgroup_size: None,
-            subgroup_min_size: None,
-            subgroup_max_size: None,
-            matrices: vec![],
-            limits: wgpu::Limits::default(),
-        };
+        let mut caps = Caps::new(wgpu::Limits::default());
         caps.limits.max_buffer_size = max_buffer_size;
         let call = Call { sources, ..Call::default() };
         follow(&Case { layer, problem, call, element: Element::F32, caps })

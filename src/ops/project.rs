@@ -275,8 +275,7 @@ impl Projection {
             return Ok(());
         }
         let of = self.flat();
-        let tile = project::tile(of.rows, steps.caps, &steps.options)
-            .map_err(|why| Error::Kernel { kernel: "project", why })?;
+        let tile = project::tile(of.rows, steps.caps, &steps.options)?;
         let variant = of.variant(tile, wiring.turn.is_some());
         let planner = Planner { wiring, caps: steps.caps, variant, of };
         planner.of.whole().divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))

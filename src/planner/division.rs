@@ -78,13 +78,6 @@ impl Planner<'_> {
         if let Some(bias) = s.bias {
             operands.push((Operand::Bias.name(), broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
-        if self.route.weights(s).is_some() {
-            // Bound as twice the binding of lse, see `bound`.
-            let (_, size, _) = self.bind(self.lse_span(part), 4, 0);
-            if 2 * size > limit {
-                return Some(("totals", 2 * size, limit));
-            }
-        }
         if s.lse && self.route.partials() == 0 {
             operands.push(("lse", self.lse_span(part), 4));
         }

@@ -5,25 +5,29 @@ use std::ops::Range;
 use super::Planner;
 use crate::error::Result;
 use crate::kernel::params::flags;
-use crate::kernel::scores::Scores;
 use crate::kernel::slot::Slot;
-use crate::kernel::{Variant, export, logits, weights};
+use crate::kernel::{Variant, export, logits};
 use crate::part::Part;
 use crate::problem::Logits;
-use crate::route::Route;
+use crate::route::{Route, Weighing};
 
 impl Planner<'_> {
     /// The dispatches of one part.
     pub(super) fn part(&mut self, part: &Part) -> Result<()> {
         match self.route {
-            Route::Fused { kernel, .. } => self.fused(kernel, part),
-            Route::Staged { scores, softmax, values, separate, .. } => {
+            Route::Fused { kernel, weights, .. } => {
+                self.fused(kernel, part)?;
+                match weights {
+                    // Rows without any key have no weights.
+                    Some(weights) if self.shape.seq_kv > 0 => self.weights(&weights, part),
+                    _ => Ok(()),
+                }
+            }
+            Route::Staged { weights, values, .. } => {
                 self.scratch = self.scratch.max(self.score_bytes(part));
-                self.scores(scores, separate, part)?;
                 let s = self.shape;
                 let all = 0..s.seq_kv;
-                let whole_rows = if s.weights { flags::EVERY_KEY } else { 0 };
-                self.step(Variant::Softmax(softmax), part, &all, whole_rows)?;
+                self.weights(&weights, part)?;
                 if s.weights {
                     self.step(Variant::Export(export::Export { to: Slot::Weights }), part, &all, 0)?;
                 }
@@ -36,41 +40,41 @@ impl Planner<'_> {
     }
 
     fn fused(&mut self, kernel: Variant, part: &Part) -> Result<()> {
-        // m + ln l would lose l where m is large.
-        let partial = if self.route.partials() > 0 { flags::LSE | flags::TOTALS | flags::PARTIAL } else { 0 };
-        let totals = if self.totals() { flags::LSE | flags::TOTALS } else { 0 } | partial;
+        let partial = if self.route.partials() > 0 { flags::PARTIAL } else { 0 };
         let lse = if self.shape.lse { flags::LSE } else { 0 };
         self.state = self.state.max(self.state_bytes(part));
         for keys in self.ranges() {
             let carried = if keys.start > 0 { flags::CARRIED } else { 0 };
-            self.step(kernel, part, &keys, lse | totals | carried)?;
+            self.step(kernel, part, &keys, lse | partial | carried)?;
         }
         Ok(())
     }
 
-    /// The scores of one part, the passes of the score transform, and the logits that are given out.
-    fn scores(&mut self, scores: Scores, separate: bool, part: &Part) -> Result<()> {
+    /// The scores of one part, the passes of the score transform, the logits that are given out, and the weights, in place.
+    fn weights(&mut self, weights: &Weighing, part: &Part) -> Result<()> {
         let s = self.shape;
-        let every = if s.weights || s.logits.is_some() { flags::EVERY_KEY } else { 0 };
-        let capped_first = separate && s.wants(Logits::Capped) && s.softcap.is_some();
+        // What is exported from the scratch must stand there at every key.
+        let [every_score, every_weight] = [s.weights || s.logits.is_some(), s.weights]
+            .map(|exported| if exported && !weights.softmax.output { flags::EVERY_KEY } else { 0 });
+        let capped_first = weights.separate && s.wants(Logits::Capped) && s.softcap.is_some();
         for keys in self.ranges() {
-            self.step(Variant::Scores(scores), part, &keys, every)?;
+            self.step(Variant::Scores(weights.scores), part, &keys, every_score)?;
         }
         if capped_first {
             // Only the cap: no operand hides a key yet.
             self.transform(part, flags::PACKED | flags::SOFTCAP | flags::EVERY_KEY)?;
         }
         if s.logits.is_some() {
-            if separate && s.wants(Logits::Masked) {
+            if weights.separate && s.wants(Logits::Masked) {
                 self.transform(part, u32::MAX)?;
             }
             let logits = Variant::Export(export::Export { to: Slot::Logits });
             self.step(logits, part, &(0..s.seq_kv), flags::EXPORT_LOGITS)?;
         }
-        if separate && !s.wants(Logits::Masked) {
+        if weights.separate && !s.wants(Logits::Masked) {
             self.transform(part, if capped_first { !flags::SOFTCAP } else { u32::MAX })?;
         }
-        Ok(())
+        self.step(Variant::Softmax(weights.softmax), part, &(0..s.seq_kv), every_weight)
     }
 
     /// Keys of each dispatch.
@@ -79,20 +83,6 @@ impl Planner<'_> {
         // Rows without any key have their output written all the same.
         let firsts = (0..all.max(1)).step_by(self.route.key_step() as usize);
         firsts.map(|first| first..all.min(first.saturating_add(self.route.key_step()))).collect()
-    }
-
-    pub(super) fn totals(&self) -> bool {
-        self.route.totals(self.shape)
-    }
-
-    /// The weights of one part, after the fused kernel: raw scores into the caller's buffer, and `weights` on them in place.
-    pub(super) fn weigh(&mut self, scores: Scores, part: &Part) -> Result<()> {
-        let all = 0..self.shape.seq_kv;
-        for keys in self.ranges() {
-            self.step(Variant::Scores(scores), part, &keys, 0)?;
-        }
-        let lse = if self.shape.lse && self.route.partials() == 0 { flags::LSE } else { 0 };
-        self.step(Variant::Weights(weights::Weights), part, &all, lse)
     }
 
     /// The score transform as a pass of its own, with only the flags in `keep`.

@@ -65,12 +65,6 @@ impl Planner<'_> {
         broadcast_span(&Broadcast([s.batch, s.heads, s.seq_q, s.seq_kv]), part)
     }
 
-    /// Two numbers where lse has one, so that both have the same base.
-    pub(super) fn totals_bound(&self, part: &Part) -> (u64, u64, u32) {
-        let (offset, size, base) = self.bind(self.lse_span(part), 4, 0);
-        (2 * offset, 2 * size, base)
-    }
-
     pub(super) fn bind(&self, span: Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
         steps::bind(self.caps, span, bytes, origin)
     }

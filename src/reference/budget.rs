@@ -27,8 +27,8 @@ const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 ///   `|Δo_d| ≤ (1 + g) Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|` and a weight by `|Δp_j| ≤ p_j (exp(e_j) (1 + g) − 1)`: to first order
 ///   `Σ_j p_j e_j |v_jd − o_d|` and `p_j (e_j + Σ_k p_k e_k)`, but valid for large `e` too. Where f32 cannot tell which key is
 ///   largest (`g ≥ 1`), the output may be anywhere between the values: `|Δo_d| ≤ max_j |v_jd − o_d|`, `|Δp_j| ≤ 1`.
-/// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and flushing of subnormals 2⁻¹²⁶ for each
-///   weight and for each product. (llvmpipe's exp of −∞ is 2⁻¹²⁶, too.)
+/// - A sum over keys adds `(8 + √seq_kv) u` of its largest term, and subnormals that are flushed take
+///   2⁻¹²⁶ from each weight and from each product. (A weight of 0 may also come out as 2⁻¹²⁶: llvmpipe's exp of −∞ is that.)
 /// - The output of a row with no visible key must be exactly 0.
 /// - What is NaN or an infinity in the reference must be just that. Elements of `out` that are have no share in the bound of their row.
 ///
@@ -212,9 +212,6 @@ pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(
 /// A tensor's limit is four times the largest error of the reference's own f32 instance in it, four units in the last place of its
 /// largest value and an eighth of the budget, together, and never more than the budget. (The factors are measured: the kernels come
 /// to between one and three times the error of the f32 instance, and to a tenth of the budget where few keys make both small.)
-/// Of the budget of weights it is half: a fused kernel and `scores` after it may each form the logits of a row, with rounding of their own,
-/// and where a row sees few keys the f32 instance, which forms each once, makes no error at all. (The most that was measured, over
-/// thousands of random problems, is 0.27 of the budget, by `matrix` where the terms of a logit sum to some thousands.)
 /// What flushing and rounding of subnormals may do is part of every limit in full: where a sink takes nearly all of the weight, all that is
 /// left of a row is of their size.
 /// What must be exact in the budget must be so here.
@@ -237,20 +234,21 @@ pub fn regression_limit(
     for (row, bound) in query::map(&shape, inputs, Values::load, subnormals) {
         lost[row.place()] = bound;
     }
-    let flushed = |tolerance: &Tolerance| vec![FLUSH; tolerance.atol.len()];
-    let limit = |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, share: f64, least: &[f64]| {
-        let (Some(plain), Some(want)) = (plain, want) else { return budget.clone() };
-        let finite = || plain.iter().zip(want).filter(|(plain, want)| plain.is_finite() && want.is_finite());
-        let error = finite().fold(0.0, |error: f64, (&plain, want)| error.max((f64::from(plain) - want).abs()));
-        let largest = finite().fold(0.0, |largest: f64, (_, want)| largest.max(want.abs()));
-        let of = |(&atol, least)| f64::min(atol, 4.0 * error + 4.0 * U * largest + atol * share + least);
-        Tolerance { atol: budget.atol.iter().zip(least).map(of).collect(), rtol: budget.rtol }
-    };
+    let flushed = |_| FLUSH;
+    let limit =
+        |budget: &Tolerance, plain: Option<&Vec<f32>>, want: Option<&Vec<f64>>, least: &dyn Fn(usize) -> f64| {
+            let (Some(plain), Some(want)) = (plain, want) else { return budget.clone() };
+            let finite = || plain.iter().zip(want).filter(|(plain, want)| plain.is_finite() && want.is_finite());
+            let error = finite().fold(0.0, |error: f64, (&plain, want)| error.max((f64::from(plain) - want).abs()));
+            let largest = finite().fold(0.0, |largest: f64, (_, want)| largest.max(want.abs()));
+            let of = |(n, &atol): (usize, &f64)| atol.min(4.0 * error + 4.0 * U * largest + atol / 8.0 + least(n));
+            Tolerance { atol: budget.atol.iter().enumerate().map(of).collect(), rtol: budget.rtol }
+        };
     Ok(Budget {
-        out: limit(&budget.out, Some(&plain.out), Some(&want.out), 0.125, &lost),
-        lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), 0.125, &flushed(&budget.lse)),
-        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), 0.5, &flushed(&budget.weights)),
-        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), 0.125, &flushed(&budget.logits)),
+        out: limit(&budget.out, Some(&plain.out), Some(&want.out), &|row| lost[row]),
+        lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), &flushed),
+        weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), &flushed),
+        logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), &flushed),
     })
 }
 
@@ -348,9 +346,9 @@ fn peak(keys: impl Iterator<Item = usize>, values: &Values<f64>) -> f64 {
     keys.map(|j| values.peak[j]).fold(0.0, f64::max)
 }
 
-/// What an output may be off by because of subnormals: the weight of each key may be flushed, or be the smallest normal number in place of 0
-/// (llvmpipe's exp of a very low logit, or of −∞), and its product with the value may be flushed; f16 rounds to multiples of its smallest
-/// subnormal.
+/// How far subnormals may move an output. The weight of each key may be flushed, or be the smallest normal number where it must be 0:
+/// llvmpipe's exp of a very low logit is that number. The product of the weight and the value may be flushed, too. An f16 output is
+/// rounded to a multiple of the smallest subnormal of f16.
 fn subnormals(row: &Row<'_>, values: &Values<f64>) -> f64 {
     let rounded = if row.shape.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
     let seen = (0..row.keys()).filter(|&j| row.visible(j));

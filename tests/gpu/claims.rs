@@ -104,10 +104,11 @@ fn consists_of(kernel: Kernel, p: &Problem) -> (BTreeSet<&'static str>, BTreeSet
         Kernel::Split => (&["split"], &["merge", "pack"]),
     };
     let mut must: BTreeSet<_> = must.iter().copied().collect();
+    let mut all: BTreeSet<_> = must.iter().chain(may).copied().collect();
     if kernel != Kernel::Unfused && p.weights {
-        must.extend(["scores", "weights"]);
+        must.extend(["scores", "softmax"]);
+        all.extend(["scores", "logits", "softmax"]);
     }
-    let all = must.iter().copied().chain(may.iter().copied()).collect();
     (must, all)
 }
 

@@ -159,8 +159,8 @@ fn sliced(gpu: &Gpu) -> Vec<Plan> {
         (&odd, way(Kernel::Unfused, Some(Form::Tiled)), "pack"),
         (&odd, way(Kernel::Rows, None), "pack"),
         (&odd, way(Kernel::Flash, None), "pack"),
-        (&weights, way(Kernel::Rows, None), "weights"),
-        (&weights, way(Kernel::Flash, None), "weights"),
+        (&weights, way(Kernel::Rows, None), "softmax"),
+        (&weights, way(Kernel::Flash, None), "softmax"),
         (&decode, way(Kernel::Split, None), "merge"),
     ];
     let plan = |(p, way, kernel): (&Problem, Options, &str)| {

@@ -323,13 +323,9 @@ impl Trial {
                     p.out = Layout::Bshd;
                 }
                 Err(Error::Kernel { kernel, why })
-                    if self.options.native_f16.is_some()
-                        && (kernel == "native f16" || matches!(why, Obstacle::PackedF16 | Obstacle::OwnF16)) =>
+                    if kernel == "native f16" || refuses_f16(kernel, &why, self.options.native_f16, gpu) =>
                 {
-                    self.options.native_f16 = None;
-                }
-                Err(Error::Kernel { kernel: "flash", why }) if self.options.native_f16 == Some(true) => {
-                    assert!(why == Obstacle::NoF16 && !gpu.library().caps().f16, "{why}");
+                    assert_ne!(self.options.native_f16, None, "{kernel}: {why}");
                     self.options.native_f16 = None;
                 }
                 // With 16-bit outputs its results wait in f32, for which a random budget may be too small.
@@ -402,6 +398,17 @@ impl Trial {
             Case { problem: p.clone(), operands: data, want, budget, limit }.compare(&got, &plan);
         }
         plan.kernel()
+    }
+}
+
+/// Whether a kernel refuses the way in which f16 must be read: of several kernels, one of them.
+fn refuses_f16(kernel: &str, why: &Obstacle, native: Option<bool>, gpu: &Gpu) -> bool {
+    match why {
+        Obstacle::PackedF16 | Obstacle::OwnF16 => true,
+        // `matrix` always needs the adapter's own type.
+        Obstacle::NoF16 => kernel == "flash" && native == Some(true) && !gpu.library().caps().f16,
+        Obstacle::Every { fused, .. } => fused.iter().any(|(kernel, why)| refuses_f16(kernel.name(), why, native, gpu)),
+        _ => false,
     }
 }
 

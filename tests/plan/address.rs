@@ -37,7 +37,7 @@ fn fields(step: &Step, slot: Slot) -> Vec<u32> {
         Slot::K => "k_",
         Slot::V => "v_",
         Slot::Scores => "s_",
-        Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => "s_",
+        Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Logits(_) | Variant::Softmax(_)) => "s_",
         Slot::Lse | Slot::PartialLse | Slot::Totals => "lse_",
         Slot::Mask => "mask_",
         Slot::Bias => "bias_",
@@ -91,7 +91,9 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                     let end = 4 * (u64::from(got / 4 * 4) + 4);
                     assert!(end <= bound.size && at[3].is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
-                Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Weights(_)) => {
+                Slot::Weights
+                    if matches!(step.variant, Variant::Scores(_) | Variant::Logits(_) | Variant::Softmax(_)) =>
+                {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
                     let got = score(place.batch, place.head, row);
                     hits(step, bound, 4, got, want);
@@ -116,7 +118,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                     // The maximum and the sum of a row.
                     hits(step, bound, 8, line_at(at, [place.batch, place.head, row]).wrapping_add(part), want);
                 }
-                Slot::Lse | Slot::Totals => {
+                Slot::Lse => {
                     let (rows, batch, tokens) = match s.packed {
                         None => (s.seq_q, place.batch, vec![row]),
                         Some(packed) => (packed.total_q, 0, vec![0, packed.total_q - 1]),
@@ -124,7 +126,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                     for token in tokens {
                         let want = dense([1, s.batch, s.heads, rows], [0, batch, place.head, token]);
                         let got = line_at(at, [batch, place.head, token]);
-                        hits(step, bound, if bound.slot == Slot::Totals { 8 } else { 4 }, got, want);
+                        hits(step, bound, 4, got, want);
                     }
                 }
                 Slot::Mask => {

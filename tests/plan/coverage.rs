@@ -145,9 +145,6 @@ struct Row {
     exported: HashMap<&'static str, Vec<u8>>,
     summed: Vec<u32>,
     lse: u8,
-    /// Maximum and sum that were left, and scores that became weights in place.
-    totals: u8,
-    weighed: Vec<u8>,
     /// Times that a kernel did all of this at once.
     fused: u8,
     /// Parts of the keys that wait for a merge, and those that each dim was merged from.
@@ -161,7 +158,6 @@ pub fn every_place_once(plan: &Plan) {
     let fresh = Row {
         scored: vec![0; all_keys],
         transforms: vec![0; all_keys],
-        weighed: vec![0; all_keys],
         summed: vec![0; dims],
         merged: vec![0; dims],
         ..Row::default()
@@ -192,11 +188,7 @@ pub fn every_place_once(plan: &Plan) {
                 let row = &mut rows[((batch * s.heads + head) * s.seq_q + row) as usize];
                 assert!(row.parts >= partials.end, "{} reads what no workgroup wrote", step.variant);
                 match pass {
-                    Merge::Totals { lse, .. } => {
-                        row.lse += u8::from(*lse);
-                        // Once for all parts.
-                        row.totals |= 1;
-                    }
+                    Merge::Totals { lse, .. } => row.lse += u8::from(*lse),
                     Merge::Out { .. } => {
                         let end = s.value_dim.min(dim + 4);
                         row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += partials.len() as u32);
@@ -220,7 +212,7 @@ pub fn every_place_once(plan: &Plan) {
                         row.transforms[cols].iter_mut().for_each(|n| *n += 1);
                     }
                     Variant::Softmax(x) => {
-                        assert!(all(&row.scored));
+                        assert!(all(&row.scored) && row.transforms.iter().all(|&n| n == row.transforms[0]));
                         row.softmax += 1;
                         row.lse += u8::from(x.lse);
                     }
@@ -230,13 +222,6 @@ pub fn every_place_once(plan: &Plan) {
                         row.exported.entry(x.to.name()).or_insert(vec![0; all_keys])[cols]
                             .iter_mut()
                             .for_each(|n| *n += 1);
-                    }
-                    Variant::Weights(_) => {
-                        assert!(all(&row.scored) && row.fused == 1 && row.totals == 1);
-                        if cols.start == 0 {
-                            row.lse += u8::from(step.bindings.iter().any(|bound| bound.slot == Slot::Lse));
-                        }
-                        row.weighed[cols].iter_mut().for_each(|n| *n += 1);
                     }
                     Variant::Values(_) => {
                         assert!(row.softmax == 1);
@@ -251,7 +236,6 @@ pub fn every_place_once(plan: &Plan) {
                         } else {
                             assert!(place.part == 0 && p.col_tiles == 1 && walked == (0..s.seq_kv));
                             row.lse += u8::from(bound(Slot::Lse));
-                            row.totals += u8::from(bound(Slot::Totals));
                         }
                         if place.part == 0 {
                             assert!(row.summed[cols.clone()].iter().all(|&n| n == walked.start));
@@ -269,7 +253,6 @@ pub fn every_place_once(plan: &Plan) {
                             row.fused += 1;
                             let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
                             row.lse += u8::from(bound(Slot::Lse));
-                            row.totals += u8::from(bound(Slot::Totals));
                         }
                         row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                     }
@@ -281,9 +264,9 @@ pub fn every_place_once(plan: &Plan) {
     for row in &rows {
         assert_eq!(row.lse, u8::from(s.lse));
         if row.fused > 0 {
-            assert!(row.fused == 1 && row.softmax == 0 && row.exported.is_empty() && s.logits.is_none());
-            assert!(row.transforms.iter().all(|&n| n == 0));
-            assert!(row.scored.iter().chain(&row.weighed).all(|&n| n == u8::from(s.weights)));
+            assert!(row.fused == 1 && row.exported.is_empty() && s.logits.is_none());
+            assert!(row.scored.iter().chain([&row.softmax]).all(|&n| n == u8::from(s.weights)));
+            assert!(row.transforms.iter().all(|&n| n == row.transforms[0] && n <= u8::from(s.weights)));
             assert!(row.summed.iter().all(|&n| n == s.seq_kv));
             assert!(row.merged.iter().all(|&n| n == row.parts), "each dim is merged from each part once");
             continue;
