@@ -107,7 +107,7 @@ fn stages(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem) {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
             let recording = ready.prepared.begin().expect("the run before left its scratch");
             for (i, step) in ready.prepared.plan().steps().iter().enumerate() {
-                if step.variant.kernel() == stage {
+                if step.variant.stage() == stage {
                     let buffers = ready.resident.buffers();
                     recording.encode_steps(i..i + 1, &mut encoder, &buffers).expect("the run before passed");
                 }

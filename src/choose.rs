@@ -3,9 +3,9 @@
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
-use crate::kernel::body::Body;
 use crate::kernel::eligibility::{group_rows, key_step};
 use crate::kernel::fused::{Fused, Walk};
+use crate::kernel::lanes::Lanes;
 use crate::obstacle::Obstacle;
 use crate::options::{Form, Kernel, Options};
 use crate::shape::Shape;
@@ -98,7 +98,7 @@ fn against(kernel: Kernel, chosen: Kernel, is_tuned: bool, walk: &Walk<'_>) -> S
 /// Why a kernel that can run is expected to be slower than another one.
 fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
     let Walk { shape, caps, options, .. } = *walk;
-    let more_queries_than_lanes = || matches!(Body::lanes(caps), Body::Lanes { lanes, .. } if shape.seq_q > lanes);
+    let more_queries_than_lanes = || shape.seq_q > Lanes::of(caps).lanes;
     // On a GPU scores that are formed again for the weights cost less than a score matrix that goes through the scratch in parts. On a
     // CPU adapter the second product costs more than the softmax saves.
     let scores_again = !caps.cpu && 4 * shape.scores_len() > options.scratch_budget;

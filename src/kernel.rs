@@ -1,6 +1,7 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
 pub mod append;
+pub(crate) mod attention;
 pub mod average;
 pub(crate) mod body;
 pub(crate) mod eligibility;
@@ -9,34 +10,41 @@ pub mod extra;
 pub mod flash;
 pub(crate) mod format;
 pub mod fused;
-pub(crate) mod grid;
+pub mod lanes;
 pub mod logits;
 pub mod matrix;
 pub mod merge;
+pub mod merge_totals;
 pub mod pack;
 pub mod params;
 pub mod project;
+pub mod project_lanes;
 pub mod rotary;
 pub mod rows;
 pub mod scores;
-pub mod shader;
+pub mod scores_lanes;
+pub(crate) mod shader;
 pub(crate) mod slot;
 pub mod softmax;
 pub mod split;
 pub mod uniform;
 pub mod values;
+pub mod values_lanes;
 
 use std::fmt;
 
 use minijinja::Value;
 
-pub use body::{Body, Tile};
+pub use body::Tile;
 pub use format::Format;
-pub use shader::{Needs, Shader};
+pub use lanes::{LaneTile, Lanes};
+pub use shader::Needs;
 pub use slot::Slot;
 
-use params::Attention;
-use uniform::{Layout, Reads, Uniform};
+use attention::AttentionKernel;
+use fused::Fused;
+use shader::Shader;
+use uniform::{Layout, Reads};
 
 /// Writes [`Variant`] from the list of kernels: what is known of any kernel stands in its own module.
 macro_rules! kernels {
@@ -73,14 +81,18 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// Tiled QKᵀ.
+    /// QKᵀ in tiles.
     scores: Scores,
+    /// QKᵀ, a query row per lane.
+    scores_lanes: ScoresLanes,
     /// The score transform in place.
     logits: Logits,
     /// Masked row softmax.
     softmax: Softmax,
-    /// Weights × V.
+    /// Weights × V in tiles.
     values: Values,
+    /// Weights × V, a query row per lane.
+    values_lanes: ValuesLanes,
     /// Scores to an output.
     export: Export,
     /// f32 to 16-bit output.
@@ -93,14 +105,18 @@ kernels! {
     matrix: Matrix,
     /// Fused, for few queries: keys shared out to workgroups.
     split: Split,
-    /// Rows times a weight matrix.
+    /// Rows times a weight matrix in tiles.
     project: Project,
+    /// Rows times a weight matrix, a row per lane.
+    project_lanes: ProjectLanes,
     /// Rotary position embedding.
     rotary: Rotary,
     /// One more key that every row sees.
     extra: Extra,
     /// The weights that the layer returns.
     average: Average,
+    /// Maximum and sum of each row, from several results.
+    merge_totals: MergeTotals,
     /// One result from several.
     merge: Merge,
     /// New rows of a cache.
@@ -108,7 +124,7 @@ kernels! {
 }
 
 impl Variant {
-    /// The kernel's noun, see [`Shader::NAME`].
+    /// The kernel's noun: the name of its module and of its shader.
     pub fn kernel(&self) -> &'static str {
         fn name<K: Shader>(_: &K) -> &'static str {
             K::NAME
@@ -116,32 +132,35 @@ impl Variant {
         each!(self, x => name(x))
     }
 
-    /// See [`Shader::shader`].
-    pub fn shader(&self) -> &'static str {
-        each!(self, x => x.shader())
+    /// What the kernel computes: a noun that several kernels may share, of which a plan runs one.
+    pub fn stage(&self) -> &'static str {
+        fn stage<K: Shader>(_: &K) -> &'static str {
+            K::STAGE
+        }
+        each!(self, x => stage(x))
     }
 
-    /// See [`Shader::takes_group`].
+    /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
     pub fn takes_group(&self) -> bool {
         each!(self, x => x.takes_group())
     }
 
-    /// See [`Shader::bindings`].
+    /// Storage bindings 1, 2, … in order, and whether the kernel writes them.
     pub fn bindings(&self) -> Vec<(Slot, bool)> {
         each!(self, x => x.bindings())
     }
 
-    /// See [`Shader::threads`].
+    /// Invocations of a workgroup.
     pub fn threads(&self) -> u32 {
         each!(self, x => x.threads())
     }
 
-    /// See [`Shader::workgroup_bytes`].
+    /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
         each!(self, x => x.workgroup_bytes())
     }
 
-    /// See [`Shader::needs`].
+    /// What the shader needs of a device beside limits.
     pub fn needs(&self) -> Needs {
         each!(self, x => x.needs())
     }
@@ -151,20 +170,14 @@ impl Variant {
         each!(self, x => x.layout())
     }
 
-    /// The uniform of a kernel of attention.
-    pub(crate) fn attention(&self, all: &Attention) -> Uniform {
-        match self {
-            Variant::Scores(_) => Uniform::new(&scores::Params::from(all)),
-            Variant::Logits(_) => Uniform::new(&logits::Params::from(all)),
-            Variant::Softmax(_) => Uniform::new(&softmax::Params::from(all)),
-            Variant::Values(_) => Uniform::new(&values::Params::from(all)),
-            Variant::Export(_) => Uniform::new(&export::Params::from(all)),
-            Variant::Rows(_) => Uniform::new(&rows::Params::from(all)),
-            Variant::Flash(_) => Uniform::new(&flash::Params::from(all)),
-            Variant::Matrix(_) => Uniform::new(&matrix::Params::from(all)),
-            Variant::Split(_) => Uniform::new(&split::Params::from(all)),
-            other => unreachable!("{other} is no kernel of attention"),
-        }
+    /// See [`Shader::attention`].
+    pub(crate) fn attention(&self) -> Option<&dyn AttentionKernel> {
+        each!(self, x => x.attention())
+    }
+
+    /// The kernel, if it is fused.
+    pub(crate) fn fused(&self) -> Option<&dyn Fused> {
+        self.attention().and_then(|kernel| kernel.fused())
     }
 
     /// See [`Shader::context`].

@@ -112,12 +112,12 @@ impl Plan {
         Duration::from_secs_f64(self.steps.iter().map(|step| step.flops).sum::<f64>() / self.flops_per_second)
     }
 
-    /// The kernels in order, each named once; `none` where nothing runs.
+    /// The stages in order, each named once, see [`crate::kernel::Variant::stage`]; `none` where nothing runs.
     pub fn kernel(&self) -> String {
         let mut names: Vec<&str> = Vec::new();
         for step in &self.steps {
-            if !names.contains(&step.variant.kernel()) {
-                names.push(step.variant.kernel());
+            if !names.contains(&step.variant.stage()) {
+                names.push(step.variant.stage());
             }
         }
         if names.is_empty() { "none".into() } else { names.join("+") }

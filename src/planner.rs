@@ -8,12 +8,12 @@ use std::ops::Range;
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
-use crate::kernel::grid::Grid;
+use crate::kernel::attention::{AttentionKernel, Grid};
 use crate::kernel::params::{
     self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Place, Transform, Visible, flags,
 };
 use crate::kernel::slot::Slot;
-use crate::kernel::{self, Variant, fused};
+use crate::kernel::{self, Variant};
 use crate::lists::Lists;
 use crate::operands::Operand;
 use crate::ops::merge::{Merge, Partials};
@@ -22,7 +22,7 @@ use crate::options::Options;
 use crate::part::{Part, count};
 use crate::plan::Plan;
 use crate::problem::{Broadcast, Causal, Element, Layout, Strides};
-use crate::route::Route;
+use crate::route::{Route, tile_rows};
 use crate::shape::Shape;
 use crate::step::Bound;
 use crate::steps::{SPARE, Steps, check_dispatches, checked_u32};
@@ -142,7 +142,8 @@ impl<'a> Planner<'a> {
         let s = self.shape;
         let lines = self.tile_lines(&variant, part);
         let each = if variant.takes_group() { count(&self.group(part)) } else { 1 };
-        let Grid { tile_rows: tile, columns: col_tiles, flops } = self.grid(&variant, keys);
+        let kernel = variant.attention().expect("a kernel of attention");
+        let Grid { tile_rows: tile, columns: col_tiles, flops } = self.grid(kernel, keys);
         let row_tiles = lines.div_ceil(tile.into());
         let mut params = self.params(part, keys, extra_flags);
         let mut planes = part.planes();
@@ -152,22 +153,15 @@ impl<'a> Planner<'a> {
             place.heads = (part.heads.end - 1) / s.group + 1 - place.head0;
             planes = count(&part.batch) * u64::from(place.heads);
         }
-        if self.route.partials() > 0 && matches!(variant, Variant::Split(_)) {
-            params.flags &= !flags::SINKS;
-        }
         params.place.row_tiles = checked_u32("row tiles", row_tiles)?;
         params.place.col_tiles = checked_u32("column tiles", col_tiles)?;
         let bindings = variant
             .bindings()
             .into_iter()
-            .map(|(slot, written)| self.bound(slot, written, &variant, part, keys, &mut params))
+            .map(|(slot, written)| self.bound(slot, written, part, keys, &mut params))
             .collect::<Vec<_>>();
-        let skips = params.flags & flags::EVERY_KEY == 0;
-        let band = match &variant {
-            Variant::Logits(_) | Variant::Export(_) => Band::every(s),
-            _ if skips => Band::of(s, (tile / each as u32).max(1)),
-            _ => Band::every(s),
-        };
+        let every_pair = kernel.every_pair() || params.flags & flags::EVERY_KEY != 0;
+        let band = if every_pair { Band::every(s) } else { Band::of(s, (tile / each as u32).max(1)) };
         // Pairs of the first lines of a plane.
         let first = u64::from(part.rows.start);
         let pairs = |lines: u64| {
@@ -179,16 +173,16 @@ impl<'a> Planner<'a> {
             (each * band.pairs(first..rows, keys) + rest) as f64
         };
         let plane = pairs(lines);
-        // Of the first tiles of rows; `rows` takes them from both ends by turns.
+        // Of the first tiles of rows that workgroups take.
         let tiles = |n: u64| {
             let line = |tiles: u64| lines.min(tiles * u64::from(tile));
-            match &variant {
-                Variant::Rows(_) => pairs(line(n.div_ceil(2))) + plane - pairs(line(row_tiles - n / 2)),
-                _ => pairs(line(n)),
+            match kernel.takes_both_ends() {
+                true => pairs(line(n.div_ceil(2))) + plane - pairs(line(row_tiles - n / 2)),
+                false => pairs(line(n)),
             }
         };
         let workgroups = checked_u32("workgroups", row_tiles * col_tiles * planes)?;
-        self.steps.push_uneven(variant, variant.attention(&params), bindings, workgroups, |n| {
+        self.steps.push_uneven(variant, kernel.pick(&params), bindings, workgroups, |n| {
             let (n, cols) = (u64::from(n) / col_tiles, u64::from(n) % col_tiles);
             let (planes, n) = (n / row_tiles, n % row_tiles);
             let whole = tiles(n);
@@ -197,19 +191,13 @@ impl<'a> Planner<'a> {
         })
     }
 
-    fn grid(&self, variant: &Variant, keys: &Range<u32>) -> Grid {
-        if let Some(kernel) = fused::of(variant) {
-            let grid = kernel.grid(self.shape);
-            return match self.route.partials() {
-                0 => grid,
-                partials => Grid { columns: u64::from(partials) / self.dispatches(), ..grid },
-            };
-        }
-        match variant {
-            Variant::Scores(x) => x.grid(self.shape, count(keys)),
-            Variant::Values(x) => x.grid(self.shape),
-            Variant::Softmax(_) => Grid { tile_rows: 1, columns: 1, flops: 32.0 },
-            _ => Grid { tile_rows: 1, columns: count(keys).div_ceil(variant.threads().into()), flops: 32.0 },
+    fn grid(&self, kernel: &dyn AttentionKernel, keys: &Range<u32>) -> Grid {
+        let grid = kernel.grid(self.shape, count(keys));
+        match self.route.partials() {
+            partials if partials > 0 && kernel.fused().is_some() => {
+                Grid { columns: u64::from(partials) / self.dispatches(), ..grid }
+            }
+            _ => grid,
         }
     }
 
@@ -239,7 +227,9 @@ impl<'a> Planner<'a> {
                 table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
             },
             list: params::Lists::from_fn(|list| self.lists.place(list)),
-            flags: problem_flags(s) | extra_flags,
+            // Sinks join where partial results are merged.
+            flags: (problem_flags(s) | extra_flags)
+                & if extra_flags & flags::PARTIAL != 0 { !flags::SINKS } else { !0 },
             group: s.group,
             lines: Lines { group0: group.start, group_end: group.end },
             head_dim: s.head_dim,
@@ -251,12 +241,8 @@ impl<'a> Planner<'a> {
                 head: s_head as u32,
                 row: s.score_row(),
             },
-            values_rows: values.map_or(0, |values| values.tile.tile_rows),
-            values_each: if values.is_some_and(|x| Variant::Values(x).takes_group()) {
-                group.end - group.start
-            } else {
-                1
-            },
+            values_rows: values.map_or(0, |values| tile_rows(&values, s)),
+            values_each: if values.is_some_and(|values| values.takes_group()) { group.end - group.start } else { 1 },
             ..Attention::default()
         }
     }
@@ -274,21 +260,12 @@ impl<'a> Planner<'a> {
     }
 
     /// The binding of a slot, and its base and strides in the uniform. Strides wrap like addresses.
-    fn bound(
-        &self,
-        slot: Slot,
-        written: bool,
-        variant: &Variant,
-        part: &Part,
-        keys: &Range<u32>,
-        p: &mut Attention,
-    ) -> Bound {
+    fn bound(&self, slot: Slot, written: bool, part: &Part, keys: &Range<u32>, p: &mut Attention) -> Bound {
         let s = self.shape;
         let bytes = s.element.bytes();
         let [heads, rows, keys_all] = [s.heads, s.seq_q, s.seq_kv].map(u64::from);
         let dense = Strides { offset: 0, batch: heads * rows * keys_all, head: rows * keys_all, row: keys_all };
-        let unpacked = self.route.unpacked(s)
-            && matches!(variant, Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_));
+        let unpacked = self.route.unpacked(s);
         let partial = self.route.partials() > 0;
         let fused = self.route.kernel().is_some();
         let (slot, (offset, size, base)) = match slot {

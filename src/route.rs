@@ -3,14 +3,15 @@
 use crate::caps::Caps;
 use crate::choose::choose_fused;
 use crate::error::{Error, Result};
-use crate::kernel::body::{Body, Tile};
+use crate::kernel::body::Body;
 use crate::kernel::eligibility::{key_step, whole_vectors};
 use crate::kernel::format::Format;
 use crate::kernel::fused::{self, Fused, Walk, transforms};
-use crate::kernel::scores::{self, Scores};
-use crate::kernel::shader::Shader;
+use crate::kernel::scores::Scores;
+use crate::kernel::scores_lanes::ScoresLanes;
 use crate::kernel::softmax::Softmax;
 use crate::kernel::values::{self, Values};
+use crate::kernel::values_lanes::ValuesLanes;
 use crate::kernel::{Variant, split};
 use crate::obstacle::Obstacle;
 use crate::options::Options;
@@ -36,7 +37,9 @@ pub(crate) enum Route {
     /// By `scores`, `softmax` and `values`, with the score matrix in between.
     Staged {
         weights: Weighing,
-        values: Values,
+        values: Variant,
+        /// `values` writes f32, which is packed afterwards.
+        unpacked: bool,
         /// Keys of one dispatch of `scores` and `values`.
         key_step: u32,
     },
@@ -45,7 +48,7 @@ pub(crate) enum Route {
 /// The kernels that form the weights.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Weighing {
-    pub(crate) scores: Scores,
+    pub(crate) scores: Variant,
     /// The score transform is a pass of its own.
     pub(crate) separate: bool,
     pub(crate) softmax: Softmax,
@@ -69,7 +72,7 @@ impl Route {
 
     fn fused(kernel: Variant, walk: &Walk<'_>, reasons: &mut Vec<String>) -> Result<Route> {
         let Walk { shape, caps, options, .. } = *walk;
-        let fused = fused::of(&kernel).expect("a fused kernel is chosen");
+        let fused = kernel.fused().expect("a fused kernel is chosen");
         let (key_step, partials) = match &kernel {
             // Its parts are shorter than what its loops take.
             Variant::Split(split) => (walk.key_step, split.partials(walk)),
@@ -98,10 +101,9 @@ impl Route {
         if unpacks(fused, partials, shape) {
             check_unpacked(shape, reasons)?;
         }
-        let values = values::tile(shape, caps, body, vo)?;
-        let scores = scores::tile(shape, caps, body, qk)?;
-        let part_rows = scores.tile_rows.max(values.tile_rows);
-        let weights = if shape.weights { Some(Weighing::new(walk, scores, qk, true, reasons)) } else { None };
+        let scores = scores(walk, body, qk, false)?;
+        let part_rows = tile_rows(&scores, shape).max(tile_rows(&values(walk, body, vo, Element::F32)?, shape));
+        let weights = if shape.weights { Some(Weighing::new(walk, body, qk, true, reasons)?) } else { None };
         Ok(Route::Fused { kernel, key_step, partials, weights, part_rows })
     }
 
@@ -112,18 +114,14 @@ impl Route {
         reasons.push(format!("scores and values in the form: {body} ({why})"));
         let native = choose_native(walk, body)?;
         let [qk, vo] = formats(shape, native, reasons);
-        let weights = Weighing::new(walk, scores::tile(shape, caps, body, qk)?, qk, false, reasons);
+        let weights = Weighing::new(walk, body, qk, false, reasons)?;
         explain_key_step(key_step, shape, reasons);
         let unpacked = shape.element != Element::F32 && (!vo.vector || key_step < shape.seq_kv);
         if unpacked {
             check_unpacked(shape, reasons)?;
         }
-        let values = Values {
-            tile: values::tile(shape, caps, body, vo)?,
-            format: vo,
-            out: if unpacked { Element::F32 } else { shape.element },
-        };
-        Ok(Route::Staged { weights, values, key_step })
+        let values = values(walk, body, vo, if unpacked { Element::F32 } else { shape.element })?;
+        Ok(Route::Staged { weights, values, unpacked, key_step })
     }
 
     pub(crate) fn choice(&self) -> Choice {
@@ -143,13 +141,13 @@ impl Route {
     /// The fused kernel, if there is one.
     pub(crate) fn kernel(&self) -> Option<&dyn Fused> {
         match self {
-            Route::Fused { kernel, .. } => fused::of(kernel),
+            Route::Fused { kernel, .. } => kernel.fused(),
             Route::Staged { .. } => None,
         }
     }
 
     /// The kernel that multiplies the weights by the values, if it is one of its own.
-    pub(crate) fn values(&self) -> Option<Values> {
+    pub(crate) fn values(&self) -> Option<Variant> {
         match *self {
             Route::Fused { .. } => None,
             Route::Staged { values, .. } => Some(values),
@@ -168,9 +166,9 @@ impl Route {
     pub(crate) fn unpacked(&self, shape: &Shape) -> bool {
         match self {
             Route::Fused { kernel, partials, .. } => {
-                fused::of(kernel).is_some_and(|fused| unpacks(fused, *partials, shape))
+                kernel.fused().is_some_and(|fused| unpacks(fused, *partials, shape))
             }
-            Route::Staged { values, .. } => values.out != shape.element,
+            Route::Staged { unpacked, .. } => *unpacked,
         }
     }
 
@@ -185,10 +183,10 @@ impl Route {
     }
 
     /// The rows of a part are a multiple of this.
-    pub(crate) fn part_rows(&self) -> u32 {
+    pub(crate) fn part_rows(&self, shape: &Shape) -> u32 {
         match self {
             Route::Fused { part_rows, .. } => *part_rows,
-            Route::Staged { weights, values, .. } => weights.scores.tile.tile_rows.max(values.tile.tile_rows),
+            Route::Staged { weights, values, .. } => tile_rows(&weights.scores, shape).max(tile_rows(values, shape)),
         }
     }
 
@@ -200,13 +198,34 @@ impl Route {
 
 impl Weighing {
     /// In the scratch, or in the caller's weights, `output`.
-    fn new(walk: &Walk<'_>, tile: Tile, format: Format, output: bool, reasons: &mut Vec<String>) -> Weighing {
+    fn new(walk: &Walk<'_>, body: Body, format: Format, output: bool, reasons: &mut Vec<String>) -> Result<Weighing> {
         let Walk { shape, caps, .. } = *walk;
         let operands = transforms(shape) || shape.wants(Logits::Masked);
-        let separate = operands && is_separate(shape, caps, tile.body, reasons);
-        let scores = Scores { tile, format, full: operands && !separate };
-        Weighing { scores, separate, softmax: Softmax::new(shape, caps, output) }
+        let separate = operands && is_separate(shape, caps, body, reasons);
+        let scores = scores(walk, body, format, operands && !separate)?;
+        Ok(Weighing { scores, separate, softmax: Softmax::new(shape, caps, output) })
     }
+}
+
+/// The kernel that forms scores; `full`: with the whole score transform.
+fn scores(walk: &Walk<'_>, body: Body, format: Format, full: bool) -> Result<Variant> {
+    Ok(match body {
+        Body::Tiled => Scores::new(walk.shape, walk.caps, format, full)?.into(),
+        Body::Lanes(lanes) => ScoresLanes::new(walk.shape, lanes, format).into(),
+    })
+}
+
+/// The kernel that multiplies weights by values.
+fn values(walk: &Walk<'_>, body: Body, format: Format, out: Element) -> Result<Variant> {
+    Ok(match body {
+        Body::Tiled => Values::new(walk.shape, walk.caps, format, out)?.into(),
+        Body::Lanes(lanes) => ValuesLanes::new(walk.shape, lanes, format, out).into(),
+    })
+}
+
+/// Query rows of a workgroup of a kernel of attention.
+pub(crate) fn tile_rows(variant: &Variant, shape: &Shape) -> u32 {
+    variant.attention().map_or(1, |kernel| kernel.grid(shape, 1).tile_rows)
 }
 
 /// Whether a fused kernel leaves a 16-bit output to `pack`.

@@ -68,7 +68,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
 
 /// The WGSL of a variant.
 pub fn render(variant: &Variant) -> String {
-    let name = format!("{}.wgsl", variant.shader());
+    let name = format!("{}.wgsl", variant.kernel());
     let template = TEMPLATES.get_template(&name).expect("every shader has its template");
     let layout = variant.layout();
     let context = context! { params_fields => layout.wgsl(), flags => layout.flags(), ..variant.context() };

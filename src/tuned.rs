@@ -3,8 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::body::lane_bodies;
 use crate::kernel::fused::transforms;
+use crate::kernel::lanes::Lanes;
 use crate::kernel::{Variant, flash, matrix, rows, split};
 use crate::options::Kernel;
 use crate::problem::{Causal, Element};
@@ -104,7 +104,7 @@ impl Choice {
     pub fn exists(&self) -> bool {
         match self {
             Choice::Unfused => true,
-            Choice::Rows(tile) => lane_bodies().flat_map(rows::tiles).any(|known| known == *tile),
+            Choice::Rows(tile) => Lanes::all().flat_map(rows::tiles).any(|known| known == *tile),
             Choice::Flash(tile) => flash::TILES.contains(tile),
             Choice::Matrix(tile) => matrix::tiles().any(|known| known == *tile),
             Choice::Split(tile) => split::tiles().any(|known| known == *tile),

@@ -1,7 +1,6 @@
 //! What several kernels ask of a problem and a device before they can run.
 
-use super::body::{Body, LANE_DIMS, LANE_ROWS, Tile};
-use super::format::Format;
+use super::body::Tile;
 use super::shader::Shader;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
@@ -24,16 +23,6 @@ pub(crate) fn largest<K: Shader>(tiles: &[Tile], rows: u32, caps: &Caps, kernel:
         .iter()
         .find(|&&tile| fits(caps, &kernel(tile)) && (rows > tile.tile_rows / 2 || tile.tile_rows == smallest));
     found.copied().ok_or(Error::Kernel { kernel: K::NAME, why: Obstacle::NoTile })
-}
-
-/// The lane-per-row tile of `scores` or `values`, whose lanes keep `dim` dims of a row.
-pub(crate) fn lane_tile(tile: fn(Body, u32, u32) -> Tile, body: Body, shape: &Shape, dim: u32, format: Format) -> Tile {
-    let Body::Lanes { lanes, .. } = body else { unreachable!("called for lane bodies") };
-    let [one, many] = LANE_ROWS;
-    let [narrow, wide] = LANE_DIMS;
-    let rows = if group_rows(shape) <= u64::from(lanes) { one } else { many };
-    let dims = if dim <= narrow && format.vector { narrow } else { wide };
-    tile(body, rows, dims)
 }
 
 /// What keeps a kernel that binds so many storage buffers from running.

@@ -4,11 +4,13 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::attention::{AttentionKernel, Grid};
 use super::body::ELEMENTWISE;
 use super::params::{At, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
+use crate::shape::Shape;
 
 /// A variant of `export`: what it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +52,20 @@ impl Shader for Export {
 
     fn context(&self) -> Value {
         context! { lists => true, threads => self.threads() }
+    }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
+    }
+}
+
+impl AttentionKernel for Export {
+    fn grid(&self, _: &Shape, keys: u64) -> Grid {
+        Grid::rows(keys, self.threads())
+    }
+
+    fn every_pair(&self) -> bool {
+        true
     }
 }
 

@@ -1,9 +1,8 @@
 //! What the fused kernels share: which operands they bind, and when one of them can run.
 
-use super::Variant;
+use super::attention::Grid;
 use super::eligibility::{too_many_bindings, whole_vectors};
 use super::format::Format;
-use super::grid::Grid;
 use super::slot::Slot;
 use crate::caps::{CPU_TURNS, Caps};
 use crate::obstacle::Obstacle;
@@ -107,24 +106,13 @@ pub(crate) trait Fused {
     fn waiting_bytes(&self) -> u64 {
         0
     }
-
-    /// How the work is divided into workgroups.
-    fn grid(&self, shape: &Shape) -> Grid {
-        let blocks = self.value_dims().map_or(1, |dims| shape.value_dim.div_ceil(dims));
-        let flops = 2.0 * f64::from(blocks * shape.head_dim + shape.value_dim);
-        Grid { tile_rows: self.tile_rows(), columns: blocks.into(), flops }
-    }
 }
 
-/// The fused kernel that a variant is of, if it is of one.
-pub(crate) fn of(variant: &Variant) -> Option<&dyn Fused> {
-    match variant {
-        Variant::Rows(x) => Some(x),
-        Variant::Flash(x) => Some(x),
-        Variant::Matrix(x) => Some(x),
-        Variant::Split(x) => Some(x),
-        _ => None,
-    }
+/// How the work of a fused kernel is divided into workgroups.
+pub(crate) fn grid(kernel: &dyn Fused, shape: &Shape) -> Grid {
+    let blocks = kernel.value_dims().map_or(1, |dims| shape.value_dim.div_ceil(dims));
+    let flops = 2.0 * f64::from(blocks * shape.head_dim + shape.value_dim);
+    Grid { tile_rows: kernel.tile_rows(), columns: blocks.into(), flops }
 }
 
 /// A walk over the keys of a problem on a device.

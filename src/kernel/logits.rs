@@ -4,11 +4,13 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::attention::{AttentionKernel, Grid};
 use super::body::ELEMENTWISE;
 use super::params::{At, Keys, Lists, Transform, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
+use crate::shape::Shape;
 
 /// A variant of `logits`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +51,20 @@ impl Shader for Logits {
 
     fn context(&self) -> Value {
         context! { lists => true, threads => self.threads(), full => true }
+    }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
+    }
+}
+
+impl AttentionKernel for Logits {
+    fn grid(&self, _: &Shape, keys: u64) -> Grid {
+        Grid::rows(keys, self.threads())
+    }
+
+    fn every_pair(&self) -> bool {
+        true
     }
 }
 

@@ -5,9 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
+use super::attention::{AttentionKernel, Grid};
 use super::eligibility::fits;
 use super::format::Format;
-use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
+use super::fused::{self, Fused, OperandSet, Walk, check_operands, whole_format};
 use super::params::{At, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
@@ -204,6 +205,10 @@ impl Shader for Matrix {
             emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
         }
     }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
+    }
 }
 
 impl fmt::Display for Matrix {
@@ -237,6 +242,16 @@ fn check_device(shape: &Shape, caps: &Caps, emulated: bool) -> Result<(), Obstac
         Err(Obstacle::SubgroupLanes { limit: MOST_LANES })
     } else {
         Ok(())
+    }
+}
+
+impl AttentionKernel for Matrix {
+    fn grid(&self, shape: &Shape, _: u64) -> Grid {
+        fused::grid(self, shape)
+    }
+
+    fn fused(&self) -> Option<&dyn Fused> {
+        Some(self)
     }
 }
 

@@ -1,19 +1,18 @@
-//! Host side of `shaders/project.wgsl` and `shaders/project_lanes.wgsl`: y = x w + b.
+//! Host side of `shaders/project.wgsl`: y = x w + b, in tiles.
 
 use std::fmt;
 
 use minijinja::{Value, context};
 
-use super::body::{Body, Tile, lane_bodies};
+use super::body::Tile;
 use super::eligibility::largest;
 use super::params::{At, Turn};
 use super::scores;
-use super::shader::{Needs, Shader};
+use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
 use crate::caps::Caps;
 use crate::error::Result;
-use crate::options::Options;
 use crate::problem::Element;
 
 /// A variant of `project`.
@@ -21,6 +20,13 @@ use crate::problem::Element;
 pub struct Project {
     /// Tile parameters.
     pub tile: Tile,
+    /// The matrix.
+    pub matrix: Matrix,
+}
+
+/// What the text of `project` and `project_lanes` depends on beside tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Matrix {
     /// Type of the weights in memory; 16-bit types are packed in u32.
     pub element: Element,
     /// The weights are [out, in] rather than [in, out].
@@ -31,23 +37,45 @@ pub struct Project {
     pub turned: bool,
 }
 
-/// Tiled entries, largest first: those of `scores`.
-pub const TILED: [Tile; 2] = scores::TILED;
+impl Matrix {
+    /// All that kernels are rendered for.
+    pub(crate) fn all() -> impl Iterator<Item = Matrix> {
+        // Transposed, vector, turned.
+        let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
+        let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
+        [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
+            kinds.clone().map(move |(transposed, vector, turned)| Matrix { element, transposed, vector, turned })
+        })
+    }
 
-/// Lane-per-row tiles of `project`, many rows first.
-pub(crate) fn lane_tiles(body: Body) -> [Tile; 2] {
-    let Body::Lanes { lanes, subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
-    let cols = if subgroup { 32 } else { 16 };
-    ROWS.map(|rows| Tile { body, rows, cols: 1, tile_rows: rows * lanes, tile_cols: cols, depth: 4 })
+    pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
+        let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Y, true)];
+        if self.turned {
+            slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
+        }
+        slots
+    }
+
+    /// What the templates are rendered with, beside the tile.
+    pub(crate) fn context(&self, tile: Value) -> Value {
+        context! {
+            element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
+            turned => self.turned, ..tile
+        }
+    }
 }
 
-/// Rows per lane in `project`.
-const ROWS: [u32; 2] = [8, 1];
-
-/// Every tile of `project`.
-pub(crate) fn tiles() -> impl Iterator<Item = Tile> {
-    lane_bodies().flat_map(lane_tiles).chain(TILED)
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let order = if self.transposed { "[out, in]" } else { "[in, out]" };
+        let vector = if self.vector { "" } else { " unaligned" };
+        let turned = if self.turned { ", turned" } else { "" };
+        write!(f, "{} {order}{vector}{turned}", self.element)
+    }
 }
+
+/// The tiles, largest first: those of `scores`.
+pub const TILES: [Tile; 2] = scores::TILES;
 
 params! {
     /// The parameters of `project`.
@@ -93,33 +121,11 @@ impl Shader for Project {
     const NAME: &str = "project";
 
     fn all() -> impl Iterator<Item = Self> {
-        // Transposed, vector, turned.
-        let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
-        let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
-        tiles().flat_map(move |tile| {
-            let kinds = kinds.clone();
-            [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
-                kinds.clone().map(move |(transposed, vector, turned)| Project {
-                    tile,
-                    element,
-                    transposed,
-                    vector,
-                    turned,
-                })
-            })
-        })
-    }
-
-    fn shader(&self) -> &'static str {
-        if self.tile.body == Body::Tiled { Self::NAME } else { "project_lanes" }
+        TILES.into_iter().flat_map(|tile| Matrix::all().map(move |matrix| Project { tile, matrix }))
     }
 
     fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Y, true)];
-        if self.turned {
-            slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
-        }
-        slots
+        self.matrix.bindings()
     }
 
     fn threads(&self) -> u32 {
@@ -127,52 +133,28 @@ impl Shader for Project {
     }
 
     fn workgroup_bytes(&self) -> u32 {
-        match self.tile.body {
-            Body::Tiled => 16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1),
-            Body::Lanes { .. } => 0,
-        }
-    }
-
-    fn needs(&self) -> Needs {
-        self.tile.body.needs(self.vector)
+        16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1)
     }
 
     fn context(&self) -> Value {
         context! {
-            element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
-            turned => self.turned,
-            workgroup_bytes => self.workgroup_bytes(),
-            ..self.tile.context(self.threads())
+            threads => self.threads(), workgroup_bytes => self.workgroup_bytes(),
+            ..self.matrix.context(self.tile.context())
         }
     }
 }
 
 impl fmt::Display for Project {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tile { body, rows, tile_rows, tile_cols, .. } = self.tile;
-        let order = if self.transposed { "[out, in]" } else { "[in, out]" };
-        let vector = if self.vector { "" } else { " unaligned" };
-        let turned = if self.turned { ", turned" } else { "" };
-        write!(
-            f,
-            "project[{body}; {tile_rows}×{tile_cols}, {rows} rows each; {} {order}{vector}{turned}]",
-            self.element
-        )
+        let Tile { rows, tile_rows, tile_cols, .. } = self.tile;
+        write!(f, "project[tiled; {tile_rows}×{tile_cols}, {rows} rows each; {}]", self.matrix)
     }
 }
 
-/// The tile for so many rows on a device.
-pub(crate) fn tile(rows: u32, caps: &Caps, options: &Options) -> Result<Tile> {
-    let (body, _) = Body::choose(caps, options);
-    if let Body::Lanes { lanes, .. } = body {
-        let [many, one] = lane_tiles(body);
-        return Ok(if rows <= lanes { one } else { many });
+impl Project {
+    /// The variant with the largest tile that suits so many rows and a device.
+    pub(crate) fn new(rows: u32, caps: &Caps, matrix: Matrix) -> Result<Project> {
+        let tile = largest(&TILES, rows, caps, |tile| Project { tile, matrix })?;
+        Ok(Project { tile, matrix })
     }
-    largest(&TILED, rows, caps, |tile| Project {
-        tile,
-        element: Element::F32,
-        transposed: false,
-        vector: false,
-        turned: false,
-    })
 }

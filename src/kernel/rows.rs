@@ -5,9 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::body::{Body, lane_bodies};
+use super::attention::{AttentionKernel, Grid};
 use super::format::Format;
-use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
+use super::fused::{self, Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
+use super::lanes::Lanes;
 use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
@@ -36,7 +37,7 @@ pub struct Rows {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Lanes, and how keys and values are spread over them.
-    pub body: Body,
+    pub lanes: Lanes,
     /// Rows per lane.
     pub rows: u32,
     /// Keys per step.
@@ -46,15 +47,9 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Invocations of a workgroup.
-    pub fn lanes(&self) -> u32 {
-        let Body::Lanes { lanes, .. } = self.body else { panic!("not a lane body: {:?}", self.body) };
-        lanes
-    }
-
     /// Rows of a workgroup.
     pub fn tile_rows(&self) -> u32 {
-        self.lanes() * self.rows
+        self.lanes.lanes * self.rows
     }
 }
 
@@ -64,12 +59,11 @@ impl Tile {
 const TILES: [(u32, [u32; 2], [u32; 2]); 4] =
     [(32, [8, 4], [8, 2]), (64, [8, 4], [8, 1]), (128, [4, 2], [4, 1]), (256, [2, 2], [2, 1])];
 
-/// The tiles of a body, fewest dims first.
-pub(crate) fn tiles(body: Body) -> impl Iterator<Item = Tile> {
-    let Body::Lanes { subgroup, .. } = body else { panic!("not a lane body: {body:?}") };
+/// The tiles of these lanes, fewest dims first.
+pub(crate) fn tiles(lanes: Lanes) -> impl Iterator<Item = Tile> {
     TILES.into_iter().map(move |(dims, spread, alone)| {
-        let [rows, keys] = if subgroup { spread } else { alone };
-        Tile { body, rows, keys, dims }
+        let [rows, keys] = if lanes.subgroup { spread } else { alone };
+        Tile { lanes, rows, keys, dims }
     })
 }
 
@@ -124,7 +118,7 @@ impl Shader for Rows {
 
     fn all() -> impl Iterator<Item = Self> {
         let formats = || Format::all().filter(|format| !format.native);
-        lane_bodies().flat_map(tiles).flat_map(move |tile| {
+        Lanes::all().flat_map(tiles).flat_map(move |tile| {
             let forms = [(false, false), (false, true), (true, false), (true, true)];
             formats().flat_map(move |format| forms.map(|(full, carry)| Rows { tile, format, full, carry }))
         })
@@ -137,31 +131,49 @@ impl Shader for Rows {
     }
 
     fn threads(&self) -> u32 {
-        self.tile.lanes()
+        self.tile.lanes.lanes
     }
 
     fn needs(&self) -> Needs {
-        self.tile.body.needs(self.format.vector)
+        self.tile.lanes.needs(self.format.vector)
     }
 
     fn context(&self) -> Value {
-        let Tile { body, rows, keys, dims } = self.tile;
-        let Body::Lanes { lanes, subgroup, wide } = body else { panic!("not a lane body: {body:?}") };
+        let Tile { lanes, rows, keys, dims } = self.tile;
         context! {
             lists => true,
             element => self.format.element.to_string(), vector => self.format.vector, out => self.out().to_string(),
-            full => self.full, quick => true, carry => self.carry, lanes, subgroup, wide, rows, keys, dims,
+            full => self.full, quick => true, carry => self.carry, rows, keys, dims,
+            ..lanes.context()
         }
+    }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
     }
 }
 
 impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tile { body, rows, keys, dims } = self.tile;
+        let Tile { lanes, rows, keys, dims } = self.tile;
         let full = if self.full { " full" } else { "" };
         let (rows, keys) = (counted(rows as usize, "row"), counted(keys as usize, "key"));
         let carry = if self.carry { ", carried on" } else { "" };
-        write!(f, "rows[{body}; {rows} a lane, {keys}, {dims} dims{carry}; {}{full}]", self.format)
+        write!(f, "rows[{lanes}; {rows} a lane, {keys}, {dims} dims{carry}; {}{full}]", self.format)
+    }
+}
+
+impl AttentionKernel for Rows {
+    fn grid(&self, shape: &Shape, _: u64) -> Grid {
+        fused::grid(self, shape)
+    }
+
+    fn takes_both_ends(&self) -> bool {
+        true
+    }
+
+    fn fused(&self) -> Option<&dyn Fused> {
+        Some(self)
     }
 }
 
@@ -169,9 +181,9 @@ impl Fused for Rows {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Rows>, Obstacle> {
         let full = transforms(shape);
         let dims = shape.head_dim.max(shape.value_dim);
-        let own = Body::lanes(caps);
-        let others = lane_bodies().filter(|&body| body != own && body.runs(caps));
-        let tiles = std::iter::once(own).chain(others).filter_map(|body| tiles(body).find(|tile| dims <= tile.dims));
+        let own = Lanes::of(caps);
+        let others = Lanes::all().filter(|&lanes| lanes != own && lanes.run(caps));
+        let tiles = std::iter::once(own).chain(others).filter_map(|lanes| tiles(lanes).find(|tile| dims <= tile.dims));
         let format = whole_format(shape, false);
         let found: Vec<_> = tiles.map(|tile| Rows { tile, format, full, carry: false }).collect();
         if found.is_empty() {

@@ -5,20 +5,21 @@ use std::hash::Hash;
 
 use minijinja::Value;
 
+use super::attention::AttentionKernel;
 use super::slot::Slot;
+use super::uniform::Reads;
 
 /// One kernel. A value of the type is a variant of the kernel: the numbers that its shader is rendered with.
-pub trait Shader: Copy + Debug + Display + Eq + Hash {
-    /// The kernel's noun: the name of its module, and of its shader and its reference where it has one of its own.
+pub(crate) trait Shader: Reads + Copy + Debug + Display + Eq + Hash {
+    /// The kernel's noun: the name of its module, and of its shader.
     const NAME: &'static str;
+
+    /// What the kernel computes, for which plans name it: its noun, or that of the kernel that computes the same in another way, or that
+    /// of the pass after it.
+    const STAGE: &'static str = Self::NAME;
 
     /// Every variant that the planner can choose.
     fn all() -> impl Iterator<Item = Self>;
-
-    /// The file of the shader under `shaders/`, without its ending: that of the kernel, or that of its second body or pass.
-    fn shader(&self) -> &'static str {
-        Self::NAME
-    }
 
     /// Whether all query heads of a key/value head are rows of one tile, see shaders/shared/lines.wgsl.
     fn takes_group(&self) -> bool {
@@ -43,6 +44,11 @@ pub trait Shader: Copy + Debug + Display + Eq + Hash {
 
     /// What the template of the shader is rendered with.
     fn context(&self) -> Value;
+
+    /// What the planner asks of the kernel, if it is one of attention.
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        None
+    }
 }
 
 /// Optional features of a device that a shader uses.

@@ -71,7 +71,7 @@ pub enum Slot {
     PartialLse,
     /// Attention sinks, where a kernel reads them from a buffer of their own.
     Sinks,
-    /// Scratch: maximum and sum of each row, for `merge` and `weights`.
+    /// Scratch: maximum and sum of each row, for `merge`.
     Totals,
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use minijinja::{Value, context};
 
+use super::attention::{AttentionKernel, Grid};
 use super::params::{At, LineAt, Lines, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
@@ -75,6 +76,16 @@ impl Shader for Softmax {
 
     fn context(&self) -> Value {
         context! { lists => true, threads => self.threads, lse => self.lse, output => self.output }
+    }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
+    }
+}
+
+impl AttentionKernel for Softmax {
+    fn grid(&self, _: &Shape, _: u64) -> Grid {
+        Grid { tile_rows: 1, columns: 1, flops: 32.0 }
     }
 }
 

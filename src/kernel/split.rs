@@ -5,12 +5,13 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::body::WIDE_LANES;
+use super::attention::{AttentionKernel, Grid};
 use super::eligibility::{fits, group_rows};
 use super::format::Format;
 use super::fused::{
-    Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
+    self, Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
 };
+use super::lanes::WIDE_LANES;
 use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
@@ -50,7 +51,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Whether whole vectors are loaded by 64 bits, see [`super::Body`].
+    /// Whether whole vectors are loaded by 64 bits, see [`super::Lanes`].
     pub fn wide(&self) -> bool {
         self.streams == 1
     }
@@ -159,6 +160,10 @@ impl Shader for Split {
             wide => self.tile.wide(), across => ACROSS, dims, rows, keys, streams, shuffle, bytes => self.workgroup_bytes(),
         }
     }
+
+    fn attention(&self) -> Option<&dyn AttentionKernel> {
+        Some(self)
+    }
 }
 
 impl fmt::Display for Split {
@@ -211,6 +216,16 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 fn longer_partial_bytes(shape: &Shape, partials: u32) -> u64 {
     let [out, totals] = partial_bytes(shape, partials);
     out.max(totals)
+}
+
+impl AttentionKernel for Split {
+    fn grid(&self, shape: &Shape, _: u64) -> Grid {
+        fused::grid(self, shape)
+    }
+
+    fn fused(&self) -> Option<&dyn Fused> {
+        Some(self)
+    }
 }
 
 impl Fused for Split {

@@ -201,6 +201,12 @@ macro_rules! params {
                 Params { place: all.place, $($field: all.$field,)* }
             }
         }
+
+        impl $crate::kernel::attention::Picks for $kernel {
+            fn pick(&self, all: &$crate::kernel::params::Attention) -> $crate::kernel::uniform::Uniform {
+                $crate::kernel::uniform::Uniform::new(&Params::from(all))
+            }
+        }
     };
     ($(#[$doc:meta])* $kernel:ident {
         $($(#[$field_doc:meta])* $field:ident: $kind:ty,)*

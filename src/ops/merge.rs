@@ -5,11 +5,11 @@ use std::ops::Range;
 use crate::caps::Caps;
 use crate::error::{Error, Result};
 use crate::kernel::eligibility::whole_vectors;
+use crate::kernel::merge_totals::{self, MergeTotals};
 use crate::kernel::params::{self, At, LineAt, Place, flags};
-use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
-use crate::kernel::{Variant, merge};
+use crate::kernel::{self, Variant};
 use crate::ops::pack::pack;
 use crate::options::Options;
 use crate::part::{Cut, Excess, Part, count};
@@ -288,72 +288,92 @@ impl Planner<'_, '_> {
     fn part(&mut self, part: &Part) -> Result<()> {
         let (m, lines) = (self.merge, part.planes() * count(&part.rows));
         for partials in self.chunks(part, 4 * self.words) {
-            let lse = m.lse && partials.end == m.partials;
-            let sinks = m.sinks && partials.start == 0;
-            self.dispatch(merge::Merge::Totals { lse, sinks }, part, &partials, lines)?;
+            let (lse, sinks) = (m.lse && partials.end == m.partials, m.sinks && partials.start == 0);
+            self.dispatch(MergeTotals { lse, sinks }.into(), part, &partials, lines)?;
         }
         let element = if self.unpacked { Element::F32 } else { m.element };
         let vector = m.value_dim.is_multiple_of(4) && whole_vectors(&self.out);
         let items = lines * u64::from(m.value_dim.div_ceil(4));
         for partials in self.chunks(part, self.out_step()) {
-            self.dispatch(merge::Merge::Out { element, vector }, part, &partials, items)?;
+            self.dispatch(kernel::merge::Merge { element, vector }.into(), part, &partials, items)?;
         }
         Ok(())
     }
 
-    fn dispatch(&mut self, variant: merge::Merge, part: &Part, partials: &Range<u32>, items: u64) -> Result<()> {
+    fn dispatch(&mut self, variant: Variant, part: &Part, partials: &Range<u32>, items: u64) -> Result<()> {
         let (m, caps) = (self.merge, self.caps);
         let dim = u64::from(m.value_dim);
-        let plane = u64::from(m.seq_q) * dim;
-        let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
-        let base = bind(caps, self.lines(part), 4, 0).2;
-        let mut params = merge::Params {
-            place: Place { row_tiles: 1, col_tiles: workgroups, ..Place::of(part) },
-            partial0: partials.start,
-            partial_end: partials.end,
-            first_out: At { base: 0, batch: (u64::from(m.heads) * plane) as u32, head: plane as u32, row: m.value_dim },
-            first_lse: 0,
-            partials: params::Partials { next_out: (m.lines() * dim) as u32, next_lse: m.lines() as u32 },
-            out: At::new(0, &self.out.strides),
-            lse: LineAt { base, batch: m.heads.wrapping_mul(m.seq_q), head: m.seq_q },
-            value_dim: m.value_dim,
-            items: checked_u32("items", items)?,
-            flags: if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 },
-        };
+        let lse = bind(caps, self.lines(part), 4, 0);
+        let [mut first_out, mut first_lse, mut out] = [0; 3];
         let mut bindings = Vec::new();
         for (slot, written) in variant.bindings() {
-            let lse = bind(caps, self.lines(part), 4, 0);
-            let (slot, (offset, size)) = match slot {
+            let (slot, (offset, size, base)) = match slot {
                 // A binding may not be empty, and nothing of it is read.
-                Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, SPARE)),
-                Slot::PartialOut => {
-                    let (offset, size, base) = bind(caps, self.partial_span(part, partials, dim), 4, 0);
-                    params.first_out.base = base;
-                    (slot, (offset, size))
-                }
-                Slot::PartialLse => {
-                    let (offset, size, base) = bind(caps, self.partial_span(part, partials, self.words), 4, 0);
-                    params.first_lse = base;
-                    (slot, (offset, size))
-                }
+                Slot::PartialOut | Slot::PartialLse if m.partials == 0 => (Slot::Spare, (0, SPARE, 0)),
+                Slot::PartialOut => (slot, bind(caps, self.partial_span(part, partials, dim), 4, 0)),
+                Slot::PartialLse => (slot, bind(caps, self.partial_span(part, partials, self.words), 4, 0)),
                 // Two numbers where lse has one, so that both have the same base.
-                Slot::Totals => (slot, (2 * lse.0, 2 * lse.1)),
-                Slot::Lse => (slot, (lse.0, lse.1)),
+                Slot::Totals => (slot, (2 * lse.0, 2 * lse.1, lse.2)),
+                Slot::Lse => (slot, lse),
                 Slot::Out => {
-                    let (offset, size, base) =
-                        bind(caps, part.span(&self.out), self.out_bytes(), self.out.strides.offset);
-                    params.out.base = base;
-                    (if self.unpacked { Slot::Unpacked } else { slot }, (offset, size))
+                    let bound = bind(caps, part.span(&self.out), self.out_bytes(), self.out.strides.offset);
+                    (if self.unpacked { Slot::Unpacked } else { slot }, bound)
                 }
-                _ => (slot, (0, 4 * u64::from(m.heads))),
+                _ => (slot, (0, 4 * u64::from(m.heads), 0)),
             };
+            match slot {
+                Slot::PartialOut => first_out = base,
+                Slot::PartialLse => first_lse = base,
+                Slot::Out | Slot::Unpacked => out = base,
+                _ => {}
+            }
             bindings.push(Bound { slot, offset, size, written });
         }
         if let Some(bound) = bindings.iter().find(|bound| bound.size > caps.binding()) {
             return Err(Error::bytes(bound.slot.name(), bound.size, caps.binding()));
         }
+        let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
+        let totals = merge_totals::Params {
+            place: Place { row_tiles: 1, col_tiles: workgroups, ..Place::of(part) },
+            partial0: partials.start,
+            partial_end: partials.end,
+            first_lse,
+            partials: params::Partials { next_out: (m.lines() * dim) as u32, next_lse: m.lines() as u32 },
+            lse: LineAt { base: lse.2, batch: m.heads.wrapping_mul(m.seq_q), head: m.seq_q },
+            items: checked_u32("items", items)?,
+            flags: if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 },
+        };
+        let uniform = match variant {
+            Variant::MergeTotals(_) => Uniform::new(&totals),
+            _ => Uniform::new(&self.outputs(totals, first_out, out)),
+        };
         let flops = 16.0 * items as f64 * partials.len() as f64;
-        self.steps.push(Variant::Merge(variant), Uniform::new(&params), bindings, workgroups, flops)?;
+        self.steps.push(variant, uniform, bindings, workgroups, flops)?;
         Ok(())
+    }
+
+    /// The parameters of the second pass, from those that both have and the places of the outputs.
+    fn outputs(&self, both: merge_totals::Params, first_out: u32, out: u32) -> kernel::merge::Params {
+        let m = self.merge;
+        let plane = u64::from(m.seq_q) * u64::from(m.value_dim);
+        let merge_totals::Params { place, partial0, partial_end, first_lse, partials, lse, items, flags } = both;
+        kernel::merge::Params {
+            place,
+            partial0,
+            partial_end,
+            first_out: At {
+                base: first_out,
+                batch: (u64::from(m.heads) * plane) as u32,
+                head: plane as u32,
+                row: m.value_dim,
+            },
+            first_lse,
+            partials,
+            out: At::new(out, &self.out.strides),
+            lse,
+            value_dim: m.value_dim,
+            items,
+            flags,
+        }
     }
 }

@@ -2,12 +2,14 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
-use crate::kernel::body::Tile;
+use crate::kernel::Variant;
+use crate::kernel::body::Body;
 use crate::kernel::eligibility::too_many_bindings;
 use crate::kernel::params::{At, Place, Turn as TurnParams, flags};
+use crate::kernel::project::{self, Matrix};
+use crate::kernel::project_lanes::ProjectLanes;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
-use crate::kernel::{Variant, project};
 use crate::options::Options;
 use crate::part::{Axis, Cut, Excess, Part, count};
 use crate::problem::{Element, Strides};
@@ -237,9 +239,20 @@ impl Projection {
             && [self.weight_offset, self.weight_row].iter().all(|n| n.is_multiple_of(4))
     }
 
-    fn variant(&self, tile: Tile, turned: bool) -> project::Project {
+    /// The kernel for a device, with the rows and columns of its tiles.
+    fn kernel(&self, turned: bool, steps: &Steps<'_>) -> Result<(Variant, [u32; 2])> {
         let transposed = self.order == Order::OutIn;
-        project::Project { tile, element: self.element, transposed, vector: self.vector(), turned }
+        let matrix = Matrix { element: self.element, transposed, vector: self.vector(), turned };
+        Ok(match Body::choose(steps.caps, &steps.options) {
+            (Body::Tiled, _) => {
+                let kernel = project::Project::new(self.rows, steps.caps, matrix)?;
+                (kernel.into(), [kernel.tile.tile_rows, kernel.tile.tile_cols])
+            }
+            (Body::Lanes(lanes), _) => {
+                let kernel = ProjectLanes::new(self.rows, lanes, matrix);
+                (kernel.into(), [kernel.tile_rows(), kernel.tile_cols()])
+            }
+        })
     }
 
     /// What keeps the columns from turning before they are stored.
@@ -275,9 +288,8 @@ impl Projection {
             return Ok(());
         }
         let of = self.flat();
-        let tile = project::tile(of.rows, steps.caps, &steps.options)?;
-        let variant = of.variant(tile, wiring.turn.is_some());
-        let planner = Planner { wiring, caps: steps.caps, variant, of };
+        let (variant, [tile_rows, tile_cols]) = of.kernel(wiring.turn.is_some(), steps)?;
+        let planner = Planner { wiring, caps: steps.caps, variant, tile_rows, tile_cols, of };
         planner.of.whole().divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }
 }
@@ -286,7 +298,9 @@ struct Planner<'a> {
     of: Projection,
     wiring: Wiring,
     caps: &'a Caps,
-    variant: project::Project,
+    variant: Variant,
+    tile_rows: u32,
+    tile_cols: u32,
 }
 
 impl Planner<'_> {
@@ -303,7 +317,7 @@ impl Planner<'_> {
         let (step, least) = match &self.wiring.turn {
             // Parts end where a head does.
             Some(turn) => (turn.head_dim, turn.head_dim),
-            None => (self.variant.tile.tile_cols, if self.variant.vector { 4 } else { 1 }),
+            None => (self.tile_cols, if p.vector() { 4 } else { 1 }),
         };
         let columns = Cut { axis: Axis::Columns, step, least };
         let inputs = Cut { axis: Axis::Inputs, step: 4, least: 4 };
@@ -311,7 +325,7 @@ impl Planner<'_> {
         if weight > limit {
             cuts.push(if p.order == Order::OutIn { columns } else { inputs });
         } else {
-            cuts.extend([Cut::anywhere(Axis::Batch), Cut::at_multiples(Axis::Rows, self.variant.tile.tile_rows)]);
+            cuts.extend([Cut::anywhere(Axis::Batch), Cut::at_multiples(Axis::Rows, self.tile_rows)]);
             // Along inputs the halves add up in order, so columns go first wherever they help.
             cuts.extend((y > limit).then_some(columns));
             cuts.extend((x > limit).then_some(inputs));
@@ -341,8 +355,8 @@ impl Planner<'_> {
     fn part(&self, part: &Part, steps: &mut Steps<'_>) -> Result<()> {
         let (p, caps, wiring) = (&self.of, self.caps, self.wiring);
         let [rows, columns] = [&part.rows, &part.columns].map(|range| range.end - range.start);
-        let row_tiles = rows.div_ceil(self.variant.tile.tile_rows);
-        let col_tiles = columns.div_ceil(self.variant.tile.tile_cols);
+        let row_tiles = rows.div_ceil(self.tile_rows);
+        let col_tiles = columns.div_ceil(self.tile_cols);
         let (x, x_base) = bound(caps, wiring.x, p.x_span(part), 4, p.x.offset, false)?;
         let (weight, w_base) =
             bound(caps, wiring.weight, p.weight_span(part), p.element.bytes(), p.weight_offset, false)?;
@@ -380,6 +394,6 @@ impl Planner<'_> {
         let batch = count(&part.batch);
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * batch)?;
         let flops = 2.0 * batch as f64 * f64::from(rows) * count(&part.inputs) as f64 * f64::from(columns);
-        steps.push(Variant::Project(self.variant), uniform, bindings, workgroups, flops)
+        steps.push(self.variant, uniform, bindings, workgroups, flops)
     }
 }

@@ -43,7 +43,7 @@ impl Planner<'_> {
         vec![
             Cut::anywhere(Axis::Batch),
             Cut::at_multiples(Axis::Heads, if self.route.takes_group() { self.shape.group } else { 1 }),
-            Cut::at_multiples(Axis::Rows, self.route.part_rows()),
+            Cut::at_multiples(Axis::Rows, self.route.part_rows(self.shape)),
         ]
     }
 

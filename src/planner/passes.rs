@@ -32,7 +32,7 @@ impl Planner<'_> {
                     self.step(Variant::Export(export::Export { to: Slot::Weights }), part, &all, 0)?;
                 }
                 for (i, keys) in self.ranges().iter().enumerate() {
-                    self.step(Variant::Values(values), part, keys, if i > 0 { flags::ADD } else { 0 })?;
+                    self.step(values, part, keys, if i > 0 { flags::ADD } else { 0 })?;
                 }
                 Ok(())
             }
@@ -58,7 +58,7 @@ impl Planner<'_> {
             .map(|exported| if exported && !weights.softmax.output { flags::EVERY_KEY } else { 0 });
         let capped_first = weights.separate && s.wants(Logits::Capped) && s.softcap.is_some();
         for keys in self.ranges() {
-            self.step(Variant::Scores(weights.scores), part, &keys, every_score)?;
+            self.step(weights.scores, part, &keys, every_score)?;
         }
         if capped_first {
             // Only the cap: no operand hides a key yet.

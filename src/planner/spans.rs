@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Planner;
-use crate::kernel::Variant;
+use crate::kernel::{Variant, fused};
 use crate::part::{Part, count, span};
 use crate::problem::Broadcast;
 use crate::shape::Tensor;
@@ -17,7 +17,7 @@ impl Planner<'_> {
     /// Of the rows of a fused kernel that wait between dispatches.
     pub(super) fn state_bytes(&self, part: &Part) -> u64 {
         self.route.kernel().map_or(0, |kernel| {
-            let grid = kernel.grid(self.shape);
+            let grid = fused::grid(kernel, self.shape);
             let tiles = count(&part.rows).div_ceil(grid.tile_rows.into()) * grid.columns;
             part.planes() * tiles * kernel.waiting_bytes()
         })

@@ -148,7 +148,7 @@ fn planned(gpu: &Gpu, kernel: Kernel, feature: &Feature, p: &Problem) -> Option<
     let what = format!("{} with {}", kernel.name(), feature.name);
     match (gpu.library().plan_with(p, &options(kernel, feature)), refusal(gpu, kernel, feature)) {
         (Ok(plan), None) => {
-            let names: BTreeSet<_> = plan.steps().iter().map(|step| step.variant.kernel()).collect();
+            let names: BTreeSet<_> = plan.steps().iter().map(|step| step.variant.stage()).collect();
             let (must, may) = consists_of(kernel, p);
             assert!(names.is_superset(&must) && names.is_subset(&may), "{what} is {names:?}, not {must:?}\n{plan}");
             if feature.name == "native f16" {

@@ -8,7 +8,7 @@ use crate::support::{Case, gpus, is_small, small};
 use crate::{form, lean, problem, ways};
 
 fn count(plan: &Plan, kernel: &str) -> usize {
-    plan.steps().iter().filter(|step| step.variant.kernel() == kernel).count()
+    plan.steps().iter().filter(|step| step.variant.stage() == kernel).count()
 }
 
 #[track_caller]

@@ -15,7 +15,12 @@ use crate::{FORMS, forced, guarded, read};
 /// Dispatches of projections that turn, and of rotations of their own.
 pub fn turning(prepared: &PreparedLayer) -> [usize; 2] {
     let count = |wanted: fn(&Variant) -> bool| prepared.steps().filter(|step| wanted(&step.variant)).count();
-    [count(|v| matches!(v, Variant::Project(p) if p.turned)), count(|v| matches!(v, Variant::Rotary(_)))]
+    let turns = |v: &Variant| match v {
+        Variant::Project(x) => x.matrix.turned,
+        Variant::ProjectLanes(x) => x.matrix.turned,
+        _ => false,
+    };
+    [count(turns), count(|v| matches!(v, Variant::Rotary(_)))]
 }
 
 /// Runs a layer on two batches of odd length and two of one row, and gives what turns in it, and why.
@@ -130,7 +135,7 @@ fn inputs_that_are_shared_are_projected_at_once() {
         check_layer(gpu, &layer, &problem, &call, Element::F32, &Options::default());
         let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
         let prepared = resident.prepare(gpu.library(), &problem, &call, &Options::default()).expect("valid");
-        prepared.steps().filter(|step| matches!(step.variant, Variant::Project(_))).count()
+        prepared.steps().filter(|step| step.variant.stage() == "project").count()
     };
     // Each with the one of the output.
     for order in [Order::InOut, Order::OutIn] {

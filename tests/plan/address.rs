@@ -1,7 +1,7 @@
 //! The addresses that the shaders form, worked out on the host for the corners of every tile: inside the binding, at the
 //! right element, and whole vectors where the shader reads vectors.
 
-use wgpu_attention::kernel::{Body, Format, Slot, Variant};
+use wgpu_attention::kernel::{Format, Slot, Variant};
 use wgpu_attention::plan::{Bound, Step};
 use wgpu_attention::shape::Tensor;
 use wgpu_attention::{Broadcast, Plan};
@@ -11,7 +11,7 @@ use crate::coverage::{Place, keys, parts_before, places};
 pub fn inside(plan: &Plan) {
     for step in plan.steps() {
         // tests/merge.rs runs these with every limit.
-        if let Variant::Merge(_) = step.variant {
+        if let Variant::Merge(_) | Variant::MergeTotals(_) = step.variant {
             continue;
         }
         for bound in &step.bindings {
@@ -37,7 +37,14 @@ fn fields(step: &Step, slot: Slot) -> Vec<u32> {
         Slot::K => "k_",
         Slot::V => "v_",
         Slot::Scores => "s_",
-        Slot::Weights if matches!(step.variant, Variant::Scores(_) | Variant::Logits(_) | Variant::Softmax(_)) => "s_",
+        Slot::Weights
+            if matches!(
+                step.variant,
+                Variant::Scores(_) | Variant::ScoresLanes(_) | Variant::Logits(_) | Variant::Softmax(_)
+            ) =>
+        {
+            "s_"
+        }
         Slot::Lse | Slot::PartialLse | Slot::Totals => "lse_",
         Slot::Mask => "mask_",
         Slot::Bias => "bias_",
@@ -52,7 +59,12 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
     let rows = [place.rows.start, place.rows.end - 1];
     let owns_dims = matches!(
         step.variant,
-        Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_)
+        Variant::Values(_)
+            | Variant::ValuesLanes(_)
+            | Variant::Rows(_)
+            | Variant::Flash(_)
+            | Variant::Matrix(_)
+            | Variant::Split(_)
     );
     // What owns dims runs over the dispatch's keys; all others own keys.
     let keys = if owns_dims { keys(plan, step) } else { place.cols.clone() };
@@ -92,12 +104,15 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                     assert!(end <= bound.size && at[3].is_multiple_of(4), "{} at {got} of {bound:?}", step.variant);
                 }
                 Slot::Weights
-                    if matches!(step.variant, Variant::Scores(_) | Variant::Logits(_) | Variant::Softmax(_)) =>
+                    if matches!(
+                        step.variant,
+                        Variant::Scores(_) | Variant::ScoresLanes(_) | Variant::Logits(_) | Variant::Softmax(_)
+                    ) =>
                 {
                     let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
                     let got = score(place.batch, place.head, row);
                     hits(step, bound, 4, got, want);
-                    let lanes = matches!(&step.variant, Variant::Scores(x) if x.tile.body != Body::Tiled);
+                    let lanes = matches!(step.variant, Variant::ScoresLanes(_));
                     assert!(!lanes || (at[3].is_multiple_of(4) && (got - key).is_multiple_of(4)), "{}", step.variant);
                 }
                 Slot::Weights | Slot::Logits => {
@@ -146,7 +161,9 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
 fn format(variant: &Variant) -> Option<Format> {
     match variant {
         Variant::Scores(x) => Some(x.format),
+        Variant::ScoresLanes(x) => Some(x.format),
         Variant::Values(x) => Some(x.format),
+        Variant::ValuesLanes(x) => Some(x.format),
         Variant::Rows(x) => Some(x.format),
         Variant::Flash(x) => Some(x.format),
         Variant::Matrix(x) => Some(x.format()),

@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use wgpu_attention::kernel::merge::Merge;
-use wgpu_attention::kernel::{Slot, Variant};
+use wgpu_attention::kernel::{Slot, Variant, scores_lanes};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{Element, Plan};
 
@@ -27,7 +26,7 @@ pub fn every_workgroup_once(plan: &Plan) {
         expected = 0;
         let tiles = p.row_tiles * p.col_tiles;
         assert!(p.end.is_multiple_of(tiles), "{variant} ends inside a head");
-        if !matches!(variant, Variant::Pack(_) | Variant::Merge(_)) {
+        if !matches!(variant, Variant::Pack(_) | Variant::Merge(_) | Variant::MergeTotals(_)) {
             let keys = keys(plan, step).len() as u64;
             let each = if variant.takes_group() { lines(step).len() as u64 } else { 1 };
             let count = u64::from(p.end / tiles) * u64::from(p.row_end - p.row0) * each * keys;
@@ -83,8 +82,8 @@ pub fn places<'a>(plan: &'a Plan, step: &'a Step) -> Box<dyn Iterator<Item = Pla
     if step.variant.takes_group() {
         let (tile, tile_cols, cols) = match &step.variant {
             Variant::Split(x) => (x.tile.rows, None, dims(plan, step)),
-            Variant::Scores(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), keys(plan, step)),
-            Variant::Values(x) => (x.tile.tile_rows, Some(x.tile.tile_cols), dims(plan, step)),
+            Variant::ScoresLanes(x) => (x.tile.tile_rows(), Some(scores_lanes::TILE_KEYS), keys(plan, step)),
+            Variant::ValuesLanes(x) => (x.tile.tile_rows(), Some(x.tile.dims), dims(plan, step)),
             other => panic!("{other} is not known here"),
         };
         let (group, group0, each) = (step.uniform["group"], lines(step).start, lines(step).len() as u32);
@@ -175,21 +174,21 @@ pub fn every_place_once(plan: &Plan) {
             elements.for_each(|n| packed[(out.offset / 2 + n) as usize] += 1);
             continue;
         }
-        if let Variant::Merge(pass) = &step.variant {
+        if let Variant::Merge(_) | Variant::MergeTotals(_) = &step.variant {
             let (threads, groups) = (step.variant.threads(), s.value_dim.div_ceil(4));
             let partials = step.uniform["partial0"]..step.uniform["partial_end"];
             for item in p.first * threads..(p.end * threads).min(step.uniform["items"]) {
-                let (line, dim) = match pass {
-                    Merge::Totals { .. } => (item, 0),
-                    Merge::Out { .. } => (item / groups, item % groups * 4),
+                let (line, dim) = match &step.variant {
+                    Variant::MergeTotals(_) => (item, 0),
+                    _ => (item / groups, item % groups * 4),
                 };
                 let (plane, row) = (line / (p.row_end - p.row0), p.row0 + line % (p.row_end - p.row0));
                 let (batch, head) = (p.batch0 + plane / p.heads, p.head0 + plane % p.heads);
                 let row = &mut rows[((batch * s.heads + head) * s.seq_q + row) as usize];
                 assert!(row.parts >= partials.end, "{} reads what no workgroup wrote", step.variant);
-                match pass {
-                    Merge::Totals { lse, .. } => row.lse += u8::from(*lse),
-                    Merge::Out { .. } => {
+                match &step.variant {
+                    Variant::MergeTotals(pass) => row.lse += u8::from(pass.lse),
+                    _ => {
                         let end = s.value_dim.min(dim + 4);
                         row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += partials.len() as u32);
                     }
@@ -206,7 +205,7 @@ pub fn every_place_once(plan: &Plan) {
                 let all = |counts: &[u8]| counts.iter().all(|&n| n == 1);
                 let cols = place.cols.start as usize..place.cols.end as usize;
                 match &step.variant {
-                    Variant::Scores(_) => row.scored[cols].iter_mut().for_each(|n| *n += 1),
+                    Variant::Scores(_) | Variant::ScoresLanes(_) => row.scored[cols].iter_mut().for_each(|n| *n += 1),
                     Variant::Logits(_) => {
                         assert!(all(&row.scored) && row.softmax == 0);
                         row.transforms[cols].iter_mut().for_each(|n| *n += 1);
@@ -223,7 +222,7 @@ pub fn every_place_once(plan: &Plan) {
                             .iter_mut()
                             .for_each(|n| *n += 1);
                     }
-                    Variant::Values(_) => {
+                    Variant::Values(_) | Variant::ValuesLanes(_) => {
                         assert!(row.softmax == 1);
                         row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                     }

@@ -166,7 +166,7 @@ struct Written(Vec<(Slot, Range<u64>, String)>);
 /// An operation on the buffers, told from others by its kernel and by what it binds.
 fn operation(step: &Step) -> String {
     let slots: Vec<_> = step.bindings.iter().map(|bound| bound.slot).collect();
-    format!("{} {slots:?}", step.variant.kernel())
+    format!("{} {slots:?}", step.variant.stage())
 }
 
 fn range(bound: &Bound) -> Range<u64> {
@@ -289,8 +289,8 @@ fn kernels(plan: &LayerPlan) -> String {
         let mut runs: Vec<(&str, usize)> = Vec::new();
         for step in steps {
             match runs.last_mut() {
-                Some((name, count)) if *name == step.variant.kernel() => *count += 1,
-                _ => runs.push((step.variant.kernel(), 1)),
+                Some((name, count)) if *name == step.variant.stage() => *count += 1,
+                _ => runs.push((step.variant.stage(), 1)),
             }
         }
         runs.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")

@@ -100,7 +100,7 @@ fn time_per_visible_key_does_not_jump_from_a_thousand_keys_to_a_million() {
                         let seen: i64 = (0..seq_q).map(|row| range(&p, row).1 - range(&p, row).0).sum();
                         let time = plan.estimate().as_secs_f64() / seen as f64;
                         // Whether a merge follows is no other kernel.
-                        let kernel = plan.steps()[0].variant.kernel().to_string();
+                        let kernel = plan.steps()[0].variant.stage().to_string();
                         if let Some((keys, last, each)) = before.replace((seq_kv, kernel.clone(), time)) {
                             assert_eq!(kernel, last, "{name}, {rule}, {seq_q} rows: {keys} and {seq_kv} keys\n{plan}");
                             let jump = time / each;
@@ -137,7 +137,7 @@ fn keys_beyond_the_loops_of_a_cpu_driver_are_walked_in_dispatches_that_carry_on(
             assert!(check(p, caps, &options), "{p:?}");
             let plan = planned(p, caps, &options);
             let few = p.seq_q == 3;
-            assert_eq!(plan.steps()[0].variant.kernel(), if few { "split" } else { "rows" }, "{plan}");
+            assert_eq!(plan.steps()[0].variant.stage(), if few { "split" } else { "rows" }, "{plan}");
             let firsts: Vec<u32> = plan.steps().iter().filter_map(|step| step.uniform.get("key0")).collect();
             assert!(few || firsts.iter().any(|&key| key > 0), "{plan}");
             let state = plan.steps().iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::State));
@@ -165,7 +165,7 @@ fn keys_beyond_a_binding_are_walked_in_dispatches_too() {
             (p.kv_heads, p.lse, p.causal) = (2, true, Causal::BottomRight);
             assert!(check(&p, &caps, &Options::default()), "{name}");
             let plan = planned(&p, &caps, &Options::default());
-            let first = plan.steps()[0].variant.kernel();
+            let first = plan.steps()[0].variant.stage();
             assert_ne!(first, "scores", "{name}: {plan}");
         }
     }

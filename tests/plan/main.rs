@@ -15,8 +15,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use wgpu_attention::kernel::matrix::Matrix;
-use wgpu_attention::kernel::merge::Merge;
-use wgpu_attention::kernel::{Body, Slot, Variant};
+use wgpu_attention::kernel::{Lanes, Slot, Variant};
 use wgpu_attention::plan::Step;
 use wgpu_attention::{
     Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, Tuning, wgpu,
@@ -50,20 +49,21 @@ fn plan(problem: &Problem, caps: &Caps, options: &Options, tuning: &Tuning) -> O
 }
 
 /// The body of the kernels that have several.
-fn body(variant: &Variant) -> Option<Body> {
+/// The lanes of a kernel whose rows are each a lane's.
+fn lanes(variant: &Variant) -> Option<Lanes> {
     match variant {
-        Variant::Scores(x) => Some(x.tile.body),
-        Variant::Values(x) => Some(x.tile.body),
-        Variant::Rows(x) => Some(x.tile.body),
+        Variant::ScoresLanes(x) => Some(x.tile.lanes),
+        Variant::ValuesLanes(x) => Some(x.tile.lanes),
+        Variant::Rows(x) => Some(x.tile.lanes),
         _ => None,
     }
 }
 
 /// Lanes of a subgroup that a shader counts on.
 fn subgroup(variant: &Variant) -> Option<u32> {
-    match (variant, body(variant)) {
+    match (variant, lanes(variant)) {
         (Variant::Split(x), _) => x.tile.wide().then_some(8),
-        (_, Some(Body::Lanes { lanes, subgroup, .. })) => subgroup.then_some(lanes),
+        (_, Some(Lanes { lanes, subgroup, .. })) => subgroup.then_some(lanes),
         _ => None,
     }
 }
@@ -221,17 +221,20 @@ fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
         let rows = || -> Vec<coverage::Place> { coverage::places(&plan, step).collect() };
         let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
         match &step.variant {
-            Variant::Merge(Merge::Totals { lse: wanted, .. }) => {
-                lse += if *wanted { rows_of(step) } else { 0 };
-            }
-            Variant::Merge(Merge::Out { .. }) => out += rows_of(step) / u64::from(s.value_dim.div_ceil(4)),
+            Variant::MergeTotals(x) => lse += if x.lse { rows_of(step) } else { 0 },
+            Variant::Merge(_) => out += rows_of(step) / u64::from(s.value_dim.div_ceil(4)),
             Variant::Softmax(x) => {
                 let place = step.uniform.place();
                 lse += if x.lse { u64::from(place.end - place.first) } else { 0 };
             }
             Variant::Pack(_) => {}
             _ if bound(Slot::PartialOut) => {}
-            Variant::Values(_) | Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) | Variant::Split(_) => {
+            Variant::Values(_)
+            | Variant::ValuesLanes(_)
+            | Variant::Rows(_)
+            | Variant::Flash(_)
+            | Variant::Matrix(_)
+            | Variant::Split(_) => {
                 let first: u64 =
                     rows().iter().filter(|place| place.cols.start == 0).map(|place| place.rows.len() as u64).sum();
                 out += first;
@@ -389,8 +392,9 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
     for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(4), f16: true, ..gpu() }] {
         for form in [Form::Tiled, Form::Lanes] {
             let plan = Plan::new(&shape, &caps, &Options { form: Some(form), ..Options::default() }).unwrap();
-            let bodies: Vec<_> = plan.steps().iter().filter_map(|step| body(&step.variant)).collect();
-            assert!(!bodies.is_empty() && bodies.iter().all(|body| (*body == Body::Tiled) == (form == Form::Tiled)));
+            let products: Vec<_> = plan.steps().iter().filter(|step| step.variant.stage() != "softmax").collect();
+            assert_eq!(products.len(), 2, "{plan}");
+            assert!(products.iter().all(|step| lanes(&step.variant).is_some() == (form == Form::Lanes)), "{plan}");
         }
     }
     let kernel = |p: &Problem, kernel| {

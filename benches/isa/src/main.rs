@@ -14,7 +14,7 @@ use clap::Parser;
 use comfy_table::{Table, presets};
 use rayon::prelude::*;
 use serde::Serialize;
-use wgpu_attention::kernel::{Body, Variant};
+use wgpu_attention::kernel::Variant;
 
 use compiler::{Compiler, Statistics};
 
@@ -45,12 +45,8 @@ struct Row {
 
 /// Whether the planner has this variant run on GPUs: the others are for adapters that compute on the CPU.
 fn for_gpus(variant: &Variant) -> bool {
-    let tiled = |body: Body| body == Body::Tiled;
     match variant {
-        Variant::Scores(x) => tiled(x.tile.body),
-        Variant::Values(x) => tiled(x.tile.body),
-        Variant::Project(x) => tiled(x.tile.body),
-        Variant::Rows(_) => false,
+        Variant::ScoresLanes(_) | Variant::ValuesLanes(_) | Variant::ProjectLanes(_) | Variant::Rows(_) => false,
         // Mesa 22.3 has no cooperative matrices, and the emulated ones are for tests.
         Variant::Matrix(_) => false,
         Variant::Split(x) => !x.tile.wide(),

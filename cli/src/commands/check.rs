@@ -299,7 +299,7 @@ fn median(mut run: impl FnMut() -> wgpu_attention::Result<f64>) -> wgpu_attentio
 /// the run before.
 fn stage(gpu: &Gpu, prepared: &Prepared, resident: &Resident, kernels: &[&str]) -> wgpu_attention::Result<f64> {
     let mut encoder = gpu.device().create_command_encoder(&CommandEncoderDescriptor { label: Some("stage") });
-    let belongs = |step: &Step| kernels.contains(&step.variant.kernel());
+    let belongs = |step: &Step| kernels.contains(&step.variant.stage());
     let recording = prepared.begin()?;
     let mut first = 0;
     for steps in prepared.plan().steps().chunk_by(|a, b| belongs(a) == belongs(b)) {
