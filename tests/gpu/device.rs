@@ -135,7 +135,7 @@ fn dispatches_recorded_one_by_one_make_the_whole() {
     }
 }
 
-/// Plans of many slices that keep something in scratch from one to the next, each for a reason of its own.
+/// Plans of many slices that keep something in a scratch or in an output from one to the next, each for a reason of its own.
 fn sliced(gpu: &Gpu) -> Vec<Plan> {
     let way = |kernel, form| Options {
         kernel: Some(kernel),
@@ -165,7 +165,9 @@ fn sliced(gpu: &Gpu) -> Vec<Plan> {
     ];
     let plan = |(p, way, kernel): (&Problem, Options, &str)| {
         let plan = gpu.library().plan_with(p, &way).unwrap();
-        assert!(plan.kernel().contains(kernel) && plan.slices() > 1 && plan.scratch_bytes() > 0, "{plan}");
+        assert!(plan.kernel().contains(kernel) && plan.slices() > 1, "{plan}");
+        // Weights after a fused kernel are formed in the caller's buffer.
+        assert!(plan.scratch_bytes() > 0 || kernel == "softmax", "{plan}");
         plan
     };
     ways.into_iter().map(plan).collect()
