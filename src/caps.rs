@@ -33,7 +33,10 @@ pub struct Caps {
 
 /// The most iterations that all loops of one invocation may run in total on a CPU adapter. The test that ends a loop counts as an
 /// iteration. llvmpipe ends all loops after 2^16 iterations, and silently leaves out the rest of their work.
-pub(crate) const CPU_TURNS: u64 = 65_000;
+pub(crate) const LOOP_ITERATIONS: u64 = 65_000;
+
+/// Bytes from one dispatch's uniform to the next, which hold the parameters of every kernel. Every adapter can bind multiples of 256.
+pub(crate) const UNIFORM_STRIDE: u64 = 512;
 
 /// Operations per second that are assumed for a CPU adapter when a plan is divided into slices. Every CPU adapter measured so far is
 /// faster.
@@ -122,7 +125,7 @@ impl Caps {
             ("max_compute_invocations_per_workgroup", u64::from(l.max_compute_invocations_per_workgroup), 64),
             ("max_compute_workgroup_size_x", u64::from(l.max_compute_workgroup_size_x), 64),
             ("max_compute_workgroups_per_dimension", u64::from(l.max_compute_workgroups_per_dimension), 1),
-            ("max_uniform_buffer_binding_size", l.max_uniform_buffer_binding_size, crate::kernel::uniform::STRIDE),
+            ("max_uniform_buffer_binding_size", l.max_uniform_buffer_binding_size, UNIFORM_STRIDE),
             ("max_storage_buffer_binding_size", l.max_storage_buffer_binding_size, 4096),
             ("max_buffer_size", l.max_buffer_size, 4096),
         ];

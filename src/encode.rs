@@ -5,17 +5,16 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::caps::Caps;
+use crate::caps::{Caps, UNIFORM_STRIDE};
+use crate::dispatch::step::Step;
 use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
-use crate::kernel::uniform::STRIDE;
 use crate::operands::{Kind, Operand, Operands};
 use crate::options::Options;
 use crate::pipelines::{Pipeline, Pipelines};
+use crate::plan::measured::Tuning;
 use crate::plan::{Plan, tensors};
 use crate::problem::Problem;
-use crate::step::Step;
-use crate::tuned::Tuning;
 
 /// Compiled steps and their uniforms: what every operation on the GPU records.
 #[derive(Debug)]
@@ -30,8 +29,8 @@ impl Program {
     pub(crate) fn new(device: &wgpu::Device, pipelines: &Pipelines, steps: &[Step]) -> Result<Self> {
         let compiled = steps.iter().map(|step| Ok((step.clone(), pipelines.get(&step.variant)?)));
         let compiled = compiled.collect::<Result<_>>()?;
-        let mut bytes = vec![0; steps.len().max(1) * STRIDE as usize];
-        for (place, step) in bytes.chunks_exact_mut(STRIDE as usize).zip(steps) {
+        let mut bytes = vec![0; steps.len().max(1) * UNIFORM_STRIDE as usize];
+        for (place, step) in bytes.chunks_exact_mut(UNIFORM_STRIDE as usize).zip(steps) {
             let source = step.uniform.bytes();
             place[..source.len()].copy_from_slice(source);
         }
@@ -91,7 +90,7 @@ impl Program {
         let range = |buffer, offset, size| {
             wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: NonZero::new(size) })
         };
-        let uniform = range(&self.params, index as u64 * STRIDE, STRIDE);
+        let uniform = range(&self.params, index as u64 * UNIFORM_STRIDE, UNIFORM_STRIDE);
         let storage = step.bindings.iter().map(|bound| {
             let (buffer, start) = buffer(bound.slot);
             range(buffer, start + bound.offset, bound.size)

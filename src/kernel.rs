@@ -19,6 +19,7 @@ pub mod pack;
 pub mod params;
 pub mod project;
 pub mod project_lanes;
+mod render;
 pub mod rotary;
 pub mod rows;
 pub mod scores;

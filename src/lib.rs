@@ -115,13 +115,12 @@
 #![warn(missing_docs)]
 
 pub mod caps;
-mod choose;
+mod dispatch;
 mod encode;
 mod error;
 pub mod gpu;
 pub mod kernel;
 pub mod layer;
-mod lists;
 #[cfg(feature = "safetensors")]
 pub mod load;
 mod obstacle;
@@ -129,19 +128,12 @@ pub mod operands;
 mod operation;
 mod ops;
 mod options;
-mod part;
 mod pipelines;
 pub mod plan;
-mod planner;
 pub mod problem;
 pub mod reference;
-mod route;
 mod runner;
-pub mod shader;
 pub mod shape;
-mod step;
-mod steps;
-mod tuned;
 mod walk;
 
 pub use caps::Caps;
@@ -161,13 +153,13 @@ pub use ops::project::{Order, Projection};
 pub use ops::rotary::{Positions, Rotation};
 pub use options::{Form, Kernel, Options};
 pub use plan::Plan;
+pub use plan::measured::{Choice, Class, Queries, Row, Tuning};
 pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,
 };
 pub use runner::Runner;
 pub use shape::Shape;
-pub use tuned::{Choice, Class, Queries, Row, Tuning};
 pub use wgpu;
 
 #[cfg(doctest)]

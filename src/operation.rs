@@ -3,6 +3,8 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use crate::dispatch::step::Step;
+use crate::dispatch::steps::Steps;
 use crate::encode::{Attention, Program, Recording, Scratch, check_slice};
 use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
@@ -12,8 +14,6 @@ use crate::ops::project::{Projection, Wiring};
 use crate::ops::rotary::{self, Rotation};
 use crate::options::Options;
 use crate::plan::no_more_slices;
-use crate::step::Step;
-use crate::steps::Steps;
 
 /// Compiled dispatches with the scratch that they need, whatever their buffers are called.
 #[derive(Debug)]

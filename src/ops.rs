@@ -9,10 +9,10 @@ pub(crate) mod project;
 pub(crate) mod rotary;
 
 use crate::caps::Caps;
+use crate::dispatch::step::Step;
+use crate::dispatch::steps::Steps;
 use crate::error::{Error, Result};
 use crate::options::Options;
-use crate::step::Step;
-use crate::steps::Steps;
 
 /// The dispatches that `add` adds to the steps of a device.
 fn plan(caps: &Caps, options: &Options, add: impl FnOnce(&mut Steps<'_>) -> Result<()>) -> Result<Vec<Step>> {

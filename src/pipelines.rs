@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
-use crate::shader;
 
 /// A compiled variant and the layout of its bind group.
 #[derive(Debug)]
@@ -75,7 +74,7 @@ impl Pipelines {
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(&label),
-            source: wgpu::ShaderSource::Wgsl(shader::render(variant).into()),
+            source: wgpu::ShaderSource::Wgsl(variant.wgsl().into()),
         };
         let module = if self.checked {
             self.device.create_shader_module(descriptor)

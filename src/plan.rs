@@ -1,5 +1,11 @@
 //! What a plan is: which kernels run a problem on a device, over which parts, in which order. Pure data; needs no device.
-//! `planner.rs` makes it.
+//! The module `planner` makes it.
+
+pub(crate) mod choose;
+pub(crate) mod lists;
+pub(crate) mod measured;
+pub(crate) mod planner;
+pub(crate) mod route;
 
 use std::fmt;
 use std::ops::Range;
@@ -10,12 +16,13 @@ use crate::error::counted;
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
-use crate::lists::Lists;
 use crate::options::Options;
-use crate::planner::Planner;
 use crate::shape::{Shape, Tensor};
-pub use crate::step::{Bound, Step};
-use crate::tuned::{Choice, Tuning};
+
+pub use crate::dispatch::step::{Bound, Step};
+use lists::Lists;
+use measured::{Choice, Tuning};
+use planner::Planner;
 
 /// What runs: dispatches in order, grouped into slices that each keep to the work budget.
 #[derive(Clone, Debug, PartialEq)]

@@ -10,7 +10,6 @@ use naga::back::{glsl, hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Block, Module, ShaderStage, Statement, StorageAccess, TypeInner};
 use wgpu_attention::kernel::Variant;
-use wgpu_attention::shader;
 
 struct Checked {
     variant: Variant,
@@ -21,7 +20,7 @@ struct Checked {
 /// Every variant, parsed and validated with just the capabilities that it claims.
 static EVERY: LazyLock<Vec<Checked>> = LazyLock::new(|| {
     let check = |variant: Variant| {
-        let source = shader::render(&variant);
+        let source = variant.wgsl();
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|error| panic!("{variant}\n{}", error.emit_to_string(&source)));
         // unpack2x16float is WebGPU's own; naga counts it as a capability for the sake of WebGL.
@@ -108,7 +107,7 @@ fn every_variant_that_a_browser_could_run_is_accepted_by_tint() {
         }
         // Tint demands this line, and naga refuses it.
         let enable = if variant.needs().subgroups { "enable subgroups; " } else { "" };
-        let text = format!("{enable}{}", shader::render(&variant));
+        let text = format!("{enable}{}", variant.wgsl());
         std::fs::write(folder.join(format!("{variant}.wgsl")), text).unwrap();
     }
     let node = Command::new("node").arg(root.join("scripts/tint/check.mjs")).arg(&folder).output();
@@ -223,7 +222,7 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
     let shaders = stems("shaders", "wgsl");
     let mut modules = stems("src/kernel", "rs");
     // What several kernels share.
-    ["params", "uniform", "shader", "slot", "format", "body", "lanes", "fused", "eligibility", "attention"]
+    ["params", "uniform", "shader", "slot", "format", "body", "lanes", "fused", "eligibility", "attention", "render"]
         .iter()
         .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
     assert_eq!(modules, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());

@@ -4,7 +4,7 @@ use super::attention::Grid;
 use super::eligibility::{too_many_bindings, whole_vectors};
 use super::format::Format;
 use super::slot::Slot;
-use crate::caps::{CPU_TURNS, Caps};
+use crate::caps::{Caps, LOOP_ITERATIONS};
 use crate::obstacle::Obstacle;
 use crate::options::{Form, Options};
 use crate::problem::Causal;
@@ -156,7 +156,7 @@ impl Walk<'_> {
             Obstacle::LongKeys
         } else {
             let iterations = kernel.loop_iterations(shape, most_keys(shape, kernel.tile_rows()));
-            Obstacle::LoopIterations { iterations, limit: CPU_TURNS }
+            Obstacle::LoopIterations { iterations, limit: LOOP_ITERATIONS }
         };
         kernel.in_several_dispatches(self, one)
     }
@@ -195,7 +195,7 @@ const KEY_TILE: u64 = 64;
 /// The most keys that a workgroup of a fused kernel can walk on the device: whole tiles of keys, one at least.
 pub(crate) fn most_loop_keys(kernel: &dyn Fused, shape: &Shape, caps: &Caps) -> u64 {
     let all = u64::from(shape.seq_kv);
-    let fits = |keys: u64| !caps.cpu || kernel.loop_iterations(shape, keys) <= CPU_TURNS;
+    let fits = |keys: u64| !caps.cpu || kernel.loop_iterations(shape, keys) <= LOOP_ITERATIONS;
     if fits(all) {
         return all;
     }

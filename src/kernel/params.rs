@@ -2,7 +2,6 @@
 
 use super::uniform::{Block, Member, block};
 use crate::operands::{Kind, Operand};
-use crate::part::Part;
 use crate::problem::Strides;
 
 block! {
@@ -26,20 +25,6 @@ block! {
         row0: u32,
         /// End of the rows.
         row_end: u32,
-    }
-}
-
-impl Place {
-    /// Batches, heads and rows of a part.
-    pub(crate) fn of(part: &Part) -> Self {
-        Place {
-            batch0: part.batch.start,
-            head0: part.heads.start,
-            heads: part.heads.end - part.heads.start,
-            row0: part.rows.start,
-            row_end: part.rows.end,
-            ..Place::default()
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::params::{At, LineAt, Lines, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::{CPU_TURNS, Caps};
+use crate::caps::{Caps, LOOP_ITERATIONS};
 use crate::shape::Shape;
 
 /// A variant of `softmax`.
@@ -103,7 +103,7 @@ impl Softmax {
     pub(crate) fn new(shape: &Shape, caps: &Caps, output: bool) -> Softmax {
         let wanted = match (caps.cpu, shape.seq_kv) {
             // Two loop iterations for 32 keys of a row.
-            (true, keys) if u64::from(keys / 16) > CPU_TURNS => THREADS[2],
+            (true, keys) if u64::from(keys / 16) > LOOP_ITERATIONS => THREADS[2],
             (true, _) => THREADS[0],
             (false, ..=512) => THREADS[1],
             (false, _) => THREADS[2],

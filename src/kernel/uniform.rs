@@ -10,9 +10,6 @@ use std::ops::Index;
 
 use super::params::{FLAGS, Place};
 
-/// Bytes from one dispatch's uniform to the next, which hold the parameters of every kernel. Every adapter can bind multiples of 256.
-pub(crate) const STRIDE: u64 = 512;
-
 /// A field as WGSL has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -220,7 +217,7 @@ macro_rules! params {
             } $(reads $($flag),*)?
         }
 
-        const _: () = assert!(size_of::<Params>() as u64 <= $crate::kernel::uniform::STRIDE);
+        const _: () = assert!(size_of::<Params>() as u64 <= $crate::caps::UNIFORM_STRIDE);
 
         impl $crate::kernel::uniform::Parameters for Params {
             fn layout() -> &'static $crate::kernel::uniform::Layout {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::dispatch::steps::Steps;
 use crate::error::Result;
 use crate::layer::parameters::AddedKey;
 use crate::ops::append::{self, Append};
@@ -10,7 +11,6 @@ use crate::ops::extra::Extra;
 use crate::ops::project::{Projection, Wiring};
 use crate::ops::rotary::{self, Rotation};
 use crate::shape::Shape;
-use crate::steps::Steps;
 
 /// An operation around attention, with the buffers that it binds.
 #[derive(Clone, Debug)]

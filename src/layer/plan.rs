@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::caps::Caps;
+use crate::dispatch::step::Step;
 use crate::error::{Result, counted};
 use crate::kernel::slot::Slot;
 use crate::layer::operation::LayerOperation;
@@ -13,10 +14,9 @@ use crate::layer::planner::Planner;
 use crate::layer::projected::Projected;
 use crate::layer::{Call, Layer};
 use crate::options::Options;
+use crate::plan::measured::Tuning;
 use crate::plan::{Plan, write_variants};
 use crate::problem::{Element, Problem};
-use crate::step::Step;
-use crate::tuned::Tuning;
 
 /// The operations on one side of attention, and their dispatches.
 #[derive(Clone, Debug)]

@@ -1,6 +1,7 @@
 //! Makes the operations of a [`crate::layer::plan::LayerPlan`].
 
 use crate::caps::Caps;
+use crate::dispatch::steps::Steps;
 use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
 use crate::layer::operation::LayerOperation;
@@ -15,7 +16,6 @@ use crate::ops::rotary::{self, Positions, Rotation};
 use crate::options::Options;
 use crate::problem::{Causal, Layout, Problem, Strides};
 use crate::shape::Shape;
-use crate::steps::Steps;
 
 /// The attention problem on the projected tensors.
 fn inner_problem(layer: &Layer, problem: &Problem, call: &Call, [q, k, v]: &[Projected; 3]) -> Problem {

@@ -1,5 +1,6 @@
 //! A call of a layer, compiled and with its buffers, ready to be recorded into the caller's encoder.
 
+use crate::dispatch::step::Step;
 use crate::encode::{Attention, Buffers, Prepared, Recording, Set, constant};
 use crate::error::{Error, Result};
 use crate::gpu::whole;
@@ -10,7 +11,6 @@ use crate::layer::multihead::MultiHeadAttention;
 use crate::layer::plan::{LayerPlan, Stage};
 use crate::operation::Compiled;
 use crate::plan::no_more_slices;
-use crate::step::Step;
 
 /// A layer prepared for one [`crate::Problem`] and [`crate::Call`], ready to be recorded any number of times, from any number of
 /// threads.

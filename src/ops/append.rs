@@ -1,6 +1,9 @@
 //! Appending new keys or values to a cache on the GPU.
 
 use crate::caps::Caps;
+use crate::dispatch::part::{Axis, Cut, Excess, Part, count, span};
+use crate::dispatch::step::Step;
+use crate::dispatch::steps::{Span, Steps, bind, bound, checked_u32};
 use crate::error::{Error, Result};
 use crate::kernel::params::{At, Pages, Place, flags};
 use crate::kernel::shader::Shader;
@@ -8,11 +11,8 @@ use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, append};
 use crate::options::Options;
-use crate::part::{Axis, Cut, Excess, Part, count, span};
 use crate::problem::{Element, Layout, Paged, Strides};
 use crate::shape::{MAX_SIZE, Tensor};
-use crate::step::Step;
-use crate::steps::{Span, Steps, bind, bound, checked_u32};
 
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
 ///
@@ -286,7 +286,7 @@ impl Planner<'_> {
         };
         let paged = if self.append.paged.is_some() { flags::PAGED } else { 0 };
         let uniform = Uniform::new(&append::Params {
-            place: Place { row_tiles, col_tiles: 1, ..Place::of(part) },
+            place: Place { row_tiles, col_tiles: 1, ..part.place() },
             x: At::new(x_base, x),
             cache: At::new(cache_base, cache),
             starts_base,

@@ -1,5 +1,6 @@
 //! The weights that a layer gives out.
 
+use crate::dispatch::steps::{Steps, bound, checked_u32};
 use crate::error::Result;
 use crate::kernel::params::{At, Place, flags};
 use crate::kernel::shader::Shader;
@@ -8,7 +9,6 @@ use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, average};
 use crate::ops::extra::{extra_weights, lse_at, lse_words};
 use crate::shape::Shape;
-use crate::steps::{Steps, bound, checked_u32};
 
 /// Gives out the weights of attention, with those of the keys that the layer adds.
 pub(crate) struct Average<'a> {

@@ -1,14 +1,14 @@
 //! One more key that every row of a layer sees.
 
+use crate::dispatch::part::Part;
+use crate::dispatch::steps::{Steps, bound, checked_u32};
 use crate::error::Result;
 use crate::kernel::params::{At, LineAt, Place};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, extra};
-use crate::part::Part;
 use crate::shape::Shape;
-use crate::steps::{Steps, bound, checked_u32};
 
 /// Joins a key and its value to the result of attention.
 pub(crate) struct Extra<'a> {
@@ -53,7 +53,7 @@ impl Extra<'_> {
         let (biases, first) = bound(caps, Slot::Shifts, (0, self.biases), 4, 0, false)?;
         let row_tiles = s.seq_q.div_ceil(threads);
         let uniform = Uniform::new(&extra::Params {
-            place: Place { row_tiles, col_tiles: 1, ..Place::of(&part) },
+            place: Place { row_tiles, col_tiles: 1, ..part.place() },
             q: At::new(q_base, &s.q.strides),
             out: At::new(out_base, &s.out.strides),
             lse: lse_at(s),

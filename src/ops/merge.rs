@@ -3,6 +3,9 @@
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::dispatch::part::{Cut, Excess, Part, count};
+use crate::dispatch::step::{Bound, Step};
+use crate::dispatch::steps::{SPARE, Span, Steps, bind, checked_u32};
 use crate::error::{Error, Result};
 use crate::kernel::eligibility::whole_vectors;
 use crate::kernel::merge_totals::{self, MergeTotals};
@@ -12,11 +15,8 @@ use crate::kernel::uniform::Uniform;
 use crate::kernel::{self, Variant};
 use crate::ops::pack::pack;
 use crate::options::Options;
-use crate::part::{Cut, Excess, Part, count};
 use crate::problem::{Element, Layout};
 use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
-use crate::step::{Bound, Step};
-use crate::steps::{SPARE, Span, Steps, bind, checked_u32};
 
 /// Exact merge of the results of the same query rows over `partials` disjoint parts of the keys.
 ///
@@ -334,7 +334,7 @@ impl Planner<'_, '_> {
         }
         let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
         let totals = merge_totals::Params {
-            place: Place { row_tiles: 1, col_tiles: workgroups, ..Place::of(part) },
+            place: Place { row_tiles: 1, col_tiles: workgroups, ..part.place() },
             partial0: partials.start,
             partial_end: partials.end,
             first_lse,

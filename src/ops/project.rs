@@ -1,6 +1,9 @@
 //! `y = x w + b` on the GPU: the linear layers around attention.
 
 use crate::caps::Caps;
+use crate::dispatch::part::{Axis, Cut, Excess, Part, count};
+use crate::dispatch::step::{Bound, Step};
+use crate::dispatch::steps::{Span, Steps, bind, bound, checked_u32};
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::body::Body;
@@ -11,11 +14,8 @@ use crate::kernel::project_lanes::ProjectLanes;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::options::Options;
-use crate::part::{Axis, Cut, Excess, Part, count};
 use crate::problem::{Element, Strides};
 use crate::shape::MAX_SIZE;
-use crate::step::{Bound, Step};
-use crate::steps::{Span, Steps, bind, bound, checked_u32};
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -369,7 +369,7 @@ impl Planner<'_> {
         let (first, last) = (part.inputs.start == 0, part.inputs.end == p.inputs);
         let turning = self.turning(last);
         let uniform = Uniform::new(&project::Params {
-            place: Place { row_tiles, col_tiles, ..Place::of(part) },
+            place: Place { row_tiles, col_tiles, ..part.place() },
             x_base,
             x_batch: p.x.batch as u32,
             x_row: p.x.row as u32,

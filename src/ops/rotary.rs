@@ -1,6 +1,9 @@
 //! Rotary position embedding on the GPU.
 
 use crate::caps::Caps;
+use crate::dispatch::part::{Cut, Excess, Part, count};
+use crate::dispatch::step::{Bound, Step};
+use crate::dispatch::steps::{Steps, bind, bound, checked_u32};
 use crate::error::{Error, Result};
 use crate::kernel::params::{At, Place, Turn};
 use crate::kernel::shader::Shader;
@@ -8,11 +11,8 @@ use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, rotary};
 use crate::options::Options;
-use crate::part::{Cut, Excess, Part, count};
 use crate::problem::{Element, Strides};
 use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
-use crate::step::{Bound, Step};
-use crate::steps::{Steps, bind, bound, checked_u32};
 
 /// Which position a row has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -258,7 +258,7 @@ impl Planner<'_> {
         let (positions, positions_base) =
             bound(caps, Slot::Positions, (first, first + self.positions(part)), 4, 0, false)?;
         let uniform = Uniform::new(&rotary::Params {
-            place: Place { row_tiles: checked_u32("row tiles", row_tiles)?, col_tiles: 1, ..Place::of(part) },
+            place: Place { row_tiles: checked_u32("row tiles", row_tiles)?, col_tiles: 1, ..part.place() },
             x: At::new(x_base, &r.x),
             y: At::new(y_base, &y.strides),
             turn: Turn {

@@ -8,7 +8,6 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use serde::Serialize;
 use wgpu_attention::kernel::Variant;
-use wgpu_attention::shader;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -213,7 +212,7 @@ impl Compiler {
 /// What wgpu 30 hands to Vulkan 1.3 for a module that is trusted, `ShaderRuntimeChecks::unchecked()`, and without
 /// zero-initialised workgroup memory.
 fn spirv(variant: &Variant) -> Result<Vec<u32>, Error> {
-    let source = shader::render(variant);
+    let source = variant.wgsl();
     let module = naga::front::wgsl::parse_str(&source).map_err(|error| Error::Shader(error.emit_to_string(&source)))?;
     let info = Validator::new(ValidationFlags::all(), Capabilities::all())
         .validate(&module)

@@ -7,26 +7,24 @@ mod spans;
 use std::ops::Range;
 
 use crate::caps::Caps;
+use crate::dispatch::part::{Part, count};
+use crate::dispatch::step::Bound;
+use crate::dispatch::steps::{SPARE, Steps, check_dispatches, checked_u32};
 use crate::error::{Error, Result};
 use crate::kernel::attention::{AttentionKernel, Grid};
-use crate::kernel::params::{
-    self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Place, Transform, Visible, flags,
-};
+use crate::kernel::params::{self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Transform, Visible, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{self, Variant};
-use crate::lists::Lists;
 use crate::operands::Operand;
 use crate::ops::merge::{Merge, Partials};
 use crate::ops::pack::pack;
 use crate::options::Options;
-use crate::part::{Part, count};
 use crate::plan::Plan;
+use crate::plan::lists::Lists;
+use crate::plan::measured::Tuning;
+use crate::plan::route::{Route, tile_rows};
 use crate::problem::{Broadcast, Causal, Element, Layout, Strides};
-use crate::route::{Route, tile_rows};
 use crate::shape::Shape;
-use crate::step::Bound;
-use crate::steps::{SPARE, Steps, check_dispatches, checked_u32};
-use crate::tuned::Tuning;
 use crate::walk::Band;
 
 use spans::broadcast_span;
@@ -218,7 +216,7 @@ impl<'a> Planner<'a> {
             + u64::from(part.heads.start) * s_head
             + u64::from(part.rows.start) * row;
         Attention {
-            place: Place::of(part),
+            place: part.place(),
             keys: Keys { key0: keys.start, key_end: keys.end },
             visible: self.visible(),
             pages: Pages {

@@ -8,8 +8,8 @@ use crate::kernel::fused::{Fused, Walk};
 use crate::kernel::lanes::Lanes;
 use crate::obstacle::Obstacle;
 use crate::options::{Form, Kernel, Options};
+use crate::plan::measured::{Choice, Class, Tuning};
 use crate::shape::Shape;
-use crate::tuned::{Choice, Class, Tuning};
 
 /// The fused kernels in the order in which the planner prefers them.
 const FUSED: [Kernel; 4] = [Kernel::Rows, Kernel::Split, Kernel::Matrix, Kernel::Flash];

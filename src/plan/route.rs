@@ -1,7 +1,6 @@
 //! The kernels that compute a problem on a device, and the keys of each of their dispatches.
 
 use crate::caps::Caps;
-use crate::choose::choose_fused;
 use crate::error::{Error, Result};
 use crate::kernel::body::Body;
 use crate::kernel::eligibility::{key_step, whole_vectors};
@@ -15,9 +14,10 @@ use crate::kernel::values_lanes::ValuesLanes;
 use crate::kernel::{Variant, split};
 use crate::obstacle::Obstacle;
 use crate::options::Options;
+use crate::plan::choose::choose_fused;
+use crate::plan::measured::{Choice, Tuning};
 use crate::problem::{Element, Logits};
 use crate::shape::{Shape, Tensor};
-use crate::tuned::{Choice, Tuning};
 
 /// How a problem is computed.
 #[derive(Clone, Copy, Debug)]

@@ -2,11 +2,11 @@
 
 use super::Planner;
 use super::spans::broadcast_span;
+use crate::dispatch::part::{Axis, Cut, Excess, Part, count};
+use crate::dispatch::steps::check_dispatches;
 use crate::error::Result;
 use crate::operands::Operand;
-use crate::part::{Axis, Cut, Excess, Part, count};
-use crate::route::Route;
-use crate::steps::check_dispatches;
+use crate::plan::route::Route;
 
 impl Planner<'_> {
     /// The parts in order; none where there is no query row.

@@ -5,10 +5,10 @@ use std::sync::LazyLock;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, context};
 
-use crate::kernel::Variant;
+use super::Variant;
 
 macro_rules! templates {
-    ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../shaders/", $name)))),*] };
+    ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../../shaders/", $name)))),*] };
 }
 
 static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
@@ -66,11 +66,13 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     environment
 });
 
-/// The WGSL of a variant.
-pub fn render(variant: &Variant) -> String {
-    let name = format!("{}.wgsl", variant.kernel());
-    let template = TEMPLATES.get_template(&name).expect("every shader has its template");
-    let layout = variant.layout();
-    let context = context! { params_fields => layout.wgsl(), flags => layout.flags(), ..variant.context() };
-    template.render(context).unwrap_or_else(|error| panic!("rendering {variant}: {error:#}"))
+impl Variant {
+    /// The WGSL of the shader.
+    pub fn wgsl(&self) -> String {
+        let name = format!("{}.wgsl", self.kernel());
+        let template = TEMPLATES.get_template(&name).expect("every shader has its template");
+        let layout = self.layout();
+        let context = context! { params_fields => layout.wgsl(), flags => layout.flags(), ..self.context() };
+        template.render(context).unwrap_or_else(|error| panic!("rendering {self}: {error:#}"))
+    }
 }

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::Planner;
+use crate::dispatch::part::{Part, count, span};
+use crate::dispatch::steps::{self, Span};
 use crate::kernel::{Variant, fused};
-use crate::part::{Part, count, span};
 use crate::problem::Broadcast;
 use crate::shape::Tensor;
-use crate::steps::{self, Span};
 
 impl Planner<'_> {
     pub(super) fn score_bytes(&self, part: &Part) -> u64 {

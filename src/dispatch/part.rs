@@ -3,10 +3,11 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
+use crate::dispatch::steps::Span;
 use crate::error::{Error, Result};
+use crate::kernel::params::Place;
 use crate::problem::Strides;
 use crate::shape::Tensor;
-use crate::steps::Span;
 
 /// A box of the work that is dispatched at once. An axis that an operation does not have is `0..1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +78,18 @@ pub(crate) struct Excess {
 }
 
 impl Part {
+    /// The batches, heads and rows as a uniform has them.
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            batch0: self.batch.start,
+            head0: self.heads.start,
+            heads: self.heads.end - self.heads.start,
+            row0: self.rows.start,
+            row_end: self.rows.end,
+            ..Place::default()
+        }
+    }
+
     pub(crate) fn new(batch: Range<u32>, heads: Range<u32>, rows: Range<u32>) -> Self {
         Part { batch, heads, rows, cache_rows: 0..1, inputs: 0..1, columns: 0..1 }
     }
