@@ -124,6 +124,11 @@ operands! {
     bias: Bias, Tensor, |s| s.bias.map(|bias| (Scalar::Float(bias.element), bias.shape.len() as u64));
     /// Key lengths, u32 `[batch]`. A length beyond `seq_kv` is an error on the host, and counts as `seq_kv` on the GPU.
     key_lengths: KeyLengths, List, |s| s.key_lengths.then_some((Scalar::U32, s.batch.into()));
+    /// Positions of the keys, i32 `[batch, seq_kv]`; below 0 is an empty slot, which is hidden. A position above
+    /// 2³⁰ − 1 counts as that.
+    key_positions: KeyPositions, List, |s| {
+        s.key_positions.then_some((Scalar::I32, u64::from(s.batch) * u64::from(s.seq_kv)))
+    };
     /// Offsets of [`Causal::Offset`], i32 `[batch]`.
     offsets: Offsets, List, |s| (s.causal == Causal::Offset).then_some((Scalar::I32, s.batch.into()));
     /// ALiBi slopes, f32 `[heads]`.

@@ -186,9 +186,10 @@ pub enum Logits {
 ///
 /// 1. `s[j] = scale · Σ_d q[b,h,i,d] · k[b, h / (heads / kv_heads), j, d]`.
 /// 2. With a soft cap: `s[j] = softcap · tanh(s[j] / softcap)`.
-/// 3. With ALiBi: `s[j] −= slope[h] · |p − j|`, where `p = i + offset[b]` ([`Causal`]). With a bias: `s[j] += bias[b,h,i,j]`.
-/// 4. Key `j` is visible when the boolean mask says true **and** `j < key_lengths[b]` **and** `j <= p` (if causal)
-///    **and** `p − left <= j <= p + right` (if windowed) **and** its bias is not −inf. A last axis of mask or bias
+/// 3. With ALiBi: `s[j] −= slope[h] · |p − t|`, where `p = i + offset[b]` ([`Causal`]) is the position of the row and `t` that of the
+///    key: `j`, or `key_positions[b, j]`. With a bias: `s[j] += bias[b,h,i,j]`.
+/// 4. Key `j` is visible when the boolean mask says true **and** `j < key_lengths[b]` **and** `t <= p` (if causal)
+///    **and** `p − left <= t <= p + right` (if windowed) **and** `t >= 0` **and** its bias is not −inf. A last axis of mask or bias
 ///    that is shorter than `seq_kv` hides the rest.
 /// 5. `weights = softmax(s)` over the visible keys; a sink `z[h]` adds `exp(z[h])` to the denominator.
 /// 6. `out[b,h,i,:] = Σ_j weights[j] · v[b, h / (heads / kv_heads), j, :]`, and
@@ -323,6 +324,10 @@ pub struct Problem {
     pub bias: Option<Bias>,
     /// Whether there are `key_lengths`: keys `j >= key_lengths[b]` are hidden.
     pub key_lengths: bool,
+    /// Whether there are `key_positions`, one for each batch and key: keys may stand in any order, and a negative position is an empty
+    /// slot, whose key is hidden. So a cache that goes on at its first row after its last one ([`crate::Append`]) is attended to with a
+    /// window and without a mask.
+    pub key_positions: bool,
     /// Whether there are ALiBi slopes, one per query head.
     pub alibi: bool,
     /// Whether there are attention sinks, one logit per query head.
@@ -367,6 +372,7 @@ impl Problem {
             mask: None,
             bias: None,
             key_lengths: false,
+            key_positions: false,
             alibi: false,
             sinks: false,
             element: Element::F32,

@@ -17,8 +17,12 @@ pub(crate) struct Band {
     width: i64,
 }
 
-/// How many keys before and after its position a row sees; `None` where there is no bound.
+/// How many keys before and after its position a row sees; `None` where there is no bound. Where the keys have listed positions, any
+/// key may be one of those.
 fn sides(s: &Shape) -> (Option<i64>, Option<i64>) {
+    if s.key_positions {
+        return (None, None);
+    }
     let right = if s.causal == Causal::None { s.window.right } else { Some(0) };
     (s.window.left.map(i64::from), right.map(i64::from))
 }

@@ -63,7 +63,7 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
         x = select(params.softcap * tanh_exact(x / params.softcap), UNDEFINED, x == UNDEFINED);
     }
     if ((params.flags & ALIBI) != 0u) {
-        let distance = f32(abs(i32(row) + s.offset - i32(key)));
+        let distance = f32(abs(i32(row) + s.offset - key_position(s, key)));
         let slope = coded(lists[params.list_alibi_slopes + head]);
         // An infinite slope is 0 · ∞ at distance 0.
         let ended = select(-slope, UNDEFINED, (slope == UNDEFINED) | (distance == 0.0));
@@ -76,7 +76,7 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
         x = sum_of(x, coded(bits));
     }
     let range = key_range(s, row);
-    visible &= (key >= range.x) & (key < range.y);
+    visible &= (key >= range.x) & (key < range.y) & sees_position(s, row, key_position(s, key));
     return select(HIDDEN, x, visible);
 }
 
@@ -89,7 +89,7 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
         x = params.softcap * tanh_exact(x / params.softcap);
     }
     if ((params.flags & ALIBI) != 0u) {
-        let distance = abs(i32(row) + s.offset - i32(key));
+        let distance = abs(i32(row) + s.offset - key_position(s, key));
         x -= bitcast<f32>(lists[params.list_alibi_slopes + head]) * f32(distance);
     }
     var visible = mask_allows(batch, head, row, key);
@@ -101,7 +101,7 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
         x += bitcast<f32>(select(bits, 0u, ended));
     }
     let range = key_range(s, row);
-    visible &= (key >= range.x) & (key < range.y);
+    visible &= (key >= range.x) & (key < range.y) & sees_position(s, row, key_position(s, key));
     return select(HIDDEN, select(clamp(x, LOWEST, HIGHEST), UNDEFINED, ended), visible);
 }
 

@@ -10,6 +10,7 @@ struct Sequence {
     token_q: u32,    // first query token of a packed sequence, else 0
     token_kv: u32,   // first key token
     offset: i32,     // row i stands at position i + offset
+    positions: u32,  // where the list of the positions of its keys begins
 }
 
 // Where batch b of q and out, or of k and v, begins: packed sequences share one batch.
@@ -18,7 +19,7 @@ fn batch_of(batch: u32) -> u32 {
 }
 
 fn sequence(batch: u32) -> Sequence {
-    var s = Sequence(params.seq_q, params.seq_kv, params.seq_kv, 0u, 0u, 0);
+    var s = Sequence(params.seq_q, params.seq_kv, params.seq_kv, 0u, 0u, 0, 0u);
 {% if lists %}
     if ((params.flags & PACKED) != 0u) {
         s.token_q = min(lists[params.list_cu_seqlens_q + batch], params.total_q);
@@ -35,6 +36,7 @@ fn sequence(batch: u32) -> Sequence {
     if ((params.flags & LENGTHS) != 0u) {
         s.keys = min(lists[params.list_key_lengths + batch], params.seq_kv);
     }
+    s.positions = params.list_key_positions + batch * params.seq_kv;
 {% endif %}
     if ((params.flags & BOTTOM_RIGHT) != 0u) {
         s.offset = i32(s.keys) - i32(s.rows);
@@ -47,8 +49,14 @@ fn sequence(batch: u32) -> Sequence {
     return s;
 }
 
-// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises.
+// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises. Where positions
+// are listed, any key may be visible by its place.
 fn key_range(s: Sequence, row: u32) -> vec2<u32> {
+{% if lists %}
+    if ((params.flags & POSITIONS) != 0u) {
+        return vec2<u32>(0u, s.keys);
+    }
+{% endif %}
     let keys = i32(s.keys);
     let position = i32(row) + s.offset;
     var first = 0;
@@ -72,3 +80,22 @@ fn tile_range(s: Sequence, first: u32, last: u32) -> vec2<u32> {
     }
     return vec2<u32>(key_range(s, first).x, key_range(s, last).y);
 }
+{% if full is defined and full %}
+
+// The position of a key.
+fn key_position(s: Sequence, key: u32) -> i32 {
+    if ((params.flags & POSITIONS) != 0u) {
+        return min(bitcast<i32>(lists[s.positions + key]), 1073741823);
+    }
+    return i32(key);
+}
+
+// Whether a row sees a key of the range by the position that is listed for it.
+fn sees_position(s: Sequence, row: u32, listed: i32) -> bool {
+    let ahead = listed - (i32(row) + s.offset);
+    let late = ((params.flags & CAUSAL) != 0u) & (ahead > 0);
+    let left = ((params.flags & WINDOW_LEFT) != 0u) & (ahead < -i32(params.window_left));
+    let right = ((params.flags & WINDOW_RIGHT) != 0u) & (ahead > i32(params.window_right));
+    return ((params.flags & POSITIONS) == 0u) | !((listed < 0) | late | left | right);
+}
+{% endif %}

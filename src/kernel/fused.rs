@@ -240,5 +240,5 @@ pub(crate) fn whole_format(shape: &Shape, native: bool) -> Format {
 
 /// Whether the score transform is more than the scale and the key range.
 pub(crate) fn transforms(s: &Shape) -> bool {
-    s.softcap.is_some() || s.alibi || s.mask.is_some() || s.bias.is_some()
+    s.key_positions || s.softcap.is_some() || s.alibi || s.mask.is_some() || s.bias.is_some()
 }

@@ -105,7 +105,7 @@ block! {
         window_left: u32,
         /// Keys visible after the position.
         window_right: u32,
-    } reads CAUSAL, BOTTOM_RIGHT, OFFSETS, WINDOW_LEFT, WINDOW_RIGHT, LENGTHS, PACKED, EVERY_KEY
+    } reads CAUSAL, BOTTOM_RIGHT, OFFSETS, WINDOW_LEFT, WINDOW_RIGHT, LENGTHS, POSITIONS, PACKED, EVERY_KEY
 }
 
 block! {
@@ -315,4 +315,6 @@ flags! {
     EXTRA_KEY = 25,
     /// The output is a part of the result, which `merge` completes.
     PARTIAL = 26,
+    /// The positions of keys are listed.
+    POSITIONS = 27,
 }

@@ -15,7 +15,7 @@ use crate::kernel::attention::{AttentionKernel, Grid};
 use crate::kernel::params::{self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Transform, Visible, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{self, Variant};
-use crate::operands::Operand;
+use crate::operands::{Kind, Operand};
 use crate::ops::merge::{Merge, Partials};
 use crate::ops::pack::pack;
 use crate::options::Options;
@@ -84,8 +84,8 @@ impl<'a> Planner<'a> {
     fn check(&self) -> Result<()> {
         let (s, limit) = (self.shape, self.caps.binding());
         if self.lists.bytes() > limit {
-            let field = if s.paged.is_some() { Operand::BlockTable.name() } else { "per-batch and per-head arrays" };
-            return Err(Error::bytes(field, self.lists.bytes(), limit));
+            let longest = Operand::of_kind(Kind::List).max_by_key(|list| list.len(s)).expect("there are lists");
+            return Err(Error::bytes(longest.name(), self.lists.bytes(), limit));
         }
         check_dispatches(self.dispatches())?;
         // A tile of 64 rows is one dispatch at least where it exceeds the work budget: most that is refused is refused here, before its
@@ -348,6 +348,7 @@ fn problem_flags(s: &Shape) -> u32 {
         (s.window.left.is_some(), flags::WINDOW_LEFT),
         (s.window.right.is_some(), flags::WINDOW_RIGHT),
         (s.key_lengths, flags::LENGTHS),
+        (s.key_positions, flags::POSITIONS),
         (s.packed.is_some(), flags::PACKED),
         (s.paged.is_some(), flags::PAGED),
         (s.softcap.is_some(), flags::SOFTCAP),

@@ -129,7 +129,7 @@ impl Row<'_> {
 
     /// What ALiBi subtracts from the logit of key `j`: slope · |p − j|.
     pub fn alibi(&self, j: usize) -> f64 {
-        let distance = (self.position() - j as i64).unsigned_abs();
+        let distance = (self.position() - self.key_position(j)).unsigned_abs();
         let slopes = self.sequence.inputs.operands.alibi_slopes;
         slopes.map_or(0.0, |slopes| f64::from(slopes.f32s()[self.head]) * distance as f64)
     }
@@ -144,12 +144,13 @@ impl Row<'_> {
 
     /// Whether this row sees key `j`.
     pub fn visible(&self, j: usize) -> bool {
-        let (p, key) = (self.position(), j as i64);
+        let (p, key) = (self.position(), self.key_position(j));
         let mask = || match (self.shape.mask, self.sequence.inputs.operands.mask.map(HostSlice::u8s)) {
             (Some(shape), Some(mask)) => self.broadcast(shape, j).is_some_and(|at| mask[at] != 0),
             _ => true,
         };
         j < self.sequence.length
+            && key >= 0
             && (self.shape.causal == Causal::None || key <= p)
             && self.shape.window.left.is_none_or(|left| key >= p - i64::from(left))
             && self.shape.window.right.is_none_or(|right| key <= p + i64::from(right))
@@ -160,6 +161,14 @@ impl Row<'_> {
     /// Position p on the axis of the keys.
     fn position(&self) -> i64 {
         self.index as i64 + self.sequence.offset
+    }
+
+    /// Position of key `j`.
+    fn key_position(&self, j: usize) -> i64 {
+        match self.sequence.inputs.operands.key_positions.map(HostSlice::i32s) {
+            Some(listed) => listed[self.sequence.batch * self.shape.seq_kv as usize + j].min((1 << 30) - 1).into(),
+            None => j as i64,
+        }
     }
 
     fn token(&self) -> usize {

@@ -47,6 +47,10 @@ fn features() -> Vec<Feature> {
         feature("bias bf16", true, |p| p.bias = Some(bias(Element::Bf16))),
         feature("mask", true, |p| p.mask = Some(Broadcast([2, 1, 17, 36]))),
         feature("key lengths", true, |p| p.key_lengths = true),
+        feature("key positions", true, |p| {
+            (p.key_positions, p.causal) = (true, Causal::Offset);
+            p.window.left = Some(9);
+        }),
         feature("causal top-left", true, |p| p.causal = Causal::TopLeft),
         feature("causal bottom-right", true, |p| p.causal = Causal::BottomRight),
         feature("causal offset", true, |p| p.causal = Causal::Offset),

@@ -124,6 +124,7 @@ impl Family {
         if self.full {
             p.softcap = r.pick(&[None, None, Some(0.1), Some(3.0), Some(50.0)]);
             p.alibi = r.once_in(3);
+            p.key_positions = r.once_in(5);
             p.mask = r.once_in(2).then(|| broadcast(r, &p));
             p.bias = r.once_in(2).then(|| Bias { shape: broadcast(r, &p), element: self.bias });
         }

@@ -123,9 +123,9 @@ use reason;
 fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Option<Reason> {
     let caps = gpu.library().caps();
     let limits = &caps.limits;
-    let full = p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
+    let full = p.key_positions || p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some();
     let paged = p.paged.is_some();
-    let small = p.weights || p.lse || p.sinks || p.key_lengths || p.packed.is_some() || paged;
+    let small = p.lse || p.sinks || p.key_lengths || p.packed.is_some() || paged;
     let lists = small || p.causal == Causal::Offset;
     let buffers = match kernel {
         Kernel::Unfused => return paged.then_some(reason!(Obstacle::Pages)),

@@ -75,3 +75,37 @@ fn rows_that_see_nothing_are_zero_with_no_weight() {
         }
     }
 }
+
+/// A cache of 24 keys that went on at its first row 1000 positions ago, with five slots that are still empty: what its window shows is
+/// what a dense problem shows whose keys stand in the order of their positions.
+#[test]
+fn keys_of_a_circular_cache_are_seen_by_their_positions() {
+    let dense = problem([1, 2, 3, 19, 12], |p| {
+        (p.causal, p.alibi) = (Causal::BottomRight, true);
+        p.window.left = Some(11);
+    });
+    let straight = Data::random(&dense, 3, 1.0);
+    let mut ring = dense.clone();
+    (ring.seq_kv, ring.key_positions, ring.causal) = (24, true, Causal::Offset);
+    let mut turned = Data::random(&ring, 3, 1.0);
+    (turned.q, turned.slopes) = (straight.q.clone(), straight.slopes.clone());
+    turned.offsets = Some(vec![1016]);
+    // The key at position 1000 + n stands in slot (7 + n) % 24.
+    let mut positions = vec![-1; 24];
+    for n in 0..19 {
+        positions[(7 + n) % 24] = 1000 + n as i32;
+        for head in 0..2 {
+            for d in 0..12 {
+                let [from, to] = [(head * 19 + n) * 12 + d, (head * 24 + (7 + n) % 24) * 12 + d];
+                turned.k.set(to, straight.k.elements().get(from) as f32);
+                turned.v.set(to, straight.v.elements().get(from) as f32);
+            }
+        }
+    }
+    turned.key_positions = Some(positions);
+    let (straight, turned) = (Case::new(dense, straight), Case::new(ring, turned));
+    for (got, want) in turned.want.out.iter().zip(&straight.want.out) {
+        assert!((got - want).abs() < 1e-12, "{got} {want}");
+    }
+    everywhere(turned);
+}

@@ -218,6 +218,7 @@ fn lists(plan: &Plan, step: &Step, bound: &Bound) {
     let table_row = s.paged.map_or(0, |paged| s.seq_kv.div_ceil(paged.page_size));
     let places = [
         (s.key_lengths, "list_key_lengths", s.batch),
+        (s.key_positions, "list_key_positions", s.batch * s.seq_kv),
         (s.causal == wgpu_attention::Causal::Offset, "list_offsets", s.batch),
         (s.alibi, "list_alibi_slopes", s.heads),
         (s.sinks, "list_sinks", s.heads),

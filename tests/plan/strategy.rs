@@ -65,7 +65,7 @@ prop_compose! {
         bias_element in prop_oneof![Just(Element::F32), Just(Element::F16), Just(Element::Bf16)],
         causal in prop_oneof![Just(Causal::None), Just(Causal::TopLeft), Just(Causal::BottomRight), Just(Causal::Offset)],
         (mask, bias) in (proptest::option::of((0u32..16, any::<bool>())), proptest::option::of((0u32..16, any::<bool>()))),
-        (softcap, lengths, alibi, sinks, lse, weights) in any::<(bool, bool, bool, bool, bool, bool)>(),
+        (softcap, lengths, alibi, sinks, lse, weights, positions) in any::<(bool, bool, bool, bool, bool, bool, bool)>(),
         logits in prop_oneof![
             3 => Just(None), 1 => Just(Some(Logits::Raw)), 1 => Just(Some(Logits::Capped)), 1 => Just(Some(Logits::Masked))
         ],
@@ -75,7 +75,7 @@ prop_compose! {
     ) -> Problem {
         let mut p: Problem = p;
         (p.element, p.causal, p.softcap, p.alibi, p.sinks) = (element, causal, softcap.then_some(3.0), alibi, sinks);
-        (p.lse, p.weights, p.logits) = (lse, weights, logits);
+        (p.lse, p.weights, p.logits, p.key_positions) = (lse, weights, logits, positions);
         let full = [p.batch, p.heads, p.seq_q, p.seq_kv];
         p.mask = mask.map(|(bits, short)| broadcast(bits, full, short));
         p.bias = bias.map(|(bits, short)| Bias { shape: broadcast(bits, full, short), element: bias_element });

@@ -77,6 +77,7 @@ pub struct Data {
     pub mask: Option<Vec<u8>>,
     pub bias: Option<Tensor>,
     pub key_lengths: Option<Vec<u32>>,
+    pub key_positions: Option<Vec<i32>>,
     pub offsets: Option<Vec<i32>>,
     pub slopes: Option<Vec<f32>>,
     pub sinks: Option<Vec<f32>>,
@@ -117,6 +118,11 @@ impl Data {
                 let some = [0, p.seq_kv, (p.seq_kv / 2) | 1, p.seq_kv.saturating_sub(1)];
                 (0..batch).map(|b| some[(b + r.below(2) as usize) % some.len()].min(p.seq_kv)).collect()
             }),
+            // Any order, with empty slots.
+            key_positions: p.key_positions.then(|| {
+                let position = |_| if r.once_in(5) { -1 } else { r.below(p.seq_kv + p.seq_q) as i32 };
+                (0..batch * p.seq_kv as usize).map(position).collect()
+            }),
             offsets: (p.causal == Causal::Offset)
                 .then(|| (0..batch).map(|_| r.below(p.seq_kv + p.seq_q) as i32 - p.seq_q as i32).collect()),
             slopes: p.alibi.then(|| (0..p.heads).map(|h| 0.5 / (h + 1) as f32).collect()),
@@ -137,6 +143,7 @@ impl Data {
                 mask: self.mask.as_ref().map(HostSlice::from),
                 bias: self.bias.as_ref().map(|bias| bias.elements().into()),
                 key_lengths: self.key_lengths.as_ref().map(HostSlice::from),
+                key_positions: self.key_positions.as_ref().map(HostSlice::from),
                 offsets: self.offsets.as_ref().map(HostSlice::from),
                 alibi_slopes: self.slopes.as_ref().map(HostSlice::from),
                 sinks: self.sinks.as_ref().map(HostSlice::from),

@@ -118,15 +118,22 @@ impl<'a> Oracle<'a> {
         (last < n[3]).then(|| ((pick(0, b) * n[1] + pick(1, h)) * n[2] + pick(2, i)) * n[3] + last)
     }
 
+    /// The position of a key, below 0 where its slot is empty.
+    fn key_stands(&self, b: usize, j: usize) -> i64 {
+        let listed = self.data.key_positions.as_ref();
+        listed.map_or(j as i64, |listed| i64::from(listed[b * self.p.seq_kv as usize + j]).min((1 << 30) - 1))
+    }
+
     /// Whether everything but the bias lets row `i` see key `j`.
     pub fn reaches(&self, [b, h, i, j]: [usize; 4]) -> bool {
         let s = self.sequence(b);
-        let (at, key) = (i as i64 + s.offset, j as i64);
+        let (at, key) = (i as i64 + s.offset, self.key_stands(b, j));
         let mask = match (self.p.mask, &self.data.mask) {
             (Some(shape), Some(mask)) => Self::spread(shape, [b, h, i, j]).is_some_and(|place| mask[place] != 0),
             _ => true,
         };
         mask && j < s.length
+            && key >= 0
             && !(self.p.causal != Causal::None && key > at)
             && self.p.window.left.is_none_or(|left| key >= at - i64::from(left))
             && self.p.window.right.is_none_or(|right| key <= at + i64::from(right))
@@ -151,7 +158,7 @@ impl<'a> Oracle<'a> {
         let raw = clamped(f64::from(scale) * dot);
         let capped = self.p.softcap.map_or(raw, |cap| f64::from(cap) * (raw / f64::from(cap)).tanh());
         let [b, h, i, j] = at;
-        let distance = (i as i64 + self.sequence(b).offset - j as i64).abs() as f64;
+        let distance = (i as i64 + self.sequence(b).offset - self.key_stands(b, j)).abs() as f64;
         let slope = self.data.slopes.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]));
         [raw, capped, clamped(clamped(capped - slope * distance) + self.bias(at))]
     }
