@@ -165,6 +165,7 @@ pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,
 };
+pub use reference::compare;
 pub use runner::Runner;
 pub use shape::Shape;
 pub use tuned::{Choice, Class, Queries, Row, Tuning};

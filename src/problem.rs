@@ -453,16 +453,35 @@ impl<'a> Elements<'a> {
     }
 }
 
-impl<'a> From<&'a [f32]> for Elements<'a> {
-    fn from(x: &'a [f32]) -> Self {
-        Elements::F32(x)
-    }
+/// Conversions from slices, vectors and arrays of a type.
+macro_rules! from_host {
+    ($($t:ty: $variant:ident;)*) => {
+        $(
+            impl<'a> From<&'a [$t]> for Elements<'a> {
+                fn from(x: &'a [$t]) -> Self {
+                    Elements::$variant(x)
+                }
+            }
+
+            impl<'a> From<&'a Vec<$t>> for Elements<'a> {
+                fn from(x: &'a Vec<$t>) -> Self {
+                    Elements::$variant(x)
+                }
+            }
+
+            impl<'a, const N: usize> From<&'a [$t; N]> for Elements<'a> {
+                fn from(x: &'a [$t; N]) -> Self {
+                    Elements::$variant(x)
+                }
+            }
+        )*
+    };
 }
 
-impl<'a> From<&'a Vec<f32>> for Elements<'a> {
-    fn from(x: &'a Vec<f32>) -> Self {
-        Elements::F32(x)
-    }
+from_host! {
+    f32: F32;
+    half::f16: F16;
+    half::bf16: Bf16;
 }
 
 impl Default for Elements<'_> {
