@@ -5,9 +5,8 @@ use std::time::Duration;
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{Criterion, Throughput};
 use wgpu_attention::gpu::describe;
-use wgpu_attention::reference::Comparison;
 use wgpu_attention::{
-    Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, reference,
+    Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, compare,
 };
 
 /// Batch, heads, kv_heads, seq_q, seq_kv, head_dim, and the causal rule: prefill, the same causal, one step of decoding.
@@ -62,17 +61,8 @@ fn ready(gpu: &Gpu, problem: &Problem, options: &Options) -> Ready {
     let resident = gpu.upload(&plan, &inputs).expect("fits");
     gpu.run(&prepared, &resident, &mut |_, _| ()).expect("runs");
     let got = gpu.download(&plan, &resident).expect("reads back");
-    let (want, budget) = reference::attention_with_budget(problem, &inputs).expect("valid");
-    let right = |what: &str, comparison: Comparison| {
-        assert!(comparison.passed(), "{what} on {}: {comparison}", describe(gpu.info()));
-    };
-    right("out", budget.compare_out(&shape, &got.out, &want.out));
-    if let (Some(got), Some(want)) = (&got.logits, &want.logits) {
-        right("scores", budget.logits.check(got, want));
-    }
-    if let (Some(got), Some(want)) = (&got.weights, &want.weights) {
-        right("weights", budget.weights.check(got, want));
-    }
+    let compared = compare(problem, &inputs, &got).expect("valid");
+    assert!(compared.passed(), "on {}:\n{compared}", describe(gpu.info()));
     Ready { prepared, resident, pairs: shape.visible_pairs() as f64 }
 }
 

@@ -1,6 +1,9 @@
 //! The features and limits of a device, as pure data.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
+use crate::limits::Limits;
 use crate::options::Kernel;
 
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
@@ -10,7 +13,10 @@ pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
 pub const MATRIX_SIZES: [u32; 2] = [16, 8];
 
 /// What the planner needs to know about a device.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// With serde, limits that are missing have wgpu's defaults, and every other field must be there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Caps {
     /// The adapter is a CPU that runs shaders (lavapipe, llvmpipe, SwiftShader, WARP): it wants other kernels than a GPU.
     pub cpu: bool,
@@ -28,6 +34,7 @@ pub struct Caps {
     /// size. Empty where shaders may not use any. Only an adapter knows the sizes: without one the list is empty too.
     pub matrices: Vec<u32>,
     /// The device's limits.
+    #[serde(with = "Limits")]
     pub limits: wgpu::Limits,
 }
 

@@ -294,7 +294,7 @@ impl Attention {
     /// The kernel `matrix` does not run on it, because a [`wgpu::Device`] does not tell which cooperative matrices it has; see
     /// [`Attention::with_adapter`].
     pub fn new(device: &wgpu::Device) -> Self {
-        Self::with_checks(device, false)
+        Self::without_adapter(device, false)
     }
 
     /// Like [`Attention::new`], but with the adapter that the device was made from, so that [`crate::Kernel::Matrix`] can run. That
@@ -308,9 +308,13 @@ impl Attention {
         Ok(Self::with_caps(Home { device: device.clone(), gpu: 0 }, Caps::of(device, Some(adapter))?, false))
     }
 
-    /// Like [`Attention::new`], but with `checked` pipelines are compiled with wgpu's runtime checks (bounds, loops): slower,
-    /// for hunting a suspected out-of-bounds access.
-    pub fn with_checks(device: &wgpu::Device, checked: bool) -> Self {
+    /// Like [`Attention::new`], but pipelines are compiled with wgpu's runtime checks (bounds, loops): slower, for hunting a suspected
+    /// out-of-bounds access.
+    pub fn with_checks(device: &wgpu::Device) -> Self {
+        Self::without_adapter(device, true)
+    }
+
+    fn without_adapter(device: &wgpu::Device, checked: bool) -> Self {
         let caps = Caps::of(device, None).expect("only an adapter can be wrong");
         Self::with_caps(Home { device: device.clone(), gpu: 0 }, caps, checked)
     }

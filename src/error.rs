@@ -95,6 +95,16 @@ pub enum Error {
         /// What is accepted.
         want: &'static str,
     },
+    /// A text is not the name of any value.
+    #[error("{field} is {value:?}; it must be one of {}", known.join(", "))]
+    Name {
+        /// What is named, such as `kernel`.
+        field: &'static str,
+        /// The text.
+        value: String,
+        /// The names that are known.
+        known: &'static [&'static str],
+    },
     /// An operand's shape does not broadcast to [batch, heads, seq_q, seq_kv].
     #[error(
         "{field} has shape {shape:?}, which does not broadcast to [batch, heads, seq_q, seq_kv] = {target:?} \

@@ -8,10 +8,10 @@
 //! # A first example
 //!
 //! [`Gpu`] takes host slices and returns host vectors. [`mod@reference`] computes the same in f64 on the CPU, with a bound for the error that
-//! f32 arithmetic may make on these very numbers, so that a result can be checked without a tolerance that somebody picked.
+//! f32 arithmetic may make on these very numbers; [`compare()`] checks every output with it, without a tolerance that somebody picked.
 //!
 //! ```no_run
-//! use wgpu_attention::{Causal, Gpu, Inputs, Problem, reference};
+//! use wgpu_attention::{Causal, Gpu, Inputs, Problem, compare};
 //!
 //! # fn main() -> wgpu_attention::Result<()> {
 //! let mut problem = Problem::new(1, 8, 77, 77, 64); // batch, heads, seq_q, seq_kv, head_dim
@@ -21,8 +21,9 @@
 //!
 //! let outputs = Gpu::new()?.attention(&problem, &inputs)?;
 //!
-//! let (want, budget) = reference::attention_with_budget(&problem, &inputs)?;
-//! assert!(budget.compare_out(&problem.check()?, &outputs.out, &want.out).passed());
+//! let comparisons = compare(&problem, &inputs, &outputs)?; // every output with the f64 reference
+//! assert!(comparisons.passed());
+//! print!("{comparisons}");
 //! # Ok(())
 //! # }
 //! ```
@@ -121,8 +122,10 @@ mod error;
 pub mod gpu;
 pub mod kernel;
 pub mod layer;
+mod limits;
 #[cfg(feature = "safetensors")]
 pub mod load;
+mod names;
 mod obstacle;
 pub mod operands;
 mod operation;
@@ -158,6 +161,7 @@ pub use problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,
 };
+pub use reference::compare;
 pub use runner::Runner;
 pub use shape::Shape;
 pub use wgpu;

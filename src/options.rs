@@ -2,8 +2,13 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+use crate::names::names;
+
 /// How attention is computed, to force.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Kernel {
     /// `scores`, `softmax` and `values`, with the score matrix in between: the only kernel that gives logits. It runs on every device, and
     /// every problem but one whose keys are in pages.
@@ -19,24 +24,17 @@ pub enum Kernel {
     Split,
 }
 
-impl Kernel {
-    /// Every kernel.
-    pub const ALL: [Kernel; 5] = [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Matrix, Kernel::Split];
-
-    /// Its name, as `--kernel` takes it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Kernel::Unfused => "unfused",
-            Kernel::Rows => "rows",
-            Kernel::Flash => "flash",
-            Kernel::Matrix => "matrix",
-            Kernel::Split => "split",
-        }
-    }
+names! { Kernel, "kernel":
+    Unfused = "unfused",
+    Rows = "rows",
+    Flash = "flash",
+    Matrix = "matrix",
+    Split = "split",
 }
 
 /// Body of a kernel to force.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Form {
     /// Tiles in workgroup memory, for GPUs.
     Tiled,
@@ -47,8 +45,17 @@ pub enum Form {
     Emulated,
 }
 
+names! { Form, "form":
+    Tiled = "tiled",
+    Lanes = "lanes",
+    Emulated = "emulated",
+}
+
 /// How to plan. The default lets the planner choose.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// With serde, fields that are missing have their defaults, and unknown ones are an error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Forces a kernel; planning fails where it cannot run.
     pub kernel: Option<Kernel>,

@@ -11,6 +11,8 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
 use crate::caps::Caps;
 use crate::error::counted;
 use crate::error::{Error, Result};
@@ -138,6 +140,25 @@ impl Plan {
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
     pub fn reasons(&self) -> &[String] {
         &self.reasons
+    }
+}
+
+/// For reports. A plan is not read back: [`crate::Attention::prepare`] trusts what a plan says about buffers. A [`Problem`](crate::Problem),
+/// [`Caps`] and [`Options`] that are read back make the same plan again.
+impl Serialize for Plan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let variants: Vec<String> = self.steps.iter().map(|step| step.variant.to_string()).collect();
+        let mut plan = serializer.serialize_struct("Plan", 9)?;
+        plan.serialize_field("problem", &*self.shape)?;
+        plan.serialize_field("kernel", &self.kernel())?;
+        plan.serialize_field("choice", &self.choice)?;
+        plan.serialize_field("variants", &variants)?;
+        plan.serialize_field("dispatches", &self.dispatches())?;
+        plan.serialize_field("slices", &self.slices())?;
+        plan.serialize_field("scratch_bytes", &self.scratch_bytes())?;
+        plan.serialize_field("estimate_ms", &(1e3 * self.estimate().as_secs_f64()))?;
+        plan.serialize_field("reasons", &self.reasons)?;
+        plan.end()
     }
 }
 

@@ -1,10 +1,12 @@
 //! One attention problem: what is to be computed, independent of any device.
 
-use std::fmt;
+mod host;
 
 use serde::{Deserialize, Serialize};
 
-use crate::operands::{HostSlice, Operands};
+pub use host::{Elements, Inputs, Outputs};
+
+use crate::names::names;
 
 /// Element type of a tensor in memory. Arithmetic is always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,21 +31,18 @@ impl Element {
     }
 }
 
-impl fmt::Display for Element {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Element::F32 => "f32",
-            Element::F16 => "f16",
-            Element::Bf16 => "bf16",
-        })
-    }
+names! { Element, "element":
+    F32 = "f32",
+    F16 = "f16",
+    Bf16 = "bf16",
 }
 
 /// Causal visibility: query row `i` of batch `b` has the position `p = i + offset[b]` and sees keys `j <= p`.
 ///
 /// The position also anchors [`Window`] and ALiBi. With [`Causal::None`] the offset is 0.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Causal {
     /// No causal rule; offset 0.
     #[default]
@@ -58,8 +57,16 @@ pub enum Causal {
     Offset,
 }
 
+names! { Causal, "causal":
+    None = "none",
+    TopLeft = "top-left",
+    BottomRight = "bottom-right",
+    Offset = "offset",
+}
+
 /// Sliding window around the position `p` of a row: `p − left <= j <= p + right`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Window {
     /// Keys visible before the position; `None` is no bound.
     pub left: Option<u32>,
@@ -70,7 +77,7 @@ pub struct Window {
 /// Shape of an operand that broadcasts to [batch, heads, seq_q, seq_kv]: right-aligned, each axis 1 or full.
 ///
 /// The last axis may be shorter than `seq_kv` (but not 1, which broadcasts): keys beyond it are hidden.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Broadcast(pub [u32; 4]);
 
 impl Broadcast {
@@ -100,7 +107,8 @@ impl Broadcast {
 }
 
 /// Additive bias: its shape and its element type. It may hold −inf, which hides the key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Bias {
     /// Broadcastable to the score matrix.
     pub shape: Broadcast,
@@ -110,7 +118,8 @@ pub struct Bias {
 
 /// Layout of the elements of a [batch, head, row, last] tensor in memory. The last axis is dense.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Layout {
     /// Dense [batch, heads, seq, dim] (PyTorch, ONNX 4-D).
     #[default]
@@ -122,7 +131,8 @@ pub enum Layout {
 }
 
 /// Strides of a tensor in elements; element (b, h, s, d) is at `offset + b·batch + h·head + s·row + d`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Strides {
     /// Offset of element (0, 0, 0, 0) from the start of the buffer slice.
     pub offset: u64,
@@ -141,7 +151,8 @@ pub struct Strides {
 /// and the layouts' batch stride is unused. Mask, bias, weights and logits index rows and keys within a sequence. Where a sequence is
 /// shorter than the longest, weights hold 0 and logits −inf. Tokens of `out` and `lse` that no sequence owns are not written (0 in
 /// [`Outputs`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Packed {
     /// Query tokens of all sequences together.
     pub total_q: u32,
@@ -158,7 +169,8 @@ pub struct Packed {
 /// negative one, counts as the last page, so that nothing outside the pool is read. On host slices it is an error.
 ///
 /// [`crate::Append`] uses the same table to write new rows to their pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Paged {
     /// Number of pages in the pool: 1 or more, or 0 if the sequences have no keys at all.
     pub pages: u32,
@@ -168,7 +180,8 @@ pub struct Paged {
 
 /// Which logits to return, as ONNX's `qk_matmul_output_mode` 0 to 2 (mode 3 is [`Problem::weights`]).
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Logits {
     /// `scale · q·k` (mode 0).
     Raw,
@@ -178,7 +191,8 @@ pub enum Logits {
     Masked,
 }
 
-/// One attention problem. Start from [`Problem::new`] and set fields.
+/// One attention problem. Start from [`Problem::new`] and set fields. With serde, the seven sizes must be there, other fields that are
+/// missing are those of [`Problem::new`], and unknown ones are an error.
 ///
 /// # The contract
 ///
@@ -294,7 +308,8 @@ pub enum Logits {
 /// - With a window and a past, a position may lie beyond the last key; the causal rule then limits nothing.
 /// - 4-D inputs that also say `q_num_heads` are an error from opset 25 on; the case files run them all the same.
 #[non_exhaustive]
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Problem {
     /// Batches, or sequences if `packed`; 0 or more.
     pub batch: u32,
@@ -311,46 +326,65 @@ pub struct Problem {
     /// Last axis of v and out, 1 to 512.
     pub value_dim: u32,
     /// Factor of q·k. `None` is `1/√head_dim`.
+    #[serde(default)]
     pub scale: Option<f32>,
     /// Soft cap of the scores; `None` is off.
+    #[serde(default)]
     pub softcap: Option<f32>,
     /// Causal rule and the offset of positions.
+    #[serde(default)]
     pub causal: Causal,
     /// Sliding window.
+    #[serde(default)]
     pub window: Window,
     /// Shape of the boolean mask (one byte an element, **true (1) = may attend**).
+    #[serde(default)]
     pub mask: Option<Broadcast>,
     /// Additive bias.
+    #[serde(default)]
     pub bias: Option<Bias>,
     /// Whether there are `key_lengths`: keys `j >= key_lengths[b]` are hidden.
+    #[serde(default)]
     pub key_lengths: bool,
     /// Whether there are `key_positions`, one for each batch and key: keys may stand in any order, and a negative position is an empty
     /// slot, whose key is hidden. So a cache that goes on at its first row after its last one ([`crate::Append`]) is attended to with a
     /// window and without a mask.
     pub key_positions: bool,
     /// Whether there are ALiBi slopes, one per query head.
+    #[serde(default)]
     pub alibi: bool,
     /// Whether there are attention sinks, one logit per query head.
+    #[serde(default)]
     pub sinks: bool,
     /// Type of q, k, v and out.
+    #[serde(default)]
     pub element: Element,
     /// Layout of q: [batch, heads, seq_q, head_dim].
+    #[serde(default)]
     pub q: Layout,
     /// Layout of k: [batch, kv_heads, seq_kv, head_dim]; paged: [pages, kv_heads, page_size, head_dim].
+    #[serde(default)]
     pub k: Layout,
     /// Layout of v: [batch, kv_heads, seq_kv, value_dim]; paged: [pages, kv_heads, page_size, value_dim].
+    #[serde(default)]
     pub v: Layout,
     /// Layout of out: [batch, heads, seq_q, value_dim].
+    #[serde(default)]
     pub out: Layout,
     /// Sequences laid end to end.
+    #[serde(default)]
     pub packed: Option<Packed>,
     /// Keys and values in pages of a pool.
+    #[serde(default)]
     pub paged: Option<Paged>,
     /// Whether to return the log-sum-exp of each row (natural logarithm), f32: [batch, heads, seq_q], packed: [heads, total_q].
+    #[serde(default)]
     pub lse: bool,
     /// Whether to return the weights, f32: dense [batch, heads, seq_q, seq_kv].
+    #[serde(default)]
     pub weights: bool,
     /// Which logits to return, if any, f32: dense [batch, heads, seq_q, seq_kv].
+    #[serde(default)]
     pub logits: Option<Logits>,
 }
 
@@ -403,102 +437,4 @@ impl Problem {
     pub fn check(&self) -> crate::Result<crate::Shape> {
         crate::Shape::new(self)
     }
-}
-
-/// Host data of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Elements<'a> {
-    /// f32 values.
-    F32(&'a [f32]),
-    /// f16 values.
-    F16(&'a [half::f16]),
-    /// bfloat16 values.
-    Bf16(&'a [half::bf16]),
-}
-
-impl<'a> Elements<'a> {
-    /// The element type.
-    pub fn element(&self) -> Element {
-        match self {
-            Elements::F32(_) => Element::F32,
-            Elements::F16(_) => Element::F16,
-            Elements::Bf16(_) => Element::Bf16,
-        }
-    }
-
-    /// The number of elements.
-    pub fn len(&self) -> usize {
-        match self {
-            Elements::F32(x) => x.len(),
-            Elements::F16(x) => x.len(),
-            Elements::Bf16(x) => x.len(),
-        }
-    }
-
-    /// Whether there are no elements.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Element `i`, exactly, as f64.
-    pub fn get(&self, i: usize) -> f64 {
-        match self {
-            Elements::F32(x) => x[i] as f64,
-            Elements::F16(x) => x[i].to_f64(),
-            Elements::Bf16(x) => x[i].to_f64(),
-        }
-    }
-
-    /// The elements as bytes, as they are in memory.
-    pub fn bytes(&self) -> &'a [u8] {
-        match self {
-            Elements::F32(x) => bytemuck::cast_slice(x),
-            Elements::F16(x) => bytemuck::cast_slice(x),
-            Elements::Bf16(x) => bytemuck::cast_slice(x),
-        }
-    }
-}
-
-impl<'a> From<&'a [f32]> for Elements<'a> {
-    fn from(x: &'a [f32]) -> Self {
-        Elements::F32(x)
-    }
-}
-
-impl<'a> From<&'a Vec<f32>> for Elements<'a> {
-    fn from(x: &'a Vec<f32>) -> Self {
-        Elements::F32(x)
-    }
-}
-
-impl Default for Elements<'_> {
-    fn default() -> Self {
-        Elements::F32(&[])
-    }
-}
-
-/// Operands of a problem on the host. An operand that the problem does not use must be `None`.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Inputs<'a> {
-    /// Queries, in the problem's layout.
-    pub q: Elements<'a>,
-    /// Keys.
-    pub k: Elements<'a>,
-    /// Values.
-    pub v: Elements<'a>,
-    /// Mask, bias and the small arrays.
-    pub operands: Operands<HostSlice<'a>>,
-}
-
-/// Results on the host, widened to `T` (f32, or f64 from the reference). An output that the problem does not ask for is `None`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outputs<T = f32> {
-    /// The output tensor in the problem's layout. With strides, the elements between rows are 0.
-    pub out: Vec<T>,
-    /// Log-sum-exp per row, natural log.
-    pub lse: Option<Vec<T>>,
-    /// Softmax weights.
-    pub weights: Option<Vec<T>>,
-    /// Logits.
-    pub logits: Option<Vec<T>>,
 }

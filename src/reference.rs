@@ -1,7 +1,8 @@
 //! Attention on the CPU as the textbook writes it: what every kernel of this crate is checked against.
 //!
 //! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`merge`]), [`attention`] for all of them at
-//! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. The rules are those of [`Problem`]. With the GPU
+//! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. [`compare()`] judges all outputs of a call with both,
+//! [`compare_layer`], [`compare_merge`] and [`compare_append`] those of the operations. The rules are those of [`Problem`]. With the GPU
 //! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`crate::Layer`],
 //! [`crate::Append`], [`crate::Merge`] and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
 //! instance shows what plain f32 loses.
@@ -12,6 +13,8 @@
 mod append;
 mod average;
 mod budget;
+mod compare;
+mod comparison;
 mod extra;
 mod layer;
 mod logits;
@@ -30,7 +33,9 @@ use num_traits::Float;
 
 pub use append::append;
 pub use average::average;
-pub use budget::{Budget, Comparison, Tolerance, attention_with_budget, budget, regression_limit};
+pub use budget::{Budget, Tolerance, attention_with_budget, budget, regression_limit};
+pub use compare::{compare, compare_append, compare_layer, compare_merge};
+pub use comparison::{Comparison, Comparisons, OutputComparison, Worst};
 pub use extra::extra;
 pub use layer::layer;
 pub use logits::logits;

@@ -16,13 +16,24 @@ pub enum Runner {
 }
 
 impl Runner {
-    /// The best GPU adapter. On a machine without any: the CPU reference if `allow_cpu`, else [`Error::NoAdapter`].
-    /// Every other error (a driver that fails, say) is returned either way.
-    pub fn new(allow_cpu: bool) -> Result<Runner> {
-        match Gpu::new() {
-            Ok(gpu) => Ok(Runner::Gpu(Box::new(gpu))),
-            Err(Error::NoAdapter { .. }) if allow_cpu && Gpu::adapters().is_empty() => Ok(Runner::Cpu),
-            Err(error) => Err(error),
+    /// The best GPU adapter.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::new`], such as [`Error::NoAdapter`] on a machine without a GPU.
+    pub fn gpu() -> Result<Runner> {
+        Ok(Runner::Gpu(Box::new(Gpu::new()?)))
+    }
+
+    /// The best GPU adapter, or the CPU reference on a machine that has none.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::new`] where there is an adapter: one whose driver fails, say.
+    pub fn gpu_or_cpu() -> Result<Runner> {
+        match Runner::gpu() {
+            Err(Error::NoAdapter { .. }) if Gpu::adapters().is_empty() => Ok(Runner::Cpu),
+            result => result,
         }
     }
 

@@ -4,7 +4,7 @@ mod support;
 
 use support::operations::{nothing, run};
 use support::staged::Guarded;
-use support::{Random, floor, gpus};
+use support::{Random, Tensor, floor, gpus};
 use wgpu_attention::{
     Append, AppendBuffers, Element, Elements, Error, Gpu, Layout, Operation, Options, Paged, Strides, reference, wgpu,
 };
@@ -37,29 +37,19 @@ fn check_table(gpu: &Gpu, append: &Append, starts: &[u32], table: Option<&[u32]>
     let mut random = Random(u64::from(append.dim) + 100 * u64::from(append.rows));
     let mut bits = |elements: usize| -> Vec<u8> { (0..elements * bytes).map(|_| random.below(256) as u8).collect() };
     let (x, cache) = (bits(rows), bits(places));
-    let mut want = cache.clone();
-    fn reference<T: bytemuck::Pod>(append: &Append, x: &[u8], cache: &mut [u8], starts: &[u32], table: Option<&[u32]>) {
-        let mut after: Vec<T> = bytemuck::pod_collect_to_vec(cache);
-        let x: Vec<T> = bytemuck::pod_collect_to_vec(x);
-        reference::append(append, &x, &mut after, starts, table).expect("valid");
-        cache.copy_from_slice(bytemuck::cast_slice(&after));
-    }
-    match bytes {
-        4 => reference::<u32>(append, &x, &mut want, starts, table),
-        _ => reference::<u16>(append, &x, &mut want, starts, table),
-    }
     let guarded = |bytes: &[u8]| Guarded::new(gpu.device(), bytes);
-    let (x, cache, starts) = (guarded(&x), guarded(&cache), guarded(bytemuck::cast_slice(starts)));
+    let buffers = [&x[..], &cache, bytemuck::cast_slice(starts)].map(guarded);
     let operation = gpu.library().append(append, options).unwrap_or_else(|error| panic!("{error}: {append:?}"));
-    let table = table.map(|table| guarded(bytemuck::cast_slice(table)));
-    let mut buffers = AppendBuffers::new(x.slice(), cache.slice(), starts.slice());
-    buffers.block_table = table.as_ref().map(Guarded::slice);
-    run(gpu, &operation, &buffers);
-    // A last word that is half cache, half mark of the margin keeps its mark.
-    let got = cache.read(gpu.device(), gpu.queue());
-    assert!(got[want.len()..].iter().all(|&byte| byte == 0xa5), "written behind the cache: {append:?}");
-    let first = got.iter().zip(&want).position(|(got, want)| got != want).map(|byte| byte / bytes);
-    assert_eq!(first, None, "first element that differs, on {}: {append:?}", gpu.info().name);
+    let pages = table.map(|table| guarded(bytemuck::cast_slice(table)));
+    let mut bound = AppendBuffers::new(buffers[0].slice(), buffers[1].slice(), buffers[2].slice());
+    bound.block_table = pages.as_ref().map(Guarded::slice);
+    run(gpu, &operation, &bound);
+    // The read asserts that nothing was written behind the cache, not even in its last word.
+    let got = buffers[1].read(gpu.device(), gpu.queue());
+    let [x, before, after] = [&x, &cache, &got[..cache.len()]].map(|bytes| Tensor::from_bytes(append.element, bytes));
+    let [x, before, after] = [&x, &before, &after].map(Tensor::elements);
+    let found = reference::compare_append(append, x, before, starts, table, after).expect("a whole cache");
+    assert!(found.passed(), "on {}: {append:?}\n{found}", gpu.info().name);
 }
 
 #[test]

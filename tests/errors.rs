@@ -221,7 +221,7 @@ fn host_operands_that_do_not_fit_are_refused() {
     let length = |field, got, want| Error::Length { field, got, want };
     refused(&|i| i.q = (&[0.0f32; 3][..]).into(), length("q", 3, 320), &["q", "3", "320"]);
     refused(&|i| i.k = (&[0.0f32; 449][..]).into(), length("k", 449, 448), &["k", "449", "448"]);
-    refused(&|i| i.v = (&[][..]).into(), length("v", 0, 448), &["v"]);
+    refused(&|i| i.v = (&[0f32; 0]).into(), length("v", 0, 448), &["v"]);
     refused(&|i| i.operands.mask = Some((&[1u8; 34]).into()), length("mask", 34, 35), &["mask"]);
     refused(&|i| i.operands.bias = Some((&[0.0f32; 8]).into()), length("bias", 8, 7), &["bias"]);
     refused(&|i| i.operands.key_lengths = Some((&[1u32]).into()), length("key_lengths", 1, 2), &["key_lengths"]);

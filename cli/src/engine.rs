@@ -11,6 +11,7 @@ use wgpu_attention::{
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
 use crate::memory;
+use crate::options;
 use crate::store::Device;
 
 /// Which device is opened and how.
@@ -56,38 +57,14 @@ impl EngineArgs {
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
 pub struct KernelArgs {
     /// How attention is computed
-    #[arg(long, value_enum)]
-    pub kernel: Option<KernelArg>,
+    #[arg(long, value_parser = options::kernel())]
+    pub kernel: Option<Kernel>,
     /// Algorithm of the scores and values kernels, or of the matrix kernel
-    #[arg(long, value_enum)]
-    pub form: Option<FormArg>,
+    #[arg(long, value_parser = options::form())]
+    pub form: Option<Form>,
     /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
     #[arg(long, value_enum)]
     pub f16: Option<F16Arg>,
-}
-
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
-pub enum KernelArg {
-    /// Scores, softmax and values, with the score matrix in between
-    Unfused,
-    /// Fused, one query row per lane: for adapters that run on a CPU
-    Rows,
-    /// Fused, tiles shared by a workgroup: for GPUs
-    Flash,
-    /// Fused, products by cooperative matrices: for GPUs that have them, f16 only
-    Matrix,
-    /// Fused, keys of a row divided among workgroups: for few queries, as in decoding
-    Split,
-}
-
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
-pub enum FormArg {
-    /// Tiles shared by a workgroup: for GPUs
-    Tiled,
-    /// One row per invocation: for adapters that run on a CPU
-    Lanes,
-    /// The matrix kernel on plain arithmetic, without hardware for matrices (slow)
-    Emulated,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -99,24 +76,12 @@ pub enum F16Arg {
 impl KernelArgs {
     /// These arguments with the three kernels instead of the kernel asked for: only the three kernels have stages.
     pub fn staged(&self) -> Self {
-        KernelArgs { kernel: Some(KernelArg::Unfused), ..*self }
+        KernelArgs { kernel: Some(Kernel::Unfused), ..*self }
     }
 
     pub fn options(&self) -> Options {
-        let form = self.form.map(|form| match form {
-            FormArg::Tiled => Form::Tiled,
-            FormArg::Lanes => Form::Lanes,
-            FormArg::Emulated => Form::Emulated,
-        });
-        let kernel = self.kernel.map(|kernel| match kernel {
-            KernelArg::Unfused => Kernel::Unfused,
-            KernelArg::Rows => Kernel::Rows,
-            KernelArg::Flash => Kernel::Flash,
-            KernelArg::Matrix => Kernel::Matrix,
-            KernelArg::Split => Kernel::Split,
-        });
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
-        Options { kernel, form, native_f16, ..Options::default() }
+        Options { kernel: self.kernel, form: self.form, native_f16, ..Options::default() }
     }
 }
 

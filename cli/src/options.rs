@@ -1,9 +1,11 @@
 //! Values of command line options.
 
+use std::fmt::Debug;
 use std::str::FromStr;
 
 use clap::Args;
-use wgpu_attention::{Causal, Element, Layout, Problem, Window};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use wgpu_attention::{Causal, Element, Form, Kernel, Layout, Problem, Window};
 
 /// `B,H,HKV,SQ,SKV,D`: batch, query heads, key/value heads, queries, keys and head dimension.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,34 +40,48 @@ impl ShapeArg {
     }
 }
 
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq)]
-pub enum CausalArg {
-    #[default]
-    None,
-    /// The first query has the position of the first key
-    TopLeft,
-    /// The last query has the position of the last key
-    BottomRight,
+/// Reads a value of the library by its name. The help lists the names, each with its line.
+fn named<T>(names: &[(&'static str, &'static str)]) -> impl TypedValueParser<Value = T> + use<T>
+where
+    T: FromStr<Err: Debug> + Clone + Send + Sync + 'static,
+{
+    let value = |&(name, help): &(&'static str, &'static str)| {
+        let value = PossibleValue::new(name);
+        if help.is_empty() { value } else { value.help(help) }
+    };
+    let names: Vec<PossibleValue> = names.iter().map(value).collect();
+    PossibleValuesParser::new(names).map(|name| name.parse().expect("the library has a value of this name"))
 }
 
-impl From<CausalArg> for Causal {
-    fn from(causal: CausalArg) -> Self {
-        match causal {
-            CausalArg::None => Causal::None,
-            CausalArg::TopLeft => Causal::TopLeft,
-            CausalArg::BottomRight => Causal::BottomRight,
-        }
-    }
+pub fn kernel() -> impl TypedValueParser<Value = Kernel> {
+    named(&[
+        ("unfused", "Scores, softmax and values, with the score matrix in between"),
+        ("rows", "Fused, one query row per lane: for adapters that run on a CPU"),
+        ("flash", "Fused, tiles shared by a workgroup: for GPUs"),
+        ("matrix", "Fused, products by cooperative matrices: for GPUs that have them, f16 only"),
+        ("split", "Fused, keys of a row divided among workgroups: for few queries, as in decoding"),
+    ])
 }
 
-/// The name of a causal rule as the option takes it.
-pub fn causal_name(causal: Causal) -> &'static str {
-    match causal {
-        Causal::None => "none",
-        Causal::TopLeft => "top-left",
-        Causal::BottomRight => "bottom-right",
-        _ => "offset",
-    }
+pub fn form() -> impl TypedValueParser<Value = Form> {
+    named(&[
+        ("tiled", "Tiles shared by a workgroup: for GPUs"),
+        ("lanes", "One row per invocation: for adapters that run on a CPU"),
+        ("emulated", "The matrix kernel on plain arithmetic, without hardware for matrices (slow)"),
+    ])
+}
+
+pub fn element() -> impl TypedValueParser<Value = Element> {
+    named(&Element::ALL.map(|element| (element.name(), "")))
+}
+
+/// The causal rules without an operand.
+pub fn causal() -> impl TypedValueParser<Value = Causal> {
+    named(&[
+        ("none", ""),
+        ("top-left", "The first query has the position of the first key"),
+        ("bottom-right", "The last query has the position of the last key"),
+    ])
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Default)]
@@ -89,8 +105,8 @@ impl From<LayoutArg> for Layout {
 /// The fields of a problem that do not follow from the tensors of a file.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct TermArgs {
-    #[arg(long, value_enum, default_value_t)]
-    pub causal: CausalArg,
+    #[arg(long, value_parser = causal(), default_value_t)]
+    pub causal: Causal,
     /// Factor of q·k (default 1/√D)
     #[arg(long, allow_negative_numbers = true)]
     pub scale: Option<f32>,
@@ -111,33 +127,44 @@ pub struct TermArgs {
 impl TermArgs {
     /// Sets all fields but the layout, which is needed earlier, to read the tensors.
     pub fn apply(&self, problem: &mut Problem) {
-        problem.causal = self.causal.into();
+        problem.causal = self.causal;
         (problem.scale, problem.softcap) = (self.scale, self.softcap);
         problem.window = Window { left: self.window_left, right: self.window_right };
-    }
-}
-
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default)]
-pub enum ElementArg {
-    #[default]
-    F32,
-    F16,
-    Bf16,
-}
-
-impl From<ElementArg> for Element {
-    fn from(element: ElementArg) -> Self {
-        match element {
-            ElementArg::F32 => Element::F32,
-            ElementArg::F16 => Element::F16,
-            ElementArg::Bf16 => Element::Bf16,
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The names that a parser takes are read, and are those of all values but some.
+    #[test]
+    fn names_are_those_of_the_library() {
+        fn check<T: std::fmt::Display + Clone + Send + Sync + 'static>(
+            parser: impl TypedValueParser<Value = T>,
+            want: &[&str],
+        ) {
+            let command = clap::Command::new("x").no_binary_name(true).arg(clap::Arg::new("y").value_parser(parser));
+            let names: Vec<String> = command
+                .get_arguments()
+                .next()
+                .unwrap()
+                .get_possible_values()
+                .iter()
+                .map(|value| value.get_name().to_string())
+                .collect();
+            assert_eq!(names, want);
+            for name in names {
+                let matches = command.clone().try_get_matches_from([&name]).unwrap();
+                assert_eq!(matches.get_one::<T>("y").unwrap().to_string(), name);
+            }
+            assert!(command.try_get_matches_from(["sideways"]).is_err());
+        }
+        check(kernel(), &Kernel::ALL.map(Kernel::name));
+        check(form(), &Form::ALL.map(Form::name));
+        check(element(), &Element::ALL.map(Element::name));
+        check(causal(), &Causal::ALL.map(Causal::name)[..3]);
+    }
 
     #[test]
     fn shapes_are_six_numbers() {

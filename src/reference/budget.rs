@@ -1,19 +1,16 @@
 //! How far an f32 kernel may be from the f64 reference on the very data at hand.
 
-use std::fmt;
-
 use super::query::{self, Row, Sequence};
 use super::scores::dot;
 use super::values::Values;
 use super::{Evaluated, Head, collect, evaluate, logits};
 use crate::error::Result;
 use crate::problem::{Element, Inputs, Logits, Outputs, Problem};
-use crate::shape::Shape;
 
 /// Unit roundoff of f32.
-const U: f64 = 1.0 / (1u32 << 24) as f64;
+pub(super) const U: f64 = 1.0 / (1u32 << 24) as f64;
 /// Smallest normal f32: WGSL may flush what is smaller to 0 (WGSL, section "Floating Point Evaluation").
-const FLUSH: f64 = f32::MIN_POSITIVE as f64;
+pub(super) const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 
 /// Error that a kernel with f32 arithmetic may make on one problem, from the problem's own data.
 ///
@@ -62,95 +59,6 @@ pub struct Tolerance {
     pub rtol: f64,
 }
 
-/// Outcome of a comparison.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Comparison {
-    /// Elements compared.
-    pub count: usize,
-    /// Elements beyond their tolerance.
-    pub failures: usize,
-    /// Largest absolute error; infinite where only one side is finite.
-    pub max_error: f64,
-    /// Largest ratio of an error to what is allowed: up to 1 is within.
-    pub worst_ratio: f64,
-    /// Where that is, as an index into the tensor; `None` if every element is equal.
-    pub worst: Option<usize>,
-}
-
-impl Comparison {
-    /// Whether every element is within its tolerance.
-    pub fn passed(&self) -> bool {
-        self.failures == 0
-    }
-
-    fn add(&mut self, index: usize, got: f64, want: f64, allowed: f64) {
-        self.count += 1;
-        if got == want || (got.is_nan() && want.is_nan()) {
-            return;
-        }
-        let finite = got.is_finite() && want.is_finite();
-        let error = if finite { (got - want).abs() } else { f64::INFINITY };
-        // An allowance of 0 or NaN lets nothing pass that is not equal.
-        let ratio = if finite && allowed > 0.0 { error / allowed } else { f64::INFINITY };
-        self.failures += usize::from(ratio > 1.0);
-        self.max_error = self.max_error.max(error);
-        if self.worst.is_none() || ratio > self.worst_ratio {
-            (self.worst_ratio, self.worst) = (ratio, Some(index));
-        }
-    }
-}
-
-impl fmt::Display for Comparison {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "max error {:.2e}, {:.3} of the tolerance", self.max_error, self.worst_ratio)?;
-        if let (false, Some(worst)) = (self.passed(), self.worst) {
-            write!(f, "; {} of {} beyond it, the worst at {worst}", self.failures, self.count)?;
-        }
-        Ok(())
-    }
-}
-
-impl Tolerance {
-    /// Compares a dense tensor. NaN equals NaN and an infinity equals itself; either is a failure against anything else.
-    ///
-    /// # Panics
-    ///
-    /// If `got` and `want` differ in length, or are not a whole number of elements per entry of `atol`.
-    pub fn check(&self, got: &[f32], want: &[f64]) -> Comparison {
-        assert_eq!(got.len(), want.len(), "elements to compare");
-        let row = if want.is_empty() { 1 } else { want.len() / self.atol.len() };
-        assert_eq!(want.len(), row * self.atol.len(), "elements of whole rows");
-        let mut comparison = Comparison::default();
-        for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
-            comparison.add(index, got.into(), want, self.atol[index / row] + self.rtol * want.abs());
-        }
-        comparison
-    }
-}
-
-impl Budget {
-    /// Compares `out` in the layout of `shape`; places between rows are not looked at, tokens that no sequence owns must hold 0.
-    ///
-    /// # Panics
-    ///
-    /// If `shape` is not the problem's, or `got` or `want` is shorter than its `out`.
-    pub fn compare_out(&self, shape: &Shape, got: &[f32], want: &[f64]) -> Comparison {
-        let tensor = shape.out();
-        let [_, heads, tokens] = tensor.sizes.map(|n| n as usize);
-        assert_eq!(self.out.atol.len() as u64, shape.lse_len(), "rows of the budget");
-        let mut comparison = Comparison::default();
-        for (place, atol) in self.out.atol.iter().enumerate() {
-            let s = tensor.strides;
-            let axes = [(place / tokens / heads, s.batch), (place / tokens % heads, s.head), (place % tokens, s.row)];
-            let start = axes.iter().fold(s.offset as usize, |at, &(n, stride)| at + n * stride as usize);
-            for index in start..start + tensor.dim as usize {
-                comparison.add(index, got[index].into(), want[index], atol + self.out.rtol * want[index].abs());
-            }
-        }
-        comparison
-    }
-}
-
 /// The error budget of a problem. See [`Budget`] for the formulas.
 ///
 /// # Errors
@@ -166,25 +74,33 @@ pub fn budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<Budget> {
 ///
 /// Those of [`attention`](super::attention).
 pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(Outputs<f64>, Budget)> {
+    attention_with_errors(problem, inputs, None)
+}
+
+/// The same where q, k and v may be off: `errors` holds, in their layouts and in f32, how far each of their elements may be.
+/// The budget then covers what a kernel makes of any q, k and v that near.
+pub(super) fn attention_with_errors(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    errors: Option<&Inputs<'_>>,
+) -> Result<(Outputs<f64>, Budget)> {
     let shape = problem.check()?;
     shape.check_inputs(inputs)?;
     super::room::<f64>(&shape)?;
     let load = |sequence: &Sequence<'_>, kv_head| {
         let head = Head::<f64>::load(sequence, kv_head);
-        let key_magnitudes = magnitudes(&head.keys);
-        (head, key_magnitudes)
+        let (key_magnitudes, errors) =
+            (magnitudes(&head.keys), errors.map(|errors| Head::load(&sequence.of(errors), kv_head)));
+        Loaded { head, key_magnitudes, errors }
     };
-    let rows = query::map(&shape, inputs, load, |row, (head, key_magnitudes)| {
-        let evaluated = evaluate(row, head);
-        (self::row(row, head, key_magnitudes, &evaluated), evaluated.keep(&shape))
+    let rows = query::map(&shape, inputs, load, |row, loaded| {
+        let evaluated = evaluate(row, &loaded.head);
+        let query_errors = errors.map(|errors| row.of(errors).query());
+        (self::row(row, loaded, query_errors.as_deref(), &evaluated), evaluated.keep(&shape))
     });
     let per_row = || vec![0.0; shape.lse_len() as usize];
     let per_score = |wanted: bool| vec![0.0; if wanted { shape.scores_len() as usize } else { 0 }];
-    let u16 = match shape.element {
-        Element::F32 => 0.0,
-        Element::F16 => 2f64.powi(-11),
-        Element::Bf16 => 2f64.powi(-8),
-    };
+    let (u16, _) = element_rounding(shape.element);
     let mut budget = Budget {
         out: Tolerance { atol: per_row(), rtol: 4.0 * U + 1.01 * u16 },
         lse: Tolerance { atol: per_row(), rtol: 0.0 },
@@ -252,6 +168,14 @@ pub fn regression_limit(
     })
 }
 
+/// What the rows of one key/value head share.
+struct Loaded {
+    head: Head<f64>,
+    key_magnitudes: Vec<f64>,
+    /// How far keys and values may be off.
+    errors: Option<Head<f64>>,
+}
+
 /// Bounds of one row.
 struct Bounds {
     out: f64,
@@ -264,34 +188,46 @@ struct Bounds {
 struct Magnitude {
     raw: f64,
     capped: f64,
+    /// How far errors of q and k may move it at every stage.
+    moved: f64,
     /// δ of the masked logit.
     delta: f64,
 }
 
-fn magnitude(row: &Row<'_>, j: usize, raw: f64, logit: f64) -> Magnitude {
+fn magnitude(row: &Row<'_>, j: usize, raw: f64, moved: f64, logit: f64) -> Magnitude {
     let capped = raw + f64::from(row.shape.softcap.unwrap_or(0.0));
     let (before, bias) = (capped + row.alibi(j).abs(), row.bias(j));
     // f32 has 24 bits: less than a quarter of the last place is lost in the sum, which is then the bias itself.
     let absorbed = before <= bias.abs() * U / 4.0;
     let delta = if absorbed { (logit - logits::finite(bias)).abs() } else { 4.0 * U * (before + bias.abs()) };
-    Magnitude { raw, capped, delta }
+    Magnitude { raw, capped, moved, delta: delta + moved }
 }
 
-fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f64>) -> Bounds {
-    let (shape, logits) = (row.shape, &of.logits);
+/// How far errors of a query and a key may move their dot product, the roundings of these errors included.
+fn dot_error(q: &[f64], q_errors: &[f64], k: &[f64], k_errors: &[f64]) -> f64 {
+    let terms = q.iter().zip(q_errors).zip(k.iter().zip(k_errors));
+    1.01 * terms.map(|((q, dq), (k, dk))| q * dk + dq * (k + dk)).sum::<f64>()
+}
+
+fn row(row: &Row<'_>, loaded: &Loaded, query_errors: Option<&[f64]>, of: &Evaluated<f64>) -> Bounds {
+    let (shape, logits, head) = (row.shape, &of.logits, &loaded.head);
     let (q, scale) = (magnitudes(&row.query()), f64::from(shape.scale()).abs());
-    let terms: Vec<Magnitude> = (key_magnitudes.chunks_exact(q.len()).zip(logits).enumerate())
-        .map(|(j, (k, &x))| magnitude(row, j, scale * dot(&q, k), x))
-        .collect();
+    let term = |(j, &x): (usize, &f64)| {
+        let k = &loaded.key_magnitudes[j * q.len()..][..q.len()];
+        let moved = query_errors.zip(loaded.errors.as_ref()).map_or(0.0, |(query_errors, errors)| {
+            scale * dot_error(&q, query_errors, k, &errors.keys[j * q.len()..][..q.len()])
+        });
+        magnitude(row, j, scale * dot(&q, k), moved, x)
+    };
+    let terms: Vec<Magnitude> = logits.iter().enumerate().map(term).collect();
     let sink: Option<f64> = row.sink();
     let max = logits.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
-    let exp_error = |x: f64| 2.0 * U * (4.0 + 2.0 * (max - x));
-    let error = |j: usize| terms[j].delta + exp_error(logits[j]);
+    let error = |j: usize| terms[j].delta + exp_error(max - logits[j]);
     let visible = || (0..row.keys()).filter(|&j| logits[j] != f64::NEG_INFINITY);
     let grown = |j: usize, e: f64| growth(of.weights[j], logits[j] - of.lse, e);
 
     let growths: Vec<(usize, f64)> = visible().map(|j| (j, grown(j, error(j)))).collect();
-    let sink_growth = sink.map_or(0.0, |z| growth((z - of.lse).exp(), z - of.lse, exp_error(z)));
+    let sink_growth = sink.map_or(0.0, |z| growth((z - of.lse).exp(), z - of.lse, exp_error(max - z)));
     let g = growths.iter().map(|&(_, g)| g).sum::<f64>() + sink_growth;
     // Per element of the row: Σ_j p_j (exp(e_j) − 1) |v_jd − o_d|, and how far the values reach.
     let apart = |value: f64, o: f64, growth: f64| match (value - o).abs() {
@@ -313,7 +249,8 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
     let keys = f64::from(shape.seq_kv);
     let sum = (8.0 + keys.sqrt()) * U;
     let peak = peak(visible(), &head.values);
-    let out = moved.fold(0.0, f64::max) + sum * peak + subnormals(row, &head.values);
+    let carried = loaded.errors.as_ref().map_or(0.0, |errors| carried(&errors.values, &growths, g, &of.weights));
+    let out = moved.fold(0.0, f64::max) + sum * peak + subnormals(row, &head.values) + carried;
 
     let furthest = visible().map(|j| terms[j].delta).fold(0.0, f64::max);
     let shift =
@@ -328,8 +265,8 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
         }
     }
     let logit = |(term, &x): (&Magnitude, &f64)| match shape.logits {
-        Some(Logits::Raw) => 4.0 * U * term.raw + FLUSH,
-        Some(Logits::Capped) => 4.0 * U * term.capped + FLUSH,
+        Some(Logits::Raw) => 4.0 * U * term.raw + term.moved + FLUSH,
+        Some(Logits::Capped) => 4.0 * U * term.capped + term.moved + FLUSH,
         Some(Logits::Masked) if x != f64::NEG_INFINITY => term.delta + FLUSH,
         _ => 0.0,
     };
@@ -341,6 +278,14 @@ fn row(row: &Row<'_>, head: &Head<f64>, key_magnitudes: &[f64], of: &Evaluated<f
     }
 }
 
+/// How far errors of the values at the visible keys move any element of the output: their mean with weights of at most
+/// `p exp(e) (1 + g)`, never more than the largest of them. The roundings of these errors are included.
+fn carried(errors: &Values<f64>, growths: &[(usize, f64)], g: f64, weights: &[f64]) -> f64 {
+    let largest = peak(growths.iter().map(|&(j, _)| j), errors);
+    let mean = growths.iter().map(|&(j, growth)| (weights[j] + growth) * (1.0 + g) * errors.peak[j]).sum::<f64>();
+    1.01 * if g < 1.0 { mean.min(largest) } else { largest }
+}
+
 /// Largest magnitude of the finite values at some keys.
 fn peak(keys: impl Iterator<Item = usize>, values: &Values<f64>) -> f64 {
     keys.map(|j| values.peak[j]).fold(0.0, f64::max)
@@ -350,7 +295,7 @@ fn peak(keys: impl Iterator<Item = usize>, values: &Values<f64>) -> f64 {
 /// llvmpipe's exp of a very low logit is that number. The product of the weight and the value may be flushed, too. An f16 output is
 /// rounded to a multiple of the smallest subnormal of f16.
 fn subnormals(row: &Row<'_>, values: &Values<f64>) -> f64 {
-    let rounded = if row.shape.element == Element::F16 { 2f64.powi(-24) } else { 0.0 };
+    let (_, rounded) = element_rounding(row.shape.element);
     let seen = (0..row.keys()).filter(|&j| row.visible(j));
     f64::from(row.shape.seq_kv) * FLUSH * (1.0 + peak(seen, values)) + rounded
 }
@@ -359,7 +304,22 @@ fn magnitudes(values: &[f64]) -> Vec<f64> {
     values.iter().map(|x| x.abs()).collect()
 }
 
+/// Unit roundoff of an element type below that of f32 (0 for f32), and what rounding to its subnormals may take.
+pub(super) fn element_rounding(element: Element) -> (f64, f64) {
+    match element {
+        Element::F32 => (0.0, 0.0),
+        Element::F16 => (2f64.powi(-11), 2f64.powi(-24)),
+        Element::Bf16 => (2f64.powi(-8), 0.0),
+    }
+}
+
+/// Exponent by which the exponential of a logit that lies `below` the maximum may be off, with its subtraction and a division: WGSL allows
+/// exp `3 + 2|x|` ULP.
+pub(super) fn exp_error(below: f64) -> f64 {
+    2.0 * U * (4.0 + 2.0 * below)
+}
+
 /// `p (exp(e) − 1)`, or for large `e`, where p may have underflowed, the bound `exp(ln p + e)`.
-fn growth(p: f64, ln_p: f64, e: f64) -> f64 {
+pub(super) fn growth(p: f64, ln_p: f64, e: f64) -> f64 {
     if e < 1.0 { p * e.exp_m1() } else { (ln_p + e).exp() }
 }

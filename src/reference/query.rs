@@ -50,6 +50,14 @@ impl<'a> Sequence<'a> {
         Sequence { shape, inputs, batch, slab, first_row, first_key, rows, keys, length, offset }
     }
 
+    /// The same sequence of other q, k and v.
+    pub fn of<'b>(&self, inputs: &'b Inputs<'b>) -> Sequence<'b>
+    where
+        'a: 'b,
+    {
+        Sequence { inputs, ..*self }
+    }
+
     /// Keys of a head, dense [keys, head_dim].
     pub fn keys<T: Real>(&self, kv_head: usize) -> Vec<T> {
         self.gather(&self.inputs.k, self.shape.k(), kv_head)
@@ -92,7 +100,15 @@ pub(super) struct Row<'a> {
     index: usize,
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    /// The same row of other q, k and v.
+    pub fn of<'b>(&self, inputs: &'b Inputs<'b>) -> Row<'b>
+    where
+        'a: 'b,
+    {
+        Row { sequence: self.sequence.of(inputs), ..*self }
+    }
+
     /// Keys that exist for this row, hidden ones included.
     pub fn keys(&self) -> usize {
         self.sequence.keys

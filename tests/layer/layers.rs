@@ -63,6 +63,8 @@ pub fn check_layer(gpu: &Gpu, layer: &Layer, problem: &Problem, call: &Call, ele
     if let (Some(got), Some(want)) = (&got.weights, &want.weights) {
         assert_close(got, want, 5e-6, &format!("weights, {what}"));
     }
+    let found = reference::compare_layer(layer, problem, call, &inputs, &got).expect("outputs of the call");
+    assert!(found.passed(), "{what}\n{found}");
 }
 
 #[test]

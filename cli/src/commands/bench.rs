@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::memory;
 use crate::operands::{Array, OwnedInputs};
-use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
+use crate::options::{self, ShapeArg};
 use crate::oracle::{Judgement, Oracle};
 use crate::probe::{self, Ceilings};
 use crate::report::{self, Report};
@@ -26,10 +26,10 @@ pub struct Arguments {
     /// B,H,HKV,SQ,SKV,D: batch, heads, kv_heads, seq_q, seq_kv, head_dim (repeatable)
     #[arg(long)]
     shape: Vec<ShapeArg>,
-    #[arg(long, value_enum, default_value_t)]
-    causal: CausalArg,
-    #[arg(long, value_enum, default_value_t)]
-    dtype: ElementArg,
+    #[arg(long, value_parser = options::causal(), default_value_t)]
+    causal: Causal,
+    #[arg(long, value_parser = options::element(), default_value_t)]
+    dtype: Element,
     /// Timed runs after the first (default: as many as fit in two seconds, 5 to 50)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repeats: Option<u32>,
@@ -270,7 +270,7 @@ fn bench(
         kernel: plan.kernel(),
         shape: subject.shape.to_string(),
         dtype: subject.problem.element.to_string(),
-        causal: causal_name(subject.problem.causal),
+        causal: subject.problem.causal.name(),
         median_ms: median,
         min_ms: min,
         first_ms,
@@ -325,15 +325,15 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let given: Vec<(ShapeArg, Causal)> = match &arguments.shape[..] {
         [] => {
             // A given causal rule holds for all shapes, so the shape with a causal rule of its own would be listed twice.
-            let causal: Causal = arguments.causal.into();
+            let causal = arguments.causal;
             let own = |&(_, rule): &([u32; 6], Causal)| causal == Causal::None || rule == Causal::None;
             let rule = |rule| if causal == Causal::None { rule } else { causal };
             SHAPES.into_iter().filter(own).map(|(shape, own)| (ShapeArg(shape), rule(own))).collect()
         }
-        shapes => shapes.iter().map(|&shape| (shape, arguments.causal.into())).collect(),
+        shapes => shapes.iter().map(|&shape| (shape, arguments.causal)).collect(),
     };
     for &(shape, causal) in &given {
-        must_have_work(shape, &problem(shape, causal, arguments.dtype.into()))?;
+        must_have_work(shape, &problem(shape, causal, arguments.dtype))?;
     }
     let mut gpus = Vec::new();
     for adapter in engine::choose(&arguments.adapter)? {
@@ -348,7 +348,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let bar = report::progress(given.len() * (gpus.len() + 1));
     bars.add(bar.clone());
     let options = arguments.kernels.options();
-    let element: Element = arguments.dtype.into();
+    let element: Element = arguments.dtype;
     let mut subjects = Vec::new();
     let mut failed = false;
     for &(shape, causal) in &given {

@@ -2,11 +2,12 @@
 
 use clap::Args;
 use serde_json::json;
+use wgpu_attention::{Causal, Element};
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
 use crate::error::Result;
-use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
+use crate::options::{self, ShapeArg};
 use crate::report::Report;
 
 #[derive(Args, Debug)]
@@ -14,10 +15,10 @@ pub struct Arguments {
     /// B,H,HKV,SQ,SKV,D: batch, heads, kv_heads, seq_q, seq_kv, head_dim
     #[arg(long)]
     shape: ShapeArg,
-    #[arg(long, value_enum, default_value_t)]
-    causal: CausalArg,
-    #[arg(long, value_enum, default_value_t)]
-    dtype: ElementArg,
+    #[arg(long, value_parser = options::causal(), default_value_t)]
+    causal: Causal,
+    #[arg(long, value_parser = options::element(), default_value_t)]
+    dtype: Element,
     /// Return the log-sum-exp of each row
     #[arg(long)]
     lse: bool,
@@ -35,8 +36,8 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let mut problem = arguments.shape.problem();
-    problem.causal = arguments.causal.into();
-    problem.element = arguments.dtype.into();
+    problem.causal = arguments.causal;
+    problem.element = arguments.dtype;
     (problem.lse, problem.weights) = (arguments.lse, arguments.weights);
     problem.check()?;
     let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
@@ -44,7 +45,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let label = Label::of(gpu.info());
     report.object(&json!({
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
-        "shape": arguments.shape.to_string(), "dtype": problem.element.to_string(), "causal": causal_name(problem.causal),
+        "shape": arguments.shape.to_string(), "dtype": problem.element.to_string(), "causal": problem.causal.name(),
         "kernel": plan.kernel(), "dispatches": plan.dispatches(), "slices": plan.slices(),
         "scratch_bytes": plan.scratch_bytes(), "reasons": plan.reasons(),
     }))?;

@@ -14,7 +14,7 @@ use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Label};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::options::{CausalArg, ElementArg, ShapeArg, causal_name};
+use crate::options::{self, ShapeArg};
 use crate::report::{self, Progress, Report};
 use crate::store;
 use crate::timer::Timer;
@@ -27,10 +27,10 @@ pub struct Arguments {
     /// B,H,HKV,SQ,SKV,D: an example of its class of problems (repeatable; default: a list of common ones)
     #[arg(long)]
     shape: Vec<ShapeArg>,
-    #[arg(long, value_enum, requires = "shape")]
-    causal: Option<CausalArg>,
-    #[arg(long, value_enum, requires = "shape")]
-    dtype: Option<ElementArg>,
+    #[arg(long, value_parser = options::causal(), requires = "shape")]
+    causal: Option<Causal>,
+    #[arg(long, value_parser = options::element(), requires = "shape")]
+    dtype: Option<Element>,
     /// Adapter: index, part of its name, or backend:part (default: the best one)
     #[arg(long)]
     adapter: Option<String>,
@@ -211,7 +211,7 @@ impl Tuner<'_> {
             label: Label::of(self.gpu.info()),
             shape: subject.shape.to_string(),
             dtype: subject.problem.element.to_string(),
-            causal: causal_name(subject.problem.causal),
+            causal: subject.problem.causal.name(),
             operands: subject.problem.softcap.is_some(),
             candidate,
             first_ms: None,
@@ -307,8 +307,8 @@ fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>
     let mut classes = Vec::new();
     for &shape in &arguments.shape {
         let mut problem = shape.problem();
-        problem.causal = arguments.causal.unwrap_or_default().into();
-        problem.element = arguments.dtype.unwrap_or_default().into();
+        problem.causal = arguments.causal.unwrap_or_default();
+        problem.element = arguments.dtype.unwrap_or_default();
         must_have_work(shape, &problem)?;
         let class = Class::of(&problem.check()?);
         if let Some(at) = classes.iter().position(|other| *other == class) {
