@@ -114,6 +114,7 @@
 //!   `docs/experiments.md` for what was tried.
 #![warn(missing_docs)]
 
+mod allocation;
 pub mod caps;
 mod choose;
 mod encode;

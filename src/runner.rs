@@ -19,9 +19,14 @@ impl Runner {
     /// The best GPU adapter. On a machine without any: the CPU reference if `allow_cpu`, else [`Error::NoAdapter`].
     /// Every other error (a driver that fails, say) is returned either way.
     pub fn new(allow_cpu: bool) -> Result<Runner> {
-        match Gpu::new() {
+        pollster::block_on(Self::new_async(allow_cpu))
+    }
+
+    /// [`Runner::new`] without blocking the thread.
+    pub async fn new_async(allow_cpu: bool) -> Result<Runner> {
+        match Gpu::new_async().await {
             Ok(gpu) => Ok(Runner::Gpu(Box::new(gpu))),
-            Err(Error::NoAdapter { .. }) if allow_cpu && Gpu::adapters().is_empty() => Ok(Runner::Cpu),
+            Err(Error::NoAdapter { .. }) if allow_cpu && Gpu::adapters_async().await.is_empty() => Ok(Runner::Cpu),
             Err(error) => Err(error),
         }
     }
@@ -38,6 +43,14 @@ impl Runner {
     pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         match self {
             Runner::Gpu(gpu) => gpu.attention(problem, inputs),
+            Runner::Cpu => reference::attention::<f32>(problem, inputs),
+        }
+    }
+
+    /// [`Runner::attention`] without blocking the thread while a GPU computes. The CPU reference computes on the thread that polls.
+    pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        match self {
+            Runner::Gpu(gpu) => gpu.attention_async(problem, inputs).await,
             Runner::Cpu => reference::attention::<f32>(problem, inputs),
         }
     }
