@@ -115,6 +115,7 @@
 //!   `docs/experiments.md` for what was tried.
 #![warn(missing_docs)]
 
+mod allocation;
 pub mod caps;
 mod dispatch;
 mod encode;

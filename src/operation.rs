@@ -34,18 +34,18 @@ struct Need {
 
 impl Compiled {
     /// Compiles the steps, and allocates buffers of the given bytes for the slots that hold intermediate results.
-    pub(crate) fn new(
+    pub(crate) async fn new(
         attention: &Attention,
         steps: &[Step],
         slices: Vec<Range<usize>>,
         scratch: &[(Slot, u64)],
     ) -> Result<Self> {
         attention.caps().check()?;
-        let program = attention.program(steps)?;
+        let program = attention.program(steps).await?;
         let scratch: Vec<_> = scratch.iter().copied().filter(|&(_, bytes)| bytes > 0).collect();
         let mut needs = needs(steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
-        let scratch = Scratch::new(attention.device(), scratch)?;
+        let scratch = Scratch::new(attention.device(), scratch).await?;
         Ok(Compiled { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
@@ -133,9 +133,9 @@ pub struct Operation<D> {
 }
 
 impl<D: Description> Operation<D> {
-    fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
+    async fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
         let (steps, slices) = steps.finish();
-        Ok(Operation { compiled: Compiled::new(attention, &steps, slices, scratch)?, of: PhantomData })
+        Ok(Operation { compiled: Compiled::new(attention, &steps, slices, scratch).await?, of: PhantomData })
     }
 
     /// Each buffer that is read or written, by its field, and its least size in bytes. There is none where the operation has no rows.
@@ -337,30 +337,50 @@ impl Description for Rotation {
 impl Attention {
     /// Prepares an append. Keys and values of the same sizes are two recordings of one operation.
     pub fn append(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
+        pollster::block_on(self.append_async(append, options))
+    }
+
+    /// [`Attention::append`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn append_async(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
         let mut steps = Steps::new(self.caps(), options);
         append.dispatches(append::Slots::OWN, &mut steps)?;
-        Operation::new(self, steps, &[])
+        Operation::new(self, steps, &[]).await
     }
 
     /// Prepares a merge.
     pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
+        pollster::block_on(self.merge_async(merge, options))
+    }
+
+    /// [`Attention::merge`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn merge_async(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
         self.caps().check()?;
         let mut steps = Steps::new(self.caps(), options);
         let scratch = merge.dispatches(Partials::LogSumExp, &mut steps)?;
-        Operation::new(self, steps, &scratch.sizes())
+        Operation::new(self, steps, &scratch.sizes()).await
     }
 
     /// Prepares a projection.
     pub fn project(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
+        pollster::block_on(self.project_async(projection, options))
+    }
+
+    /// [`Attention::project`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn project_async(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
         let mut steps = Steps::new(self.caps(), options);
         projection.dispatches(Wiring::OWN, &mut steps)?;
-        Operation::new(self, steps, &[])
+        Operation::new(self, steps, &[]).await
     }
 
     /// Prepares a rotation.
     pub fn rotate(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
+        pollster::block_on(self.rotate_async(rotation, options))
+    }
+
+    /// [`Attention::rotate`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn rotate_async(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
         let mut steps = Steps::new(self.caps(), options);
         rotation.dispatches(rotary::Slots::OWN, &mut steps)?;
-        Operation::new(self, steps, &[])
+        Operation::new(self, steps, &[]).await
     }
 }

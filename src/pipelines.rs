@@ -1,8 +1,13 @@
 //! Compiles and caches pipelines. No other file does.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures::FutureExt;
+use futures::future::Shared;
+
+use crate::allocation::{ErrorScopes, allocate_at_once};
 use crate::error::{Error, Result};
 use crate::kernel::Variant;
 
@@ -13,12 +18,21 @@ pub(crate) struct Pipeline {
     pub(crate) layout: wgpu::BindGroupLayout,
 }
 
+/// A pipeline that wgpu creates, with what it finds wrong.
+#[cfg(not(target_arch = "wasm32"))]
+type Compilation = Pin<Box<dyn Future<Output = Result<Arc<Pipeline>>> + Send>>;
+#[cfg(target_arch = "wasm32")]
+type Compilation = Pin<Box<dyn Future<Output = Result<Arc<Pipeline>>>>>;
+
+type Compilations = HashMap<Variant, Shared<Compilation>>;
+
 /// Pipelines of one device, each compiled at its first use.
 #[derive(Debug)]
 pub(crate) struct Pipelines {
     device: wgpu::Device,
     checked: bool,
-    compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    /// Shared, so that calls at the same time compile a variant once, and any of them that is polled drives it.
+    compiled: Mutex<Compilations>,
     /// The backend's cache of compiled pipelines, if it has one.
     cache: Option<wgpu::PipelineCache>,
 }
@@ -54,24 +68,35 @@ impl Pipelines {
 
     /// The number of compiled variants.
     pub(crate) fn count(&self) -> usize {
-        self.compiled.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).len()
+        self.lock().values().filter(|compilation| matches!(compilation.peek(), Some(Ok(_)))).count()
     }
 
-    pub(crate) fn get(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
-        let mut compiled = self.compiled.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(pipeline) = compiled.get(variant) {
-            return Ok(pipeline.clone());
+    pub(crate) async fn get(&self, variant: &Variant) -> Result<Arc<Pipeline>> {
+        let compilation = self.compilation(variant);
+        compilation.await
+    }
+
+    /// The compilation that an earlier call began, or a new one if there is none, or if that one failed.
+    fn compilation(&self, variant: &Variant) -> Shared<Compilation> {
+        let mut compiled = self.lock();
+        match compiled.get(variant) {
+            Some(begun) if !matches!(begun.peek(), Some(Err(_))) => begun.clone(),
+            _ => {
+                let begun = self.compile(variant).shared();
+                compiled.insert(*variant, begun.clone());
+                begun
+            }
         }
-        let pipeline = Arc::new(self.compile(variant)?);
-        compiled.insert(*variant, pipeline.clone());
-        Ok(pipeline)
     }
 
-    fn compile(&self, variant: &Variant) -> Result<Pipeline> {
+    fn lock(&self) -> MutexGuard<'_, Compilations> {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Compiles at the call on native backends, which takes this thread: wgpu has no other way there.
+    fn compile(&self, variant: &Variant) -> Compilation {
         let label = variant.to_string();
-        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let scopes = ErrorScopes::open(&self.device);
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(&label),
             source: wgpu::ShaderSource::Wgsl(variant.wgsl().into()),
@@ -114,13 +139,14 @@ impl Pipelines {
             },
             cache: self.cache.as_ref(),
         });
-        // Error scopes resolve at once on native backends.
-        let errors = [internal, validation, memory].map(|scope| pollster::block_on(scope.pop()));
-        match errors.into_iter().flatten().next() {
-            None => Ok(Pipeline { compute, layout }),
-            Some(error @ wgpu::Error::OutOfMemory { .. }) => Err(error.into()),
-            Some(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
-        }
+        let closed = scopes.close();
+        Box::pin(async move {
+            match closed.await {
+                Ok(()) => Ok(Arc::new(Pipeline { compute, layout })),
+                Err(error @ wgpu::Error::OutOfMemory { .. }) => Err(error.into()),
+                Err(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
+            }
+        })
     }
 }
 
@@ -142,12 +168,10 @@ unsafe fn create_cache(device: &wgpu::Device, data: Option<&[u8]>) -> Option<wgp
     if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
         return None;
     }
-    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
     // Without a fallback, data of another adapter or driver is an error, so that the caller knows.
     let descriptor = wgpu::PipelineCacheDescriptor { label: Some("attention"), data, fallback: false };
     // SAFETY: passed on to the caller.
-    let cache = unsafe { device.create_pipeline_cache(&descriptor) };
-    pollster::block_on(scope.pop()).is_none().then_some(cache)
+    allocate_at_once(device, || unsafe { device.create_pipeline_cache(&descriptor) }).ok()
 }
 
 #[cfg(test)]

@@ -22,7 +22,12 @@ impl Runner {
     ///
     /// Those of [`Gpu::new`], such as [`Error::NoAdapter`] on a machine without a GPU.
     pub fn gpu() -> Result<Runner> {
-        Ok(Runner::Gpu(Box::new(Gpu::new()?)))
+        pollster::block_on(Self::gpu_async())
+    }
+
+    /// [`Runner::gpu`] without blocking the thread.
+    pub async fn gpu_async() -> Result<Runner> {
+        Ok(Runner::Gpu(Box::new(Gpu::new_async().await?)))
     }
 
     /// The best GPU adapter, or the CPU reference on a machine that has none.
@@ -31,8 +36,13 @@ impl Runner {
     ///
     /// Those of [`Gpu::new`] where there is an adapter: one whose driver fails, say.
     pub fn gpu_or_cpu() -> Result<Runner> {
-        match Runner::gpu() {
-            Err(Error::NoAdapter { .. }) if Gpu::adapters().is_empty() => Ok(Runner::Cpu),
+        pollster::block_on(Self::gpu_or_cpu_async())
+    }
+
+    /// [`Runner::gpu_or_cpu`] without blocking the thread.
+    pub async fn gpu_or_cpu_async() -> Result<Runner> {
+        match Runner::gpu_async().await {
+            Err(Error::NoAdapter { .. }) if Gpu::adapters_async().await.is_empty() => Ok(Runner::Cpu),
             result => result,
         }
     }
@@ -49,6 +59,14 @@ impl Runner {
     pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         match self {
             Runner::Gpu(gpu) => gpu.attention(problem, inputs),
+            Runner::Cpu => reference::attention::<f32>(problem, inputs),
+        }
+    }
+
+    /// [`Runner::attention`] without blocking the thread while a GPU computes. The CPU reference computes on the thread that polls.
+    pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        match self {
+            Runner::Gpu(gpu) => gpu.attention_async(problem, inputs).await,
             Runner::Cpu => reference::attention::<f32>(problem, inputs),
         }
     }

@@ -1,8 +1,9 @@
 //! A layer whose weights are on a device, and its calls on host slices.
 
-use crate::encode::{Attention, Home, allocate};
+use crate::allocation::{allocate, upload_bytes};
+use crate::encode::{Attention, Home};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, upload_bytes};
+use crate::gpu::Gpu;
 use crate::kernel::slot::Slot;
 use crate::layer::buffers::Uploaded;
 use crate::layer::parameters::Parameters;
@@ -39,6 +40,16 @@ fn encoded(values: &[f32], element: Element) -> Vec<u8> {
 impl MultiHeadAttention {
     /// Uploads a layer's weights as `element`; biases stay f32.
     pub fn new(attention: &Attention, queue: &wgpu::Queue, layer: &Layer, element: Element) -> Result<Self> {
+        pollster::block_on(Self::new_async(attention, queue, layer, element))
+    }
+
+    /// [`MultiHeadAttention::new`] without blocking the thread.
+    pub async fn new_async(
+        attention: &Attention,
+        queue: &wgpu::Queue,
+        layer: &Layer,
+        element: Element,
+    ) -> Result<Self> {
         layer.check()?;
         let caps = attention.caps();
         caps.check()?;
@@ -52,7 +63,8 @@ impl MultiHeadAttention {
                 .rotary
                 .map(|r| upload("rotary table", bytemuck::cast_slice(&Rotation::table(r.positions, r.dim, r.base))));
             (weights, table)
-        })?;
+        })
+        .await?;
         let mut layer = layer.clone();
         for linear in [&mut layer.query, &mut layer.key, &mut layer.value, &mut layer.out] {
             linear.weight = Vec::new();
@@ -85,10 +97,21 @@ impl MultiHeadAttention {
         call: &Call,
         options: &Options,
     ) -> Result<PreparedLayer> {
+        pollster::block_on(self.prepare_async(attention, problem, call, options))
+    }
+
+    /// [`MultiHeadAttention::prepare`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn prepare_async(
+        &self,
+        attention: &Attention,
+        problem: &Problem,
+        call: &Call,
+        options: &Options,
+    ) -> Result<PreparedLayer> {
         if !self.home.is(attention.home()) {
             return Err(Error::OtherDevice { field: "layer" });
         }
-        PreparedLayer::new(self, attention, self.plan(attention, problem, call, options)?)
+        PreparedLayer::new(self, attention, self.plan(attention, problem, call, options)?).await
     }
 
     /// Runs the layer on host slices: upload, compute, read back.
@@ -96,8 +119,31 @@ impl MultiHeadAttention {
         self.forward_with(gpu, problem, call, inputs, &Options::default())
     }
 
+    /// [`MultiHeadAttention::forward`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn forward_async(
+        &self,
+        gpu: &Gpu,
+        problem: &Problem,
+        call: &Call,
+        inputs: &LayerInputs<'_>,
+    ) -> Result<LayerOutputs> {
+        self.forward_with_async(gpu, problem, call, inputs, &Options::default()).await
+    }
+
     /// The same with planning [`Options`].
     pub fn forward_with(
+        &self,
+        gpu: &Gpu,
+        problem: &Problem,
+        call: &Call,
+        inputs: &LayerInputs<'_>,
+        options: &Options,
+    ) -> Result<LayerOutputs> {
+        gpu.block_on(self.forward_with_async(gpu, problem, call, inputs, options))
+    }
+
+    /// [`MultiHeadAttention::forward_with`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn forward_with_async(
         &self,
         gpu: &Gpu,
         problem: &Problem,
@@ -112,7 +158,7 @@ impl MultiHeadAttention {
         self.layer.check_call_sizes(problem, call)?;
         self.layer.check_inputs(problem, call, inputs)?;
         problem.check()?.check_operands(&inputs.operands)?;
-        let prepared = self.prepare(gpu.library(), problem, call, options)?;
+        let prepared = self.prepare_async(gpu.library(), problem, call, options).await?;
         let columns = u64::from(self.layer.weight_columns(problem.seq_kv));
         let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
         let heads = call.weights.map(|which| if which == Weights::Heads { u64::from(problem.heads) } else { 1 });
@@ -130,18 +176,21 @@ impl MultiHeadAttention {
                 .operands
                 .map(|operand, data| upload_bytes(gpu.device(), gpu.queue(), operand.name(), data.bytes())),
         };
-        let uploaded = allocate(gpu.device(), make)?;
+        let uploaded = allocate(gpu.device(), make).await?;
         let buffers = uploaded.buffers();
         let recording = prepared.begin()?;
         for slice in 0..prepared.slices() {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
             recording.encode_slice(slice, &mut encoder, &buffers)?;
             gpu.queue().submit([encoder.finish()]);
-            gpu.wait()?;
+            gpu.wait_async().await?;
         }
         // Buffers are never empty, outputs may be.
-        let read = |slice, len: usize| gpu.read(slice).map(|read| bytemuck::pod_collect_to_vec(&read[..4 * len]));
-        let weights = buffers.weights.zip(weights_len).map(|(slice, len)| read(slice, len));
-        Ok(LayerOutputs { out: read(buffers.result, result_len)?, weights: weights.transpose()? })
+        let f32s = |bytes: Vec<u8>, len: usize| bytemuck::pod_collect_to_vec(&bytes[..4 * len]);
+        let weights = match buffers.weights.zip(weights_len) {
+            Some((slice, len)) => Some(f32s(gpu.read_async(slice).await?, len)),
+            None => None,
+        };
+        Ok(LayerOutputs { out: f32s(gpu.read_async(buffers.result).await?, result_len), weights })
     }
 }

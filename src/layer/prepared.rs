@@ -1,7 +1,8 @@
 //! A call of a layer, compiled and with its buffers, ready to be recorded into the caller's encoder.
 
+use crate::allocation::constant;
 use crate::dispatch::step::Step;
-use crate::encode::{Attention, Buffers, Prepared, Recording, Set, constant};
+use crate::encode::{Attention, Buffers, Prepared, Recording, Set};
 use crate::error::{Error, Result};
 use crate::gpu::whole;
 use crate::kernel::slot::Slot;
@@ -28,16 +29,19 @@ pub struct PreparedLayer {
     zeros: wgpu::Buffer,
 }
 
+async fn compiled(attention: &Attention, stage: &Stage) -> Result<Compiled> {
+    Compiled::new(attention, &stage.steps, stage.slices.clone(), &[]).await
+}
+
 impl PreparedLayer {
     /// Compiles and allocates what a plan says.
-    pub(crate) fn new(of: &MultiHeadAttention, attention: &Attention, plan: LayerPlan) -> Result<Self> {
-        let compile = |stage: &Stage| Compiled::new(attention, &stage.steps, stage.slices.clone(), &[]);
-        let (before, after) = (compile(&plan.before)?, compile(&plan.after)?);
-        let inner = attention.prepare_with(plan.attention(), plan.scratch())?;
+    pub(crate) async fn new(of: &MultiHeadAttention, attention: &Attention, plan: LayerPlan) -> Result<Self> {
+        let before = compiled(attention, &plan.before).await?;
+        let after = compiled(attention, &plan.after).await?;
+        let inner = attention.prepare_with(plan.attention(), plan.scratch()).await?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let make = |label, bytes: &[u8]| constant(attention.device(), label, usage, bytes);
-        let biases = make("biases", bytemuck::cast_slice(&of.biases))?;
-        let zeros = make("zeros", &vec![0; plan.zeros() as usize])?;
+        let biases = constant(attention.device(), "biases", usage, bytemuck::cast_slice(&of.biases)).await?;
+        let zeros = constant(attention.device(), "zeros", usage, &vec![0; plan.zeros() as usize]).await?;
         let (weights, table) = (of.weights.clone(), of.table.clone());
         Ok(PreparedLayer { plan, before, attention: inner, after, weights, biases, table, zeros })
     }
