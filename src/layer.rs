@@ -1,26 +1,20 @@
 //! The multi-head attention layer: projections, heads, attention, output projection, on the GPU from first to last.
 
-mod buffers;
-mod multihead;
-mod operation;
-mod parameters;
-mod plan;
+pub(crate) mod operation;
+pub(crate) mod parameters;
+pub(crate) mod plan;
 mod planner;
-mod prepared;
-mod projected;
+pub(crate) mod projected;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{CacheBuffers, LayerBuffers};
-pub use multihead::MultiHeadAttention;
 pub use plan::LayerPlan;
-pub use prepared::PreparedLayer;
 
-use crate::error::{Error, Result};
-use crate::operands::{HostSlice, Operands};
+use crate::contract::error::{Error, Result};
+use crate::contract::operands::{HostSlice, Operands};
+use crate::contract::problem::Problem;
+use crate::contract::shape::{MAX_DIM, MAX_SIZE};
 use crate::ops::project::Order;
-use crate::problem::Problem;
-use crate::shape::{MAX_DIM, MAX_SIZE};
 
 /// A linear map `x w + b` on the host.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -115,56 +115,40 @@
 //!   `docs/experiments.md` for what was tried.
 #![warn(missing_docs)]
 
-mod allocation;
-pub mod caps;
+mod contract;
+mod device;
 mod dispatch;
-mod encode;
-mod error;
-pub mod gpu;
 pub mod kernel;
 pub mod layer;
-mod limits;
 #[cfg(feature = "safetensors")]
 pub mod load;
-mod names;
-mod obstacle;
-pub mod operands;
-mod operation;
 mod ops;
-mod options;
-mod pipelines;
 pub mod plan;
-pub mod problem;
 pub mod reference;
-mod runner;
-pub mod shape;
-mod walk;
 
-pub use caps::Caps;
-pub use encode::{Attention, Buffers, Prepared, Recording};
-pub use error::{Error, Result};
-pub use gpu::{DeviceOptions, Gpu, Resident};
-pub use layer::{
-    CacheBuffers, Call, Layer, LayerBuffers, LayerInputs, LayerOutputs, LayerPlan, Linear, MultiHeadAttention,
-    PreparedLayer, Sources, Weights,
+pub use contract::caps::{self, Caps};
+pub use contract::error::{Error, Result};
+pub use contract::obstacle::Obstacle;
+pub use contract::operands::{self, HostSlice, Operand, Operands};
+pub use contract::options::{Form, Kernel, Options};
+pub use contract::problem::{
+    self, Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
+    Window,
 };
-pub use obstacle::Obstacle;
-pub use operands::{HostSlice, Operand, Operands};
-pub use operation::{AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers};
+pub use contract::shape::{self, Shape};
+pub use device::encode::{Attention, Buffers, Prepared, Recording};
+pub use device::gpu::{self, DeviceOptions, Gpu, Resident};
+pub use device::layer::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
+pub use device::operation::{AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers};
+pub use device::runner::Runner;
+pub use layer::{Call, Layer, LayerInputs, LayerOutputs, LayerPlan, Linear, Sources, Weights};
 pub use ops::append::Append;
 pub use ops::merge::Merge;
 pub use ops::project::{Order, Projection};
 pub use ops::rotary::{Positions, Rotation};
-pub use options::{Form, Kernel, Options};
 pub use plan::Plan;
 pub use plan::measured::{Choice, Class, Queries, Row, Tuning};
-pub use problem::{
-    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
-    Window,
-};
 pub use reference::compare;
-pub use runner::Runner;
-pub use shape::Shape;
 pub use wgpu;
 
 #[cfg(doctest)]

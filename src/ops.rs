@@ -8,11 +8,11 @@ pub(crate) mod pack;
 pub(crate) mod project;
 pub(crate) mod rotary;
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
 use crate::dispatch::step::Step;
 use crate::dispatch::steps::Steps;
-use crate::error::{Error, Result};
-use crate::options::Options;
 
 /// The dispatches that `add` adds to the steps of a device.
 fn plan(caps: &Caps, options: &Options, add: impl FnOnce(&mut Steps<'_>) -> Result<()>) -> Result<Vec<Step>> {

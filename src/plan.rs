@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-use crate::caps::Caps;
-use crate::error::counted;
-use crate::error::{Error, Result};
+use crate::contract::caps::Caps;
+use crate::contract::error::counted;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::shape::{Shape, Tensor};
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
-use crate::options::Options;
-use crate::shape::{Shape, Tensor};
 
 pub use crate::dispatch::step::{Bound, Step};
 use lists::Lists;
@@ -235,8 +235,8 @@ impl fmt::Display for Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operands::{Kind, Operand};
-    use crate::problem::Problem;
+    use crate::contract::operands::{Kind, Operand};
+    use crate::contract::problem::Problem;
 
     #[test]
     fn every_operand_that_is_a_tensor_is_bound() {

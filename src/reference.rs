@@ -46,9 +46,9 @@ pub use scores::scores;
 pub use softmax::softmax;
 pub use values::values;
 
-use crate::error::{Error, Result};
-use crate::problem::{Inputs, Outputs, Problem};
-use crate::shape::Shape;
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::{Inputs, Outputs, Problem};
+use crate::contract::shape::Shape;
 use query::{Row, Sequence};
 use values::Values;
 

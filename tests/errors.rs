@@ -553,7 +553,7 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
     let error = Gpu::find("Vulkan").map(|adapter| adapter.get_info()).unwrap_err();
     assert!(matches!(&error, Error::NoAdapter { .. }));
     names(&error, &["\"Vulkan\" in its name", "say \"vulkan:\""]);
-    // Nobody sets variables in a process with threads: src/gpu.rs tests which are refused, cli/tests/commands.rs that they are.
+    // Nobody sets variables in a process with threads: src/device/gpu/environment.rs tests which are refused, cli/tests/commands.rs that they are.
     let (variable, want) = ("WGPU_BACKEND", "vulkan");
     let error = Error::Environment { variable, value: "vulkna".into(), want };
     names(&error, &["WGPU_BACKEND is \"vulkna\"; it must be vulkan"]);
@@ -749,7 +749,7 @@ fn files_of_weights_that_do_not_fit_are_refused() {
 #[test]
 fn every_error_is_provoked_here() {
     // The enum is non-exhaustive, so that the compiler cannot ask; its source is read instead.
-    let names: BTreeSet<&str> = include_str!("../src/error.rs")
+    let names: BTreeSet<&str> = include_str!("../src/contract/error.rs")
         .split("pub enum Error {")
         .nth(1)
         .unwrap()

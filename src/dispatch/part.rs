@@ -3,11 +3,11 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::Strides;
+use crate::contract::shape::Tensor;
 use crate::dispatch::steps::Span;
-use crate::error::{Error, Result};
 use crate::kernel::params::Place;
-use crate::problem::Strides;
-use crate::shape::Tensor;
 
 /// A box of the work that is dispatched at once. An axis that an operation does not have is `0..1`.
 #[derive(Clone, Debug, PartialEq, Eq)]

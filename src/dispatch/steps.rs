@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
 use crate::dispatch::step::{Bound, Step};
-use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
-use crate::options::Options;
 
 /// Elements of an operand that a part touches, `[first, end)`.
 pub(crate) type Span = (u64, u64);

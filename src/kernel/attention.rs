@@ -3,7 +3,7 @@
 use super::fused::Fused;
 use super::params::Attention;
 use super::uniform::Uniform;
-use crate::shape::Shape;
+use crate::contract::shape::Shape;
 
 /// A kernel of attention. [`super::uniform::params`] writes how it picks its parameters.
 pub(crate) trait AttentionKernel: Picks {

@@ -5,8 +5,8 @@ use std::fmt;
 use minijinja::Value;
 
 use super::lanes::Lanes;
-use crate::caps::Caps;
-use crate::options::{Form, Options};
+use crate::contract::caps::Caps;
+use crate::contract::options::{Form, Options};
 
 /// Which of the kernels that compute the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,10 +2,10 @@
 
 use super::body::Tile;
 use super::shader::Shader;
-use crate::caps::Caps;
-use crate::error::{Error, Result};
-use crate::obstacle::Obstacle;
-use crate::shape::{Shape, Tensor};
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::obstacle::Obstacle;
+use crate::contract::shape::{Shape, Tensor};
 
 /// Whether a workgroup of a kernel fits the device.
 pub(crate) fn fits(caps: &Caps, kernel: &impl Shader) -> bool {

@@ -10,7 +10,7 @@ use super::params::{At, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::shape::Shape;
+use crate::contract::shape::Shape;
 
 /// A variant of `export`: what it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -13,11 +13,11 @@ use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::Caps;
-use crate::obstacle::Obstacle;
-use crate::options::Options;
-use crate::problem::Element;
-use crate::shape::Shape;
+use crate::contract::caps::Caps;
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::Options;
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
 
 /// A variant of `flash`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

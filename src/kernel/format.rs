@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::problem::Element;
+use crate::contract::problem::Element;
 
 /// How a kernel reads or writes a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,12 +4,12 @@ use super::attention::Grid;
 use super::eligibility::{too_many_bindings, whole_vectors};
 use super::format::Format;
 use super::slot::Slot;
-use crate::caps::{Caps, LOOP_ITERATIONS};
-use crate::obstacle::Obstacle;
-use crate::options::{Form, Options};
-use crate::problem::Causal;
-use crate::shape::Shape;
-use crate::walk::most_keys;
+use crate::contract::caps::{Caps, LOOP_ITERATIONS};
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::{Form, Options};
+use crate::contract::problem::Causal;
+use crate::contract::shape::Shape;
+use crate::contract::walk::most_keys;
 
 /// Which operands a fused kernel binds beside q, k, v and out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

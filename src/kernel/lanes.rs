@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::eligibility::group_rows;
 use super::format::Format;
 use super::shader::Needs;
-use crate::caps::{Caps, SUBGROUP_SIZES};
-use crate::shape::Shape;
+use crate::contract::caps::{Caps, SUBGROUP_SIZES};
+use crate::contract::shape::Shape;
 
 /// How many lanes a workgroup has, and how they load what all of them read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

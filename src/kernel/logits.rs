@@ -10,7 +10,7 @@ use super::params::{At, Keys, Lists, Transform, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::shape::Shape;
+use crate::contract::shape::Shape;
 
 /// A variant of `logits`; there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

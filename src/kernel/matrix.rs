@@ -13,11 +13,11 @@ use super::params::{At, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::{Caps, MATRIX_SIZES};
-use crate::obstacle::Obstacle;
-use crate::options::{Form, Options};
-use crate::problem::Element;
-use crate::shape::Shape;
+use crate::contract::caps::{Caps, MATRIX_SIZES};
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::{Form, Options};
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
 
 /// A variant of `matrix`. q, k and v are f16, read with the adapter's own type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,8 +1,8 @@
 //! Parameters that several kernels read: blocks of fields, and flags. Every name has one meaning in all kernels.
 
 use super::uniform::{Block, Member, block};
-use crate::operands::{Kind, Operand};
-use crate::problem::Strides;
+use crate::contract::operands::{Kind, Operand};
+use crate::contract::problem::Strides;
 
 block! {
     /// The part of the work of a dispatch, and how its workgroups are numbered: columns run fastest, then rows, then heads.

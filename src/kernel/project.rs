@@ -11,9 +11,9 @@ use super::scores;
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::Caps;
-use crate::error::Result;
-use crate::problem::Element;
+use crate::contract::caps::Caps;
+use crate::contract::error::Result;
+use crate::contract::problem::Element;
 
 /// A variant of `project`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -9,7 +9,7 @@ use super::params::{At, Turn};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::problem::Element;
+use crate::contract::problem::Element;
 
 /// A variant of `rotary`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -12,9 +12,9 @@ use super::params::{At, Keys, Lists, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::Caps;
-use crate::error::Result;
-use crate::shape::Shape;
+use crate::contract::caps::Caps;
+use crate::contract::error::Result;
+use crate::contract::shape::Shape;
 
 /// A variant of `scores`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -12,7 +12,7 @@ use super::scores::Scores;
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::shape::Shape;
+use crate::contract::shape::Shape;
 
 /// A variant of `scores_lanes`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,6 +1,6 @@
 //! What the storage bindings of kernels hold.
 
-use crate::operands::Operand;
+use crate::contract::operands::Operand;
 
 /// What a storage binding holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

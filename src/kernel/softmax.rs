@@ -9,8 +9,8 @@ use super::params::{At, LineAt, Lines, Lists, Visible};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::{Caps, LOOP_ITERATIONS};
-use crate::shape::Shape;
+use crate::contract::caps::{Caps, LOOP_ITERATIONS};
+use crate::contract::shape::Shape;
 
 /// A variant of `softmax`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

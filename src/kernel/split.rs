@@ -16,13 +16,13 @@ use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, 
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::Caps;
-use crate::error::counted;
-use crate::obstacle::Obstacle;
-use crate::options::Options;
-use crate::problem::Element;
-use crate::shape::Shape;
-use crate::walk::most_keys;
+use crate::contract::caps::Caps;
+use crate::contract::error::counted;
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::Options;
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
+use crate::contract::walk::most_keys;
 
 /// A variant of `split`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -217,7 +217,7 @@ macro_rules! params {
             } $(reads $($flag),*)?
         }
 
-        const _: () = assert!(size_of::<Params>() as u64 <= $crate::caps::UNIFORM_STRIDE);
+        const _: () = assert!(size_of::<Params>() as u64 <= $crate::contract::caps::UNIFORM_STRIDE);
 
         impl $crate::kernel::uniform::Parameters for Params {
             fn layout() -> &'static $crate::kernel::uniform::Layout {

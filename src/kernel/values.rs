@@ -12,11 +12,11 @@ use super::params::{At, Keys, Lists, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
-use crate::caps::Caps;
-use crate::error::Result;
-use crate::problem::Element;
-use crate::shape::Shape;
-use crate::walk::most_keys;
+use crate::contract::caps::Caps;
+use crate::contract::error::Result;
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
+use crate::contract::walk::most_keys;
 
 /// A variant of `values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

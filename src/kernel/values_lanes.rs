@@ -12,8 +12,8 @@ use super::shader::{Needs, Shader};
 use super::slot::Slot;
 use super::uniform::params;
 use super::values::{self, Values};
-use crate::problem::Element;
-use crate::shape::Shape;
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
 
 /// A variant of `values_lanes`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
+use crate::contract::error::Result;
+use crate::contract::shape::Shape;
 use crate::dispatch::steps::Steps;
-use crate::error::Result;
 use crate::layer::parameters::AddedKey;
 use crate::ops::append::{self, Append};
 use crate::ops::average::Average;
 use crate::ops::extra::Extra;
 use crate::ops::project::{Projection, Wiring};
 use crate::ops::rotary::{self, Rotation};
-use crate::shape::Shape;
 
 /// An operation around attention, with the buffers that it binds.
 #[derive(Clone, Debug)]

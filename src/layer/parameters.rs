@@ -1,11 +1,11 @@
 //! Where the weights and biases of a layer are on a device, and what their buffers hold.
 
-use crate::caps::Caps;
-use crate::error::{Error, Result};
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::Element;
 use crate::kernel::slot::Slot;
 use crate::layer::{Layer, Linear};
 use crate::ops::project::Order;
-use crate::problem::Element;
 
 /// Where the weights and the bias of one linear map are.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,19 +4,19 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Result, counted};
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Problem};
 use crate::dispatch::step::Step;
-use crate::error::{Result, counted};
 use crate::kernel::slot::Slot;
 use crate::layer::operation::LayerOperation;
 use crate::layer::parameters::Parameters;
 use crate::layer::planner::Planner;
 use crate::layer::projected::Projected;
 use crate::layer::{Call, Layer};
-use crate::options::Options;
 use crate::plan::measured::Tuning;
 use crate::plan::{Plan, write_variants};
-use crate::problem::{Element, Problem};
 
 /// The operations on one side of attention, and their dispatches.
 #[derive(Clone, Debug)]

@@ -1,8 +1,11 @@
 //! Makes the operations of a [`crate::layer::plan::LayerPlan`].
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Causal, Layout, Problem, Strides};
+use crate::contract::shape::Shape;
 use crate::dispatch::steps::Steps;
-use crate::error::{Error, Result};
 use crate::kernel::slot::Slot;
 use crate::layer::operation::LayerOperation;
 use crate::layer::parameters::Parameters;
@@ -13,9 +16,6 @@ use crate::ops::append::{self, Append};
 use crate::ops::extra::lse_words;
 use crate::ops::project::{Projection, Turn, Wiring};
 use crate::ops::rotary::{self, Positions, Rotation};
-use crate::options::Options;
-use crate::problem::{Causal, Layout, Problem, Strides};
-use crate::shape::Shape;
 
 /// The attention problem on the projected tensors.
 fn inner_problem(layer: &Layer, problem: &Problem, call: &Call, [q, k, v]: &[Projected; 3]) -> Problem {

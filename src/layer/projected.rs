@@ -1,9 +1,9 @@
 //! How query, key and value are projected: from which input, by which weights, to where.
 
+use crate::contract::problem::{Problem, Strides};
 use crate::kernel::slot::Slot;
 use crate::layer::parameters::{LinearLocation, Parameters};
 use crate::layer::{Call, Layer, Linear, Sources};
-use crate::problem::{Problem, Strides};
 
 /// How one of query, key and value is projected.
 #[derive(Clone, Copy, Debug, PartialEq)]

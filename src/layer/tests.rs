@@ -9,14 +9,14 @@ use super::operation::LayerOperation;
 use super::parameters::Parameters;
 use super::plan::LayerPlan;
 use super::{Call, Layer, Linear, RotaryEmbedding, Sources, Weights};
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Layout, Problem, Strides};
+use crate::contract::shape::Tensor;
 use crate::kernel::slot::Slot;
 use crate::ops::append::Append;
 use crate::ops::project::{Order, Projection, Wiring};
 use crate::ops::rotary::Rotation;
-use crate::options::Options;
-use crate::problem::{Element, Layout, Problem, Strides};
-use crate::shape::Tensor;
 
 /// Numbers of biases begin here, those of weights end below.
 const BIASES: u32 = 1 << 22;

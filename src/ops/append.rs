@@ -1,18 +1,18 @@
 //! Appending new keys or values to a cache on the GPU.
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Layout, Paged, Strides};
+use crate::contract::shape::{MAX_SIZE, Tensor};
 use crate::dispatch::part::{Axis, Cut, Excess, Part, count, span};
 use crate::dispatch::step::Step;
 use crate::dispatch::steps::{Span, Steps, bind, bound, checked_u32};
-use crate::error::{Error, Result};
 use crate::kernel::params::{At, Pages, Place, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, append};
-use crate::options::Options;
-use crate::problem::{Element, Layout, Paged, Strides};
-use crate::shape::{MAX_SIZE, Tensor};
 
 /// New rows of keys or values for a cache that holds some already. Every batch has a place of its own where they go.
 ///

@@ -1,14 +1,14 @@
 //! The weights that a layer gives out.
 
+use crate::contract::error::Result;
+use crate::contract::shape::Shape;
 use crate::dispatch::steps::{Steps, bound, checked_u32};
-use crate::error::Result;
 use crate::kernel::params::{At, Place, flags};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, average};
 use crate::ops::extra::{extra_weights, lse_at, lse_words};
-use crate::shape::Shape;
 
 /// Gives out the weights of attention, with those of the keys that the layer adds.
 pub(crate) struct Average<'a> {

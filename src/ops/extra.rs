@@ -1,14 +1,14 @@
 //! One more key that every row of a layer sees.
 
+use crate::contract::error::Result;
+use crate::contract::shape::Shape;
 use crate::dispatch::part::Part;
 use crate::dispatch::steps::{Steps, bound, checked_u32};
-use crate::error::Result;
 use crate::kernel::params::{At, LineAt, Place};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, extra};
-use crate::shape::Shape;
 
 /// Joins a key and its value to the result of attention.
 pub(crate) struct Extra<'a> {

@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Layout};
+use crate::contract::shape::{MAX_DIM, MAX_SIZE, Tensor};
 use crate::dispatch::part::{Cut, Excess, Part, count};
 use crate::dispatch::step::{Bound, Step};
 use crate::dispatch::steps::{SPARE, Span, Steps, bind, checked_u32};
-use crate::error::{Error, Result};
 use crate::kernel::eligibility::whole_vectors;
 use crate::kernel::merge_totals::{self, MergeTotals};
 use crate::kernel::params::{self, At, LineAt, Place, flags};
@@ -14,9 +17,6 @@ use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{self, Variant};
 use crate::ops::pack::pack;
-use crate::options::Options;
-use crate::problem::{Element, Layout};
-use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
 
 /// Exact merge of the results of the same query rows over `partials` disjoint parts of the keys.
 ///

@@ -1,15 +1,15 @@
 //! Rounding of an output that was summed in f32.
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::Result;
+use crate::contract::problem::Element;
+use crate::contract::shape::Tensor;
 use crate::dispatch::step::Bound;
 use crate::dispatch::steps::{Steps, checked_u32};
-use crate::error::Result;
 use crate::kernel::params::Place;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, pack};
-use crate::problem::Element;
-use crate::shape::Tensor;
 
 /// Rounds the f32 scratch of a dense output to its 16-bit type, in dispatches that each fit a binding. Of a packed batch, given by what
 /// the parameters say of it and the bytes of its lists, only the tokens that a sequence owns: for the others the scratch holds an earlier call's results.

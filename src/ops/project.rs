@@ -1,10 +1,13 @@
 //! `y = x w + b` on the GPU: the linear layers around attention.
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Strides};
+use crate::contract::shape::MAX_SIZE;
 use crate::dispatch::part::{Axis, Cut, Excess, Part, count};
 use crate::dispatch::step::{Bound, Step};
 use crate::dispatch::steps::{Span, Steps, bind, bound, checked_u32};
-use crate::error::{Error, Result};
 use crate::kernel::Variant;
 use crate::kernel::body::Body;
 use crate::kernel::eligibility::too_many_bindings;
@@ -13,9 +16,6 @@ use crate::kernel::project::{self, Matrix};
 use crate::kernel::project_lanes::ProjectLanes;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
-use crate::options::Options;
-use crate::problem::{Element, Strides};
-use crate::shape::MAX_SIZE;
 
 /// Order of a weight matrix in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -1,18 +1,18 @@
 //! Rotary position embedding on the GPU.
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Strides};
+use crate::contract::shape::{MAX_DIM, MAX_SIZE, Tensor};
 use crate::dispatch::part::{Cut, Excess, Part, count};
 use crate::dispatch::step::{Bound, Step};
 use crate::dispatch::steps::{Steps, bind, bound, checked_u32};
-use crate::error::{Error, Result};
 use crate::kernel::params::{At, Place, Turn};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{Variant, rotary};
-use crate::options::Options;
-use crate::problem::{Element, Strides};
-use crate::shape::{MAX_DIM, MAX_SIZE, Tensor};
 
 /// Which position a row has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,15 +1,15 @@
 //! Which kernel runs a problem on a device, and why not another.
 
-use crate::caps::Caps;
-use crate::error::{Error, Result};
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::{Form, Kernel, Options};
+use crate::contract::shape::Shape;
 use crate::kernel::Variant;
 use crate::kernel::eligibility::{group_rows, key_step};
 use crate::kernel::fused::{Fused, Walk};
 use crate::kernel::lanes::Lanes;
-use crate::obstacle::Obstacle;
-use crate::options::{Form, Kernel, Options};
 use crate::plan::measured::{Choice, Class, Tuning};
-use crate::shape::Shape;
 
 /// The fused kernels in the order in which the planner prefers them.
 const FUSED: [Kernel; 4] = [Kernel::Rows, Kernel::Split, Kernel::Matrix, Kernel::Flash];

@@ -1,7 +1,7 @@
 //! The small per-batch and per-head arrays of a call, which share one buffer.
 
-use crate::operands::{Kind, Operand, Operands};
-use crate::shape::Shape;
+use crate::contract::operands::{Kind, Operand, Operands};
+use crate::contract::shape::Shape;
 
 /// Places of the small arrays, in u32 words of one buffer.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,12 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::contract::options::Kernel;
+use crate::contract::problem::{Causal, Element};
+use crate::contract::shape::{MAX_DIM, Shape};
 use crate::kernel::fused::transforms;
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{Variant, flash, matrix, rows, split};
-use crate::options::Kernel;
-use crate::problem::{Causal, Element};
-use crate::shape::{MAX_DIM, Shape};
 
 /// The head dimensions that tell classes apart. A class holds the dimensions up to its own and above the one before it.
 const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];

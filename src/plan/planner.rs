@@ -6,26 +6,26 @@ mod spans;
 
 use std::ops::Range;
 
-use crate::caps::Caps;
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::operands::{Kind, Operand};
+use crate::contract::options::Options;
+use crate::contract::problem::{Broadcast, Causal, Element, Layout, Strides};
+use crate::contract::shape::Shape;
+use crate::contract::walk::Band;
 use crate::dispatch::part::{Part, count};
 use crate::dispatch::step::Bound;
 use crate::dispatch::steps::{SPARE, Steps, check_dispatches, checked_u32};
-use crate::error::{Error, Result};
 use crate::kernel::attention::{AttentionKernel, Grid};
 use crate::kernel::params::{self, At, Attention, Keys, LineAt, Lines, Pages, PairAt, Transform, Visible, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::{self, Variant};
-use crate::operands::{Kind, Operand};
 use crate::ops::merge::{Merge, Partials};
 use crate::ops::pack::pack;
-use crate::options::Options;
 use crate::plan::Plan;
 use crate::plan::lists::Lists;
 use crate::plan::measured::Tuning;
 use crate::plan::route::{Route, tile_rows};
-use crate::problem::{Broadcast, Causal, Element, Layout, Strides};
-use crate::shape::Shape;
-use crate::walk::Band;
 
 use spans::broadcast_span;
 

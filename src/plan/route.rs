@@ -1,7 +1,11 @@
 //! The kernels that compute a problem on a device, and the keys of each of their dispatches.
 
-use crate::caps::Caps;
-use crate::error::{Error, Result};
+use crate::contract::caps::Caps;
+use crate::contract::error::{Error, Result};
+use crate::contract::obstacle::Obstacle;
+use crate::contract::options::Options;
+use crate::contract::problem::{Element, Logits};
+use crate::contract::shape::{Shape, Tensor};
 use crate::kernel::body::Body;
 use crate::kernel::eligibility::{key_step, whole_vectors};
 use crate::kernel::format::Format;
@@ -12,12 +16,8 @@ use crate::kernel::softmax::Softmax;
 use crate::kernel::values::{self, Values};
 use crate::kernel::values_lanes::ValuesLanes;
 use crate::kernel::{Variant, split};
-use crate::obstacle::Obstacle;
-use crate::options::Options;
 use crate::plan::choose::choose_fused;
 use crate::plan::measured::{Choice, Tuning};
-use crate::problem::{Element, Logits};
-use crate::shape::{Shape, Tensor};
 
 /// How a problem is computed.
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,6 @@
 //! New rows in a cache.
 
-use crate::error::Result;
+use crate::contract::error::Result;
 use crate::ops::append::Append;
 
 /// Copies the new rows into the cache, bit for bit: row `r` of batch `b` goes to row `min(starts[b], capacity − rows) + r`, or,

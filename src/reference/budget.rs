@@ -4,8 +4,8 @@ use super::query::{self, Row, Sequence};
 use super::scores::dot;
 use super::values::Values;
 use super::{Evaluated, Head, collect, evaluate, logits};
-use crate::error::Result;
-use crate::problem::{Element, Inputs, Logits, Outputs, Problem};
+use crate::contract::error::Result;
+use crate::contract::problem::{Element, Inputs, Logits, Outputs, Problem};
 
 /// Unit roundoff of f32.
 pub(super) const U: f64 = 1.0 / (1u32 << 24) as f64;

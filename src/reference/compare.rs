@@ -3,12 +3,12 @@
 use super::budget::{Budget, Tolerance, attention_with_budget, regression_limit};
 use super::comparison::{Comparison, Comparisons};
 use super::{append, layer, merge};
-use crate::error::{Error, Result};
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::{Element, Elements, Inputs, Outputs, Problem};
+use crate::contract::shape::{Shape, Tensor};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs};
 use crate::ops::append::Append;
 use crate::ops::merge::Merge;
-use crate::problem::{Element, Elements, Inputs, Outputs, Problem};
-use crate::shape::{Shape, Tensor};
 
 impl Tolerance {
     /// Compares a dense tensor. NaN equals NaN and an infinity equals itself; either is a failure against anything else.

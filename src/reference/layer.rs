@@ -3,11 +3,11 @@
 use super::budget::{Budget, FLUSH, Tolerance, U, attention_with_errors, exp_error, growth};
 use super::scores::dot;
 use super::{Real, average, extra, project, rotary};
-use crate::error::{Error, Result};
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::{Elements, Inputs, Layout, Outputs, Problem, Strides};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Weights};
 use crate::ops::project::{Order, Projection};
 use crate::ops::rotary::{Positions, Rotation};
-use crate::problem::{Elements, Inputs, Layout, Outputs, Problem, Strides};
 
 /// A [`Layer`] as the textbook writes it, without a cache. Between its stages, values are rounded to f32 once: that is what
 /// [`Inputs`] holds.

@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::query::{self, Row};
-use crate::problem::{Inputs, Logits};
-use crate::shape::Shape;
+use crate::contract::problem::{Inputs, Logits};
+use crate::contract::shape::Shape;
 
 /// From scores to logits, in order and as far as `upto` says:
 ///

@@ -4,9 +4,9 @@ use rayon::prelude::*;
 
 use super::Real;
 use super::budget::{FLUSH, U, element_rounding, exp_error, growth};
-use crate::error::{Error, Result};
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::Element;
 use crate::ops::merge::Merge;
-use crate::problem::Element;
 
 /// Attention of some rows over a part of their keys, without sinks.
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,9 @@
 //! x w + b.
 
 use super::Real;
-use crate::error::Result;
+use crate::contract::error::Result;
+use crate::contract::problem::Elements;
 use crate::ops::project::{Order, Projection};
-use crate::problem::Elements;
 
 /// `y[b,r,c] = Σ_i x[b,r,i] · w[i,c] + bias[c]`, dense [batch, rows, outputs], and beside each element the error that f32
 /// arithmetic may make: with `n` inputs and unit roundoff `u = 2⁻²⁴`, at most about `(8 + √n) u Σ_i |x_i w_i|` for the sum

@@ -3,9 +3,9 @@
 use rayon::prelude::*;
 
 use super::Real;
-use crate::operands::HostSlice;
-use crate::problem::{Broadcast, Causal, Elements, Inputs};
-use crate::shape::{Shape, Tensor};
+use crate::contract::operands::HostSlice;
+use crate::contract::problem::{Broadcast, Causal, Elements, Inputs};
+use crate::contract::shape::{Shape, Tensor};
 
 /// One batch, or one of the sequences laid end to end.
 #[derive(Clone, Copy)]

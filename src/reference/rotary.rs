@@ -1,9 +1,9 @@
 //! Rotary position embedding.
 
 use super::Real;
-use crate::error::Result;
+use crate::contract::error::Result;
+use crate::contract::problem::{Element, Elements, Strides};
 use crate::ops::rotary::{Positions, Rotation};
-use crate::problem::{Element, Elements, Strides};
 
 /// The turned tensor, dense [batch, heads, rows, head_dim], and beside each element the error that f32 arithmetic and one
 /// rounding to the element type may make: two products and a sum of unit roundoff `u = 2⁻²⁴` are off by at most

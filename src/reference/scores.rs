@@ -2,8 +2,8 @@
 
 use super::query::{self, Row};
 use super::{Real, logits};
-use crate::problem::Inputs;
-use crate::shape::Shape;
+use crate::contract::problem::Inputs;
+use crate::contract::shape::Shape;
 
 /// The score matrix `s[b,h,i,j] = scale · Σ_d q[b,h,i,d] · k[b, h / (heads / kv_heads), j, d]`, of hidden keys too.
 ///

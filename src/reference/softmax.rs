@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::query::{self, Row};
-use crate::problem::Inputs;
-use crate::shape::Shape;
+use crate::contract::problem::Inputs;
+use crate::contract::shape::Shape;
 
 /// `weights[j] = exp(x[j] − lse)` with `lse = ln(Σ_j exp(x[j]) + exp(sink))`, over the visible keys.
 ///

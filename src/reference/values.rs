@@ -2,8 +2,8 @@
 
 use super::Real;
 use super::query::{self, Row, Sequence};
-use crate::problem::Inputs;
-use crate::shape::Shape;
+use crate::contract::problem::Inputs;
+use crate::contract::shape::Shape;
 
 /// `out[b,h,i,:] = Σ_j weights[b,h,i,j] · v[b, h / (heads / kv_heads), j, :]` over the visible keys, in the layout of `out`.
 ///

@@ -234,7 +234,7 @@ fn own(gpu: &Adapter) -> wgpu::Device {
     let descriptor = wgpu::DeviceDescriptor {
         required_features: gpu.adapter.features() & wanted,
         required_limits: gpu.adapter.limits(),
-        // SAFETY: as in src/gpu.rs.
+        // SAFETY: as in src/device/gpu/open.rs.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     };

@@ -2,10 +2,10 @@
 
 use super::Planner;
 use super::spans::broadcast_span;
+use crate::contract::error::Result;
+use crate::contract::operands::Operand;
 use crate::dispatch::part::{Axis, Cut, Excess, Part, count};
 use crate::dispatch::steps::check_dispatches;
-use crate::error::Result;
-use crate::operands::Operand;
 use crate::plan::route::Route;
 
 impl Planner<'_> {

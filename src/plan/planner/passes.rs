@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use super::Planner;
+use crate::contract::error::Result;
+use crate::contract::problem::Logits;
 use crate::dispatch::part::Part;
-use crate::error::Result;
 use crate::kernel::params::flags;
 use crate::kernel::slot::Slot;
 use crate::kernel::{Variant, export, logits};
 use crate::plan::route::{Route, Weighing};
-use crate::problem::Logits;
 
 impl Planner<'_> {
     /// The dispatches of one part.

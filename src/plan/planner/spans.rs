@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::Planner;
+use crate::contract::problem::Broadcast;
+use crate::contract::shape::Tensor;
 use crate::dispatch::part::{Part, count, span};
 use crate::dispatch::steps::{self, Span};
 use crate::kernel::{Variant, fused};
-use crate::problem::Broadcast;
-use crate::shape::Tensor;
 
 impl Planner<'_> {
     pub(super) fn score_bytes(&self, part: &Part) -> u64 {

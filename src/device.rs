@@ -1,0 +1,9 @@
+//! The only folder that talks to wgpu: it opens devices, compiles kernels, records plans and moves data.
+
+pub(crate) mod allocation;
+pub(crate) mod encode;
+pub mod gpu;
+pub(crate) mod layer;
+pub(crate) mod operation;
+pub(crate) mod pipelines;
+pub(crate) mod runner;

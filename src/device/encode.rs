@@ -1,0 +1,164 @@
+//! Records a [`Plan`] into the caller's command encoder. No other folder records dispatches.
+
+mod buffers;
+mod prepared;
+mod program;
+mod scratch;
+
+pub use buffers::Buffers;
+pub(crate) use buffers::check_slice;
+pub use prepared::Prepared;
+pub(crate) use program::Program;
+pub use scratch::Recording;
+pub(crate) use scratch::{Scratch, Set};
+
+use crate::contract::caps::Caps;
+use crate::contract::error::Result;
+use crate::contract::options::Options;
+use crate::contract::problem::Problem;
+use crate::device::pipelines::Pipelines;
+use crate::dispatch::step::Step;
+use crate::kernel::slot::Slot;
+use crate::plan::Plan;
+use crate::plan::measured::Tuning;
+
+/// What something was made for.
+#[derive(Clone, Debug)]
+pub(crate) struct Home {
+    pub(crate) device: wgpu::Device,
+    /// The number of the [`crate::Gpu`], 0 on a device of the caller's: wgpu tells devices of two instances apart only by chance.
+    pub(crate) gpu: u64,
+}
+
+impl Home {
+    pub(crate) fn is(&self, other: &Home) -> bool {
+        self.device == other.device && (self.gpu == other.gpu || self.gpu == 0 || other.gpu == 0)
+    }
+}
+
+/// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.
+#[derive(Debug)]
+pub struct Attention {
+    home: Home,
+    caps: Caps,
+    tuning: Tuning,
+    pipelines: Pipelines,
+}
+
+impl Attention {
+    /// For a device of the caller's, with whatever features and limits it was created.
+    ///
+    /// The kernel `matrix` does not run on it, because a [`wgpu::Device`] does not tell which cooperative matrices it has; see
+    /// [`Attention::with_adapter`].
+    pub fn new(device: &wgpu::Device) -> Self {
+        Self::without_adapter(device, false)
+    }
+
+    /// Like [`Attention::new`], but with the adapter that the device was made from, so that [`crate::Kernel::Matrix`] can run. That
+    /// also takes `EXPERIMENTAL_COOPERATIVE_MATRIX`, `SHADER_F16` and `SUBGROUP` among the device's features, and more than the default
+    /// limit of workgroup memory.
+    ///
+    /// # Errors
+    ///
+    /// If the adapter is another one.
+    pub fn with_adapter(device: &wgpu::Device, adapter: &wgpu::Adapter) -> Result<Self> {
+        Ok(Self::with_caps(Home { device: device.clone(), gpu: 0 }, Caps::of(device, Some(adapter))?, false))
+    }
+
+    /// Like [`Attention::new`], but pipelines are compiled with wgpu's runtime checks (bounds, loops): slower, for hunting a suspected
+    /// out-of-bounds access.
+    pub fn with_checks(device: &wgpu::Device) -> Self {
+        Self::without_adapter(device, true)
+    }
+
+    fn without_adapter(device: &wgpu::Device, checked: bool) -> Self {
+        let caps = Caps::of(device, None).expect("only an adapter can be wrong");
+        Self::with_caps(Home { device: device.clone(), gpu: 0 }, caps, checked)
+    }
+
+    pub(crate) fn with_caps(home: Home, caps: Caps, checked: bool) -> Self {
+        let pipelines = Pipelines::new(&home.device, checked);
+        Attention { home, caps, tuning: Tuning::default(), pipelines }
+    }
+
+    /// Plans from now on by rows that were measured on this device's adapter, as `wgpu-attention tune` does; see [`Plan::tuned`].
+    pub fn set_tuning(&mut self, tuning: Tuning) {
+        self.tuning = tuning;
+    }
+
+    /// The rows it plans by; none unless set.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
+    /// What the driver's compiler made of the pipelines so far, for [`Attention::load_pipeline_cache`] in a later process. `None`
+    /// unless the device was created with [`wgpu::Features::PIPELINE_CACHE`], which Vulkan alone offers.
+    pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
+        self.pipelines.data()
+    }
+
+    /// Compiles from now on with what [`Attention::pipeline_cache_data`] gave out on the same adapter and driver; a file name for
+    /// it is [`wgpu::util::pipeline_cache_key`]. Returns whether the data is used. Damaged data, that of another adapter or driver,
+    /// and any on a device without [`wgpu::Features::PIPELINE_CACHE`], is not: then everything is compiled anew.
+    ///
+    /// # Safety
+    ///
+    /// `data` came from [`Attention::pipeline_cache_data`]. Damage on the way is found by a checksum; data that was forged is not,
+    /// and drivers trust it. Keep it where only the user writes.
+    pub unsafe fn load_pipeline_cache(&mut self, data: &[u8]) -> bool {
+        // SAFETY: passed on to the caller.
+        unsafe { self.pipelines.load(data) }
+    }
+
+    /// How many pipelines are compiled: only [`Attention::prepare`] and the operations' likes of it add any, recording never does.
+    pub fn compiled_pipelines(&self) -> usize {
+        self.pipelines.count()
+    }
+
+    pub(crate) async fn program(&self, steps: &[Step]) -> Result<Program> {
+        Program::new(&self.home.device, &self.pipelines, steps).await
+    }
+
+    pub(crate) fn device(&self) -> &wgpu::Device {
+        &self.home.device
+    }
+
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// What the device can do.
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// Checks and plans a problem. Pure: touches no device.
+    pub fn plan(&self, problem: &Problem) -> Result<Plan> {
+        self.plan_with(problem, &Options::default())
+    }
+
+    /// The same with [`Options`].
+    pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
+        Plan::tuned(&problem.check()?, &self.caps, options, &self.tuning)
+    }
+
+    /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:
+    /// call it ahead, where a pause does no harm. Recording compiles nothing, and the [`Prepared`] outlives this object.
+    pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
+        pollster::block_on(self.prepare_async(plan))
+    }
+
+    /// [`Attention::prepare`] for asynchronous callers. In a browser it blocks nothing. On native backends the driver compiles on the thread
+    /// that polls the future, because wgpu has no other way there.
+    pub async fn prepare_async(&self, plan: &Plan) -> Result<Prepared> {
+        self.prepare_with(plan, &[]).await
+    }
+
+    /// With buffers beside the plan's scratch, for what is recorded around attention.
+    pub(crate) async fn prepare_with(&self, plan: &Plan, more: &[(Slot, u64)]) -> Result<Prepared> {
+        let program = self.program(plan.steps()).await?;
+        let sizes = [&[(Slot::Lists, plan.lists().bytes())], plan.scratch(), more].concat();
+        let (plan, home) = (plan.clone(), self.home.clone());
+        Ok(Prepared { plan, program, scratch: Scratch::new(self.device(), sizes).await?, home })
+    }
+}

@@ -1,0 +1,177 @@
+//! A device of our own: adapters, upload, run, read-back. Callers with their own device use [`Attention`] directly.
+
+#[cfg(not(target_arch = "wasm32"))]
+mod alarm;
+mod environment;
+mod open;
+mod operations;
+mod read;
+mod resident;
+mod wait;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::contract::problem::{Inputs, Outputs, Problem};
+use crate::device::encode::{Attention, Home, Prepared, Recording};
+
+pub use resident::Resident;
+pub(crate) use resident::whole;
+
+/// How to open a device.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    /// Limits to ask for; `None` asks for all that the adapter offers.
+    pub limits: Option<wgpu::Limits>,
+    /// Features to ask for; `None` asks for those of use that the adapter offers.
+    pub features: Option<wgpu::Features>,
+    /// Compile shaders with wgpu's runtime checks; slower.
+    pub checked: bool,
+}
+
+/// An adapter with a device of its own.
+///
+/// # Asynchronous calls
+///
+/// Each function that waits has a form with the suffix `_async`, and runs that form on its own thread. The futures of the asynchronous
+/// functions run under any executor, with or without tokio, and several of them at once, also on one thread. Nobody has to poll the
+/// device: a future that waits does so whenever it is polled.
+///
+/// Native backends report finished work only to those who poll the device, so that nothing would wake the task. Therefore a thread
+/// wakes it while it waits, at intervals that grow to a millisecond. That thread never uses the device, and ends with the wait. A
+/// browser wakes the task by itself.
+///
+/// On native backends the futures are [`Send`], and nothing but the driver's compiler blocks the thread that polls them; see
+/// [`Attention::prepare_async`]. A future may be dropped at any time: what was submitted still runs, and nothing is submitted
+/// afterwards.
+#[derive(Debug)]
+pub struct Gpu {
+    info: wgpu::AdapterInfo,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    library: Attention,
+    faults: Arc<Mutex<Faults>>,
+}
+
+/// What wgpu reported outside of error scopes.
+#[derive(Debug, Default)]
+struct Faults {
+    /// Comes back from every call.
+    lost: Option<Error>,
+    /// The first error of each thread that no call has returned yet. wgpu reports on the thread whose command is wrong, so that no
+    /// other thread's call gets it.
+    threads: HashMap<ThreadId, Error>,
+}
+
+fn lock(faults: &Mutex<Faults>) -> MutexGuard<'_, Faults> {
+    faults.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An adapter in a line: name, backend, driver.
+pub fn describe(info: &wgpu::AdapterInfo) -> String {
+    format!("{} ({}, {} {})", info.name, info.backend, info.driver, info.driver_info)
+}
+
+impl Gpu {
+    /// The adapter.
+    pub fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    /// The device. What is wrong with commands of your own, outside of your error scopes, comes back from the next call of this `Gpu` on
+    /// the same thread.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// Planner and pipelines of this device.
+    pub fn library(&self) -> &Attention {
+        &self.library
+    }
+
+    /// The same, to give it tuned rows or a pipeline cache.
+    pub fn library_mut(&mut self) -> &mut Attention {
+        &mut self.library
+    }
+
+    /// Runs a problem on host slices: plan, upload, compute slice by slice, read back.
+    pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        self.attention_with(problem, inputs, &Options::default())
+    }
+
+    /// The same with planning [`Options`].
+    pub fn attention_with(&self, problem: &Problem, inputs: &Inputs<'_>, options: &Options) -> Result<Outputs> {
+        self.block_on(self.attention_with_async(problem, inputs, options))
+    }
+
+    /// [`Gpu::attention`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        self.attention_with_async(problem, inputs, &Options::default()).await
+    }
+
+    /// [`Gpu::attention_with`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn attention_with_async(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        options: &Options,
+    ) -> Result<Outputs> {
+        let plan = self.library.plan_with(problem, options)?;
+        plan.shape().check_inputs(inputs)?;
+        let prepared = self.library.prepare_async(&plan).await?;
+        let resident = self.upload_async(&plan, inputs).await?;
+        self.run_async(&prepared, &resident, |_, _| ()).await?;
+        self.download_async(&plan, &resident).await
+    }
+
+    fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {
+        if home.is(self.library.home()) { Ok(()) } else { Err(Error::OtherDevice { field }) }
+    }
+
+    fn submit(&self, call: &Recording<'_, Prepared>, slice: usize, resident: &Resident) -> Result<()> {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        call.encode_slice(slice, &mut encoder, &resident.buffers())?;
+        self.queue.submit([encoder.finish()]);
+        self.fault()
+    }
+
+    /// Submits one slice after the other and waits for each; `progress(done, of)` follows each. Any number of threads may run the same
+    /// `prepared` at once, each on a `resident` of its own: see [`Recording`] for their scratch.
+    pub fn run(&self, prepared: &Prepared, resident: &Resident, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        self.block_on(self.run_async(prepared, resident, progress))
+    }
+
+    /// [`Gpu::run`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn run_async(
+        &self,
+        prepared: &Prepared,
+        resident: &Resident,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<()> {
+        self.fault()?;
+        self.check_home("prepared", prepared.home())?;
+        self.check_home("resident", &resident.home)?;
+        let call = prepared.begin()?;
+        for slice in 0..prepared.slices() {
+            self.submit(&call, slice, resident)?;
+            self.wait_async().await?;
+            progress(slice + 1, prepared.slices());
+        }
+        Ok(())
+    }
+
+    /// What went wrong on this thread, told once, or that the device is lost, told every time.
+    fn fault(&self) -> Result<()> {
+        let mut faults = lock(&self.faults);
+        let own = faults.threads.remove(&thread::current().id());
+        faults.lost.clone().or(own).map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,91 @@
+//! Read-back of buffers and outputs.
+
+use futures::channel::oneshot;
+
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::{Element, Outputs};
+use crate::device::allocation::allocate;
+use crate::device::gpu::{Gpu, Resident};
+use crate::plan::Plan;
+
+impl Gpu {
+    /// Reads the outputs back.
+    pub fn download(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
+        self.block_on(self.download_async(plan, resident))
+    }
+
+    /// [`Gpu::download`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn download_async(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
+        self.check_home("resident", &resident.home)?;
+        let bytes = Outputs {
+            lse: self.read_optional(&resident.lse).await?,
+            weights: self.read_optional(&resident.weights).await?,
+            logits: self.read_optional(&resident.logits).await?,
+            out: self.read_async(resident.out.slice(..)).await?,
+        };
+        Ok(outputs(plan, bytes))
+    }
+
+    async fn read_optional(&self, buffer: &Option<wgpu::Buffer>) -> Result<Option<Vec<u8>>> {
+        match buffer {
+            Some(buffer) => self.read_async(buffer.slice(..)).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
+    pub fn read(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        self.block_on(self.read_async(slice))
+    }
+
+    /// [`Gpu::read`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn read_async(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
+        if slice.size() == 0 {
+            return self.fault().map(|()| Vec::new());
+        }
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("read-back"),
+            size: slice.size(),
+            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+            mapped_at_creation: false,
+        };
+        let staging = allocate(&self.device, || self.device.create_buffer(&descriptor)).await?;
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &staging, 0, slice.size());
+        self.queue.submit([encoder.finish()]);
+        let (send, ready) = oneshot::channel();
+        staging.slice(..).map_async(wgpu::MapMode::Read, move |result| {
+            // The receiver may be gone if the caller dropped the future.
+            let _ = send.send(result);
+        });
+        // What is wrong with the copy is known to the thread that records it.
+        self.fault()?;
+        self.answer(ready).await?.map_err(|error| Error::DeviceLost(error.to_string()))?;
+        let view = staging.slice(..).get_mapped_range().map_err(|error| Error::DeviceLost(error.to_string()))?;
+        Ok(view.to_vec())
+    }
+}
+
+/// The elements of a tensor's bytes, widened to f32, which is exact.
+pub(super) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
+    let words = bytemuck::pod_collect_to_vec::<u8, u16>;
+    match element {
+        Element::F32 => bytemuck::pod_collect_to_vec(bytes),
+        Element::F16 => words(bytes).into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+        Element::Bf16 => words(bytes).into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+    }
+}
+
+fn outputs(plan: &Plan, bytes: Outputs<u8>) -> Outputs {
+    let shape = plan.shape();
+    // Buffers end at whole words and are never empty, outputs need not.
+    let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
+    let mut out = widened(shape.element, &bytes.out);
+    out.truncate(shape.out().extent() as usize);
+    Outputs {
+        out,
+        lse: f32s(bytes.lse, shape.lse_len()),
+        weights: f32s(bytes.weights, shape.scores_len()),
+        logits: f32s(bytes.logits, shape.scores_len()),
+    }
+}

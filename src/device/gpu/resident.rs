@@ -1,0 +1,104 @@
+//! Operands and outputs of a call in device memory.
+
+use crate::contract::error::Result;
+use crate::contract::operands::Operands;
+use crate::contract::problem::{Element, Inputs};
+use crate::contract::shape::Shape;
+use crate::device::allocation::{allocate, upload_bytes};
+use crate::device::encode::{Buffers, Home};
+use crate::device::gpu::Gpu;
+use crate::plan::Plan;
+
+/// Operands of one call in device memory, and buffers for its outputs.
+#[derive(Debug)]
+pub struct Resident {
+    pub(super) home: Home,
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    pub(super) out: wgpu::Buffer,
+    operands: Operands<wgpu::Buffer>,
+    pub(super) lse: Option<wgpu::Buffer>,
+    pub(super) weights: Option<wgpu::Buffer>,
+    pub(super) logits: Option<wgpu::Buffer>,
+}
+
+impl Resident {
+    /// The operands as [`crate::Prepared::encode`] takes them.
+    pub fn buffers(&self) -> Buffers<'_> {
+        Buffers {
+            q: self.q.slice(..),
+            k: self.k.slice(..),
+            v: self.v.slice(..),
+            out: self.out.slice(..),
+            operands: self.operands.as_ref().map(|_, buffer| buffer.slice(..)),
+            lse: whole(&self.lse),
+            weights: whole(&self.weights),
+            logits: whole(&self.logits),
+        }
+    }
+}
+
+/// All of a buffer that there may be.
+pub(crate) fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'_>> {
+    buffer.as_ref().map(|buffer| buffer.slice(..))
+}
+
+impl Gpu {
+    /// Uploads operands and makes output buffers, filled with NaN where the kernels must write.
+    pub fn upload(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
+        pollster::block_on(self.upload_async(plan, inputs))
+    }
+
+    /// [`Gpu::upload`] without blocking the thread, under any executor; see [`Gpu`].
+    pub async fn upload_async(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
+        let s = plan.shape();
+        s.check_inputs(inputs)?;
+        self.fault()?;
+        let make = |label: &str, bytes: &[u8]| upload_bytes(&self.device, &self.queue, label, bytes);
+        let nan = |label: &str, wanted: bool, len: u64| {
+            wanted.then(|| make(label, bytemuck::cast_slice(&vec![f32::NAN; len as usize])))
+        };
+        let create = || Resident {
+            home: self.library.home().clone(),
+            q: make("q", inputs.q.bytes()),
+            k: make("k", inputs.k.bytes()),
+            v: make("v", inputs.v.bytes()),
+            out: make("out", &unwritten(s)),
+            operands: inputs.operands.map(|operand, data| make(operand.name(), data.bytes())),
+            // Tokens that no packed sequence owns stay 0.
+            lse: match s.packed {
+                Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
+                None => nan("lse", s.lse, s.lse_len()),
+            },
+            weights: nan("weights", s.weights, s.scores_len()),
+            logits: nan("logits", s.logits.is_some(), s.scores_len()),
+        };
+        let resident = allocate(&self.device, create).await?;
+        self.fault()?;
+        Ok(resident)
+    }
+}
+
+/// The bytes of an output that nothing was written to: NaN in every row, 0 in the gaps that strides leave.
+fn unwritten(s: &Shape) -> Vec<u8> {
+    let tensor = s.out();
+    let nan: &[u8] = match s.element {
+        Element::F32 => &f32::NAN.to_ne_bytes(),
+        Element::F16 => &half::f16::NAN.to_bits().to_ne_bytes(),
+        Element::Bf16 => &half::bf16::NAN.to_bits().to_ne_bytes(),
+    };
+    let row = nan.repeat(tensor.dim as usize);
+    let mut bytes = vec![0; tensor.extent() as usize * nan.len()];
+    // Which tokens of a packed batch belong to a sequence is not known here: they start as 0.
+    let [batch, heads, rows] = if s.packed.is_some() { [0; 3] } else { tensor.sizes };
+    for b in 0..batch {
+        for h in 0..heads {
+            for i in 0..rows {
+                let at = tensor.at(b, h, i) as usize * nan.len();
+                bytes[at..at + row.len()].copy_from_slice(&row);
+            }
+        }
+    }
+    bytes
+}

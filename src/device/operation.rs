@@ -1,0 +1,386 @@
+//! The operations beside attention on a device: compiled, with buffers of their own types.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::contract::error::{Error, Result};
+use crate::contract::options::Options;
+use crate::device::encode::{Attention, Program, Recording, Scratch, check_slice};
+use crate::dispatch::step::Step;
+use crate::dispatch::steps::Steps;
+use crate::kernel::slot::Slot;
+use crate::ops::append::{self, Append};
+use crate::ops::merge::{Merge, Partials};
+use crate::ops::project::{Projection, Wiring};
+use crate::ops::rotary::{self, Rotation};
+use crate::plan::no_more_slices;
+
+/// Compiled dispatches with the scratch that they need, whatever their buffers are called.
+#[derive(Debug)]
+pub(crate) struct Compiled {
+    program: Program,
+    slices: Vec<Range<usize>>,
+    needs: Vec<Need>,
+    scratch: Scratch,
+    alignment: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    slot: Slot,
+    bytes: u64,
+    written: bool,
+}
+
+impl Compiled {
+    /// Compiles the steps, and allocates buffers of the given bytes for the slots that hold intermediate results.
+    pub(crate) async fn new(
+        attention: &Attention,
+        steps: &[Step],
+        slices: Vec<Range<usize>>,
+        scratch: &[(Slot, u64)],
+    ) -> Result<Self> {
+        attention.caps().check()?;
+        let program = attention.program(steps).await?;
+        let scratch: Vec<_> = scratch.iter().copied().filter(|&(_, bytes)| bytes > 0).collect();
+        let mut needs = needs(steps);
+        needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
+        let scratch = Scratch::new(attention.device(), scratch).await?;
+        Ok(Compiled { program, slices, needs, scratch, alignment: attention.caps().alignment() })
+    }
+
+    pub(crate) fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.program.steps()
+    }
+
+    pub(crate) fn slices(&self) -> usize {
+        self.slices.len()
+    }
+
+    pub(crate) fn slice(&self, slice: usize) -> Result<Range<usize>> {
+        no_more_slices(slice, self.slices())?;
+        Ok(self.slices[slice].clone())
+    }
+
+    /// Records some dispatches with buffers that [`Compiled::check`] took.
+    pub(crate) fn record(
+        &self,
+        steps: Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &[(Slot, wgpu::BufferSlice<'_>)],
+        set: &[(Slot, wgpu::Buffer)],
+    ) -> Result<()> {
+        let buffer = |slot: Slot| {
+            if let Some((_, buffer)) = set.iter().find(|(own, _)| *own == slot) {
+                return (buffer, 0);
+            }
+            let slice = buffers.iter().find(|(given, _)| *given == slot).expect("Compiled::check found it").1;
+            (slice.buffer(), slice.offset())
+        };
+        self.program.record(steps, encoder, buffer, &[])
+    }
+
+    /// Checks the buffers and records nothing.
+    pub(crate) fn check(&self, buffers: &[(Slot, wgpu::BufferSlice<'_>)]) -> Result<()> {
+        let find = |slot: Slot| buffers.iter().find(|(given, _)| *given == slot).map(|(_, slice)| *slice);
+        for need in &self.needs {
+            let field = need.slot.name();
+            let slice = find(need.slot).ok_or(Error::Missing { field })?;
+            check_slice(field, &slice, need.bytes, self.alignment)?;
+            if !slice.buffer().usage().contains(wgpu::BufferUsages::STORAGE) {
+                return Err(Error::BufferUsage { field, usage: "STORAGE" });
+            }
+            for other in self.needs.iter().filter(|other| need.written && other.slot != need.slot) {
+                if find(other.slot).is_some_and(|with| with.buffer() == slice.buffer()) {
+                    return Err(Error::Aliased { output: field, other: other.slot.name() });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn needs(steps: &[Step]) -> Vec<Need> {
+    let mut needs: Vec<Need> = Vec::new();
+    for bound in steps.iter().flat_map(|step| &step.bindings) {
+        let (bytes, written) = (bound.offset + bound.size, bound.written);
+        match needs.iter_mut().find(|need| need.slot == bound.slot) {
+            Some(need) => (need.bytes, need.written) = (need.bytes.max(bytes), need.written || written),
+            None => needs.push(Need { slot: bound.slot, bytes, written }),
+        }
+    }
+    needs
+}
+
+/// The description of an operation beside attention: [`Append`], [`Merge`], [`Projection`] or [`Rotation`].
+pub trait Description {
+    /// The buffers that the operation reads and writes.
+    type Buffers<'a>;
+
+    /// The buffers by what the operation calls them.
+    #[doc(hidden)]
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)>;
+}
+
+/// A [`Description`] compiled for a device, ready to be recorded any number of times, from any number of threads.
+///
+/// Each buffer needs the usage `STORAGE`, and an offset that is a multiple of the device's `min_storage_buffer_offset_alignment`. What
+/// is written has a buffer of its own. A buffer that the operation does not use, because there is no row, say, is not looked at.
+#[derive(Debug)]
+pub struct Operation<D> {
+    compiled: Compiled,
+    of: PhantomData<fn() -> D>,
+}
+
+impl<D: Description> Operation<D> {
+    async fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
+        let (steps, slices) = steps.finish();
+        Ok(Operation { compiled: Compiled::new(attention, &steps, slices, scratch).await?, of: PhantomData })
+    }
+
+    /// Each buffer that is read or written, by its field, and its least size in bytes. There is none where the operation has no rows.
+    pub fn needs(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.compiled.needs.iter().map(|need| (need.slot.name(), need.bytes))
+    }
+
+    /// The dispatches in order.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.compiled.steps()
+    }
+
+    /// Records everything. Nothing is submitted or waited for.
+    ///
+    /// # Errors
+    ///
+    /// If a buffer is missing, too small, without a usage, misplaced, written and used twice, or of another device.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &D::Buffers<'_>) -> Result<()> {
+        let (of, slots) = (&self.compiled, given::<D>(buffers));
+        of.check(&slots)?;
+        of.record(0..of.slices.last().map_or(0, |slice| slice.end), encoder, &slots, &of.scratch.shared()?)
+    }
+
+    /// How many slices there are: parts of the work that may be submitted one by one, in order.
+    pub fn slices(&self) -> usize {
+        self.compiled.slices()
+    }
+
+    /// Begins a call that is recorded slice by slice, as [`crate::Prepared::begin`] does.
+    pub fn begin(&self) -> Result<Recording<'_, Operation<D>>> {
+        Ok(Recording { of: self, set: self.compiled.scratch.own()? })
+    }
+}
+
+impl<D: Description> Recording<'_, Operation<D>> {
+    /// Records one slice; submit after each, in order.
+    pub fn encode_slice(
+        &self,
+        slice: usize,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &D::Buffers<'_>,
+    ) -> Result<()> {
+        let (of, slots) = (&self.of.compiled, given::<D>(buffers));
+        let steps = of.slice(slice)?;
+        of.check(&slots)?;
+        of.record(steps, encoder, &slots, &self.set)?;
+        self.hold(encoder);
+        Ok(())
+    }
+}
+
+fn given<'a, D: Description>(buffers: &D::Buffers<'a>) -> Vec<(Slot, wgpu::BufferSlice<'a>)> {
+    D::slots(buffers).into_iter().filter_map(|(slot, slice)| Some((slot, slice?))).collect()
+}
+
+/// The buffers of an [`Append`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct AppendBuffers<'a> {
+    /// The new rows.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The cache, or the pool of its pages, which is changed in place.
+    pub cache: wgpu::BufferSlice<'a>,
+    /// The row of the cache where the new rows of each batch begin, u32 `[batch]`.
+    pub starts: wgpu::BufferSlice<'a>,
+    /// The pages of each batch, u32 or i32 [batch, ⌈capacity / page_size⌉], if the cache is paged.
+    pub block_table: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> AppendBuffers<'a> {
+    /// The buffers of an append to a cache that is not paged.
+    pub fn new(x: wgpu::BufferSlice<'a>, cache: wgpu::BufferSlice<'a>, starts: wgpu::BufferSlice<'a>) -> Self {
+        AppendBuffers { x, cache, starts, block_table: None }
+    }
+}
+
+impl Description for Append {
+    type Buffers<'a> = AppendBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::X, Some(of.x)),
+            (Slot::Cache, Some(of.cache)),
+            (Slot::Starts, Some(of.starts)),
+            (Slot::BlockTable, of.block_table),
+        ]
+    }
+}
+
+/// The buffers of a [`Merge`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct MergeBuffers<'a> {
+    /// The outputs of the partials, f32 [partials, batch, heads, seq_q, value_dim].
+    pub partial_out: wgpu::BufferSlice<'a>,
+    /// The log-sum-exps of the partials, f32 [partials, batch, heads, seq_q].
+    pub partial_lse: wgpu::BufferSlice<'a>,
+    /// The attention sinks, f32 `[heads]`, if there are any.
+    pub sinks: Option<wgpu::BufferSlice<'a>>,
+    /// The merged output.
+    pub out: wgpu::BufferSlice<'a>,
+    /// The merged log-sum-exp, f32 [batch, heads, seq_q], if it is asked for.
+    pub lse: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> MergeBuffers<'a> {
+    /// The buffers of a merge without sinks whose log-sum-exp is not asked for.
+    pub fn new(
+        partial_out: wgpu::BufferSlice<'a>,
+        partial_lse: wgpu::BufferSlice<'a>,
+        out: wgpu::BufferSlice<'a>,
+    ) -> Self {
+        MergeBuffers { partial_out, partial_lse, sinks: None, out, lse: None }
+    }
+}
+
+impl Description for Merge {
+    type Buffers<'a> = MergeBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::PartialOut, Some(of.partial_out)),
+            (Slot::PartialLse, Some(of.partial_lse)),
+            (Slot::Sinks, of.sinks),
+            (Slot::Out, Some(of.out)),
+            (Slot::Lse, of.lse),
+        ]
+    }
+}
+
+/// The buffers of a [`Projection`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct ProjectionBuffers<'a> {
+    /// The rows, f32.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The weights.
+    pub weight: wgpu::BufferSlice<'a>,
+    /// The biases, f32, if there are any.
+    pub biases: Option<wgpu::BufferSlice<'a>>,
+    /// The result, f32.
+    pub y: wgpu::BufferSlice<'a>,
+}
+
+impl<'a> ProjectionBuffers<'a> {
+    /// The buffers of a projection without biases.
+    pub fn new(x: wgpu::BufferSlice<'a>, weight: wgpu::BufferSlice<'a>, y: wgpu::BufferSlice<'a>) -> Self {
+        ProjectionBuffers { x, weight, biases: None, y }
+    }
+}
+
+impl Description for Projection {
+    type Buffers<'a> = ProjectionBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Wiring::OWN.x, Some(of.x)),
+            (Wiring::OWN.weight, Some(of.weight)),
+            (Slot::Shifts, of.biases),
+            (Wiring::OWN.y, Some(of.y)),
+        ]
+    }
+}
+
+/// The buffers of a [`Rotation`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug)]
+pub struct RotationBuffers<'a> {
+    /// The rows, which are changed in place unless the rotation has a `y`.
+    pub x: wgpu::BufferSlice<'a>,
+    /// The cosines and sines, f32 [table_rows, rotary_dim], as [`Rotation::table`] makes them.
+    pub table: wgpu::BufferSlice<'a>,
+    /// The positions, u32; [`crate::Positions`] says how many.
+    pub positions: wgpu::BufferSlice<'a>,
+    /// The result, if the rotation is not in place.
+    pub y: Option<wgpu::BufferSlice<'a>>,
+}
+
+impl<'a> RotationBuffers<'a> {
+    /// The buffers of a rotation in place.
+    pub fn new(x: wgpu::BufferSlice<'a>, table: wgpu::BufferSlice<'a>, positions: wgpu::BufferSlice<'a>) -> Self {
+        RotationBuffers { x, table, positions, y: None }
+    }
+}
+
+impl Description for Rotation {
+    type Buffers<'a> = RotationBuffers<'a>;
+
+    fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
+        vec![
+            (Slot::X, Some(of.x)),
+            (Slot::Angles, Some(of.table)),
+            (Slot::Positions, Some(of.positions)),
+            (Slot::Y, of.y),
+        ]
+    }
+}
+
+impl Attention {
+    /// Prepares an append. Keys and values of the same sizes are two recordings of one operation.
+    pub fn append(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
+        pollster::block_on(self.append_async(append, options))
+    }
+
+    /// [`Attention::append`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn append_async(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
+        let mut steps = Steps::new(self.caps(), options);
+        append.dispatches(append::Slots::OWN, &mut steps)?;
+        Operation::new(self, steps, &[]).await
+    }
+
+    /// Prepares a merge.
+    pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
+        pollster::block_on(self.merge_async(merge, options))
+    }
+
+    /// [`Attention::merge`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn merge_async(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
+        self.caps().check()?;
+        let mut steps = Steps::new(self.caps(), options);
+        let scratch = merge.dispatches(Partials::LogSumExp, &mut steps)?;
+        Operation::new(self, steps, &scratch.sizes()).await
+    }
+
+    /// Prepares a projection.
+    pub fn project(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
+        pollster::block_on(self.project_async(projection, options))
+    }
+
+    /// [`Attention::project`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn project_async(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
+        let mut steps = Steps::new(self.caps(), options);
+        projection.dispatches(Wiring::OWN, &mut steps)?;
+        Operation::new(self, steps, &[]).await
+    }
+
+    /// Prepares a rotation.
+    pub fn rotate(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
+        pollster::block_on(self.rotate_async(rotation, options))
+    }
+
+    /// [`Attention::rotate`] for asynchronous callers; see [`Attention::prepare_async`].
+    pub async fn rotate_async(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
+        let mut steps = Steps::new(self.caps(), options);
+        rotation.dispatches(rotary::Slots::OWN, &mut steps)?;
+        Operation::new(self, steps, &[]).await
+    }
+}

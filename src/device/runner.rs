@@ -1,0 +1,73 @@
+//! One call path for machines with and without a GPU.
+
+use crate::contract::error::{Error, Result};
+use crate::contract::problem::{Inputs, Outputs, Problem};
+use crate::device::gpu::{Gpu, describe};
+use crate::reference;
+
+/// Runs problems on the GPU, or on the CPU reference where the caller allows that. Which one is never a secret: match on it,
+/// or ask for its [`Runner::name`].
+#[derive(Debug)]
+pub enum Runner {
+    /// On a GPU adapter (which may be a driver that computes on the CPU; its name says so).
+    Gpu(Box<Gpu>),
+    /// On the CPU reference in f32: correct, not fast.
+    Cpu,
+}
+
+impl Runner {
+    /// The best GPU adapter.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::new`], such as [`Error::NoAdapter`] on a machine without a GPU.
+    pub fn gpu() -> Result<Runner> {
+        pollster::block_on(Self::gpu_async())
+    }
+
+    /// [`Runner::gpu`] without blocking the thread.
+    pub async fn gpu_async() -> Result<Runner> {
+        Ok(Runner::Gpu(Box::new(Gpu::new_async().await?)))
+    }
+
+    /// The best GPU adapter, or the CPU reference on a machine that has none.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::new`] where there is an adapter: one whose driver fails, say.
+    pub fn gpu_or_cpu() -> Result<Runner> {
+        pollster::block_on(Self::gpu_or_cpu_async())
+    }
+
+    /// [`Runner::gpu_or_cpu`] without blocking the thread.
+    pub async fn gpu_or_cpu_async() -> Result<Runner> {
+        match Runner::gpu_async().await {
+            Err(Error::NoAdapter { .. }) if Gpu::adapters_async().await.is_empty() => Ok(Runner::Cpu),
+            result => result,
+        }
+    }
+
+    /// What computes: the adapter with its backend and driver, or `CPU reference`.
+    pub fn name(&self) -> String {
+        match self {
+            Runner::Gpu(gpu) => describe(gpu.info()),
+            Runner::Cpu => "CPU reference (no GPU adapter)".into(),
+        }
+    }
+
+    /// Runs a problem on host slices.
+    pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        match self {
+            Runner::Gpu(gpu) => gpu.attention(problem, inputs),
+            Runner::Cpu => reference::attention::<f32>(problem, inputs),
+        }
+    }
+
+    /// [`Runner::attention`] without blocking the thread while a GPU computes. The CPU reference computes on the thread that polls.
+    pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        match self {
+            Runner::Gpu(gpu) => gpu.attention_async(problem, inputs).await,
+            Runner::Cpu => reference::attention::<f32>(problem, inputs),
+        }
+    }
+}
