@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{Criterion, Throughput};
-use wgpu_attention::gpu::describe;
+use wgpu_attention::internal::describe;
 use wgpu_attention::{
     Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, compare,
 };

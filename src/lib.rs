@@ -118,30 +118,31 @@
 mod contract;
 mod device;
 mod dispatch;
+#[doc(hidden)]
 pub mod kernel;
-pub mod layer;
+mod layer;
 #[cfg(feature = "safetensors")]
 pub mod load;
 mod ops;
-pub mod plan;
+mod plan;
 pub mod reference;
 
-pub use contract::caps::{self, Caps};
+pub use contract::caps::Caps;
 pub use contract::error::{Error, Result};
 pub use contract::obstacle::Obstacle;
-pub use contract::operands::{self, HostSlice, Operand, Operands};
+pub use contract::operands::{HostSlice, Operand, Operands};
 pub use contract::options::{Form, Kernel, Options};
 pub use contract::problem::{
-    self, Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
+    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,
 };
-pub use contract::shape::{self, Shape};
+pub use contract::shape::Shape;
 pub use device::encode::{Attention, Buffers, Prepared, Recording};
-pub use device::gpu::{self, DeviceOptions, Gpu, Resident};
+pub use device::gpu::{DeviceOptions, Gpu, Resident};
 pub use device::layer::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
 pub use device::operation::{AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers};
 pub use device::runner::Runner;
-pub use layer::{Call, Layer, LayerInputs, LayerOutputs, LayerPlan, Linear, Sources, Weights};
+pub use layer::{Call, Layer, LayerInputs, LayerOutputs, LayerPlan, Linear, RotaryEmbedding, Sources, Weights};
 pub use ops::append::Append;
 pub use ops::merge::Merge;
 pub use ops::project::{Order, Projection};
@@ -150,6 +151,17 @@ pub use plan::Plan;
 pub use plan::measured::{Choice, Class, Queries, Row, Tuning};
 pub use reference::compare;
 pub use wgpu;
+
+/// What the command line and the tests of this crate look into. No part of it is stable.
+#[doc(hidden)]
+pub mod internal {
+    pub use crate::contract::caps::matrix_sizes;
+    pub use crate::contract::operands::{Kind, Scalar};
+    pub use crate::contract::shape::{MAX_DIM, MAX_SIZE, Tensor};
+    pub use crate::device::gpu::describe;
+    pub use crate::dispatch::step::{Bound, Step};
+    pub use crate::kernel::{self, Slot, Variant};
+}
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

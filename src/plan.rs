@@ -21,7 +21,7 @@ use crate::contract::shape::{Shape, Tensor};
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 
-pub use crate::dispatch::step::{Bound, Step};
+use crate::dispatch::step::Step;
 use lists::Lists;
 use measured::{Choice, Tuning};
 use planner::Planner;

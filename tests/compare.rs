@@ -7,7 +7,7 @@ use support::{Case, Data, Random};
 use wgpu_attention::reference::{self, Comparisons, Worst, compare_append, compare_layer, compare_merge};
 use wgpu_attention::{
     Append, Broadcast, Call, Causal, Element, Elements, Error, Inputs, Layer, LayerInputs, LayerOutputs, Layout,
-    Linear, Logits, Merge, Outputs, Problem, Strides, Weights, compare, layer::RotaryEmbedding,
+    Linear, Logits, Merge, Outputs, Problem, RotaryEmbedding, Strides, Weights, compare,
 };
 
 /// Breaks one element after the other of one output, and asserts that each is found where it is.

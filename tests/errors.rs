@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 
 use support::staged::Staged;
 use support::{Data, gpus};
-use wgpu_attention::operands::Scalar;
-use wgpu_attention::problem::Strides;
+use wgpu_attention::Strides;
+use wgpu_attention::internal::Scalar;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
     LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Obstacle, Options, Order, Packed, Paged,

@@ -1,7 +1,7 @@
 //! The CPU reference against hand-computed cases, against itself in other layouts, and f32 against its own error budget.
 
 use half::{bf16, f16};
-use wgpu_attention::problem::Strides;
+use wgpu_attention::Strides;
 use wgpu_attention::reference::{
     Partial, Tolerance, attention, attention_with_budget, budget, logits, merge, scores, softmax, values,
 };

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Block, Module, ShaderStage, Statement, StorageAccess, TypeInner};
-use wgpu_attention::kernel::Variant;
+use wgpu_attention::internal::kernel::Variant;
 
 struct Checked {
     variant: Variant,

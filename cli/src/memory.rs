@@ -2,7 +2,8 @@
 //! the program, and one that the system grants but cannot back ends it later.
 
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
-use wgpu_attention::operands::{Kind, Operand};
+use wgpu_attention::Operand;
+use wgpu_attention::internal::Kind;
 use wgpu_attention::{Error, Plan, Result, Shape};
 
 /// Bytes that the reference needs for each row beside its results: the row's indices, and the overhead of short vectors.

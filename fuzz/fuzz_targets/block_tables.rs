@@ -118,7 +118,7 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
     let mut dense = problem.clone();
     dense.paged = None;
     (dense.k, dense.v) = (Layout::Bhsd, Layout::Bhsd);
-    let gather = |x: &[f32], tensor: &wgpu_attention::shape::Tensor| {
+    let gather = |x: &[f32], tensor: &wgpu_attention::internal::Tensor| {
         let dim = tensor.dim as usize;
         let mut out = Vec::new();
         for b in 0..shape.batch {

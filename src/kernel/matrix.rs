@@ -37,7 +37,7 @@ pub struct Matrix {
 /// Tile parameters of `matrix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
-    /// Rows and columns of a matrix, one of [`MATRIX_SIZES`].
+    /// Rows and columns of a matrix, one of `MATRIX_SIZES`.
     pub size: u32,
     /// Value dims of a workgroup.
     pub dims: u32,

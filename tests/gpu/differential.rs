@@ -10,7 +10,7 @@ use std::env;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use wgpu_attention::gpu::describe;
+use wgpu_attention::internal::describe;
 use wgpu_attention::reference::{Budget, attention_with_budget, regression_limit};
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Layout, Logits, Obstacle, Options, Outputs, Packed,

@@ -26,7 +26,7 @@ mod weights;
 use std::fmt;
 
 use support::{Case, gpus, is_small};
-use wgpu_attention::shape::Tensor;
+use wgpu_attention::internal::Tensor;
 use wgpu_attention::{Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Obstacle, Options, Problem, wgpu};
 
 fn form(form: Option<Form>) -> Options {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use wgpu_attention::kernel::Variant;
-use wgpu_attention::plan::Step;
+use wgpu_attention::internal::Step;
+use wgpu_attention::internal::kernel::Variant;
 use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Layout, Options, Packed, Problem, Window};
 
 use crate::support::staged::Staged;

@@ -1,6 +1,6 @@
 //! Layers with a key/value cache.
 
-use wgpu_attention::layer::RotaryEmbedding;
+use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::{
     CacheBuffers, Call, Causal, Element, Error, LayerBuffers, LayerInputs, MultiHeadAttention, Options, Order,
     reference,

@@ -1,6 +1,6 @@
 //! What is wrong with layers and their calls.
 
-use wgpu_attention::layer::RotaryEmbedding;
+use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::{
     Call, Element, Error, Layer, LayerInputs, MultiHeadAttention, Options, Order, Paged, Problem, Sources,
 };

@@ -1,6 +1,6 @@
 //! Layers against their reference.
 
-use wgpu_attention::layer::RotaryEmbedding;
+use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::{
     Bias, Broadcast, Call, Causal, Element, Gpu, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention,
     Operands, Options, Order, Problem, Sources, Weights, Window, reference, wgpu,

@@ -1,7 +1,7 @@
 //! Which projections of a layer run at once, and where its rotary embedding runs.
 
-use wgpu_attention::kernel::Variant;
-use wgpu_attention::layer::RotaryEmbedding;
+use wgpu_attention::RotaryEmbedding;
+use wgpu_attention::internal::kernel::Variant;
 use wgpu_attention::{
     CacheBuffers, Call, Causal, Element, Elements, Gpu, Layer, LayerBuffers, MultiHeadAttention, Options, Order,
     Positions, PreparedLayer, Projection, Rotation, Sources, Strides, reference, wgpu,

@@ -1,9 +1,9 @@
 //! The addresses that the shaders form, worked out on the host for the corners of every tile: inside the binding, at the
 //! right element, and whole vectors where the shader reads vectors.
 
-use wgpu_attention::kernel::{Format, Slot, Variant};
-use wgpu_attention::plan::{Bound, Step};
-use wgpu_attention::shape::Tensor;
+use wgpu_attention::internal::Tensor;
+use wgpu_attention::internal::kernel::{Format, Slot, Variant};
+use wgpu_attention::internal::{Bound, Step};
 use wgpu_attention::{Broadcast, Plan};
 
 use crate::coverage::{Place, keys, parts_before, places};

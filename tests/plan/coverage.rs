@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use wgpu_attention::kernel::{Slot, Variant, scores_lanes};
-use wgpu_attention::plan::Step;
+use wgpu_attention::internal::Step;
+use wgpu_attention::internal::kernel::{Slot, Variant, scores_lanes};
 use wgpu_attention::{Element, Plan};
 
 /// Dispatches that belong together follow each other and share `[0, n)`, n being whole tiles of whole heads, and together the

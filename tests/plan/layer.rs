@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use proptest::prelude::*;
-use wgpu_attention::kernel::{Slot, Variant};
-use wgpu_attention::layer::RotaryEmbedding;
-use wgpu_attention::plan::{Bound, Step};
+use wgpu_attention::RotaryEmbedding;
+use wgpu_attention::internal::kernel::{Slot, Variant};
+use wgpu_attention::internal::{Bound, Step};
 use wgpu_attention::{
     Broadcast, Call, Caps, Causal, Element, Error, Kernel, Layer, LayerPlan, Linear, Options, Order, Problem, Sources,
     Weights,

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use wgpu_attention::kernel::{Slot, Variant};
-use wgpu_attention::plan::Step;
+use wgpu_attention::internal::Step;
+use wgpu_attention::internal::kernel::{Slot, Variant};
 use wgpu_attention::{Broadcast, Caps, Causal, Element, Kernel, Options, Packed, Paged, Plan, Problem, Window};
 
 use crate::{check, coverage, gpu, planned};

@@ -14,9 +14,9 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use wgpu_attention::kernel::matrix::Matrix;
-use wgpu_attention::kernel::{Lanes, Slot, Variant};
-use wgpu_attention::plan::Step;
+use wgpu_attention::internal::Step;
+use wgpu_attention::internal::kernel::matrix::Matrix;
+use wgpu_attention::internal::kernel::{Lanes, Slot, Variant};
 use wgpu_attention::{
     Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, Tuning, wgpu,
 };
@@ -93,7 +93,8 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
         assert!(slot == bound.slot || stands_in, "{variant} {bound:?}");
         let keys = matches!(slot, Slot::K | Slot::V) && slot != bound.slot;
         assert!(!keys || plan.shape().k().is_empty(), "{variant} {bound:?}");
-        let same = |other: &&wgpu_attention::plan::Bound| other.slot == bound.slot && (other.written || bound.written);
+        let same =
+            |other: &&wgpu_attention::internal::Bound| other.slot == bound.slot && (other.written || bound.written);
         assert_eq!(
             step.bindings.iter().filter(same).count(),
             usize::from(bound.written),

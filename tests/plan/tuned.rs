@@ -1,7 +1,7 @@
 //! Why each kernel was chosen or not, and rows that were measured.
 
 use proptest::prelude::*;
-use wgpu_attention::kernel::{flash, matrix, rows, split};
+use wgpu_attention::internal::kernel::{flash, matrix, rows, split};
 use wgpu_attention::{
     Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning,
 };

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use wgpu_attention::gpu::describe;
+use wgpu_attention::internal::describe;
 use wgpu_attention::{DeviceOptions, Gpu, wgpu};
 
 const INSTALL: &str = "install a software one with `apt-get install mesa-vulkan-drivers libegl1 libgles2 libgl1-mesa-dri` \

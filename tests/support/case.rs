@@ -1,6 +1,6 @@
 //! A problem with its operands and what the reference makes of them.
 
-use wgpu_attention::gpu::describe;
+use wgpu_attention::internal::describe;
 use wgpu_attention::reference::{Budget, attention_with_budget, regression_limit};
 use wgpu_attention::{Gpu, Options, Outputs, Plan, Problem};
 

@@ -7,7 +7,7 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use serde::Serialize;
-use wgpu_attention::kernel::Variant;
+use wgpu_attention::internal::kernel::Variant;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -14,7 +14,7 @@ use clap::Parser;
 use comfy_table::{Table, presets};
 use rayon::prelude::*;
 use serde::Serialize;
-use wgpu_attention::kernel::Variant;
+use wgpu_attention::internal::kernel::Variant;
 
 use compiler::{Compiler, Statistics};
 

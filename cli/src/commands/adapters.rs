@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use wgpu_attention::Gpu;
-use wgpu_attention::caps::matrix_sizes;
+use wgpu_attention::internal::matrix_sizes;
 use wgpu_attention::wgpu::{Adapter, Features};
 
 use crate::Outcome;

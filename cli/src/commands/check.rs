@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
-use wgpu_attention::plan::Step;
+use wgpu_attention::internal::Step;
 use wgpu_attention::wgpu::CommandEncoderDescriptor;
 use wgpu_attention::{
     Broadcast, Causal, Element, Error, Gpu, Kernel, Logits, Options, Outputs, Prepared, Problem, Resident, reference,

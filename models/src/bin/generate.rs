@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use wgpu_attention::gpu;
+use wgpu_attention::internal::describe;
 use wgpu_attention_models::generation::{greedy, positions, prompt, rate};
 use wgpu_attention_models::llama::Llama;
 use wgpu_attention_models::{Attend, CpuAttention, Error, GpuAttention, Result, count_bar, folder, open};
@@ -66,7 +66,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         AttentionArg::Gpu => {
             let gpu = open(arguments.adapter.as_deref())?;
             let mut attention = GpuAttention::new(&gpu, model.heads, capacity);
-            let label = gpu::describe(gpu.info());
+            let label = describe(gpu.info());
             answer(arguments, &model, &tokens, &mut |layer, start, qkv| attention.attend(layer, start, qkv), &label)
         }
         AttentionArg::Cpu => {

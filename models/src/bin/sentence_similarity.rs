@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
-use wgpu_attention::gpu;
+use wgpu_attention::internal::describe;
 use wgpu_attention_heatmap::{Sequence, draw};
 use wgpu_attention_models::minilm::{Batch, Encoded, MiniLm};
 use wgpu_attention_models::{Result, bytes_bar, folder, open};
@@ -55,7 +55,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let encoded = model.encode(&gpu, &batch, arguments.heatmap.as_ref().map(|_| arguments.layer))?;
     let similarity = encoded.similarity()?;
     print_table(&arguments.sentences, &similarity);
-    println!("attention by {}", gpu::describe(gpu.info()));
+    println!("attention by {}", describe(gpu.info()));
     if let Some(path) = &arguments.heatmap {
         draw(path, &sequences(arguments, batch, &encoded))?;
         println!("weights of layer {} are drawn in {}", arguments.layer, path.display());
