@@ -109,6 +109,7 @@
 //!
 //! - [`Problem`]: the contract, and the same arguments in other libraries.
 //! - [`Attention`], [`Prepared`] and [`Recording`]: recording into your own encoder, slice by slice where work is long.
+//! - [`Gpu`]: blocking and asynchronous calls on host slices.
 //! - [`Options`] and [`Kernel`]: what can be asked of the planner.
 //! - [`mod@reference`]: the CPU reference and the error budget.
 //! - The repository: `README.md` for the command line and figures, `shaders/` for the kernels (each begins with its formula),

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod asynchronous;
 mod claims;
 mod composed;
 mod decode;

@@ -57,7 +57,6 @@ impl Gpu {
         let answer = future::poll_fn(|task| {
             // On native backends callbacks run while the device is polled. It does not block; in a browser it does nothing.
             let polled = self.device.poll(wgpu::PollType::Poll);
-            let lost = || lock(&self.faults).lost.clone();
             match (sent.poll_unpin(task), polled) {
                 (Poll::Ready(Ok(answer)), _) => return Poll::Ready(Ok(answer)),
                 (Poll::Ready(Err(error)), _) => return Poll::Ready(Err(Error::DeviceLost(error.to_string()))),
@@ -65,8 +64,8 @@ impl Gpu {
                 (Poll::Pending, Ok(_)) => {}
             }
             // A lost device may never answer.
-            if let Some(lost) = lost() {
-                return Poll::Ready(Err(lost));
+            if let Some(lost) = &lock(&self.faults).lost {
+                return Poll::Ready(Err(lost.clone()));
             }
             #[cfg(not(target_arch = "wasm32"))]
             alarm.set(task.waker());
