@@ -747,6 +747,12 @@ fn files_of_weights_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn names_that_nobody_knows() {
+    let want = Error::Name { field: "form", value: "Tiled".into(), known: &["tiled", "lanes", "emulated"] };
+    says("Tiled".parse::<wgpu_attention::Form>().unwrap_err(), want, &["\"Tiled\"", "tiled, lanes, emulated"]);
+}
+
+#[test]
 fn every_error_is_provoked_here() {
     // The enum is non-exhaustive, so that the compiler cannot ask; its source is read instead.
     let names: BTreeSet<&str> = include_str!("../src/contract/error.rs")
