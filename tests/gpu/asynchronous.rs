@@ -257,7 +257,7 @@ fn futures_are_send(
     is_send(Gpu::named_async(""));
     is_send(Gpu::find_async(""));
     is_send(async { Gpu::open_async(&Gpu::find_async("").await?, &DeviceOptions::default()).await });
-    is_send(Runner::new_async(true));
+    is_send(Runner::gpu_or_cpu_async());
     is_send(runner.attention_async(problem, inputs));
     is_send(gpu.attention_async(problem, inputs));
     is_send(gpu.attention_with_async(problem, inputs, options));
