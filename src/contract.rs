@@ -9,4 +9,5 @@ pub mod operands;
 pub(crate) mod options;
 pub mod problem;
 pub mod shape;
+pub(crate) mod tensor;
 pub(crate) mod walk;

@@ -85,7 +85,7 @@
 //! | *logit* | a score after soft cap, ALiBi, bias and visibility: what enters the softmax |
 //! | *visible*, *hidden* | a key that a query row may attend, and one that mask, length, causal rule, window or a bias of −∞ excludes |
 //! | *lse* | log-sum-exp: the natural logarithm of the softmax denominator of a query row |
-//! | *operand* | a tensor or a small array that a call reads beside q, k and v: mask, bias, key lengths, offsets, slopes, sinks, sequence boundaries, block table |
+//! | *operand* | a tensor or a small array that a call reads beside q, k and v: mask, bias, key lengths, key positions, offsets, slopes, sinks, sequence boundaries, block table |
 //! | *kernel* | one compute shader with its host code, such as `rows` or `softmax`; [`Kernel`] lists the ways of computing attention that can be forced |
 //! | *fused kernel* | a kernel that computes out in one pass over the keys, without a score matrix |
 //! | *three kernels* | `scores`, `softmax` and `values` one after the other, with the score matrix in memory between them |
@@ -158,7 +158,8 @@ pub use wgpu;
 pub mod internal {
     pub use crate::contract::caps::matrix_sizes;
     pub use crate::contract::operands::{Kind, Scalar};
-    pub use crate::contract::shape::{MAX_DIM, MAX_SIZE, Tensor};
+    pub use crate::contract::shape::{MAX_DIM, MAX_SIZE};
+    pub use crate::contract::tensor::Tensor;
     pub use crate::device::gpu::describe;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};

@@ -17,7 +17,8 @@ use crate::contract::caps::Caps;
 use crate::contract::error::counted;
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
-use crate::contract::shape::{Shape, Tensor};
+use crate::contract::shape::Shape;
+use crate::contract::tensor::Tensor;
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 

@@ -4,116 +4,14 @@ use std::ops::Deref;
 
 use crate::contract::error::{Error, Result};
 use crate::contract::operands::{HostSlice, Operand, Operands, Scalar};
-use crate::contract::problem::{Broadcast, Element, Elements, Inputs, Layout, Logits, Paged, Problem, Strides};
+use crate::contract::problem::{Broadcast, Element, Elements, Inputs, Logits, Packed, Paged, Problem};
+use crate::contract::tensor::Tensor;
 use crate::contract::walk::Band;
 
 /// Largest head and value dimension.
 pub const MAX_DIM: u32 = 512;
 /// Largest sequence length, batch, head count and window: positions and offsets then stay inside i32.
 pub const MAX_SIZE: u32 = 1 << 28;
-
-/// Sizes and strides of one [batch, heads, rows, dim] tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tensor {
-    /// Batch, heads and rows. A packed tensor has batch 1 and all tokens as rows.
-    pub sizes: [u32; 3],
-    /// Last axis.
-    pub dim: u32,
-    /// Offset of the first element, and the distances between elements.
-    pub strides: Strides,
-}
-
-impl Tensor {
-    fn new(sizes: [u32; 3], dim: u32, layout: Layout) -> Self {
-        let [_, heads, rows] = sizes.map(u64::from);
-        let d = u64::from(dim);
-        let strides = match layout {
-            Layout::Bhsd => Strides { offset: 0, batch: heads * rows * d, head: rows * d, row: d },
-            Layout::Bshd => Strides { offset: 0, batch: heads * rows * d, head: d, row: heads * d },
-            Layout::Strided(strides) => strides,
-        };
-        Tensor { sizes, dim, strides }
-    }
-
-    /// Elements from the start of the buffer to the last one, or `None` beyond u64.
-    fn checked_extent(&self) -> Option<u64> {
-        if self.is_empty() {
-            return Some(0);
-        }
-        let steps = [self.strides.batch, self.strides.head, self.strides.row];
-        let mut end = self.strides.offset.checked_add(u64::from(self.dim))?;
-        for (size, stride) in self.sizes.iter().zip(steps) {
-            end = end.checked_add(u64::from(size - 1).checked_mul(stride)?)?;
-        }
-        Some(end)
-    }
-
-    /// An output tensor, checked: every element can be addressed, and no two elements share an address.
-    pub(crate) fn output(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
-        let tensor = Tensor::input(field, sizes, dim, layout)?;
-        if !tensor.disjoint() {
-            let (s, [b, h, r]) = (tensor.strides, sizes);
-            return Err(Error::Overlap { field, strides: [s.batch, s.head, s.row], sizes: [b, h, r, dim] });
-        }
-        Ok(tensor)
-    }
-
-    /// An input tensor, checked: every element can be addressed.
-    pub(crate) fn input(field: &'static str, sizes: [u32; 3], dim: u32, layout: Layout) -> Result<Self> {
-        let tensor = Tensor::new(sizes, dim, layout);
-        // Byte counts stay far below the maximum of u64, so that the planner can add them without checks.
-        let limit = u64::MAX / 64;
-        match tensor.checked_extent() {
-            Some(extent) if extent <= limit => Ok(tensor),
-            extent => Err(Error::elements(field, extent.unwrap_or(u64::MAX), limit)),
-        }
-    }
-
-    /// Whether the tensor has no element. Nothing is then read or written, whatever the strides are.
-    pub fn is_empty(&self) -> bool {
-        self.sizes.contains(&0)
-    }
-
-    /// Elements from the start of the buffer slice up to and including the tensor's last one; 0 for an empty tensor.
-    pub fn extent(&self) -> u64 {
-        self.checked_extent().expect("checked by Shape::new")
-    }
-
-    /// Offset of element (batch, head, row, 0) from the start of the buffer slice, in elements.
-    pub fn at(&self, batch: u32, head: u32, row: u32) -> u64 {
-        let s = &self.strides;
-        s.offset + u64::from(batch) * s.batch + u64::from(head) * s.head + u64::from(row) * s.row
-    }
-
-    /// Whether no two elements share an address: each stride is at least the span of all smaller ones.
-    fn disjoint(&self) -> bool {
-        if self.is_empty() {
-            return true;
-        }
-        let s = &self.strides;
-        let mut axes: Vec<(u64, u64)> = [s.batch, s.head, s.row]
-            .into_iter()
-            .zip(self.sizes)
-            .filter(|&(_, n)| n > 1)
-            .map(|(stride, n)| (stride, u64::from(n)))
-            .collect();
-        axes.sort_unstable();
-        let mut span = u64::from(self.dim);
-        for (stride, n) in axes {
-            if stride < span {
-                return false;
-            }
-            span += (n - 1) * stride;
-        }
-        true
-    }
-
-    /// Whether the elements fill their extent without a gap, in any order of the axes.
-    pub fn is_dense(&self) -> bool {
-        let elements = self.sizes.iter().map(|&n| u64::from(n)).product::<u64>() * u64::from(self.dim);
-        elements == 0 || (self.strides.offset == 0 && self.extent() == elements)
-    }
-}
 
 /// A checked problem with the numbers that follow from it. Derefs to the [`Problem`].
 #[derive(Clone, Debug, PartialEq)]
@@ -138,86 +36,18 @@ impl Deref for Shape {
 
 impl Shape {
     pub(crate) fn new(p: &Problem) -> Result<Self> {
-        let sizes = [
-            ("batch", p.batch, MAX_SIZE),
-            ("heads", p.heads, MAX_SIZE),
-            ("kv_heads", p.kv_heads, MAX_SIZE),
-            ("seq_q", p.seq_q, MAX_SIZE),
-            ("seq_kv", p.seq_kv, MAX_SIZE),
-            ("head_dim", p.head_dim, MAX_DIM),
-            ("value_dim", p.value_dim, MAX_DIM),
-        ];
-        for (field, value, limit) in sizes {
-            // A problem without a batch, a query or a key has a result. Without a head or a dimension no tensor has a shape.
-            if value == 0 && !["batch", "seq_q", "seq_kv"].contains(&field) {
-                return Err(Error::Zero { field });
-            }
-            if value > limit {
-                return Err(Error::TooLarge { field, value: value.into(), limit: limit.into() });
-            }
-        }
-        let rows = u64::from(p.batch) * u64::from(p.heads);
-        if rows > u64::from(MAX_SIZE) {
-            return Err(Error::TooLarge { field: "batch·heads", value: rows, limit: MAX_SIZE.into() });
-        }
-        if !p.heads.is_multiple_of(p.kv_heads) {
-            return Err(Error::KvHeads { heads: p.heads, kv_heads: p.kv_heads });
-        }
-        if let Some(scale) = p.scale
-            && !scale.is_finite()
-        {
-            return Err(Error::Number { field: "scale", value: scale, want: "finite" });
-        }
-        if let Some(softcap) = p.softcap
-            && !(softcap.is_finite() && softcap > 0.0)
-        {
-            return Err(Error::Number { field: "softcap", value: softcap, want: "finite and positive" });
-        }
-        for (field, side) in [("window.left", p.window.left), ("window.right", p.window.right)] {
-            if let Some(value) = side
-                && value > MAX_SIZE
-            {
-                return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
-            }
-        }
-        let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
-        for (operand, shape) in [(Operand::Mask, p.mask), (Operand::Bias, p.bias.map(|b| b.shape))] {
-            let field = operand.name();
-            if let Some(Broadcast(shape)) = shape {
-                let keys = shape[3] == 1 || shape[3] == target[3] || (1..target[3]).contains(&shape[3]);
-                let fits = keys && (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis]);
-                if !fits {
-                    return Err(Error::Broadcast { field, shape, target });
-                }
-                let elements = shape.iter().map(|&n| u128::from(n)).product::<u128>();
-                if elements > u128::from(u64::MAX / 16) {
-                    return Err(Error::elements(field, u64::MAX, u64::MAX / 16));
-                }
-            }
-        }
+        check_sizes(p)?;
+        check_numbers(p)?;
+        check_broadcasts(p)?;
         let (batch, total_q, total_kv) = match p.packed {
             None => (p.batch, p.seq_q, p.seq_kv),
             Some(packed) => {
-                let why = "packed sequences carry their lengths in cu_seqlens";
-                if p.key_lengths {
-                    return Err(Error::Conflict { left: "packed", right: Operand::KeyLengths.name(), why });
-                }
-                for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
-                    if value > MAX_SIZE {
-                        return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
-                    }
-                }
-                for (field, longest, limit) in
-                    [("seq_q", p.seq_q, packed.total_q), ("seq_kv", p.seq_kv, packed.total_kv)]
-                {
-                    if longest > limit {
-                        return Err(Error::TooLarge { field, value: longest.into(), limit: limit.into() });
-                    }
-                }
+                check_packed(p, packed)?;
                 (1, packed.total_q, packed.total_kv)
             }
         };
         // Rows are padded to four scores of 4 bytes, so that the bytes of the score matrix stay inside u64.
+        let rows = u64::from(p.batch) * u64::from(p.heads);
         let scores = u128::from(rows) * u128::from(p.seq_q) * u128::from(p.seq_kv);
         let limit = u64::MAX / 32;
         if scores > u128::from(limit) {
@@ -380,6 +210,93 @@ impl Shape {
     pub(crate) fn wants(&self, logits: Logits) -> bool {
         self.logits == Some(logits)
     }
+}
+
+fn check_sizes(p: &Problem) -> Result<()> {
+    let sizes = [
+        ("batch", p.batch, MAX_SIZE),
+        ("heads", p.heads, MAX_SIZE),
+        ("kv_heads", p.kv_heads, MAX_SIZE),
+        ("seq_q", p.seq_q, MAX_SIZE),
+        ("seq_kv", p.seq_kv, MAX_SIZE),
+        ("head_dim", p.head_dim, MAX_DIM),
+        ("value_dim", p.value_dim, MAX_DIM),
+    ];
+    for (field, value, limit) in sizes {
+        // A problem without a batch, a query or a key has a result. Without a head or a dimension no tensor has a shape.
+        if value == 0 && !["batch", "seq_q", "seq_kv"].contains(&field) {
+            return Err(Error::Zero { field });
+        }
+        if value > limit {
+            return Err(Error::TooLarge { field, value: value.into(), limit: limit.into() });
+        }
+    }
+    let rows = u64::from(p.batch) * u64::from(p.heads);
+    if rows > u64::from(MAX_SIZE) {
+        return Err(Error::TooLarge { field: "batch·heads", value: rows, limit: MAX_SIZE.into() });
+    }
+    if !p.heads.is_multiple_of(p.kv_heads) {
+        return Err(Error::KvHeads { heads: p.heads, kv_heads: p.kv_heads });
+    }
+    Ok(())
+}
+
+fn check_numbers(p: &Problem) -> Result<()> {
+    if let Some(scale) = p.scale
+        && !scale.is_finite()
+    {
+        return Err(Error::Number { field: "scale", value: scale, want: "finite" });
+    }
+    if let Some(softcap) = p.softcap
+        && !(softcap.is_finite() && softcap > 0.0)
+    {
+        return Err(Error::Number { field: "softcap", value: softcap, want: "finite and positive" });
+    }
+    for (field, side) in [("window.left", p.window.left), ("window.right", p.window.right)] {
+        if let Some(value) = side
+            && value > MAX_SIZE
+        {
+            return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+        }
+    }
+    Ok(())
+}
+
+fn check_broadcasts(p: &Problem) -> Result<()> {
+    let target = [p.batch, p.heads, p.seq_q, p.seq_kv];
+    for (operand, shape) in [(Operand::Mask, p.mask), (Operand::Bias, p.bias.map(|b| b.shape))] {
+        let field = operand.name();
+        if let Some(Broadcast(shape)) = shape {
+            let keys = shape[3] == 1 || shape[3] == target[3] || (1..target[3]).contains(&shape[3]);
+            let fits = keys && (0..3).all(|axis| shape[axis] == 1 || shape[axis] == target[axis]);
+            if !fits {
+                return Err(Error::Broadcast { field, shape, target });
+            }
+            let elements = shape.iter().map(|&n| u128::from(n)).product::<u128>();
+            if elements > u128::from(u64::MAX / 16) {
+                return Err(Error::elements(field, u64::MAX, u64::MAX / 16));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_packed(p: &Problem, packed: Packed) -> Result<()> {
+    if p.key_lengths {
+        let why = "packed sequences carry their lengths in cu_seqlens";
+        return Err(Error::Conflict { left: "packed", right: Operand::KeyLengths.name(), why });
+    }
+    for (field, value) in [("packed.total_q", packed.total_q), ("packed.total_kv", packed.total_kv)] {
+        if value > MAX_SIZE {
+            return Err(Error::TooLarge { field, value: value.into(), limit: MAX_SIZE.into() });
+        }
+    }
+    for (field, longest, limit) in [("seq_q", p.seq_q, packed.total_q), ("seq_kv", p.seq_kv, packed.total_kv)] {
+        if longest > limit {
+            return Err(Error::TooLarge { field, value: longest.into(), limit: limit.into() });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what cannot be combined with pages.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::contract::error::{Error, Result};
 use crate::contract::problem::Strides;
-use crate::contract::shape::Tensor;
+use crate::contract::tensor::Tensor;
 use crate::dispatch::steps::Span;
 use crate::kernel::params::Place;
 

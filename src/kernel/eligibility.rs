@@ -5,7 +5,8 @@ use super::shader::Shader;
 use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result};
 use crate::contract::obstacle::Obstacle;
-use crate::contract::shape::{Shape, Tensor};
+use crate::contract::shape::Shape;
+use crate::contract::tensor::Tensor;
 
 /// Whether a workgroup of a kernel fits the device.
 pub(crate) fn fits(caps: &Caps, kernel: &impl Shader) -> bool {

@@ -12,7 +12,7 @@ use super::{Call, Layer, Linear, RotaryEmbedding, Sources, Weights};
 use crate::contract::caps::Caps;
 use crate::contract::options::Options;
 use crate::contract::problem::{Element, Layout, Problem, Strides};
-use crate::contract::shape::Tensor;
+use crate::contract::tensor::Tensor;
 use crate::kernel::slot::Slot;
 use crate::ops::append::Append;
 use crate::ops::project::{Order, Projection, Wiring};

@@ -3,7 +3,7 @@
 use crate::contract::caps::Caps;
 use crate::contract::error::Result;
 use crate::contract::problem::Element;
-use crate::contract::shape::Tensor;
+use crate::contract::tensor::Tensor;
 use crate::dispatch::step::Bound;
 use crate::dispatch::steps::{Steps, checked_u32};
 use crate::kernel::params::Place;

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use super::Real;
 use crate::contract::operands::HostSlice;
 use crate::contract::problem::{Broadcast, Causal, Elements, Inputs};
-use crate::contract::shape::{Shape, Tensor};
+use crate::contract::shape::Shape;
+use crate::contract::tensor::Tensor;
 
 /// One batch, or one of the sequences laid end to end.
 #[derive(Clone, Copy)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Planner;
 use crate::contract::problem::Broadcast;
-use crate::contract::shape::Tensor;
+use crate::contract::tensor::Tensor;
 use crate::dispatch::part::{Part, count, span};
 use crate::dispatch::steps::{self, Span};
 use crate::kernel::{Variant, fused};
