@@ -19,6 +19,8 @@ pub mod floats;
 pub mod memory;
 #[path = "../../cli/src/operands.rs"]
 pub mod operands;
+#[path = "../../cli/src/options.rs"]
+pub mod options;
 #[path = "../../cli/src/report.rs"]
 pub mod report;
 #[path = "../../cli/src/request.rs"]
