@@ -150,7 +150,7 @@ impl Serialize for Plan {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let variants: Vec<String> = self.steps.iter().map(|step| step.variant.to_string()).collect();
         let mut plan = serializer.serialize_struct("Plan", 9)?;
-        plan.serialize_field("problem", &*self.shape)?;
+        plan.serialize_field("problem", &self.shape.problem)?;
         plan.serialize_field("kernel", &self.kernel())?;
         plan.serialize_field("choice", &self.choice)?;
         plan.serialize_field("variants", &variants)?;
@@ -165,7 +165,7 @@ impl Serialize for Plan {
 
 /// Each tensor that a call binds, with its bytes: `None` where the problem has none of it.
 pub(crate) fn tensors(shape: &Shape) -> [(Slot, Option<u64>); 9] {
-    let tensor = |tensor: &Tensor| Some(tensor.extent() * shape.element.bytes());
+    let tensor = |tensor: &Tensor| Some(tensor.extent() * shape.problem.element.bytes());
     let operand = |slot: Slot| (slot, slot.operand().and_then(|operand| operand.bytes(shape)));
     [
         (Slot::Q, tensor(&shape.q)),
@@ -174,9 +174,9 @@ pub(crate) fn tensors(shape: &Shape) -> [(Slot, Option<u64>); 9] {
         operand(Slot::Mask),
         operand(Slot::Bias),
         (Slot::Out, tensor(&shape.out)),
-        (Slot::Lse, shape.lse.then(|| 4 * shape.lse_len())),
-        (Slot::Weights, shape.weights.then(|| 4 * shape.scores_len())),
-        (Slot::Logits, shape.logits.map(|_| 4 * shape.scores_len())),
+        (Slot::Lse, shape.problem.lse.then(|| 4 * shape.lse_len())),
+        (Slot::Weights, shape.problem.weights.then(|| 4 * shape.scores_len())),
+        (Slot::Logits, shape.problem.logits.map(|_| 4 * shape.scores_len())),
     ]
 }
 
@@ -207,14 +207,14 @@ impl fmt::Display for Plan {
         writeln!(
             f,
             "attention {}×{}({})×{}×{}×{}({}) {}: {:.3} GFLOP",
-            s.batch,
-            s.heads,
-            s.kv_heads,
-            s.seq_q,
-            s.seq_kv,
-            s.head_dim,
-            s.value_dim,
-            s.element,
+            s.problem.batch,
+            s.problem.heads,
+            s.problem.kv_heads,
+            s.problem.seq_q,
+            s.problem.seq_kv,
+            s.problem.head_dim,
+            s.problem.value_dim,
+            s.problem.element,
             s.flops() / 1e9
         )?;
         writeln!(

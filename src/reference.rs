@@ -100,7 +100,7 @@ pub fn attention<T: Real>(problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
 
 /// Refuses results that the host has no memory for, before it works on them for hours.
 fn room<T>(shape: &Shape) -> Result<()> {
-    let matrices = u64::from(shape.weights) + u64::from(shape.logits.is_some());
+    let matrices = u64::from(shape.problem.weights) + u64::from(shape.problem.logits.is_some());
     let results = shape.out().extent() + shape.lse_len() + matrices * shape.scores_len();
     let asked = usize::try_from(results).map(|results| Vec::<T>::new().try_reserve_exact(results));
     match asked {
@@ -135,7 +135,7 @@ struct Evaluated<T> {
 
 fn evaluate<T: Real>(row: &Row<'_>, head: &Head<T>) -> Evaluated<T> {
     let mut x = scores::row(row, &head.keys);
-    let asked = row.shape.logits.map_or_else(Vec::new, |upto| {
+    let asked = row.shape.problem.logits.map_or_else(Vec::new, |upto| {
         let mut asked = x.clone();
         logits::row(row, &mut asked, upto);
         asked
@@ -150,7 +150,7 @@ impl<T> Evaluated<T> {
     /// Drops what does not leave, so that memory stays that of the outputs.
     fn keep(mut self, shape: &Shape) -> Self {
         self.logits = Vec::new();
-        if !shape.weights {
+        if !shape.problem.weights {
             self.weights = Vec::new();
         }
         self
@@ -160,26 +160,26 @@ impl<T> Evaluated<T> {
 /// Puts the rows in their places.
 fn collect<T: Real>(shape: &Shape, rows: Vec<(Row<'_>, Evaluated<T>)>) -> Outputs<T> {
     let mut out = vec![T::zero(); shape.out().extent() as usize];
-    let mut lse = vec![T::zero(); if shape.lse { shape.lse_len() as usize } else { 0 }];
+    let mut lse = vec![T::zero(); if shape.problem.lse { shape.lse_len() as usize } else { 0 }];
     let matrix = |wanted: bool, fill: T| vec![fill; if wanted { shape.scores_len() as usize } else { 0 }];
-    let mut weights = matrix(shape.weights, T::zero());
-    let mut logits = matrix(shape.logits.is_some(), T::neg_infinity());
+    let mut weights = matrix(shape.problem.weights, T::zero());
+    let mut logits = matrix(shape.problem.logits.is_some(), T::neg_infinity());
     for (row, of) in rows {
         out[row.out()..][..of.out.len()].copy_from_slice(&of.out);
-        if shape.lse {
+        if shape.problem.lse {
             lse[row.place()] = of.lse;
         }
-        if shape.weights {
+        if shape.problem.weights {
             weights[row.matrix()..][..of.weights.len()].copy_from_slice(&of.weights);
         }
-        if shape.logits.is_some() {
+        if shape.problem.logits.is_some() {
             logits[row.matrix()..][..of.asked.len()].copy_from_slice(&of.asked);
         }
     }
     Outputs {
         out,
-        lse: shape.lse.then_some(lse),
-        weights: shape.weights.then_some(weights),
-        logits: shape.logits.map(|_| logits),
+        lse: shape.problem.lse.then_some(lse),
+        weights: shape.problem.weights.then_some(weights),
+        logits: shape.problem.logits.map(|_| logits),
     }
 }

@@ -38,14 +38,14 @@ fn left() -> Option<u64> {
 /// Bytes of the tensors that a call reads, and of its results. The small arrays do not count.
 fn tensors(shape: &Shape) -> [u64; 2] {
     let operands = Operand::of_kind(Kind::Tensor).filter_map(|operand| operand.bytes(shape));
-    let dense = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent() * shape.element.bytes());
-    [dense.into_iter().chain(operands).sum(), shape.out().extent() * shape.element.bytes() + 4 * asked(shape)]
+    let dense = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent() * shape.problem().element.bytes());
+    [dense.into_iter().chain(operands).sum(), shape.out().extent() * shape.problem().element.bytes() + 4 * asked(shape)]
 }
 
 /// Elements of the results beside `out`.
 fn asked(shape: &Shape) -> u64 {
-    let matrices = u64::from(shape.weights) + u64::from(shape.logits.is_some());
-    u64::from(shape.lse) * shape.lse_len() + matrices * shape.scores_len()
+    let matrices = u64::from(shape.problem().weights) + u64::from(shape.problem().logits.is_some());
+    u64::from(shape.problem().lse) * shape.lse_len() + matrices * shape.scores_len()
 }
 
 /// Bytes that a call takes on the host beside its operands: copies on the way to the device and back and, on a CPU adapter, the
@@ -62,11 +62,12 @@ pub fn of_reference(shape: &Shape, size: u64, budget: bool) -> u64 {
     // The results of each row, and the same results in the outputs.
     let copies = if budget { 4 } else { 3 };
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
-    let heads = threads.min(u64::from(shape.batch) * u64::from(shape.kv_heads));
+    let heads = threads.min(u64::from(shape.problem().batch) * u64::from(shape.problem().kv_heads));
     // Keys and values of a head, and the magnitudes of the keys for the budget. One sequence may own all pages.
-    let sequences = if shape.paged.is_some() { 1 } else { shape.k().sizes[0].max(1) };
-    let head = (2 * shape.k().extent() + shape.v().extent()) / (u64::from(sequences) * u64::from(shape.kv_heads));
-    let rows = threads * VECTORS * u64::from(shape.seq_kv);
+    let sequences = if shape.problem().paged.is_some() { 1 } else { shape.k().sizes[0].max(1) };
+    let head =
+        (2 * shape.k().extent() + shape.v().extent()) / (u64::from(sequences) * u64::from(shape.problem().kv_heads));
+    let rows = threads * VECTORS * u64::from(shape.problem().seq_kv);
     size * (copies * results + heads * head + rows) + ROW * shape.lse_len()
 }
 

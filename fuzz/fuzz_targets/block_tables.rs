@@ -71,7 +71,7 @@ fuzz_target!(|subject: Subject| {
 
 fn plan(subject: &Subject, shape: &Shape) {
     // The planner walks the rows of a window one by one.
-    if shape.seq_q > 1 << 12 {
+    if shape.problem().seq_q > 1 << 12 {
         return;
     }
     let caps = &devices()[usize::from(subject.device % 4)];
@@ -99,13 +99,13 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
         ..Operands::default()
     };
     let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), operands };
-    let each = shape.seq_kv.div_ceil(paged.page_size) as usize;
-    let batches = shape.batch as usize;
-    let lengths = subject.key_lengths.clone().unwrap_or(vec![shape.seq_kv; batches]);
+    let each = shape.problem().seq_kv.div_ceil(paged.page_size) as usize;
+    let batches = shape.problem().batch as usize;
+    let lengths = subject.key_lengths.clone().unwrap_or(vec![shape.problem().seq_kv; batches]);
     // What the documentation asks of them, once more.
     let right = subject.table.len() == batches * each
         && lengths.len() == batches
-        && lengths.iter().all(|&length| length <= shape.seq_kv)
+        && lengths.iter().all(|&length| length <= shape.problem().seq_kv)
         && lengths.iter().zip(subject.table.chunks(each)).all(|(length, pages)| {
             pages[..length.div_ceil(paged.page_size) as usize].iter().all(|&page| page < paged.pages)
         });
@@ -121,9 +121,9 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
     let gather = |x: &[f32], tensor: &wgpu_attention::internal::Tensor| {
         let dim = tensor.dim as usize;
         let mut out = Vec::new();
-        for b in 0..shape.batch {
-            for head in 0..shape.kv_heads {
-                for j in 0..shape.seq_kv {
+        for b in 0..shape.problem().batch {
+            for head in 0..shape.problem().kv_heads {
+                for j in 0..shape.problem().seq_kv {
                     let row = if j < lengths[b as usize] {
                         let page = subject.table[b as usize * each + (j / paged.page_size) as usize];
                         &x[tensor.at(page, head, j % paged.page_size) as usize..][..dim]

@@ -119,31 +119,31 @@ macro_rules! operands {
 
 operands! {
     /// Boolean mask, u8 in the shape of [`crate::Problem::mask`]: 0 hides, any other byte attends.
-    mask: Mask, Tensor, |s| s.mask.map(|mask| (Scalar::U8, mask.len() as u64));
+    mask: Mask, Tensor, |s| s.problem.mask.map(|mask| (Scalar::U8, mask.len() as u64));
     /// Additive bias in the shape and the element type of [`crate::Problem::bias`].
-    bias: Bias, Tensor, |s| s.bias.map(|bias| (Scalar::Float(bias.element), bias.shape.len() as u64));
+    bias: Bias, Tensor, |s| s.problem.bias.map(|bias| (Scalar::Float(bias.element), bias.shape.len() as u64));
     /// Key lengths, u32 `[batch]`. A length beyond `seq_kv` is an error on the host, and counts as `seq_kv` on the GPU.
-    key_lengths: KeyLengths, List, |s| s.key_lengths.then_some((Scalar::U32, s.batch.into()));
+    key_lengths: KeyLengths, List, |s| s.problem.key_lengths.then_some((Scalar::U32, s.problem.batch.into()));
     /// Positions of the keys, i32 `[batch, seq_kv]`; below 0 is an empty slot, which is hidden. A position above
     /// 2³⁰ − 1 counts as that.
     key_positions: KeyPositions, List, |s| {
-        s.key_positions.then_some((Scalar::I32, u64::from(s.batch) * u64::from(s.seq_kv)))
+        s.problem.key_positions.then_some((Scalar::I32, u64::from(s.problem.batch) * u64::from(s.problem.seq_kv)))
     };
     /// Offsets of [`Causal::Offset`], i32 `[batch]`.
-    offsets: Offsets, List, |s| (s.causal == Causal::Offset).then_some((Scalar::I32, s.batch.into()));
+    offsets: Offsets, List, |s| (s.problem.causal == Causal::Offset).then_some((Scalar::I32, s.problem.batch.into()));
     /// ALiBi slopes, f32 `[heads]`.
-    alibi_slopes: AlibiSlopes, List, |s| s.alibi.then_some((F32, s.heads.into()));
+    alibi_slopes: AlibiSlopes, List, |s| s.problem.alibi.then_some((F32, s.problem.heads.into()));
     /// Boundaries of the query sequences, u32 `[batch + 1]`. None is below the one before it. On the GPU, boundaries beyond the
     /// tokens are clamped, and where a boundary falls, a token that several sequences claim holds the result of any of them, or
     /// none.
-    cu_seqlens_q: CuSeqlensQ, List, |s| s.packed.map(|_| (Scalar::U32, u64::from(s.batch) + 1));
+    cu_seqlens_q: CuSeqlensQ, List, |s| s.problem.packed.map(|_| (Scalar::U32, u64::from(s.problem.batch) + 1));
     /// Boundaries of the key sequences, u32 `[batch + 1]`.
-    cu_seqlens_kv: CuSeqlensKv, List, |s| s.packed.map(|_| (Scalar::U32, u64::from(s.batch) + 1));
+    cu_seqlens_kv: CuSeqlensKv, List, |s| s.problem.packed.map(|_| (Scalar::U32, u64::from(s.problem.batch) + 1));
     /// Pages of the keys of each batch, u32 (in a buffer also i32) `[batch, ⌈seq_kv / page_size⌉]`. Entries beyond the key length may
     /// hold anything. A number outside the pool is an error on the host, and counts as that of the last page on the GPU.
-    block_table: BlockTable, List, |s| s.paged.map(|_| (Scalar::U32, s.block_table_len()));
+    block_table: BlockTable, List, |s| s.problem.paged.map(|_| (Scalar::U32, s.block_table_len()));
     /// Attention sinks, f32 `[heads]`.
-    sinks: Sinks, List, |s| s.sinks.then_some((F32, s.heads.into()));
+    sinks: Sinks, List, |s| s.problem.sinks.then_some((F32, s.problem.heads.into()));
 }
 
 const F32: Scalar = Scalar::Float(Element::F32);

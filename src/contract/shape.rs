@@ -1,7 +1,5 @@
 //! A checked [`Problem`]. Whoever holds a [`Shape`] knows that it was checked, so nothing downstream checks shapes again.
 
-use std::ops::Deref;
-
 use crate::contract::error::{Error, Result};
 use crate::contract::operands::{HostSlice, Operand, Operands, Scalar};
 use crate::contract::problem::{Broadcast, Element, Elements, Inputs, Logits, Packed, Paged, Problem};
@@ -13,10 +11,10 @@ pub const MAX_DIM: u32 = 512;
 /// Largest sequence length, batch, head count and window: positions and offsets then stay inside i32.
 pub const MAX_SIZE: u32 = 1 << 28;
 
-/// A checked problem with the numbers that follow from it. Derefs to the [`Problem`].
+/// A checked problem with the numbers that follow from it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
-    problem: Problem,
+    pub(crate) problem: Problem,
     /// Factor of q·k.
     pub(crate) scale: f32,
     /// Query heads that share one key/value head.
@@ -25,13 +23,6 @@ pub struct Shape {
     pub(crate) k: Tensor,
     pub(crate) v: Tensor,
     pub(crate) out: Tensor,
-}
-
-impl Deref for Shape {
-    type Target = Problem;
-    fn deref(&self) -> &Problem {
-        &self.problem
-    }
 }
 
 impl Shape {
@@ -77,6 +68,11 @@ impl Shape {
         })
     }
 
+    /// The problem.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
     /// Tensor q.
     pub fn q(&self) -> &Tensor {
         &self.q
@@ -104,33 +100,36 @@ impl Shape {
 
     /// Elements of the lse output.
     pub fn lse_len(&self) -> u64 {
-        match self.packed {
-            None => u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q),
-            Some(packed) => u64::from(self.heads) * u64::from(packed.total_q),
+        match self.problem.packed {
+            None => u64::from(self.problem.batch) * u64::from(self.problem.heads) * u64::from(self.problem.seq_q),
+            Some(packed) => u64::from(self.problem.heads) * u64::from(packed.total_q),
         }
     }
 
     /// Entries of the block table; 0 where the problem has none.
     pub fn block_table_len(&self) -> u64 {
-        self.paged.map_or(0, |paged| u64::from(self.batch) * u64::from(paged.of(self.seq_kv)))
+        self.problem.paged.map_or(0, |paged| u64::from(self.problem.batch) * u64::from(paged.of(self.problem.seq_kv)))
     }
 
     /// Elements of the weights and logits outputs.
     pub fn scores_len(&self) -> u64 {
-        u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q) * u64::from(self.seq_kv)
+        u64::from(self.problem.batch)
+            * u64::from(self.problem.heads)
+            * u64::from(self.problem.seq_q)
+            * u64::from(self.problem.seq_kv)
     }
 
     /// Number of visible (row, key) pairs over all batches and heads, as far as the problem tells. Causal rule and window count.
     /// The contents of lengths, masks and per-batch offsets are not part of the problem, so that these hide nothing here. With
     /// per-batch offsets a row counts the width of the window, or all keys without one.
     pub fn visible_pairs(&self) -> u64 {
-        let head = Band::of(self, 1).pairs(0..self.seq_q.into(), &(0..self.seq_kv));
-        head * u64::from(self.batch) * u64::from(self.heads)
+        let head = Band::of(self, 1).pairs(0..self.problem.seq_q.into(), &(0..self.problem.seq_kv));
+        head * u64::from(self.problem.batch) * u64::from(self.problem.heads)
     }
 
     /// Floating-point operations of the two products over the visible pairs: 2·(head_dim + value_dim) each.
     pub fn flops(&self) -> f64 {
-        self.visible_pairs() as f64 * 2.0 * f64::from(self.head_dim + self.value_dim)
+        self.visible_pairs() as f64 * 2.0 * f64::from(self.problem.head_dim + self.problem.value_dim)
     }
 
     /// Checks host operands: presence, type, length and, for the small arrays, contents.
@@ -141,7 +140,7 @@ impl Shape {
     /// [`Error::Entry`] or [`Error::Number`] for an entry out of range.
     pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
         let tensor = |field, data: &Elements<'_>, tensor: &Tensor| {
-            same_element(field, data, self.element)?;
+            same_element(field, data, self.problem.element)?;
             length(field, data.len(), tensor.extent() as usize)
         };
         tensor("q", &inputs.q, &self.q)?;
@@ -171,11 +170,11 @@ impl Shape {
     fn check_entries(&self, operands: &Operands<HostSlice<'_>>) -> Result<()> {
         let key_lengths = operands.key_lengths.map(HostSlice::u32s);
         for (index, &value) in key_lengths.unwrap_or(&[]).iter().enumerate() {
-            at_most(Operand::KeyLengths.name(), index, value, self.seq_kv)?;
+            at_most(Operand::KeyLengths.name(), index, value, self.problem.seq_kv)?;
         }
-        if let (Some(table), Some(paged)) = (operands.block_table.map(HostSlice::u32s), self.paged) {
+        if let (Some(table), Some(paged)) = (operands.block_table.map(HostSlice::u32s), self.problem.paged) {
             // Without keys the table is empty, and so is each of its rows.
-            let each = (paged.of(self.seq_kv) as usize).max(1);
+            let each = (paged.of(self.problem.seq_kv) as usize).max(1);
             for (b, pages) in table.chunks_exact(each).enumerate() {
                 let used = key_lengths.map_or(each, |lengths| paged.of(lengths[b]) as usize);
                 for (n, &page) in pages[..used].iter().enumerate() {
@@ -189,10 +188,10 @@ impl Shape {
                 return Err(Error::Number { field: operand.name(), value, want: "finite" });
             }
         }
-        if let Some(packed) = self.packed {
+        if let Some(packed) = self.problem.packed {
             for (operand, total, longest) in [
-                (Operand::CuSeqlensQ, packed.total_q, self.seq_q),
-                (Operand::CuSeqlensKv, packed.total_kv, self.seq_kv),
+                (Operand::CuSeqlensQ, packed.total_q, self.problem.seq_q),
+                (Operand::CuSeqlensKv, packed.total_kv, self.problem.seq_kv),
             ] {
                 let values = operands.get(operand).expect("presence is checked above").u32s();
                 check_boundaries(operand.name(), values, total, longest)?;
@@ -203,12 +202,12 @@ impl Shape {
 
     /// Elements of a row of the f32 scratch of scores: `seq_kv`, padded to a multiple of 4. At least 4, because a binding must not be empty.
     pub(crate) fn score_row(&self) -> u32 {
-        self.seq_kv.next_multiple_of(4).max(4)
+        self.problem.seq_kv.next_multiple_of(4).max(4)
     }
 
     /// Whether the problem asks for these logits.
     pub(crate) fn wants(&self, logits: Logits) -> bool {
-        self.logits == Some(logits)
+        self.problem.logits == Some(logits)
     }
 }
 

@@ -20,11 +20,11 @@ pub(crate) struct Band {
 /// How many keys before and after its position a row sees; `None` where there is no bound. Where the keys have listed positions, any
 /// key may be one of those.
 fn sides(s: &Shape) -> (Option<i64>, Option<i64>) {
-    if s.key_positions {
+    if s.problem.key_positions {
         return (None, None);
     }
-    let right = if s.causal == Causal::None { s.window.right } else { Some(0) };
-    (s.window.left.map(i64::from), right.map(i64::from))
+    let right = if s.problem.causal == Causal::None { s.problem.window.right } else { Some(0) };
+    (s.problem.window.left.map(i64::from), right.map(i64::from))
 }
 
 impl Band {
@@ -33,13 +33,13 @@ impl Band {
     /// count as the longest.
     pub(crate) fn of(s: &Shape, tile: u32) -> Band {
         let (left, right) = sides(s);
-        let keys = i64::from(s.seq_kv);
+        let keys = i64::from(s.problem.seq_kv);
         let all = Band { first: None, end: None, keys, width: keys };
         // The range of a tile is wider than that of one row: half of the excess is at each end.
-        let wider = i64::from(tile.min(s.seq_q).max(1)) - 1;
-        let offset = match s.causal {
+        let wider = i64::from(tile.min(s.problem.seq_q).max(1)) - 1;
+        let offset = match s.problem.causal {
             Causal::None | Causal::TopLeft => 0,
-            Causal::BottomRight => keys - i64::from(s.seq_q),
+            Causal::BottomRight => keys - i64::from(s.problem.seq_q),
             Causal::Offset => {
                 return Band { width: width(left, right, wider + 1).map_or(keys, |w| w.min(keys)), ..all };
             }
@@ -51,7 +51,7 @@ impl Band {
 
     /// The band in which every row sees every key.
     pub(crate) fn every(s: &Shape) -> Band {
-        let keys = s.seq_kv.into();
+        let keys = s.problem.seq_kv.into();
         Band { first: None, end: None, keys, width: keys }
     }
 
@@ -79,11 +79,11 @@ fn width(left: Option<i64>, right: Option<i64>, tile: i64) -> Option<i64> {
 /// The most keys that a tile of `tile` rows loads, whatever lengths and offsets the GPU finds.
 pub(crate) fn most_keys(s: &Shape, tile: u32) -> u64 {
     let (left, right) = sides(s);
-    let [rows, keys] = [s.seq_q, s.seq_kv].map(i64::from);
-    let offset = match s.causal {
+    let [rows, keys] = [s.problem.seq_q, s.problem.seq_kv].map(i64::from);
+    let offset = match s.problem.causal {
         Causal::None | Causal::TopLeft => Some(0),
         // A shorter key length moves the positions, but widens no range.
-        Causal::BottomRight if s.packed.is_none() => Some(keys - rows),
+        Causal::BottomRight if s.problem.packed.is_none() => Some(keys - rows),
         _ => None,
     };
     // From the first key of the first row to the last one of the last row.
@@ -124,28 +124,33 @@ mod tests {
     }
 
     fn one(s: &Shape) {
-        let [rows, keys] = [s.seq_q, s.seq_kv].map(i64::from);
+        let [rows, keys] = [s.problem().seq_q, s.problem().seq_kv].map(i64::from);
         let (left, right) = sides(s);
         let range = |row: i64, offset: i64| {
             let first = left.map_or(0, |left| (row + offset - left).clamp(0, keys));
             let end = right.map_or(keys, |right| (row + offset + right + 1).clamp(0, keys));
             first..end
         };
-        let offset = if s.causal == Causal::BottomRight { keys - rows } else { 0 };
+        let offset = if s.problem().causal == Causal::BottomRight { keys - rows } else { 0 };
         let band = Band::of(s, 1);
-        for part in [0..s.seq_kv, 0..s.seq_kv / 2, s.seq_kv / 3..s.seq_kv] {
+        for part in [0..s.problem().seq_kv, 0..s.problem().seq_kv / 2, s.problem().seq_kv / 3..s.problem().seq_kv] {
             let cut = |row: i64| {
                 let range = range(row, offset);
                 (range.end.min(part.end.into()) - range.start.max(part.start.into())).max(0) as u64
             };
-            if s.causal != Causal::Offset {
-                for rows in [0..u64::from(s.seq_q), 0..0, u64::from(s.seq_q / 2)..u64::from(s.seq_q)] {
+            if s.problem().causal != Causal::Offset {
+                for rows in [
+                    0..u64::from(s.problem().seq_q),
+                    0..0,
+                    u64::from(s.problem().seq_q / 2)..u64::from(s.problem().seq_q),
+                ] {
                     let want: u64 = (rows.start as i64..rows.end as i64).map(cut).sum();
-                    assert_eq!(band.pairs(rows.clone(), &part), want, "{:?} {rows:?} {part:?}", s.window);
+                    assert_eq!(band.pairs(rows.clone(), &part), want, "{:?} {rows:?} {part:?}", s.problem().window);
                 }
             }
         }
-        let offsets = if s.causal == Causal::Offset { -rows - keys - 50..rows + keys + 50 } else { offset..offset + 1 };
+        let offsets =
+            if s.problem().causal == Causal::Offset { -rows - keys - 50..rows + keys + 50 } else { offset..offset + 1 };
         for tile in [1, 3, 8] {
             let widest = offsets.clone().flat_map(|offset| {
                 (0..rows).step_by(tile as usize).map(move |row| {
@@ -154,20 +159,34 @@ mod tests {
                 })
             });
             let widest = widest.max().unwrap() as u64;
-            assert!(most_keys(s, tile) >= widest, "{:?} {:?} {widest} of tiles of {tile}", s.window, s.causal);
-            assert!(most_keys(s, tile) <= widest + 2 * u64::from(tile), "{:?} {:?}", s.window, s.causal);
+            assert!(
+                most_keys(s, tile) >= widest,
+                "{:?} {:?} {widest} of tiles of {tile}",
+                s.problem().window,
+                s.problem().causal
+            );
+            assert!(
+                most_keys(s, tile) <= widest + 2 * u64::from(tile),
+                "{:?} {:?}",
+                s.problem().window,
+                s.problem().causal
+            );
             let each = band_of_tiles(s, tile);
-            assert!(each.abs_diff(walked(s, tile, range, offset)) <= u64::from(tile * tile) * 2, "{:?}", s.window);
+            assert!(
+                each.abs_diff(walked(s, tile, range, offset)) <= u64::from(tile * tile) * 2,
+                "{:?}",
+                s.problem().window
+            );
         }
     }
 
     fn band_of_tiles(s: &Shape, tile: u32) -> u64 {
-        Band::of(s, tile).pairs(0..s.seq_q.into(), &(0..s.seq_kv))
+        Band::of(s, tile).pairs(0..s.problem().seq_q.into(), &(0..s.problem().seq_kv))
     }
 
     fn walked(s: &Shape, tile: u32, range: impl Fn(i64, i64) -> Range<i64>, offset: i64) -> u64 {
-        let rows = i64::from(s.seq_q);
-        if s.causal == Causal::Offset {
+        let rows = i64::from(s.problem().seq_q);
+        if s.problem().causal == Causal::Offset {
             return band_of_tiles(s, tile);
         }
         let tiles = (0..rows).step_by(tile as usize).map(|row| {

@@ -35,7 +35,7 @@ pub(crate) fn too_many_bindings(caps: &Caps, needed: u32) -> Option<Obstacle> {
 
 /// Query rows that share a key/value head.
 pub(crate) fn group_rows(shape: &Shape) -> u64 {
-    u64::from(shape.seq_q) * u64::from(shape.group)
+    u64::from(shape.problem.seq_q) * u64::from(shape.group)
 }
 
 /// Whether every row starts at a multiple of four elements and has a multiple of four of them.
@@ -48,13 +48,13 @@ pub(crate) fn whole_vectors(tensor: &Tensor) -> bool {
 
 /// Keys of one dispatch: all (1 where there are none), unless the keys or values of a single head exceed a binding.
 pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
-    let keys = shape.seq_kv.max(1);
-    if shape.packed.is_some() {
+    let keys = shape.problem.seq_kv.max(1);
+    if shape.problem.packed.is_some() {
         return Ok(keys);
     }
-    let bytes = shape.element.bytes();
+    let bytes = shape.problem.element.bytes();
     let room = caps.binding() - caps.alignment();
-    if shape.paged.is_some() {
+    if shape.problem.paged.is_some() {
         // Any page may hold keys of any sequence, so that all of them are bound, of one head at least.
         let pool = |tensor: &Tensor| {
             if tensor.is_empty() {
@@ -79,7 +79,7 @@ pub(crate) fn key_step(shape: &Shape, caps: &Caps) -> Result<u32> {
             None => 0,
             Some(rest) => rest / tensor.strides.row.max(1) + 1,
         };
-        if keys < u64::from(shape.seq_kv) {
+        if keys < u64::from(shape.problem.seq_kv) {
             // Whole vectors of weights.
             let whole = keys / 4 * 4;
             if whole == 0 {

@@ -254,18 +254,18 @@ impl AttentionKernel for Flash {
 impl Fused for Flash {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Flash>, Obstacle> {
         let operands = OperandSet::of(shape);
-        let native = shape.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
+        let native = shape.problem.element == Element::F16 && caps.f16 && options.native_f16 != Some(false);
         let format = whole_format(shape, native);
         let shuffles = caps.subgroup_min_size.is_some_and(|size| size >= ACROSS);
         let largest = TILES.iter().map(|tile| tile.dims).max().expect("the table has rows");
-        let dims = shape.value_dim.min(largest);
+        let dims = shape.problem.value_dim.min(largest);
         let mut found: Vec<_> = TILES
             .into_iter()
             .map(|tile| Flash { tile, format, operands, carry: false })
             .filter(|x| {
                 dims <= x.tile.dims
                     && (shuffles || !x.tile.shuffle)
-                    && (shape.head_dim <= x.tile.dims || !x.tile.resident)
+                    && (shape.problem.head_dim <= x.tile.dims || !x.tile.resident)
                     && fits(caps, x)
             })
             .collect();
@@ -275,7 +275,7 @@ impl Fused for Flash {
             return Err(Obstacle::NoTile);
         }
         check_operands(shape, caps, operands)?;
-        if options.native_f16 == Some(true) && shape.element == Element::F16 && !caps.f16 {
+        if options.native_f16 == Some(true) && shape.problem.element == Element::F16 && !caps.f16 {
             return Err(Obstacle::NoF16);
         }
         Ok(found)
@@ -292,7 +292,7 @@ impl Fused for Flash {
     }
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
-        (keys.div_ceil(self.tile.tile_keys().into()) + 1) * u64::from(self.turns(shape.head_dim)) * 5 / 4
+        (keys.div_ceil(self.tile.tile_keys().into()) + 1) * u64::from(self.turns(shape.problem.head_dim)) * 5 / 4
     }
 
     fn value_dims(&self) -> Option<u32> {

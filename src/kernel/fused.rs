@@ -34,12 +34,12 @@ impl OperandSet {
 
     /// No more operands than the problem has.
     pub(crate) fn of(shape: &Shape) -> OperandSet {
-        let small_arrays = shape.lse
-            || shape.sinks
-            || shape.key_lengths
-            || shape.packed.is_some()
-            || shape.paged.is_some()
-            || shape.causal == Causal::Offset;
+        let small_arrays = shape.problem.lse
+            || shape.problem.sinks
+            || shape.problem.key_lengths
+            || shape.problem.packed.is_some()
+            || shape.problem.paged.is_some()
+            || shape.problem.causal == Causal::Offset;
         match (transforms(shape), small_arrays) {
             (true, _) => OperandSet::Full,
             (false, true) => OperandSet::Lists,
@@ -110,8 +110,8 @@ pub(crate) trait Fused {
 
 /// How the work of a fused kernel is divided into workgroups.
 pub(crate) fn grid(kernel: &dyn Fused, shape: &Shape) -> Grid {
-    let blocks = kernel.value_dims().map_or(1, |dims| shape.value_dim.div_ceil(dims));
-    let flops = 2.0 * f64::from(blocks * shape.head_dim + shape.value_dim);
+    let blocks = kernel.value_dims().map_or(1, |dims| shape.problem.value_dim.div_ceil(dims));
+    let flops = 2.0 * f64::from(blocks * shape.problem.head_dim + shape.problem.value_dim);
     Grid { tile_rows: kernel.tile_rows(), columns: blocks.into(), flops }
 }
 
@@ -130,8 +130,8 @@ impl Walk<'_> {
     pub(crate) fn variants<K: Fused>(&self) -> Result<Vec<K>, Obstacle> {
         let Walk { shape, caps, options, .. } = *self;
         let found = K::candidates(shape, caps, options)?;
-        if options.form == Some(Form::Lanes) && shape.weights && !shape.seq_kv.is_multiple_of(4) {
-            return Err(Obstacle::LanesWeights { seq_kv: shape.seq_kv });
+        if options.form == Some(Form::Lanes) && shape.problem.weights && !shape.problem.seq_kv.is_multiple_of(4) {
+            return Err(Obstacle::LanesWeights { seq_kv: shape.problem.seq_kv });
         }
         let mut able = Vec::new();
         let mut first = None;
@@ -149,10 +149,10 @@ impl Walk<'_> {
 
     fn within<K: Fused>(&self, kernel: K) -> Result<K, Obstacle> {
         let Walk { shape, caps, key_step, .. } = *self;
-        if loop_step(&kernel, shape, caps, key_step) >= shape.seq_kv {
+        if loop_step(&kernel, shape, caps, key_step) >= shape.problem.seq_kv {
             return Ok(kernel);
         }
-        let one = if key_step < shape.seq_kv {
+        let one = if key_step < shape.problem.seq_kv {
             Obstacle::LongKeys
         } else {
             let iterations = kernel.loop_iterations(shape, most_keys(shape, kernel.tile_rows()));
@@ -185,8 +185,8 @@ pub(crate) fn loop_step(kernel: &dyn Fused, shape: &Shape, caps: &Caps, key_step
         return key_step;
     }
     // Dispatches of a length, so that the last one is not short.
-    let dispatches = u64::from(shape.seq_kv).div_ceil(most);
-    key_step.min(u64::from(shape.seq_kv).div_ceil(dispatches).next_multiple_of(KEY_TILE) as u32)
+    let dispatches = u64::from(shape.problem.seq_kv).div_ceil(most);
+    key_step.min(u64::from(shape.problem.seq_kv).div_ceil(dispatches).next_multiple_of(KEY_TILE) as u32)
 }
 
 /// What keys of a dispatch are a multiple of: whole steps of every kernel, and whole vectors of weights.
@@ -194,7 +194,7 @@ const KEY_TILE: u64 = 64;
 
 /// The most keys that a workgroup of a fused kernel can walk on the device: whole tiles of keys, one at least.
 pub(crate) fn most_loop_keys(kernel: &dyn Fused, shape: &Shape, caps: &Caps) -> u64 {
-    let all = u64::from(shape.seq_kv);
+    let all = u64::from(shape.problem.seq_kv);
     let fits = |keys: u64| !caps.cpu || kernel.loop_iterations(shape, keys) <= LOOP_ITERATIONS;
     if fits(all) {
         return all;
@@ -211,7 +211,7 @@ pub(crate) fn most_loop_keys(kernel: &dyn Fused, shape: &Shape, caps: &Caps) -> 
 /// Iterations of a loop over so many keys in steps of `step`: page by page, where there are pages. Each page may begin and end in the
 /// middle of a step.
 pub(crate) fn key_loop(shape: &Shape, keys: u64, step: u32) -> u64 {
-    let (step, page) = (u64::from(step), shape.paged.map_or(keys, |paged| paged.page_size.into()));
+    let (step, page) = (u64::from(step), shape.problem.paged.map_or(keys, |paged| paged.page_size.into()));
     match page < keys {
         false => keys.div_ceil(step) + 4,
         true => {
@@ -228,17 +228,21 @@ pub(crate) fn row_loops(full: bool, rows: u32) -> u64 {
 
 /// What keeps any fused kernel with these operands from running: what the device is before what is asked for.
 pub(crate) fn check_operands(shape: &Shape, caps: &Caps, operands: OperandSet) -> Result<(), Obstacle> {
-    let logits = || shape.logits.is_some().then_some(Obstacle::Logits);
+    let logits = || shape.problem.logits.is_some().then_some(Obstacle::Logits);
     too_many_bindings(caps, operands.buffers()).or_else(logits).map_or(Ok(()), Err)
 }
 
 /// One format for q, k, v and out.
 pub(crate) fn whole_format(shape: &Shape, native: bool) -> Format {
     let vector = [&shape.q, &shape.k, &shape.v, &shape.out].into_iter().all(whole_vectors);
-    Format { element: shape.element, native, vector }
+    Format { element: shape.problem.element, native, vector }
 }
 
 /// Whether the score transform is more than the scale and the key range.
 pub(crate) fn transforms(s: &Shape) -> bool {
-    s.key_positions || s.softcap.is_some() || s.alibi || s.mask.is_some() || s.bias.is_some()
+    s.problem.key_positions
+        || s.problem.softcap.is_some()
+        || s.problem.alibi
+        || s.problem.mask.is_some()
+        || s.problem.bias.is_some()
 }

@@ -230,8 +230,8 @@ impl fmt::Display for Matrix {
 
 /// What keeps every tile from running.
 fn check_device(shape: &Shape, caps: &Caps, emulated: bool) -> Result<(), Obstacle> {
-    if shape.element != Element::F16 {
-        Err(Obstacle::NotF16 { element: shape.element })
+    if shape.problem.element != Element::F16 {
+        Err(Obstacle::NotF16 { element: shape.problem.element })
     } else if !caps.f16 {
         Err(Obstacle::NoF16)
     } else if emulated {
@@ -267,13 +267,13 @@ impl Fused for Matrix {
             false => caps.matrices.contains(&tile.size),
         };
         let mut found: Vec<_> = tiles()
-            .filter(|tile| has(tile) && (shape.head_dim <= tile.depth || !tile.resident))
+            .filter(|tile| has(tile) && (shape.problem.head_dim <= tile.depth || !tile.resident))
             .map(|tile| Matrix { tile, varying, emulated, vector, operands })
             .filter(|x| fits(caps, x))
             .collect();
         // Tiles that hold the value dims, else those of the most: further dims are further workgroups.
         let most = found.iter().map(|x| x.tile.dims).max();
-        let dims = found.iter().map(|x| x.tile.dims).filter(|dims| shape.value_dim <= *dims).min().or(most);
+        let dims = found.iter().map(|x| x.tile.dims).filter(|dims| shape.problem.value_dim <= *dims).min().or(most);
         found.retain(|x| Some(x.tile.dims) == dims);
         if found.is_empty() {
             return Err(Obstacle::NoTile);
@@ -295,7 +295,7 @@ impl Fused for Matrix {
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
         // Its own count leaves out the tests.
-        (keys.div_ceil(KEYS.into()) + 1) * u64::from(self.turns(shape.head_dim)) * 3 / 2
+        (keys.div_ceil(KEYS.into()) + 1) * u64::from(self.turns(shape.problem.head_dim)) * 3 / 2
     }
 
     fn value_dims(&self) -> Option<u32> {

@@ -180,7 +180,7 @@ impl AttentionKernel for Rows {
 impl Fused for Rows {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Rows>, Obstacle> {
         let full = transforms(shape);
-        let dims = shape.head_dim.max(shape.value_dim);
+        let dims = shape.problem.head_dim.max(shape.problem.value_dim);
         let own = Lanes::of(caps);
         let others = Lanes::all().filter(|&lanes| lanes != own && lanes.run(caps));
         let tiles = std::iter::once(own).chain(others).filter_map(|lanes| tiles(lanes).find(|tile| dims <= tile.dims));
@@ -190,7 +190,7 @@ impl Fused for Rows {
             return Err(Obstacle::LaneDims { dims });
         }
         check_operands(shape, caps, OperandSet::with_lists(full))?;
-        if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        if options.native_f16 == Some(true) && shape.problem.element == Element::F16 {
             return Err(Obstacle::PackedF16);
         }
         Ok(found)

@@ -102,7 +102,7 @@ impl Shader for Scores {
 impl AttentionKernel for Scores {
     fn grid(&self, shape: &Shape, keys: u64) -> Grid {
         let columns = keys.div_ceil(self.tile.tile_cols.into());
-        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.head_dim) }
+        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.problem.head_dim) }
     }
 }
 
@@ -115,7 +115,7 @@ impl fmt::Display for Scores {
 impl Scores {
     /// The variant with the largest tile that suits a problem and a device.
     pub(crate) fn new(shape: &Shape, caps: &Caps, format: Format, full: bool) -> Result<Scores> {
-        let tile = largest(&TILES, shape.seq_q, caps, |tile| Scores { tile, format, full })?;
+        let tile = largest(&TILES, shape.problem.seq_q, caps, |tile| Scores { tile, format, full })?;
         Ok(Scores { tile, format, full })
     }
 }

@@ -94,7 +94,7 @@ impl Shader for ScoresLanes {
 impl AttentionKernel for ScoresLanes {
     fn grid(&self, shape: &Shape, keys: u64) -> Grid {
         let columns = keys.div_ceil(TILE_KEYS.into());
-        Grid { tile_rows: self.tile.tile_rows(), columns, flops: 2.0 * f64::from(shape.head_dim) }
+        Grid { tile_rows: self.tile.tile_rows(), columns, flops: 2.0 * f64::from(shape.problem.head_dim) }
     }
 }
 
@@ -108,6 +108,6 @@ impl fmt::Display for ScoresLanes {
 impl ScoresLanes {
     /// The variant for a problem.
     pub(crate) fn new(shape: &Shape, lanes: Lanes, format: Format) -> ScoresLanes {
-        ScoresLanes { tile: LaneTile::new(lanes, shape, shape.head_dim, format), format }
+        ScoresLanes { tile: LaneTile::new(lanes, shape, shape.problem.head_dim, format), format }
     }
 }

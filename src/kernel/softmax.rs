@@ -101,7 +101,7 @@ impl Softmax {
     /// The variant for a problem on a device, in the scratch or in the caller's weights. Of the latter a fused kernel gives the
     /// log-sum-exp.
     pub(crate) fn new(shape: &Shape, caps: &Caps, output: bool) -> Softmax {
-        let wanted = match (caps.cpu, shape.seq_kv) {
+        let wanted = match (caps.cpu, shape.problem.seq_kv) {
             // Two loop iterations for 32 keys of a row.
             (true, keys) if u64::from(keys / 16) > LOOP_ITERATIONS => THREADS[2],
             (true, _) => THREADS[0],
@@ -110,6 +110,6 @@ impl Softmax {
         };
         let most = caps.limits.max_compute_invocations_per_workgroup.min(caps.limits.max_compute_workgroup_size_x);
         let threads = THREADS.into_iter().rev().find(|&n| n <= wanted.min(most)).expect("8 is below every floor");
-        Softmax { threads, lse: shape.lse && !output, output }
+        Softmax { threads, lse: shape.problem.lse && !output, output }
     }
 }

@@ -184,15 +184,15 @@ impl Split {
         let Walk { shape, caps, options, key_step } = *walk;
         let class = usize::from(!caps.cpu);
         let tiles = group_rows(shape).div_ceil(self.tile.rows.into());
-        let batch = if options.batch_invariant { 1 } else { shape.batch };
-        let workgroups = tiles.saturating_mul(u64::from(shape.kv_heads)).saturating_mul(u64::from(batch));
+        let batch = if options.batch_invariant { 1 } else { shape.problem.batch };
+        let workgroups = tiles.saturating_mul(u64::from(shape.problem.kv_heads)).saturating_mul(u64::from(batch));
         let wanted = u64::from(WORKGROUPS[class]).div_ceil(workgroups.max(1));
         let most = most_keys(shape, self.tile.rows).div_ceil(LEAST_KEYS[class].into());
         let room = walk.room() / longer_partial_bytes(shape, 1).max(1);
-        let dispatches = shape.seq_kv.div_ceil(key_step);
+        let dispatches = shape.problem.seq_kv.div_ceil(key_step);
         let each = (wanted.min(most).min(room) as u32 / dispatches.max(1)).max(1) * dispatches;
         match each.max(self.fewest_partials(walk)) {
-            0 | 1 => u32::from(shape.element != Element::F32),
+            0 | 1 => u32::from(shape.problem.element != Element::F32),
             parts => parts,
         }
     }
@@ -202,14 +202,14 @@ impl Split {
         let Walk { shape, caps, key_step, .. } = *walk;
         let longest = most_keys(shape, self.tile.rows).min(key_step.into());
         let each = longest.div_ceil(most_loop_keys(self, shape, caps).max(1)).max(1) as u32;
-        each.saturating_mul(shape.seq_kv.div_ceil(key_step))
+        each.saturating_mul(shape.problem.seq_kv.div_ceil(key_step))
     }
 }
 
 /// Bytes of the partial outputs, and of the maximum and the sum of each of their rows.
 pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
     let rows = u64::from(partials) * shape.lse_len();
-    [4 * rows * u64::from(shape.value_dim), 8 * rows]
+    [4 * rows * u64::from(shape.problem.value_dim), 8 * rows]
 }
 
 /// Bytes of the longer of the two buffers that the parts fill.
@@ -231,10 +231,10 @@ impl AttentionKernel for Split {
 impl Fused for Split {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Split>, Obstacle> {
         let full = transforms(shape);
-        if shape.packed.is_some() {
+        if shape.problem.packed.is_some() {
             return Err(Obstacle::PackedSequences);
         }
-        let dims = shape.head_dim.max(shape.value_dim);
+        let dims = shape.problem.head_dim.max(shape.problem.value_dim);
         let shuffle = caps.subgroup_min_size.is_some_and(|size| size >= ACROSS);
         let wide = caps.int64 && caps.lanes() == Some(WIDE_LANES);
         let one_stream = caps.cpu && wide;
@@ -255,11 +255,11 @@ impl Fused for Split {
             return Err(Obstacle::SplitDims { dims });
         }
         check_operands(shape, caps, OperandSet::with_lists(full))?;
-        if options.native_f16 == Some(true) && shape.element == Element::F16 {
+        if options.native_f16 == Some(true) && shape.problem.element == Element::F16 {
             return Err(Obstacle::PackedF16);
         }
         let (bytes, limit) = (longer_partial_bytes(shape, 1), caps.binding().min(options.scratch_budget));
-        if shape.element != Element::F32 && bytes > limit {
+        if shape.problem.element != Element::F32 && bytes > limit {
             return Err(Obstacle::Partials { bytes, limit });
         }
         Ok(found)

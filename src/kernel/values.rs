@@ -101,8 +101,8 @@ impl Shader for Values {
 
 impl AttentionKernel for Values {
     fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        let columns = shape.value_dim.div_ceil(self.tile.tile_cols).into();
-        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.value_dim) }
+        let columns = shape.problem.value_dim.div_ceil(self.tile.tile_cols).into();
+        Grid { tile_rows: self.tile.tile_rows, columns, flops: 2.0 * f64::from(shape.problem.value_dim) }
     }
 }
 
@@ -115,7 +115,7 @@ impl fmt::Display for Values {
 impl Values {
     /// The variant with the largest tile that suits a problem and a device.
     pub(crate) fn new(shape: &Shape, caps: &Caps, format: Format, out: Element) -> Result<Values> {
-        let tile = largest(&TILES, shape.seq_q, caps, |tile| Values { tile, format, out })?;
+        let tile = largest(&TILES, shape.problem.seq_q, caps, |tile| Values { tile, format, out })?;
         Ok(Values { tile, format, out })
     }
 }

@@ -94,8 +94,8 @@ impl Shader for ValuesLanes {
 
 impl AttentionKernel for ValuesLanes {
     fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        let columns = shape.value_dim.div_ceil(self.tile.dims).into();
-        Grid { tile_rows: self.tile.tile_rows(), columns, flops: 2.0 * f64::from(shape.value_dim) }
+        let columns = shape.problem.value_dim.div_ceil(self.tile.dims).into();
+        Grid { tile_rows: self.tile.tile_rows(), columns, flops: 2.0 * f64::from(shape.problem.value_dim) }
     }
 }
 
@@ -110,6 +110,6 @@ impl fmt::Display for ValuesLanes {
 impl ValuesLanes {
     /// The variant for a problem.
     pub(crate) fn new(shape: &Shape, lanes: Lanes, format: Format, out: Element) -> ValuesLanes {
-        ValuesLanes { tile: LaneTile::new(lanes, shape, shape.value_dim, format), format, out }
+        ValuesLanes { tile: LaneTile::new(lanes, shape, shape.problem.value_dim, format), format, out }
     }
 }

@@ -67,7 +67,7 @@ impl<'a> Planner<'a> {
 
     /// Strides of an input or the output of the layer.
     fn outer(&self, width: u32, rows: u32) -> Strides {
-        let (batch, row) = if self.call.seq_first { (1, self.attention.batch) } else { (rows, 1) };
+        let (batch, row) = if self.call.seq_first { (1, self.attention.problem.batch) } else { (rows, 1) };
         let width = u64::from(width);
         Strides { offset: 0, batch: u64::from(batch) * width, head: 0, row: u64::from(row) * width }
     }
@@ -119,7 +119,7 @@ impl<'a> Planner<'a> {
             _ => &self.layer.value,
         };
         let mut p = Projection::new(first.rows, map.inputs, columns, map.order, self.parameters.element);
-        (p.batch, p.x) = (self.attention.batch, self.outer(map.inputs, first.rows));
+        (p.batch, p.x) = (self.attention.problem.batch, self.outer(map.inputs, first.rows));
         (p.weight_offset, p.weight_row) = (first.parameters.weight_offset, first.parameters.weight_row);
         (p.bias, p.y) = (first.parameters.bias_offset, first.strides);
         match tensors {
@@ -141,14 +141,14 @@ impl<'a> Planner<'a> {
             rotary_dim: rotary.dim,
             interleaved: rotary.interleaved,
             table_rows: rotary.positions,
-            batch: self.attention.batch,
+            batch: self.attention.problem.batch,
             rows: tensors[0].rows,
         })
     }
 
     fn append(&self, new: &Projected, cache: Slot) -> LayerOperation {
-        let (s, room) = (&self.attention, self.attention.seq_kv);
-        let mut append = Append::new(s.batch, self.layer.kv_heads, new.rows, room, new.head_dim);
+        let (s, room) = (&self.attention, self.attention.problem.seq_kv);
+        let mut append = Append::new(s.problem.batch, self.layer.kv_heads, new.rows, room, new.head_dim);
         append.x = Layout::Strided(new.strides);
         LayerOperation::Append(append, append::Slots { x: new.output, cache })
     }
@@ -160,16 +160,16 @@ impl<'a> Planner<'a> {
         if let Some(added) = self.parameters.added {
             operations.push(LayerOperation::JoinAddedKey { added, biases: self.parameters.biases });
         }
-        let mut p = Projection::new(s.seq_q, map.inputs, map.outputs, map.order, self.parameters.element);
+        let mut p = Projection::new(s.problem.seq_q, map.inputs, map.outputs, map.order, self.parameters.element);
         let row = u64::from(map.inputs);
-        p.x = Strides { offset: 0, batch: u64::from(s.seq_q) * row, head: 0, row };
-        (p.batch, p.bias, p.y) = (s.batch, location.bias_offset, self.outer(map.outputs, s.seq_q));
+        p.x = Strides { offset: 0, batch: u64::from(s.problem.seq_q) * row, head: 0, row };
+        (p.batch, p.bias, p.y) = (s.problem.batch, location.bias_offset, self.outer(map.outputs, s.problem.seq_q));
         (p.weight_offset, p.weight_row) = (location.weight_offset, location.weight_row);
         let wiring = Wiring { x: Slot::Out, weight: location.buffer, y: Slot::Result, turn: None };
         operations.push(LayerOperation::Project(p, wiring));
         if changes_weights(self.layer, &self.call) {
             operations.push(LayerOperation::GiveWeights {
-                columns: self.layer.weight_columns(s.seq_kv),
+                columns: self.layer.weight_columns(s.problem.seq_kv),
                 mean: self.call.weights == Some(Weights::Mean),
                 added: self.parameters.added.is_some(),
             });
@@ -187,11 +187,11 @@ impl<'a> Planner<'a> {
                     Slot::K => "projected keys",
                     _ => "projected values",
                 };
-                (tensors[0].output, field, projected::bytes(s.batch, tensors))
+                (tensors[0].output, field, projected::bytes(s.problem.batch, tensors))
             })
             .collect();
         named.push((Slot::Out, "merged heads", 4 * s.out().extent()));
-        if s.lse {
+        if s.problem.lse {
             named.push((Slot::Lse, "log-sum-exp", 4 * lse_words(s, self.parameters.added.is_some())));
         }
         if changes_weights(self.layer, &self.call) {

@@ -24,13 +24,13 @@ pub(crate) struct Average<'a> {
 impl Average<'_> {
     /// Adds the dispatches to the steps, one for each batch.
     pub(crate) fn dispatches(&self, steps: &mut Steps<'_>) -> Result<()> {
-        (0..self.attention.batch).try_for_each(|batch| self.batch(batch, steps))
+        (0..self.attention.problem.batch).try_for_each(|batch| self.batch(batch, steps))
     }
 
     fn batch(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
         let (s, caps, threads) = (self.attention, steps.caps, average::Average.threads());
-        let heads = if self.mean { 1 } else { s.heads };
-        let [h, rows, keys] = [s.heads, s.seq_q, s.seq_kv].map(u64::from);
+        let heads = if self.mean { 1 } else { s.problem.heads };
+        let [h, rows, keys] = [s.problem.heads, s.problem.seq_q, s.problem.seq_kv].map(u64::from);
         let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, self.extra)), 4, 0, false)?;
         // A binding may not be empty: without a key the kernel reads none of the heads' weights.
@@ -42,8 +42,15 @@ impl Average<'_> {
         let (out, y_base) = bound(caps, Slot::Averaged, within(per_batch), 4, 0, true)?;
         let col_tiles = self.columns.div_ceil(threads);
         let uniform = Uniform::new(&average::Params {
-            place: Place { row_tiles: s.seq_q, col_tiles, batch0: batch, heads, row_end: s.seq_q, ..Place::default() },
-            w: At { base: w_base, batch: (h * rows * keys) as u32, head: (rows * keys) as u32, row: s.seq_kv },
+            place: Place {
+                row_tiles: s.problem.seq_q,
+                col_tiles,
+                batch0: batch,
+                heads,
+                row_end: s.problem.seq_q,
+                ..Place::default()
+            },
+            w: At { base: w_base, batch: (h * rows * keys) as u32, head: (rows * keys) as u32, row: s.problem.seq_kv },
             y: At {
                 base: y_base,
                 batch: per_batch as u32,
@@ -52,9 +59,9 @@ impl Average<'_> {
             },
             lse: lse_at(s),
             extra_weights: extra_weights(s),
-            mean_heads: if self.mean { s.heads } else { 1 },
-            factor: if self.mean { 1.0 / s.heads as f32 } else { 1.0 },
-            keys: s.seq_kv,
+            mean_heads: if self.mean { s.problem.heads } else { 1 },
+            factor: if self.mean { 1.0 / s.problem.heads as f32 } else { 1.0 },
+            keys: s.problem.seq_kv,
             columns: self.columns,
             flags: if self.extra { flags::EXTRA_KEY } else { 0 },
         });

@@ -23,35 +23,36 @@ pub(crate) struct Extra<'a> {
 
 /// Words of the log-sum-exps, one for each row. The weights of an extra key follow them.
 pub(crate) fn lse_words(attention: &Shape, extra: bool) -> u64 {
-    let rows = u64::from(attention.batch) * u64::from(attention.heads) * u64::from(attention.seq_q);
+    let rows =
+        u64::from(attention.problem.batch) * u64::from(attention.problem.heads) * u64::from(attention.problem.seq_q);
     if extra { 2 * rows } else { rows }
 }
 
 /// Where the log-sum-exps stand.
 pub(crate) fn lse_at(attention: &Shape) -> LineAt {
-    LineAt { base: 0, batch: attention.heads * attention.seq_q, head: attention.seq_q }
+    LineAt { base: 0, batch: attention.problem.heads * attention.problem.seq_q, head: attention.problem.seq_q }
 }
 
 /// From the log-sum-exp of a row to the weight of its extra key.
 pub(crate) fn extra_weights(attention: &Shape) -> u32 {
-    attention.batch * attention.heads * attention.seq_q
+    attention.problem.batch * attention.problem.heads * attention.problem.seq_q
 }
 
 impl Extra<'_> {
     /// Adds the dispatches to the steps, one for each batch.
     pub(crate) fn dispatches(&self, steps: &mut Steps<'_>) -> Result<()> {
-        let rows = if self.attention.seq_q > 0 { self.attention.batch } else { 0 };
+        let rows = if self.attention.problem.seq_q > 0 { self.attention.problem.batch } else { 0 };
         (0..rows).try_for_each(|batch| self.batch(batch, steps))
     }
 
     fn batch(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
         let (s, caps, threads) = (self.attention, steps.caps, extra::Extra.threads());
-        let part = Part::new(batch..batch + 1, 0..s.heads, 0..s.seq_q);
+        let part = Part::new(batch..batch + 1, 0..s.problem.heads, 0..s.problem.seq_q);
         let (q, q_base) = bound(caps, Slot::Q, part.span(&s.q), 4, s.q.strides.offset, false)?;
         let (out, out_base) = bound(caps, Slot::Out, part.span(&s.out), 4, s.out.strides.offset, true)?;
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, true)), 4, 0, true)?;
         let (biases, first) = bound(caps, Slot::Shifts, (0, self.biases), 4, 0, false)?;
-        let row_tiles = s.seq_q.div_ceil(threads);
+        let row_tiles = s.problem.seq_q.div_ceil(threads);
         let uniform = Uniform::new(&extra::Params {
             place: Place { row_tiles, col_tiles: 1, ..part.place() },
             q: At::new(q_base, &s.q.strides),
@@ -59,14 +60,17 @@ impl Extra<'_> {
             lse: lse_at(s),
             extra_weights: extra_weights(s),
             group: s.group,
-            head_dim: s.head_dim,
-            value_dim: s.value_dim,
+            head_dim: s.problem.head_dim,
+            value_dim: s.problem.value_dim,
             scale: s.scale,
             key_base: (self.key as u32).wrapping_add(first),
             value_base: (self.value as u32).wrapping_add(first),
         });
-        let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(s.heads))?;
-        let flops = 4.0 * f64::from(s.heads) * f64::from(s.seq_q) * f64::from(s.head_dim + s.value_dim);
+        let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(s.problem.heads))?;
+        let flops = 4.0
+            * f64::from(s.problem.heads)
+            * f64::from(s.problem.seq_q)
+            * f64::from(s.problem.head_dim + s.problem.value_dim);
         steps.push(Variant::Extra(extra::Extra), uniform, vec![q, biases, lse, out], workgroups, flops)
     }
 }

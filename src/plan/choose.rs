@@ -98,12 +98,12 @@ fn against(kernel: Kernel, chosen: Kernel, is_tuned: bool, walk: &Walk<'_>) -> S
 /// Why a kernel that can run is expected to be slower than another one.
 fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
     let Walk { shape, caps, options, .. } = *walk;
-    let more_queries_than_lanes = || shape.seq_q > Lanes::of(caps).lanes;
+    let more_queries_than_lanes = || shape.problem.seq_q > Lanes::of(caps).lanes;
     // On a GPU scores that are formed again for the weights cost less than a score matrix that goes through the scratch in parts. On a
     // CPU adapter the second product costs more than the softmax saves.
     let scores_again = !caps.cpu && 4 * shape.scores_len() > options.scratch_budget;
     match kernel {
-        Kernel::Rows | Kernel::Flash | Kernel::Matrix if shape.weights && !scores_again => {
+        Kernel::Rows | Kernel::Flash | Kernel::Matrix if shape.problem.weights && !scores_again => {
             Some("for the weights the scores would be formed twice")
         }
         Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
@@ -130,7 +130,7 @@ fn variants(kernel: Kernel, walk: &Walk<'_>) -> Result<Vec<Variant>, Obstacle> {
         Ok(walk.variants()?.into_iter().map(variant).collect())
     }
     match kernel {
-        Kernel::Unfused if walk.shape.paged.is_some() => Err(Obstacle::Pages),
+        Kernel::Unfused if walk.shape.problem.paged.is_some() => Err(Obstacle::Pages),
         Kernel::Unfused => Ok(Vec::new()),
         Kernel::Rows => of(walk, Variant::Rows),
         Kernel::Split => of(walk, Variant::Split),
@@ -191,7 +191,7 @@ impl Tuning {
             // A kernel that cannot run is no candidate.
             choices.extend(variants(kernel, &walk).unwrap_or_default().iter().map(Choice::of));
         }
-        if shape.paged.is_none() {
+        if shape.problem.paged.is_none() {
             choices.push(Choice::Unfused);
         }
         let mut seen = Vec::new();

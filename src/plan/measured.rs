@@ -46,18 +46,18 @@ pub struct Class {
 impl Class {
     /// The class of a problem.
     pub fn of(shape: &Shape) -> Class {
-        let dim = shape.head_dim.max(shape.value_dim);
-        let queries = match shape.seq_q {
+        let dim = shape.problem.head_dim.max(shape.problem.value_dim);
+        let queries = match shape.problem.seq_q {
             0 | 1 => Queries::One,
             2..=FEW => Queries::Few,
             _ => Queries::Many,
         };
         Class {
             dims: DIMS.into_iter().find(|&dims| dim <= dims).expect("a checked problem has no larger dims"),
-            element: shape.element,
+            element: shape.problem.element,
             operands: transforms(shape),
             queries,
-            causal: queries == Queries::Many && shape.causal != Causal::None,
+            causal: queries == Queries::Many && shape.problem.causal != Causal::None,
         }
     }
 }

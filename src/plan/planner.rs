@@ -90,7 +90,7 @@ impl<'a> Planner<'a> {
         check_dispatches(self.dispatches())?;
         // A tile of 64 rows is one dispatch at least where it exceeds the work budget: most that is refused is refused here, before its
         // dispatches are listed.
-        let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.seq_kv.max(1)));
+        let tiles = s.visible_pairs() as f64 / (64.0 * f64::from(s.problem.seq_kv.max(1)));
         check_dispatches((self.steps.budgets(s.flops()).min(tiles) / 4.0) as u64)
     }
 
@@ -100,14 +100,14 @@ impl<'a> Planner<'a> {
         if self.route.partials() > 0 {
             let merge = Merge {
                 partials: self.route.partials(),
-                batch: s.batch,
-                heads: s.heads,
-                seq_q: s.seq_q,
-                value_dim: s.value_dim,
-                element: s.element,
+                batch: s.problem.batch,
+                heads: s.problem.heads,
+                seq_q: s.problem.seq_q,
+                value_dim: s.problem.value_dim,
+                element: s.problem.element,
                 out: Layout::Strided(s.out.strides),
-                lse: s.lse,
-                sinks: s.sinks,
+                lse: s.problem.lse,
+                sinks: s.problem.sinks,
             };
             let merged = merge.dispatches(Partials::Totals, &mut self.steps)?;
             let [out, lse] = self.route.partial_bytes(s);
@@ -120,11 +120,11 @@ impl<'a> Planner<'a> {
                 visible: self.visible(),
                 list: params::Lists::from_fn(|list| self.lists.place(list)),
                 flags: problem_flags(s),
-                sequences: s.batch,
+                sequences: s.problem.batch,
                 ..kernel::pack::Params::default()
             };
-            let packed = s.packed.map(|_| (params, self.lists.bytes()));
-            pack(self.caps, s.element, &s.out, packed, &mut self.steps)?;
+            let packed = s.problem.packed.map(|_| (params, self.lists.bytes()));
+            pack(self.caps, s.problem.element, &s.out, packed, &mut self.steps)?;
             scratch.push((Slot::Unpacked, unpacked));
         }
         Ok(())
@@ -201,7 +201,7 @@ impl<'a> Planner<'a> {
 
     /// Dispatches of a part that walk its keys one after the other.
     fn dispatches(&self) -> u64 {
-        u64::from(self.shape.seq_kv.div_ceil(self.route.key_step()).max(1))
+        u64::from(self.shape.problem.seq_kv.div_ceil(self.route.key_step()).max(1))
     }
 
     fn params(&self, part: &Part, keys: &Range<u32>, extra_flags: u32) -> Attention {
@@ -220,9 +220,9 @@ impl<'a> Planner<'a> {
             keys: Keys { key0: keys.start, key_end: keys.end },
             visible: self.visible(),
             pages: Pages {
-                pages: s.paged.map_or(0, |p| p.pages),
-                page_size: s.paged.map_or(s.seq_kv.max(1), |p| p.page_size),
-                table_row: s.paged.map_or(0, |p| p.of(s.seq_kv)),
+                pages: s.problem.paged.map_or(0, |p| p.pages),
+                page_size: s.problem.paged.map_or(s.problem.seq_kv.max(1), |p| p.page_size),
+                table_row: s.problem.paged.map_or(0, |p| p.of(s.problem.seq_kv)),
             },
             list: params::Lists::from_fn(|list| self.lists.place(list)),
             // Sinks join where partial results are merged.
@@ -230,9 +230,9 @@ impl<'a> Planner<'a> {
                 & if extra_flags & flags::PARTIAL != 0 { !flags::SINKS } else { !0 },
             group: s.group,
             lines: Lines { group0: group.start, group_end: group.end },
-            head_dim: s.head_dim,
-            value_dim: s.value_dim,
-            transform: Transform { scale: s.scale, softcap: s.softcap.unwrap_or(0.0), ..Transform::default() },
+            head_dim: s.problem.head_dim,
+            value_dim: s.problem.value_dim,
+            transform: Transform { scale: s.scale, softcap: s.problem.softcap.unwrap_or(0.0), ..Transform::default() },
             s: At {
                 base: 0u64.wrapping_sub(origin) as u32,
                 batch: s_batch as u32,
@@ -248,20 +248,20 @@ impl<'a> Planner<'a> {
     fn visible(&self) -> Visible {
         let s = self.shape;
         Visible {
-            seq_q: s.seq_q,
-            seq_kv: s.seq_kv,
-            total_q: s.packed.map_or(0, |p| p.total_q),
-            total_kv: s.packed.map_or(0, |p| p.total_kv),
-            window_left: s.window.left.unwrap_or(0),
-            window_right: s.window.right.unwrap_or(0),
+            seq_q: s.problem.seq_q,
+            seq_kv: s.problem.seq_kv,
+            total_q: s.problem.packed.map_or(0, |p| p.total_q),
+            total_kv: s.problem.packed.map_or(0, |p| p.total_kv),
+            window_left: s.problem.window.left.unwrap_or(0),
+            window_right: s.problem.window.right.unwrap_or(0),
         }
     }
 
     /// The binding of a slot, and its base and strides in the uniform. Strides wrap like addresses.
     fn bound(&self, slot: Slot, written: bool, part: &Part, keys: &Range<u32>, p: &mut Attention) -> Bound {
         let s = self.shape;
-        let bytes = s.element.bytes();
-        let [heads, rows, keys_all] = [s.heads, s.seq_q, s.seq_kv].map(u64::from);
+        let bytes = s.problem.element.bytes();
+        let [heads, rows, keys_all] = [s.problem.heads, s.problem.seq_q, s.problem.seq_kv].map(u64::from);
         let dense = Strides { offset: 0, batch: heads * rows * keys_all, head: rows * keys_all, row: keys_all };
         let unpacked = self.route.unpacked(s);
         let partial = self.route.partials() > 0;
@@ -279,15 +279,19 @@ impl<'a> Planner<'a> {
             }
             Slot::Out => (slot, self.bind(self.query_span(&s.out, part), bytes, s.out.strides.offset)),
             Slot::Lse if partial => (Slot::PartialLse, (0, self.route.partial_bytes(s)[1], 0)),
-            Slot::Lse if !s.lse => (Slot::Spare, (0, SPARE, 0)),
+            Slot::Lse if !s.problem.lse => (Slot::Spare, (0, SPARE, 0)),
             Slot::Lse => (slot, self.bind(self.lse_span(part), 4, 0)),
             Slot::Weights | Slot::Logits => (slot, self.bind(self.dense_span(part), 4, 0)),
             // A shader that can take the operand binds something even where the problem has none, or none of its elements.
-            Slot::Mask if s.mask.is_none_or(|mask| mask.is_empty()) => (Slot::Lists, (0, self.lists.bytes(), 0)),
-            Slot::Bias if s.bias.is_none_or(|bias| bias.shape.is_empty()) => (Slot::Lists, (0, self.lists.bytes(), 0)),
-            Slot::Mask => (slot, self.bind(broadcast_span(&s.mask.expect("matched above"), part), 1, 0)),
+            Slot::Mask if s.problem.mask.is_none_or(|mask| mask.is_empty()) => {
+                (Slot::Lists, (0, self.lists.bytes(), 0))
+            }
+            Slot::Bias if s.problem.bias.is_none_or(|bias| bias.shape.is_empty()) => {
+                (Slot::Lists, (0, self.lists.bytes(), 0))
+            }
+            Slot::Mask => (slot, self.bind(broadcast_span(&s.problem.mask.expect("matched above"), part), 1, 0)),
             Slot::Bias => {
-                let bias = s.bias.expect("matched above");
+                let bias = s.problem.bias.expect("matched above");
                 (slot, self.bind(broadcast_span(&bias.shape, part), bias.element.bytes(), 0))
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
@@ -304,25 +308,27 @@ impl<'a> Planner<'a> {
             Slot::Weights if fused => p.s = At::new(base, &dense),
             Slot::Weights | Slot::Logits => p.out = At::new(base, &dense),
             Slot::PartialOut => {
-                let plane = s.seq_q.wrapping_mul(s.value_dim);
-                let batch = s.heads.wrapping_mul(plane);
-                p.partials.next_out = s.batch.wrapping_mul(batch);
+                let plane = s.problem.seq_q.wrapping_mul(s.problem.value_dim);
+                let batch = s.problem.heads.wrapping_mul(plane);
+                p.partials.next_out = s.problem.batch.wrapping_mul(batch);
                 // Behind the parts of the dispatches before.
                 let base = parts_before.wrapping_mul(p.partials.next_out);
-                p.out = At { base, batch, head: plane, row: s.value_dim };
+                p.out = At { base, batch, head: plane, row: s.problem.value_dim };
             }
             Slot::PartialLse => {
-                let batch = s.heads.wrapping_mul(s.seq_q);
-                p.partials.next_lse = s.batch.wrapping_mul(batch);
+                let batch = s.problem.heads.wrapping_mul(s.problem.seq_q);
+                p.partials.next_lse = s.problem.batch.wrapping_mul(batch);
                 let base = parts_before.wrapping_mul(p.partials.next_lse);
-                p.lse = LineAt { base, batch, head: s.seq_q };
+                p.lse = LineAt { base, batch, head: s.problem.seq_q };
             }
             Slot::Lse => {
-                let row = s.packed.map_or(s.seq_q, |packed| packed.total_q);
-                p.lse = LineAt { base, batch: s.heads.wrapping_mul(row), head: row };
+                let row = s.problem.packed.map_or(s.problem.seq_q, |packed| packed.total_q);
+                p.lse = LineAt { base, batch: s.problem.heads.wrapping_mul(row), head: row };
             }
-            Slot::Mask => p.transform.mask = pair_at(base, &s.mask.expect("matched above"), s.seq_kv),
-            Slot::Bias => p.transform.bias = pair_at(base, &s.bias.expect("matched above").shape, s.seq_kv),
+            Slot::Mask => p.transform.mask = pair_at(base, &s.problem.mask.expect("matched above"), s.problem.seq_kv),
+            Slot::Bias => {
+                p.transform.bias = pair_at(base, &s.problem.bias.expect("matched above").shape, s.problem.seq_kv)
+            }
             _ => {}
         }
         Bound { slot, offset, size, written }
@@ -330,7 +336,7 @@ impl<'a> Planner<'a> {
 }
 
 fn problem_flags(s: &Shape) -> u32 {
-    let bias = s.bias.map_or(0, |bias| {
+    let bias = s.problem.bias.map_or(0, |bias| {
         flags::BIAS
             | match bias.element {
                 Element::F32 => flags::BIAS_F32,
@@ -338,23 +344,23 @@ fn problem_flags(s: &Shape) -> u32 {
                 Element::Bf16 => flags::BIAS_BF16,
             }
     });
-    let causal = match s.causal {
+    let causal = match s.problem.causal {
         Causal::None => 0,
         Causal::TopLeft => flags::CAUSAL,
         Causal::BottomRight => flags::CAUSAL | flags::BOTTOM_RIGHT,
         Causal::Offset => flags::CAUSAL | flags::OFFSETS,
     };
     let set = [
-        (s.window.left.is_some(), flags::WINDOW_LEFT),
-        (s.window.right.is_some(), flags::WINDOW_RIGHT),
-        (s.key_lengths, flags::LENGTHS),
-        (s.key_positions, flags::POSITIONS),
-        (s.packed.is_some(), flags::PACKED),
-        (s.paged.is_some(), flags::PAGED),
-        (s.softcap.is_some(), flags::SOFTCAP),
-        (s.alibi, flags::ALIBI),
-        (s.sinks, flags::SINKS),
-        (s.mask.is_some(), flags::MASK),
+        (s.problem.window.left.is_some(), flags::WINDOW_LEFT),
+        (s.problem.window.right.is_some(), flags::WINDOW_RIGHT),
+        (s.problem.key_lengths, flags::LENGTHS),
+        (s.problem.key_positions, flags::POSITIONS),
+        (s.problem.packed.is_some(), flags::PACKED),
+        (s.problem.paged.is_some(), flags::PAGED),
+        (s.problem.softcap.is_some(), flags::SOFTCAP),
+        (s.problem.alibi, flags::ALIBI),
+        (s.problem.sinks, flags::SINKS),
+        (s.problem.mask.is_some(), flags::MASK),
     ];
     set.into_iter().filter(|&(on, _)| on).fold(bias | causal, |all, (_, flag)| all | flag)
 }

@@ -80,8 +80,8 @@ impl Route {
             _ => (fused::loop_step(fused, shape, caps, walk.key_step), 0),
         };
         let (mut body, _) = Body::choose(caps, options);
-        if shape.weights {
-            if !shape.seq_kv.is_multiple_of(4) || (options.native_f16 == Some(true) && options.form.is_none()) {
+        if shape.problem.weights {
+            if !shape.problem.seq_kv.is_multiple_of(4) || (options.native_f16 == Some(true) && options.form.is_none()) {
                 // The lane form writes whole vectors, also across the ends of rows, and reads f16 packed.
                 body = Body::Tiled;
             }
@@ -90,7 +90,7 @@ impl Route {
             ));
         }
         // The fused kernel has seen to its own format.
-        let native = shape.weights && choose_native(walk, body)?;
+        let native = shape.problem.weights && choose_native(walk, body)?;
         let [qk, vo] = formats(shape, native, reasons);
         explain_key_step(key_step, shape, reasons);
         if partials > 0 {
@@ -104,7 +104,7 @@ impl Route {
         }
         let scores = scores(walk, body, qk, false)?;
         let part_rows = tile_rows(&scores, shape).max(tile_rows(&values(walk, body, vo, Element::F32)?, shape));
-        let weights = if shape.weights { Some(Weighing::new(walk, body, qk, true, reasons)?) } else { None };
+        let weights = if shape.problem.weights { Some(Weighing::new(walk, body, qk, true, reasons)?) } else { None };
         Ok(Route::Fused { kernel, key_step, partials, weights, part_rows })
     }
 
@@ -117,11 +117,11 @@ impl Route {
         let [qk, vo] = formats(shape, native, reasons);
         let weights = Weighing::new(walk, body, qk, false, reasons)?;
         explain_key_step(key_step, shape, reasons);
-        let unpacked = shape.element != Element::F32 && (!vo.vector || key_step < shape.seq_kv);
+        let unpacked = shape.problem.element != Element::F32 && (!vo.vector || key_step < shape.problem.seq_kv);
         if unpacked {
             check_unpacked(shape, reasons)?;
         }
-        let values = values(walk, body, vo, if unpacked { Element::F32 } else { shape.element })?;
+        let values = values(walk, body, vo, if unpacked { Element::F32 } else { shape.problem.element })?;
         Ok(Route::Staged { weights, values, unpacked, key_step })
     }
 
@@ -231,7 +231,7 @@ pub(crate) fn tile_rows(variant: &Variant, shape: &Shape) -> u32 {
 
 /// Whether a fused kernel leaves a 16-bit output to `pack`.
 fn unpacks(kernel: &dyn Fused, partials: u32, shape: &Shape) -> bool {
-    shape.element != Element::F32 && partials == 0 && !kernel.writes_element()
+    shape.problem.element != Element::F32 && partials == 0 && !kernel.writes_element()
 }
 
 fn check_unpacked(shape: &Shape, reasons: &mut Vec<String>) -> Result<()> {
@@ -253,13 +253,13 @@ fn formats(shape: &Shape, native: bool, reasons: &mut Vec<String>) -> [Format; 2
         if !vector {
             reasons.push(format!("{what} has rows that are not whole vectors of four: elements are read one by one"));
         }
-        Format { element: shape.element, native, vector }
+        Format { element: shape.problem.element, native, vector }
     };
     [format("q or k", [&shape.q, &shape.k]), format("v or out", [&shape.v, &shape.out])]
 }
 
 fn explain_key_step(key_step: u32, shape: &Shape, reasons: &mut Vec<String>) {
-    if key_step < shape.seq_kv {
+    if key_step < shape.problem.seq_kv {
         reasons.push(format!(
             "{key_step} keys a dispatch: those of one head exceed a binding, or what the loops of a CPU adapter take"
         ));
@@ -287,7 +287,7 @@ fn is_separate(shape: &Shape, caps: &Caps, body: Body, reasons: &mut Vec<String>
 
 /// Whether `scores` and `values` read f16 with the adapter's own type.
 fn choose_native(walk: &Walk<'_>, body: Body) -> Result<bool> {
-    let is_f16 = walk.shape.element == Element::F16;
+    let is_f16 = walk.shape.problem.element == Element::F16;
     let possible = is_f16 && walk.caps.f16 && body == Body::Tiled;
     match walk.options.native_f16 {
         Some(true) if !possible && is_f16 => {

@@ -100,21 +100,21 @@ pub(super) fn attention_with_errors(
     });
     let per_row = || vec![0.0; shape.lse_len() as usize];
     let per_score = |wanted: bool| vec![0.0; if wanted { shape.scores_len() as usize } else { 0 }];
-    let (u16, _) = element_rounding(shape.element);
+    let (u16, _) = element_rounding(shape.problem.element);
     let mut budget = Budget {
         out: Tolerance { atol: per_row(), rtol: 4.0 * U + 1.01 * u16 },
         lse: Tolerance { atol: per_row(), rtol: 0.0 },
-        weights: Tolerance { atol: per_score(shape.weights), rtol: 4.0 * U },
-        logits: Tolerance { atol: per_score(shape.logits.is_some()), rtol: U },
+        weights: Tolerance { atol: per_score(shape.problem.weights), rtol: 4.0 * U },
+        logits: Tolerance { atol: per_score(shape.problem.logits.is_some()), rtol: U },
     };
     let mut evaluated = Vec::with_capacity(rows.len());
     for (row, (bounds, of)) in rows {
         budget.out.atol[row.place()] = bounds.out;
         budget.lse.atol[row.place()] = bounds.lse;
-        if shape.weights {
+        if shape.problem.weights {
             budget.weights.atol[row.matrix()..][..bounds.weights.len()].copy_from_slice(&bounds.weights);
         }
-        if shape.logits.is_some() {
+        if shape.problem.logits.is_some() {
             budget.logits.atol[row.matrix()..][..bounds.logits.len()].copy_from_slice(&bounds.logits);
         }
         evaluated.push((row, of));
@@ -195,7 +195,7 @@ struct Magnitude {
 }
 
 fn magnitude(row: &Row<'_>, j: usize, raw: f64, moved: f64, logit: f64) -> Magnitude {
-    let capped = raw + f64::from(row.shape.softcap.unwrap_or(0.0));
+    let capped = raw + f64::from(row.shape.problem.softcap.unwrap_or(0.0));
     let (before, bias) = (capped + row.alibi(j).abs(), row.bias(j));
     // f32 has 24 bits: less than a quarter of the last place is lost in the sum, which is then the bias itself.
     let absorbed = before <= bias.abs() * U / 4.0;
@@ -246,7 +246,7 @@ fn row(row: &Row<'_>, loaded: &Loaded, query_errors: Option<&[f64]>, of: &Evalua
     let linear = g < 1.0;
     let moved = moved.iter().map(|&(sum, reach)| if linear { reach.min((1.0 + g) * sum) } else { reach });
 
-    let keys = f64::from(shape.seq_kv);
+    let keys = f64::from(shape.problem.seq_kv);
     let sum = (8.0 + keys.sqrt()) * U;
     let peak = peak(visible(), &head.values);
     let carried = loaded.errors.as_ref().map_or(0.0, |errors| carried(&errors.values, &growths, g, &of.weights));
@@ -257,14 +257,14 @@ fn row(row: &Row<'_>, loaded: &Loaded, query_errors: Option<&[f64]>, of: &Evalua
         if furthest < 1.0 { visible().map(|j| grown(j, terms[j].delta)).sum::<f64>().ln_1p() } else { furthest };
     let lse = if of.lse.is_finite() { of.lse.abs() } else { 0.0 };
 
-    let mut weights = vec![0.0; if shape.weights { row.keys() } else { 0 }];
-    if shape.weights {
+    let mut weights = vec![0.0; if shape.problem.weights { row.keys() } else { 0 }];
+    if shape.problem.weights {
         for j in visible() {
             let moved = if linear { grown(j, error(j) + g.ln_1p()).min(1.0) } else { 1.0 };
             weights[j] = moved + sum * of.weights[j] + FLUSH;
         }
     }
-    let logit = |(term, &x): (&Magnitude, &f64)| match shape.logits {
+    let logit = |(term, &x): (&Magnitude, &f64)| match shape.problem.logits {
         Some(Logits::Raw) => 4.0 * U * term.raw + term.moved + FLUSH,
         Some(Logits::Capped) => 4.0 * U * term.capped + term.moved + FLUSH,
         Some(Logits::Masked) if x != f64::NEG_INFINITY => term.delta + FLUSH,
@@ -274,7 +274,7 @@ fn row(row: &Row<'_>, loaded: &Loaded, query_errors: Option<&[f64]>, of: &Evalua
         out: if (0..row.keys()).any(|j| row.visible(j)) { out } else { 0.0 },
         lse: shift + U * (2.0 * lse + 16.0 + 2.0 * keys.sqrt()),
         weights,
-        logits: if shape.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },
+        logits: if shape.problem.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },
     }
 }
 
@@ -295,9 +295,9 @@ fn peak(keys: impl Iterator<Item = usize>, values: &Values<f64>) -> f64 {
 /// llvmpipe's exp of a very low logit is that number. The product of the weight and the value may be flushed, too. An f16 output is
 /// rounded to a multiple of the smallest subnormal of f16.
 fn subnormals(row: &Row<'_>, values: &Values<f64>) -> f64 {
-    let (_, rounded) = element_rounding(row.shape.element);
+    let (_, rounded) = element_rounding(row.shape.problem.element);
     let seen = (0..row.keys()).filter(|&j| row.visible(j));
-    f64::from(row.shape.seq_kv) * FLUSH * (1.0 + peak(seen, values)) + rounded
+    f64::from(row.shape.problem.seq_kv) * FLUSH * (1.0 + peak(seen, values)) + rounded
 }
 
 fn magnitudes(values: &[f64]) -> Vec<f64> {

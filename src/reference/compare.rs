@@ -321,9 +321,9 @@ fn gaps(tensor: &Tensor) -> impl Iterator<Item = usize> {
 fn check_outputs(shape: &Shape, got: &Outputs) -> Result<()> {
     let matrix = shape.scores_len() as usize;
     check_output("out", Some(got.out.len()), Some(shape.out().extent() as usize))?;
-    check_output("lse", got.lse.as_ref().map(Vec::len), shape.lse.then_some(shape.lse_len() as usize))?;
-    check_output("weights", got.weights.as_ref().map(Vec::len), shape.weights.then_some(matrix))?;
-    check_output("logits", got.logits.as_ref().map(Vec::len), shape.logits.map(|_| matrix))
+    check_output("lse", got.lse.as_ref().map(Vec::len), shape.problem.lse.then_some(shape.lse_len() as usize))?;
+    check_output("weights", got.weights.as_ref().map(Vec::len), shape.problem.weights.then_some(matrix))?;
+    check_output("logits", got.logits.as_ref().map(Vec::len), shape.problem.logits.map(|_| matrix))
 }
 
 /// Checks that an output is there if it is asked for, and that it has the length that it must have.

@@ -33,7 +33,7 @@ pub(super) fn row<T: Real>(row: &Row<'_>, x: &mut [T], upto: Logits) {
     if upto == Logits::Raw {
         return;
     }
-    if let Some(cap) = row.shape.softcap {
+    if let Some(cap) = row.shape.problem.softcap {
         let cap = T::of(cap.into());
         x.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
     }

@@ -36,12 +36,12 @@ impl<'a> Sequence<'a> {
             Some(cu) => (0, cu[batch] as usize, (cu[batch + 1] - cu[batch]) as usize),
             None => (batch, 0, full as usize),
         };
-        let (slab, first_row, rows) = span(operands.cu_seqlens_q, shape.seq_q);
-        let (_, first_key, keys) = span(operands.cu_seqlens_kv, shape.seq_kv);
+        let (slab, first_row, rows) = span(operands.cu_seqlens_q, shape.problem.seq_q);
+        let (_, first_key, keys) = span(operands.cu_seqlens_kv, shape.problem.seq_kv);
         let length = operands.key_lengths.map_or(keys, |lengths| lengths.u32s()[batch] as usize);
         // Which page a key beyond the length would stand in is not said.
-        let keys = if shape.paged.is_some() { length } else { keys };
-        let offset = match shape.causal {
+        let keys = if shape.problem.paged.is_some() { length } else { keys };
+        let offset = match shape.problem.causal {
             Causal::None | Causal::TopLeft => 0,
             Causal::BottomRight => length as i64 - rows as i64,
             Causal::Offset => {
@@ -80,10 +80,10 @@ impl<'a> Sequence<'a> {
 
     /// Batch and row of k and v, or page and row in it, that hold a key.
     fn stands(&self, key: usize) -> (usize, usize) {
-        match (self.shape.paged, self.inputs.operands.block_table.map(HostSlice::u32s)) {
+        match (self.shape.problem.paged, self.inputs.operands.block_table.map(HostSlice::u32s)) {
             (Some(paged), Some(table)) => {
                 let size = paged.page_size as usize;
-                let columns = table.len() / self.shape.batch as usize;
+                let columns = table.len() / self.shape.problem.batch as usize;
                 (table[self.batch * columns + key / size] as usize, key % size)
             }
             _ => (self.slab, key),
@@ -135,7 +135,8 @@ impl<'a> Row<'a> {
 
     /// Where it begins in the score matrix.
     pub fn matrix(&self) -> usize {
-        let [heads, seq_q, seq_kv] = [self.shape.heads, self.shape.seq_q, self.shape.seq_kv].map(|n| n as usize);
+        let [heads, seq_q, seq_kv] =
+            [self.shape.problem.heads, self.shape.problem.seq_q, self.shape.problem.seq_kv].map(|n| n as usize);
         ((self.sequence.batch * heads + self.head) * seq_q + self.index) * seq_kv
     }
 
@@ -153,7 +154,7 @@ impl<'a> Row<'a> {
 
     /// What the bias adds to the logit of key `j`; −inf beyond its last axis.
     pub fn bias(&self, j: usize) -> f64 {
-        match (self.shape.bias, self.sequence.inputs.operands.bias.map(HostSlice::floats)) {
+        match (self.shape.problem.bias, self.sequence.inputs.operands.bias.map(HostSlice::floats)) {
             (Some(bias), Some(data)) => self.broadcast(bias.shape, j).map_or(f64::NEG_INFINITY, |at| data.get(at)),
             _ => 0.0,
         }
@@ -162,15 +163,15 @@ impl<'a> Row<'a> {
     /// Whether this row sees key `j`.
     pub fn visible(&self, j: usize) -> bool {
         let (p, key) = (self.position(), self.key_position(j));
-        let mask = || match (self.shape.mask, self.sequence.inputs.operands.mask.map(HostSlice::u8s)) {
+        let mask = || match (self.shape.problem.mask, self.sequence.inputs.operands.mask.map(HostSlice::u8s)) {
             (Some(shape), Some(mask)) => self.broadcast(shape, j).is_some_and(|at| mask[at] != 0),
             _ => true,
         };
         j < self.sequence.length
             && key >= 0
-            && (self.shape.causal == Causal::None || key <= p)
-            && self.shape.window.left.is_none_or(|left| key >= p - i64::from(left))
-            && self.shape.window.right.is_none_or(|right| key <= p + i64::from(right))
+            && (self.shape.problem.causal == Causal::None || key <= p)
+            && self.shape.problem.window.left.is_none_or(|left| key >= p - i64::from(left))
+            && self.shape.problem.window.right.is_none_or(|right| key <= p + i64::from(right))
             && mask()
             && self.bias(j) != f64::NEG_INFINITY
     }
@@ -183,7 +184,9 @@ impl<'a> Row<'a> {
     /// Position of key `j`.
     fn key_position(&self, j: usize) -> i64 {
         match self.sequence.inputs.operands.key_positions.map(HostSlice::i32s) {
-            Some(listed) => listed[self.sequence.batch * self.shape.seq_kv as usize + j].min((1 << 30) - 1).into(),
+            Some(listed) => {
+                listed[self.sequence.batch * self.shape.problem.seq_kv as usize + j].min((1 << 30) - 1).into()
+            }
             None => j as i64,
         }
     }
@@ -208,7 +211,8 @@ pub(super) fn map<'a, S: Sync, R: Send>(
     load: impl Fn(&Sequence<'a>, usize) -> S + Sync,
     each: impl Fn(&Row<'a>, &S) -> R + Sync,
 ) -> Vec<(Row<'a>, R)> {
-    let [batch, heads, kv_heads] = [shape.batch, shape.heads, shape.kv_heads].map(|n| n as usize);
+    let [batch, heads, kv_heads] =
+        [shape.problem.batch, shape.problem.heads, shape.problem.kv_heads].map(|n| n as usize);
     let group = heads / kv_heads;
     (0..batch * kv_heads)
         .into_par_iter()

@@ -35,14 +35,14 @@ impl<T: Real> Values<T> {
     pub fn load(sequence: &Sequence<'_>, kv_head: usize) -> Self {
         let dense: Vec<T> = sequence.values(kv_head);
         let peak = |v: &[T]| v.iter().filter(|x| x.is_finite()).fold(T::zero(), |peak, x| peak.max(x.abs()));
-        let peak = dense.chunks_exact(sequence.shape.value_dim as usize).map(peak).collect();
+        let peak = dense.chunks_exact(sequence.shape.problem.value_dim as usize).map(peak).collect();
         Values { dense, peak }
     }
 }
 
 /// The output of one row.
 pub(super) fn row<T: Real>(row: &Row<'_>, weights: &[T], values: &Values<T>) -> Vec<T> {
-    let dim = row.shape.value_dim as usize;
+    let dim = row.shape.problem.value_dim as usize;
     let mut out = vec![T::zero(); dim];
     for (j, (&weight, v)) in weights.iter().zip(values.dense.chunks_exact(dim)).enumerate() {
         if !row.visible(j) {

@@ -176,7 +176,7 @@ fn sliced(gpu: &Gpu) -> Vec<Plan> {
 /// Two calls and what each must give, from a `Prepared` of its own.
 fn pair(gpu: &Gpu, plan: &Plan) -> [(Staged, [Option<Vec<u8>>; 4]); 2] {
     [1, 2].map(|seed| {
-        let operands = Data::random(plan.shape(), seed, 1.0);
+        let operands = Data::random(plan.shape().problem(), seed, 1.0);
         let alone = Staged::new(gpu.device(), plan, &operands);
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         gpu.library().prepare(plan).unwrap().encode(&mut encoder, &alone.buffers()).unwrap();
@@ -244,7 +244,7 @@ fn many_threads_run_one_prepared() {
         let device: &Gpu = gpu;
         for plan in sliced(device) {
             let prepared = device.library().prepare(&plan).unwrap();
-            let problem: &Problem = plan.shape();
+            let problem = plan.shape().problem();
             let run = |seed| {
                 let operands = Data::random(problem, seed, 1.0);
                 let resident = device.upload(&plan, &operands.inputs()).unwrap();

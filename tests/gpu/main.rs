@@ -137,7 +137,7 @@ fn obstacle(gpu: &Gpu, p: &Problem, kernel: Kernel, form: Option<Form>) -> Optio
     let bound =
         |tensor: &Tensor| u64::from(tensor.sizes[2].saturating_sub(1)) * tensor.strides.row + u64::from(tensor.dim);
     let shape = p.check().unwrap();
-    let longest = bound(shape.k()).max(bound(shape.v())) * shape.element.bytes();
+    let longest = bound(shape.k()).max(bound(shape.v())) * shape.problem().element.bytes();
     let alignment = u64::from(limits.min_storage_buffer_offset_alignment).max(32);
     // Where the keys of a head exceed a binding, what waits between the dispatches over them needs room, and a binding.
     let room = limits.max_storage_buffer_binding_size;

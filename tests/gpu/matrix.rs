@@ -47,7 +47,7 @@ fn everywhere(case: &Case) {
 #[track_caller]
 fn in_forms(case: &Case, forms: &[(u32, Option<u32>)]) {
     let shape = case.problem.check().unwrap();
-    assert!(shape.element == Element::F16 && !case.problem.weights);
+    assert!(shape.problem().element == Element::F16 && !case.problem.weights);
     able();
     for gpu in gpus() {
         if !gpu.library().caps().f16 {

@@ -72,7 +72,7 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
         for key in [keys.start, keys.end - 1] {
             let tensor = |of: &Tensor, row: u32, head: u32, first: u32, last: u32, bytes: u64| {
                 let last_token = of.sizes[2] - 1;
-                let places = match (s.packed, s.paged, bound.slot) {
+                let places = match (s.problem().packed, s.problem().paged, bound.slot) {
                     (Some(_), ..) => vec![(0, 0), (0, last_token)],
                     // Any page, whatever the key.
                     (_, Some(paged), Slot::K | Slot::V) => vec![(0, 0), (paged.pages - 1, last_token)],
@@ -88,12 +88,12 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                     }
                 }
             };
-            let bytes = s.element.bytes();
-            let kv_head = place.head / (s.heads / s.kv_heads);
+            let bytes = s.problem().element.bytes();
+            let kv_head = place.head / (s.problem().heads / s.problem().kv_heads);
             let score = |b: u32, h: u32, i: u32| tensor_at(at, [b, h, i, key]);
             match bound.slot {
-                Slot::Q => tensor(s.q(), row, place.head, 0, s.head_dim - 1, bytes),
-                Slot::K => tensor(s.k(), key, kv_head, 0, s.head_dim - 1, bytes),
+                Slot::Q => tensor(s.q(), row, place.head, 0, s.problem().head_dim - 1, bytes),
+                Slot::K => tensor(s.k(), key, kv_head, 0, s.problem().head_dim - 1, bytes),
                 Slot::V => tensor(s.v(), key, kv_head, place.cols.start, place.cols.end - 1, bytes),
                 Slot::Out => tensor(s.out(), row, place.head, place.cols.start, place.cols.end - 1, bytes),
                 Slot::Unpacked => tensor(s.out(), row, place.head, place.cols.start, place.cols.end - 1, 4),
@@ -109,46 +109,56 @@ fn corners(plan: &Plan, step: &Step, bound: &Bound, place: &Place, at: &[u32]) {
                         Variant::Scores(_) | Variant::ScoresLanes(_) | Variant::Logits(_) | Variant::Softmax(_)
                     ) =>
                 {
-                    let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
+                    let want = dense(
+                        [s.problem().batch, s.problem().heads, s.problem().seq_q, s.problem().seq_kv],
+                        [place.batch, place.head, row, key],
+                    );
                     let got = score(place.batch, place.head, row);
                     hits(step, bound, 4, got, want);
                     let lanes = matches!(step.variant, Variant::ScoresLanes(_));
                     assert!(!lanes || (at[3].is_multiple_of(4) && (got - key).is_multiple_of(4)), "{}", step.variant);
                 }
                 Slot::Weights | Slot::Logits => {
-                    let want = dense([s.batch, s.heads, s.seq_q, s.seq_kv], [place.batch, place.head, row, key]);
+                    let want = dense(
+                        [s.problem().batch, s.problem().heads, s.problem().seq_q, s.problem().seq_kv],
+                        [place.batch, place.head, row, key],
+                    );
                     hits(step, bound, 4, tensor_at(at, [place.batch, place.head, row, key]), want);
                 }
                 Slot::PartialOut => {
-                    let (part, last) = (place.part, s.value_dim - 1);
-                    let want = s.batch * (parts_before(plan, step) + part) + place.batch;
-                    let want = dense([1, s.heads, s.seq_q, s.value_dim], [want, place.head, row, last]);
+                    let (part, last) = (place.part, s.problem().value_dim - 1);
+                    let want = s.problem().batch * (parts_before(plan, step) + part) + place.batch;
+                    let want = dense(
+                        [1, s.problem().heads, s.problem().seq_q, s.problem().value_dim],
+                        [want, place.head, row, last],
+                    );
                     let line = tensor_at(at, [place.batch, place.head, row, last]);
                     hits(step, bound, 4, line.wrapping_add(part * step.uniform["next_out"]), want);
                 }
                 Slot::PartialLse => {
-                    let want = s.batch * (parts_before(plan, step) + place.part) + place.batch;
-                    let want = dense([1, s.heads, s.seq_q, 1], [want, place.head, row, 0]);
+                    let want = s.problem().batch * (parts_before(plan, step) + place.part) + place.batch;
+                    let want = dense([1, s.problem().heads, s.problem().seq_q, 1], [want, place.head, row, 0]);
                     let part = place.part.wrapping_mul(step.uniform["next_lse"]);
                     // The maximum and the sum of a row.
                     hits(step, bound, 8, line_at(at, [place.batch, place.head, row]).wrapping_add(part), want);
                 }
                 Slot::Lse => {
-                    let (rows, batch, tokens) = match s.packed {
-                        None => (s.seq_q, place.batch, vec![row]),
+                    let (rows, batch, tokens) = match s.problem().packed {
+                        None => (s.problem().seq_q, place.batch, vec![row]),
                         Some(packed) => (packed.total_q, 0, vec![0, packed.total_q - 1]),
                     };
                     for token in tokens {
-                        let want = dense([1, s.batch, s.heads, rows], [0, batch, place.head, token]);
+                        let want =
+                            dense([1, s.problem().batch, s.problem().heads, rows], [0, batch, place.head, token]);
                         let got = line_at(at, [batch, place.head, token]);
                         hits(step, bound, 4, got, want);
                     }
                 }
                 Slot::Mask => {
-                    broadcast(step, bound, s.mask.unwrap(), at, 1, [place.batch, place.head, row, key]);
+                    broadcast(step, bound, s.problem().mask.unwrap(), at, 1, [place.batch, place.head, row, key]);
                 }
                 Slot::Bias => {
-                    let (bias, of) = (s.bias.unwrap(), [place.batch, place.head, row, key]);
+                    let (bias, of) = (s.problem().bias.unwrap(), [place.batch, place.head, row, key]);
                     broadcast(step, bound, bias.shape, at, bias.element.bytes(), of);
                 }
                 Slot::Lists | Slot::Spare | Slot::State => unreachable!("handled before"),
@@ -214,26 +224,26 @@ fn broadcast(step: &Step, bound: &Bound, Broadcast(shape): Broadcast, fields: &[
 
 fn lists(plan: &Plan, step: &Step, bound: &Bound) {
     let (s, p) = (plan.shape(), &step.uniform);
-    let packed = s.packed.is_some();
-    let table_row = s.paged.map_or(0, |paged| s.seq_kv.div_ceil(paged.page_size));
+    let packed = s.problem().packed.is_some();
+    let table_row = s.problem().paged.map_or(0, |paged| s.problem().seq_kv.div_ceil(paged.page_size));
     let places = [
-        (s.key_lengths, "list_key_lengths", s.batch),
-        (s.key_positions, "list_key_positions", s.batch * s.seq_kv),
-        (s.causal == wgpu_attention::Causal::Offset, "list_offsets", s.batch),
-        (s.alibi, "list_alibi_slopes", s.heads),
-        (s.sinks, "list_sinks", s.heads),
-        (packed, "list_cu_seqlens_q", s.batch + 1),
-        (packed, "list_cu_seqlens_kv", s.batch + 1),
-        (s.paged.is_some(), "list_block_table", s.batch * table_row),
+        (s.problem().key_lengths, "list_key_lengths", s.problem().batch),
+        (s.problem().key_positions, "list_key_positions", s.problem().batch * s.problem().seq_kv),
+        (s.problem().causal == wgpu_attention::Causal::Offset, "list_offsets", s.problem().batch),
+        (s.problem().alibi, "list_alibi_slopes", s.problem().heads),
+        (s.problem().sinks, "list_sinks", s.problem().heads),
+        (packed, "list_cu_seqlens_q", s.problem().batch + 1),
+        (packed, "list_cu_seqlens_kv", s.problem().batch + 1),
+        (s.problem().paged.is_some(), "list_block_table", s.problem().batch * table_row),
     ];
     // The pages of the last key are in the table, and no number that is clamped leaves the pool.
-    match (s.paged, p.get("page_size")) {
+    match (s.problem().paged, p.get("page_size")) {
         (Some(paged), Some(page_size)) => {
             assert_eq!((p["pages"], page_size), (paged.pages, paged.page_size));
-            assert_eq!((s.seq_kv - 1) / page_size, p["table_row"] - 1, "{}", step.variant);
+            assert_eq!((s.problem().seq_kv - 1) / page_size, p["table_row"] - 1, "{}", step.variant);
             assert_eq!(p["table_row"], table_row, "{}", step.variant);
         }
-        (None, Some(page_size)) => assert!(page_size >= s.seq_kv, "{} looks for a second page", step.variant),
+        (None, Some(page_size)) => assert!(page_size >= s.problem().seq_kv, "{} looks for a second page", step.variant),
         (paged, None) => {
             let reads = step.variant.bindings().iter().any(|(slot, _)| matches!(slot, Slot::K | Slot::V));
             assert!(paged.is_none() || !reads, "{} reads no pages", step.variant);
@@ -268,7 +278,7 @@ fn packing(plan: &Plan, step: &Step, bound: &Bound) {
     let first = |other: &Bound| if other.slot == Slot::Unpacked { other.offset / 4 } else { other.offset / 2 };
     assert!(step.bindings.iter().filter(|other| other.slot != Slot::Lists).all(|other| element == first(other)));
     let (p, out) = (&step.uniform, plan.shape().out());
-    if let Some(packed) = plan.shape().packed {
+    if let Some(packed) = plan.shape().problem().packed {
         for n in [0, count - 1] {
             let token = (u64::from(p["element0"]) + n) / u64::from(p["token_elements"]) + u64::from(p["token0"]);
             let token = (token % u64::from(packed.total_q)) as u32;

@@ -11,7 +11,7 @@ use wgpu_attention::{Element, Plan};
 /// dispatches of a variant hold as many (row, key) pairs as the problem.
 pub fn every_workgroup_once(plan: &Plan) {
     let s = plan.shape();
-    let rows = u64::from(s.batch) * u64::from(s.heads) * u64::from(s.seq_q);
+    let rows = u64::from(s.problem().batch) * u64::from(s.problem().heads) * u64::from(s.problem().seq_q);
     let mut pairs: HashMap<Variant, u64> = HashMap::new();
     let mut steps = plan.steps().iter().peekable();
     let mut expected = 0;
@@ -36,9 +36,10 @@ pub fn every_workgroup_once(plan: &Plan) {
     assert!(!pairs.is_empty());
     for (variant, found) in pairs {
         // With the cap as an output of its own the transform runs twice.
-        let times = if matches!(variant, Variant::Logits(_)) { found / (rows * u64::from(s.seq_kv)) } else { 1 };
+        let times =
+            if matches!(variant, Variant::Logits(_)) { found / (rows * u64::from(s.problem().seq_kv)) } else { 1 };
         assert!((1..=2).contains(&times), "{variant}");
-        assert_eq!(found, times * rows * u64::from(s.seq_kv), "{variant}");
+        assert_eq!(found, times * rows * u64::from(s.problem().seq_kv), "{variant}");
     }
 }
 
@@ -55,12 +56,12 @@ pub struct Place {
 
 /// The keys of a step: all, where the kernel does not know another range.
 pub fn keys(plan: &Plan, step: &Step) -> Range<u32> {
-    assert_eq!(step.uniform.get("seq_kv"), Some(plan.shape().seq_kv), "{}", step.variant);
+    assert_eq!(step.uniform.get("seq_kv"), Some(plan.shape().problem().seq_kv), "{}", step.variant);
     match (step.uniform.get("key0"), step.uniform.get("key_end")) {
         (Some(first), Some(end)) => first..end,
         (first, end) => {
             assert_eq!((first, end), (None, None), "{}", step.variant);
-            0..plan.shape().seq_kv
+            0..plan.shape().problem().seq_kv
         }
     }
 }
@@ -72,8 +73,8 @@ fn lines(step: &Step) -> Range<u32> {
 
 /// The value dims of the kernels that own them.
 fn dims(plan: &Plan, step: &Step) -> Range<u32> {
-    assert_eq!(step.uniform["value_dim"], plan.shape().value_dim, "{}", step.variant);
-    0..plan.shape().value_dim
+    assert_eq!(step.uniform["value_dim"], plan.shape().problem().value_dim, "{}", step.variant);
+    0..plan.shape().problem().value_dim
 }
 
 /// The workgroups of a step as shaders/shared/params.wgsl numbers them.
@@ -153,7 +154,7 @@ struct Row {
 
 pub fn every_place_once(plan: &Plan) {
     let s = plan.shape();
-    let [all_keys, dims] = [s.seq_kv as usize, s.value_dim as usize];
+    let [all_keys, dims] = [s.problem().seq_kv as usize, s.problem().value_dim as usize];
     let fresh = Row {
         scored: vec![0; all_keys],
         transforms: vec![0; all_keys],
@@ -161,7 +162,7 @@ pub fn every_place_once(plan: &Plan) {
         merged: vec![0; dims],
         ..Row::default()
     };
-    let mut rows = vec![fresh; (s.batch * s.heads * s.seq_q) as usize];
+    let mut rows = vec![fresh; (s.problem().batch * s.problem().heads * s.problem().seq_q) as usize];
     let mut packed = vec![0u8; s.out().extent() as usize];
     for step in plan.steps() {
         let p = step.uniform.place();
@@ -175,7 +176,7 @@ pub fn every_place_once(plan: &Plan) {
             continue;
         }
         if let Variant::Merge(_) | Variant::MergeTotals(_) = &step.variant {
-            let (threads, groups) = (step.variant.threads(), s.value_dim.div_ceil(4));
+            let (threads, groups) = (step.variant.threads(), s.problem().value_dim.div_ceil(4));
             let partials = step.uniform["partial0"]..step.uniform["partial_end"];
             for item in p.first * threads..(p.end * threads).min(step.uniform["items"]) {
                 let (line, dim) = match &step.variant {
@@ -184,12 +185,12 @@ pub fn every_place_once(plan: &Plan) {
                 };
                 let (plane, row) = (line / (p.row_end - p.row0), p.row0 + line % (p.row_end - p.row0));
                 let (batch, head) = (p.batch0 + plane / p.heads, p.head0 + plane % p.heads);
-                let row = &mut rows[((batch * s.heads + head) * s.seq_q + row) as usize];
+                let row = &mut rows[((batch * s.problem().heads + head) * s.problem().seq_q + row) as usize];
                 assert!(row.parts >= partials.end, "{} reads what no workgroup wrote", step.variant);
                 match &step.variant {
                     Variant::MergeTotals(pass) => row.lse += u8::from(pass.lse),
                     _ => {
-                        let end = s.value_dim.min(dim + 4);
+                        let end = s.problem().value_dim.min(dim + 4);
                         row.merged[dim as usize..end as usize].iter_mut().for_each(|n| *n += partials.len() as u32);
                     }
                 }
@@ -199,9 +200,15 @@ pub fn every_place_once(plan: &Plan) {
         let walked = keys(plan, step);
         for place in places(plan, step) {
             assert!(!place.rows.is_empty() && !place.cols.is_empty(), "{} has an idle workgroup", step.variant);
-            assert!(place.batch < s.batch && place.head < s.heads && place.rows.end <= s.seq_q, "{}", step.variant);
+            assert!(
+                place.batch < s.problem().batch
+                    && place.head < s.problem().heads
+                    && place.rows.end <= s.problem().seq_q,
+                "{}",
+                step.variant
+            );
             for i in place.rows.clone() {
-                let row = &mut rows[((place.batch * s.heads + place.head) * s.seq_q + i) as usize];
+                let row = &mut rows[((place.batch * s.problem().heads + place.head) * s.problem().seq_q + i) as usize];
                 let all = |counts: &[u8]| counts.iter().all(|&n| n == 1);
                 let cols = place.cols.start as usize..place.cols.end as usize;
                 match &step.variant {
@@ -233,22 +240,22 @@ pub fn every_place_once(plan: &Plan) {
                             assert!(bound(Slot::PartialLse) && row.parts == number, "parts one after the other");
                             row.parts += 1;
                         } else {
-                            assert!(place.part == 0 && p.col_tiles == 1 && walked == (0..s.seq_kv));
+                            assert!(place.part == 0 && p.col_tiles == 1 && walked == (0..s.problem().seq_kv));
                             row.lse += u8::from(bound(Slot::Lse));
                         }
                         if place.part == 0 {
                             assert!(row.summed[cols.clone()].iter().all(|&n| n == walked.start));
-                            row.fused += u8::from(walked.end == s.seq_kv);
+                            row.fused += u8::from(walked.end == s.problem().seq_kv);
                             row.summed[cols].iter_mut().for_each(|n| *n += walked.len() as u32);
                         }
                     }
                     Variant::Rows(_) | Variant::Flash(_) | Variant::Matrix(_) => {
                         // Keys one after the other; what is left in between waits in a scratch.
                         let carried = step.bindings.iter().any(|bound| bound.slot == Slot::State);
-                        assert!(carried || walked == (0..s.seq_kv));
+                        assert!(carried || walked == (0..s.problem().seq_kv));
                         assert!(row.summed[cols.clone()].iter().all(|&n| n == walked.start));
                         // The first block of value dims also writes lse, where the last keys are walked.
-                        if cols.start == 0 && walked.end == s.seq_kv {
+                        if cols.start == 0 && walked.end == s.problem().seq_kv {
                             row.fused += 1;
                             let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
                             row.lse += u8::from(bound(Slot::Lse));
@@ -261,23 +268,23 @@ pub fn every_place_once(plan: &Plan) {
         }
     }
     for row in &rows {
-        assert_eq!(row.lse, u8::from(s.lse));
+        assert_eq!(row.lse, u8::from(s.problem().lse));
         if row.fused > 0 {
-            assert!(row.fused == 1 && row.exported.is_empty() && s.logits.is_none());
-            assert!(row.scored.iter().chain([&row.softmax]).all(|&n| n == u8::from(s.weights)));
-            assert!(row.transforms.iter().all(|&n| n == row.transforms[0] && n <= u8::from(s.weights)));
-            assert!(row.summed.iter().all(|&n| n == s.seq_kv));
+            assert!(row.fused == 1 && row.exported.is_empty() && s.problem().logits.is_none());
+            assert!(row.scored.iter().chain([&row.softmax]).all(|&n| n == u8::from(s.problem().weights)));
+            assert!(row.transforms.iter().all(|&n| n == row.transforms[0] && n <= u8::from(s.problem().weights)));
+            assert!(row.summed.iter().all(|&n| n == s.problem().seq_kv));
             assert!(row.merged.iter().all(|&n| n == row.parts), "each dim is merged from each part once");
             continue;
         }
         assert!(row.scored.iter().all(|&n| n == 1) && row.softmax == 1);
         assert!(row.transforms.iter().all(|&n| n == row.transforms[0]));
-        assert!(row.summed.iter().all(|&n| n == s.seq_kv), "each dim sums each key once");
-        for (name, asked) in [("weights", s.weights), ("logits", s.logits.is_some())] {
+        assert!(row.summed.iter().all(|&n| n == s.problem().seq_kv), "each dim sums each key once");
+        for (name, asked) in [("weights", s.problem().weights), ("logits", s.problem().logits.is_some())] {
             let done = row.exported.get(name);
             assert!(done.is_some() == asked && done.is_none_or(|done| done.iter().all(|&n| n == 1)), "{name}");
         }
     }
     let packs = plan.steps().iter().any(|step| matches!(step.variant, Variant::Pack(_)));
-    assert!(packed.iter().all(|&n| n == u8::from(packs)) && (!packs || s.element != Element::F32));
+    assert!(packed.iter().all(|&n| n == u8::from(packs)) && (!packs || s.problem().element != Element::F32));
 }

@@ -138,15 +138,15 @@ fn within_limits(step: &Step, plan: &Plan, caps: &Caps) {
 
 /// Cooperative matrices are planned where the device has them, in a size that it has, for f16; otherwise only emulated, when asked for.
 fn matrices(x: &Matrix, plan: &Plan, caps: &Caps) {
-    assert_eq!(plan.shape().element, Element::F16);
+    assert_eq!(plan.shape().problem().element, Element::F16);
     assert!(x.emulated || caps.matrices.contains(&x.tile.size), "{x}");
-    assert!(!x.tile.resident || plan.shape().head_dim <= x.tile.depth, "{x}");
+    assert!(!x.tile.resident || plan.shape().problem().head_dim <= x.tile.depth, "{x}");
 }
 
 /// Bytes of an operand as the caller, or `prepare`, allocates it.
 fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
     let s = plan.shape();
-    let bytes = s.element.bytes();
+    let bytes = s.problem().element.bytes();
     let size = match slot {
         Slot::Q => s.q().extent() * bytes,
         Slot::K => s.k().extent() * bytes,
@@ -154,9 +154,9 @@ fn operand_bytes(plan: &Plan, slot: Slot) -> u64 {
         Slot::Out => s.out().extent() * bytes,
         Slot::Lse => 4 * s.lse_len(),
         Slot::Weights | Slot::Logits => 4 * s.scores_len(),
-        Slot::Mask => s.mask.unwrap().len() as u64,
-        Slot::Bias => s.bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes()).unwrap(),
-        Slot::Sinks => 4 * u64::from(s.heads),
+        Slot::Mask => s.problem().mask.unwrap().len() as u64,
+        Slot::Bias => s.problem().bias.map(|bias| bias.shape.len() as u64 * bias.element.bytes()).unwrap(),
+        Slot::Sinks => 4 * u64::from(s.problem().heads),
         Slot::Scores
         | Slot::State
         | Slot::Unpacked
@@ -223,7 +223,7 @@ fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
         let bound = |slot| step.bindings.iter().any(|bound| bound.slot == slot);
         match &step.variant {
             Variant::MergeTotals(x) => lse += if x.lse { rows_of(step) } else { 0 },
-            Variant::Merge(_) => out += rows_of(step) / u64::from(s.value_dim.div_ceil(4)),
+            Variant::Merge(_) => out += rows_of(step) / u64::from(s.problem().value_dim.div_ceil(4)),
             Variant::Softmax(x) => {
                 let place = step.uniform.place();
                 lse += if x.lse { u64::from(place.end - place.first) } else { 0 };
@@ -244,8 +244,8 @@ fn empty(mut p: Problem, caps: &Caps, options: &Options, axis: usize) {
             other => panic!("{other} has nothing to do without a key\n{plan}"),
         }
     }
-    let rows = u64::from(s.batch) * u64::from(s.heads) * u64::from(s.seq_q);
-    assert_eq!((out, lse), (rows, if s.lse { rows } else { 0 }), "{plan}");
+    let rows = u64::from(s.problem().batch) * u64::from(s.problem().heads) * u64::from(s.problem().seq_q);
+    assert_eq!((out, lse), (rows, if s.problem().lse { rows } else { 0 }), "{plan}");
 }
 
 /// Items of a dispatch of `merge`, without those beyond the last.

@@ -96,15 +96,15 @@ impl Staged {
         let (s, inputs) = (plan.shape(), operands.inputs());
         let mut make = |bytes: &[u8]| Guarded::between(device, bytes, margins());
         Staged {
-            element: s.element,
+            element: s.problem().element,
             q: make(inputs.q.bytes()),
             k: make(inputs.k.bytes()),
             v: make(inputs.v.bytes()),
             operands: inputs.operands.map(|_, data| make(data.bytes())),
-            out: make(&vec![MARK; (s.out().extent() * s.element.bytes()) as usize]),
-            lse: s.lse.then(|| make(&unwritten(s.lse_len()))),
-            weights: s.weights.then(|| make(&unwritten(s.scores_len()))),
-            logits: s.logits.map(|_| make(&unwritten(s.scores_len()))),
+            out: make(&vec![MARK; (s.out().extent() * s.problem().element.bytes()) as usize]),
+            lse: s.problem().lse.then(|| make(&unwritten(s.lse_len()))),
+            weights: s.problem().weights.then(|| make(&unwritten(s.scores_len()))),
+            logits: s.problem().logits.map(|_| make(&unwritten(s.scores_len()))),
         }
     }
 

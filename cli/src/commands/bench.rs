@@ -135,11 +135,11 @@ impl Subject {
     /// Bytes on the host for the operands, a copy of them for a run of rows, and the reference for `rows` rows of each head.
     fn bytes(shape: &Shape, rows: u32) -> Result<u64> {
         let [q, k, v] = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent());
-        let mut part: Problem = (**shape).clone();
+        let mut part: Problem = shape.problem().clone();
         part.seq_q = rows;
         let reference = memory::of_reference(&part.check()?, 8, true);
         // Random numbers are made in f32 and rounded afterwards.
-        Ok(2 * shape.element.bytes() * (q + k + v) + 4 * q.max(k).max(v) + reference)
+        Ok(2 * shape.problem().element.bytes() * (q + k + v) + 4 * q.max(k).max(v) + reference)
     }
 
     /// The judgement of the run of rows that uses most of its error budget.

@@ -80,7 +80,7 @@ fn outputs(plan: &Plan, bytes: Outputs<u8>) -> Outputs {
     let shape = plan.shape();
     // Buffers end at whole words and are never empty, outputs need not.
     let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
-    let mut out = widened(shape.element, &bytes.out);
+    let mut out = widened(shape.problem.element, &bytes.out);
     out.truncate(shape.out().extent() as usize);
     Outputs {
         out,

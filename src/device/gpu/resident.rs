@@ -67,12 +67,12 @@ impl Gpu {
             out: make("out", &unwritten(s)),
             operands: inputs.operands.map(|operand, data| make(operand.name(), data.bytes())),
             // Tokens that no packed sequence owns stay 0.
-            lse: match s.packed {
-                Some(_) => s.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
-                None => nan("lse", s.lse, s.lse_len()),
+            lse: match s.problem.packed {
+                Some(_) => s.problem.lse.then(|| make("lse", &vec![0; 4 * s.lse_len() as usize])),
+                None => nan("lse", s.problem.lse, s.lse_len()),
             },
-            weights: nan("weights", s.weights, s.scores_len()),
-            logits: nan("logits", s.logits.is_some(), s.scores_len()),
+            weights: nan("weights", s.problem.weights, s.scores_len()),
+            logits: nan("logits", s.problem.logits.is_some(), s.scores_len()),
         };
         let resident = allocate(&self.device, create).await?;
         self.fault()?;
@@ -83,7 +83,7 @@ impl Gpu {
 /// The bytes of an output that nothing was written to: NaN in every row, 0 in the gaps that strides leave.
 fn unwritten(s: &Shape) -> Vec<u8> {
     let tensor = s.out();
-    let nan: &[u8] = match s.element {
+    let nan: &[u8] = match s.problem.element {
         Element::F32 => &f32::NAN.to_ne_bytes(),
         Element::F16 => &half::f16::NAN.to_bits().to_ne_bytes(),
         Element::Bf16 => &half::bf16::NAN.to_bits().to_ne_bytes(),
@@ -91,7 +91,7 @@ fn unwritten(s: &Shape) -> Vec<u8> {
     let row = nan.repeat(tensor.dim as usize);
     let mut bytes = vec![0; tensor.extent() as usize * nan.len()];
     // Which tokens of a packed batch belong to a sequence is not known here: they start as 0.
-    let [batch, heads, rows] = if s.packed.is_some() { [0; 3] } else { tensor.sizes };
+    let [batch, heads, rows] = if s.problem.packed.is_some() { [0; 3] } else { tensor.sizes };
     for b in 0..batch {
         for h in 0..heads {
             for i in 0..rows {

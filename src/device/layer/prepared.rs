@@ -130,7 +130,7 @@ impl PreparedLayer {
             }
         }
         let cache = buffers.cache.as_ref();
-        let read = self.plan().shape().batch > 0;
+        let read = self.plan().shape().problem.batch > 0;
         if read && cache.is_some_and(|cache| !cache.starts.buffer().usage().contains(wgpu::BufferUsages::COPY_SRC)) {
             return Err(Error::BufferUsage { field: "starts", usage: "COPY_SRC" });
         }

@@ -13,7 +13,7 @@ impl Planner<'_> {
     pub(super) fn divide(&mut self) -> Result<Vec<Part>> {
         let s = self.shape;
         let mut parts = Vec::new();
-        if s.batch == 0 || s.seq_q == 0 {
+        if s.problem.batch == 0 || s.problem.seq_q == 0 {
             self.reasons.push("there is no query row: nothing runs and nothing is written".into());
             return Ok(parts);
         }
@@ -21,7 +21,7 @@ impl Planner<'_> {
             let (field, bytes, limit) = self.excess(part)?;
             Some(Excess { field, bytes, limit, cuts: self.cuts() })
         };
-        Part::new(0..s.batch, 0..s.heads, 0..s.seq_q).divide(&excess, &mut |part| {
+        Part::new(0..s.problem.batch, 0..s.problem.heads, 0..s.problem.seq_q).divide(&excess, &mut |part| {
             parts.push(part);
             check_dispatches(parts.len() as u64)
         })?;
@@ -59,29 +59,29 @@ impl Planner<'_> {
         if state > self.budget {
             return Some(("state", state, self.budget));
         }
-        let bytes = s.element.bytes();
+        let bytes = s.problem.element.bytes();
         let out_bytes = if self.route.unpacked(s) { 4 } else { bytes };
         let mut operands = vec![("q", self.query_span(&s.q, part), bytes)];
         if self.route.partials() == 0 {
             operands.push(("out", self.query_span(&s.out, part), out_bytes));
         }
-        let split = self.route.key_step() < s.seq_kv;
+        let split = self.route.key_step() < s.problem.seq_kv;
         let group = s.group;
         let one_head = count(&part.batch) == 1 && part.heads.start / group == (part.heads.end - 1) / group;
         if !(split && one_head) {
-            operands.push(("k", self.key_span(&s.k, part, &(0..s.seq_kv)), bytes));
-            operands.push(("v", self.key_span(&s.v, part, &(0..s.seq_kv)), bytes));
+            operands.push(("k", self.key_span(&s.k, part, &(0..s.problem.seq_kv)), bytes));
+            operands.push(("v", self.key_span(&s.v, part, &(0..s.problem.seq_kv)), bytes));
         }
-        if let Some(mask) = s.mask {
+        if let Some(mask) = s.problem.mask {
             operands.push((Operand::Mask.name(), broadcast_span(&mask, part), 1));
         }
-        if let Some(bias) = s.bias {
+        if let Some(bias) = s.problem.bias {
             operands.push((Operand::Bias.name(), broadcast_span(&bias.shape, part), bias.element.bytes()));
         }
-        if s.lse && self.route.partials() == 0 {
+        if s.problem.lse && self.route.partials() == 0 {
             operands.push(("lse", self.lse_span(part), 4));
         }
-        if s.weights || s.logits.is_some() {
+        if s.problem.weights || s.problem.logits.is_some() {
             operands.push(("weights or logits", self.dense_span(part), 4));
         }
         operands.into_iter().find_map(|(field, span, bytes)| {

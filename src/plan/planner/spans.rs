@@ -24,7 +24,7 @@ impl Planner<'_> {
     }
 
     pub(super) fn query_span(&self, tensor: &Tensor, part: &Part) -> Span {
-        let (batch, rows) = match self.shape.packed {
+        let (batch, rows) = match self.shape.problem.packed {
             None => (part.batch.clone(), part.rows.clone()),
             Some(packed) => (0..1, 0..packed.total_q),
         };
@@ -32,7 +32,7 @@ impl Planner<'_> {
     }
 
     pub(super) fn key_span(&self, tensor: &Tensor, part: &Part, keys: &Range<u32>) -> Span {
-        let (batch, rows) = match (self.shape.packed, self.shape.paged) {
+        let (batch, rows) = match (self.shape.problem.packed, self.shape.problem.paged) {
             (Some(packed), _) => (0..1, 0..packed.total_kv),
             // Any page may hold keys of any sequence.
             (_, Some(paged)) => (0..paged.pages, 0..paged.page_size),
@@ -45,10 +45,10 @@ impl Planner<'_> {
 
     pub(super) fn lse_span(&self, part: &Part) -> Span {
         let s = self.shape;
-        let (heads, last) = (u64::from(s.heads), |r: &Range<u32>| u64::from(r.end - 1));
-        match s.packed {
+        let (heads, last) = (u64::from(s.problem.heads), |r: &Range<u32>| u64::from(r.end - 1));
+        match s.problem.packed {
             None => {
-                let row = |b: u64, h: u64, i: u64| (b * heads + h) * u64::from(s.seq_q) + i;
+                let row = |b: u64, h: u64, i: u64| (b * heads + h) * u64::from(s.problem.seq_q) + i;
                 let first = row(part.batch.start.into(), part.heads.start.into(), part.rows.start.into());
                 (first, row(last(&part.batch), last(&part.heads), last(&part.rows)) + 1)
             }
@@ -62,7 +62,7 @@ impl Planner<'_> {
     /// Of a dense [batch, heads, seq_q, seq_kv] output.
     pub(super) fn dense_span(&self, part: &Part) -> Span {
         let s = self.shape;
-        broadcast_span(&Broadcast([s.batch, s.heads, s.seq_q, s.seq_kv]), part)
+        broadcast_span(&Broadcast([s.problem.batch, s.problem.heads, s.problem.seq_q, s.problem.seq_kv]), part)
     }
 
     pub(super) fn bind(&self, span: Span, bytes: u64, origin: u64) -> (u64, u64, u32) {
