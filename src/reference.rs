@@ -47,7 +47,7 @@ pub use softmax::softmax;
 pub use values::values;
 
 use crate::contract::error::{Error, Result};
-use crate::contract::problem::{Inputs, Outputs, Problem};
+use crate::contract::problem::{Inputs, Logits, Outputs, Problem};
 use crate::contract::shape::Shape;
 use query::{Row, Sequence};
 use values::Values;
@@ -140,7 +140,7 @@ fn evaluate<T: Real>(row: &Row<'_>, head: &Head<T>) -> Evaluated<T> {
         logits::row(row, &mut asked, upto);
         asked
     });
-    logits::row(row, &mut x, crate::Logits::Masked);
+    logits::row(row, &mut x, Logits::Masked);
     let (weights, lse) = softmax::row(&x, |j| row.visible(j), row.sink());
     let out = values::row(row, &weights, &head.values);
     Evaluated { asked, logits: x, weights, lse, out }

@@ -4,9 +4,12 @@ mod host;
 
 use serde::{Deserialize, Serialize};
 
+use crate::contract::error::{Error, Result};
+
 pub use host::{Elements, Inputs, Outputs};
 
 use crate::contract::names::names;
+use crate::contract::shape::Shape;
 
 /// Element type of a tensor in memory. Arithmetic is always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -85,10 +88,10 @@ impl Broadcast {
     ///
     /// # Errors
     ///
-    /// [`crate::Error::Rank`] if the rank is 0 or above 4.
-    pub fn new(field: &'static str, shape: &[u32]) -> crate::Result<Self> {
+    /// [`Error::Rank`] if the rank is 0 or above 4.
+    pub fn new(field: &'static str, shape: &[u32]) -> Result<Self> {
         if shape.is_empty() || shape.len() > 4 {
-            return Err(crate::Error::Rank { field, rank: shape.len() });
+            return Err(Error::Rank { field, rank: shape.len() });
         }
         let mut full = [1; 4];
         full[4 - shape.len()..].copy_from_slice(shape);
@@ -349,6 +352,7 @@ pub struct Problem {
     /// Whether there are `key_positions`, one for each batch and key: keys may stand in any order, and a negative position is an empty
     /// slot, whose key is hidden. So a cache that goes on at its first row after its last one ([`crate::Append`]) is attended to with a
     /// window and without a mask.
+    #[serde(default)]
     pub key_positions: bool,
     /// Whether there are ALiBi slopes, one per query head.
     #[serde(default)]
@@ -434,7 +438,7 @@ impl Problem {
     ///
     /// An error that names the field: a size that is 0 or too large, heads that do not divide, a number that is not finite, a mask or
     /// bias that does not broadcast, fields that exclude each other, strides of `out` that overlap.
-    pub fn check(&self) -> crate::Result<crate::Shape> {
-        crate::Shape::new(self)
+    pub fn check(&self) -> Result<Shape> {
+        Shape::new(self)
     }
 }

@@ -10,6 +10,7 @@ use super::parameters::Parameters;
 use super::plan::LayerPlan;
 use super::{Call, Layer, Linear, RotaryEmbedding, Sources, Weights};
 use crate::contract::caps::Caps;
+use crate::contract::error::Error;
 use crate::contract::options::Options;
 use crate::contract::problem::{Element, Layout, Problem, Strides};
 use crate::contract::tensor::Tensor;
@@ -326,7 +327,7 @@ fn follow(case: &Case) -> Option<usize> {
     let Case { layer, problem, call, element, caps } = case;
     let plan = match LayerPlan::new(layer, *element, problem, call, caps, &Options::default()) {
         Ok(plan) => plan,
-        Err(crate::Error::Room { size, limit, .. }) if size > limit => return None,
+        Err(Error::Room { size, limit, .. }) if size > limit => return None,
         Err(error) => panic!("{error}: {case:?}"),
     };
     let parameters = Parameters::new(layer, *element, caps).unwrap();

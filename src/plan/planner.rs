@@ -257,16 +257,21 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The binding of a slot, and its base and strides in the uniform. Strides wrap like addresses.
+    /// The binding of a slot, and its base and strides in the uniform.
     fn bound(&self, slot: Slot, written: bool, part: &Part, keys: &Range<u32>, p: &mut Attention) -> Bound {
+        let (slot, (offset, size, base)) = self.range(slot, part, keys, p.s.base);
+        self.address(slot, base, keys, p);
+        Bound { slot, offset, size, written }
+    }
+
+    /// What is bound for a slot: of which buffer, from which byte on, how many bytes, and the base of its addresses.
+    fn range(&self, slot: Slot, part: &Part, keys: &Range<u32>, scores: u32) -> (Slot, (u64, u64, u32)) {
         let s = self.shape;
         let bytes = s.problem.element.bytes();
-        let [heads, rows, keys_all] = [s.problem.heads, s.problem.seq_q, s.problem.seq_kv].map(u64::from);
-        let dense = Strides { offset: 0, batch: heads * rows * keys_all, head: rows * keys_all, row: keys_all };
         let unpacked = self.route.unpacked(s);
         let partial = self.route.partials() > 0;
         let fused = self.route.kernel().is_some();
-        let (slot, (offset, size, base)) = match slot {
+        match slot {
             // A binding may not be empty, and no kernel reads keys or values where there are none.
             Slot::K | Slot::V if s.k.is_empty() => (Slot::Lists, (0, self.lists.bytes(), 0)),
             Slot::Q => (slot, self.bind(self.query_span(&s.q, part), bytes, s.q.strides.offset)),
@@ -296,9 +301,17 @@ impl<'a> Planner<'a> {
             }
             Slot::Lists => (slot, (0, self.lists.bytes(), 0)),
             Slot::Scores if fused => (Slot::Weights, self.bind(self.dense_span(part), 4, 0)),
-            Slot::Scores => (slot, (0, self.score_bytes(part), p.s.base)),
+            Slot::Scores => (slot, (0, self.score_bytes(part), scores)),
             _ => unreachable!("attention's kernels bind no such operand"),
-        };
+        }
+    }
+
+    /// Writes where the elements of what is bound stand. Strides wrap like addresses.
+    fn address(&self, slot: Slot, base: u32, keys: &Range<u32>, p: &mut Attention) {
+        let s = self.shape;
+        let [heads, rows, keys_all] = [s.problem.heads, s.problem.seq_q, s.problem.seq_kv].map(u64::from);
+        let dense = Strides { offset: 0, batch: heads * rows * keys_all, head: rows * keys_all, row: keys_all };
+        let fused = self.route.kernel().is_some();
         let parts_before = (keys.start / self.route.key_step()).wrapping_mul(p.place.col_tiles);
         match slot {
             Slot::Q => p.q = At::new(base, &s.q.strides),
@@ -331,7 +344,6 @@ impl<'a> Planner<'a> {
             }
             _ => {}
         }
-        Bound { slot, offset, size, written }
     }
 }
 

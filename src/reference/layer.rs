@@ -4,7 +4,7 @@ use super::budget::{Budget, FLUSH, Tolerance, U, attention_with_errors, exp_erro
 use super::scores::dot;
 use super::{Real, average, extra, project, rotary};
 use crate::contract::error::{Error, Result};
-use crate::contract::problem::{Elements, Inputs, Layout, Outputs, Problem, Strides};
+use crate::contract::problem::{Element, Elements, Inputs, Layout, Outputs, Problem, Strides};
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Linear, Weights};
 use crate::ops::project::{Order, Projection};
 use crate::ops::rotary::{Positions, Rotation};
@@ -298,7 +298,7 @@ fn mean<T: Real>(weights: &[T], errors: &[f64], heads: usize, per_head: usize) -
 }
 
 fn projection(linear: &Linear, batch: u32, rows: u32, seq_first: bool) -> Projection {
-    let mut p = Projection::new(rows, linear.inputs, linear.outputs, linear.order, crate::Element::F32);
+    let mut p = Projection::new(rows, linear.inputs, linear.outputs, linear.order, Element::F32);
     let width = u64::from(linear.inputs);
     p.batch = batch;
     let (by_batch, by_row) = if seq_first { (1, batch) } else { (rows, 1) };

@@ -11,7 +11,7 @@ use crate::dispatch::step::Step;
 use crate::kernel::slot::Slot;
 use crate::layer::Sources;
 use crate::layer::plan::{LayerPlan, Stage};
-use crate::plan::no_more_slices;
+use crate::plan::{Plan, no_more_slices};
 
 /// A layer prepared for one [`crate::Problem`] and [`crate::Call`], ready to be recorded any number of times, from any number of
 /// threads.
@@ -52,7 +52,7 @@ impl PreparedLayer {
     }
 
     /// The plan of the attention inside.
-    pub fn plan(&self) -> &crate::Plan {
+    pub fn plan(&self) -> &Plan {
         self.attention.plan()
     }
 
