@@ -89,9 +89,10 @@
 //! | *kernel* | one compute shader with its host code, such as `rows` or `softmax`; [`Kernel`] lists the ways of computing attention that can be forced |
 //! | *fused kernel* | a kernel that computes out in one pass over the keys, without a score matrix |
 //! | *three kernels* | `scores`, `softmax` and `values` one after the other, with the score matrix in memory between them |
-//! | *form* | one of several algorithms of a kernel: *tiled* for GPUs, *lanes* (one row per lane) for CPU adapters; see [`Form`] |
+//! | *stage* | what a kernel computes, such as the scores; several kernels may compute the same stage, of which a plan runs one |
+//! | *form* | which of the kernels of a stage: *tiled* for GPUs, *lanes* (one row per lane) for CPU adapters; see [`Form`] |
 //! | *tile* | the query rows and keys that a workgroup works on at once; also the numbers that fix their sizes |
-//! | *variant* | a kernel with its form, tile, element types and set of operands: what one pipeline is compiled for |
+//! | *variant* | a kernel with its tile, element types and set of operands: what one pipeline is compiled for |
 //! | *part* | a range of batches, heads, query rows or keys that is small enough for one binding or for the scratch budget |
 //! | *step* | one dispatch of a plan, as data: variant, uniform, bindings, grid, estimated work |
 //! | *slice* | consecutive steps that together keep to the work budget; submit after each slice where a driver has a watchdog |
