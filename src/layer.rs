@@ -168,6 +168,10 @@ impl Linear {
 
 impl Layer {
     /// A layer of `heads` heads; `kv_heads`, `key_dim` and `value_dim` follow from the projections.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] if `heads` or `kv_heads` is 0, and those of [`Layer::check`].
     pub fn new(heads: u32, kv_heads: u32, [query, key, value, out]: [Linear; 4]) -> Result<Self> {
         for (field, count) in [("heads", heads), ("kv_heads", kv_heads)] {
             if count == 0 {
@@ -192,6 +196,12 @@ impl Layer {
     }
 
     /// Checks all sizes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] or [`Error::TooLarge`] for a size out of range, [`Error::KvHeads`] if `kv_heads` does not divide `heads`,
+    /// [`Error::Length`] for weights, a bias or an added key or value of the wrong length, and [`Error::Multiple`] or
+    /// [`Error::Number`] for the width or the base of the rotary embedding.
     pub fn check(&self) -> Result<()> {
         let sizes = [("key_dim", self.key_dim, MAX_DIM), ("value_dim", self.value_dim, MAX_DIM)];
         for (field, value, limit) in sizes.into_iter().chain([("heads", self.heads, 1 << 20)]) {

@@ -43,12 +43,22 @@ pub struct Plan {
 
 impl Plan {
     /// Plans a checked problem for a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] if the device is below what every kernel needs, [`Error::Kernel`] if no kernel that [`Options`] allow can
+    /// run the problem, [`Error::Room`] if a tensor, the scratch or the plan takes more than the device or the crate allows, and
+    /// [`Error::Conflict`] if a 16-bit output must be summed in f32 scratch first and is not dense.
     pub fn new(shape: &Shape, caps: &Caps, options: &Options) -> Result<Plan> {
         Self::tuned(shape, caps, options, &Tuning::default())
     }
 
     /// The same, with rows that were measured on the device's adapter: the first one for the problem's class that can run chooses
     /// kernel and tile, unless [`Options`] ask for another kernel. The reasons say which row was followed, and why one was not.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Plan::new`].
     pub fn tuned(shape: &Shape, caps: &Caps, options: &Options, tuning: &Tuning) -> Result<Plan> {
         caps.check()?;
         // What no buffer of the device can hold cannot be there to be bound.

@@ -37,7 +37,11 @@ pub struct Sequence {
 impl Sequence {
     /// Cuts the first `rows` and `columns` of sequence `batch` out of `[batches, heads, seq_q, seq_kv]` weights.
     ///
-    /// `queries` and `keys` say how many are kept: what follows them is padding. Panics where the indices are not within `shape`.
+    /// `queries` and `keys` say how many are kept: what follows them is padding.
+    ///
+    /// # Panics
+    ///
+    /// If `weights` has no such sequence, rows or columns.
     pub fn cut(
         title: String,
         weights: &[f32],
@@ -70,6 +74,12 @@ impl Sequence {
 }
 
 /// Draws sequences below each other into a file that ends in `.svg` or `.png`.
+///
+/// # Errors
+///
+/// [`Error::Nothing`], [`Error::Length`] or [`Error::Weight`] for sequences that cannot be drawn, [`Error::TooLarge`] for a
+/// picture that is too large, [`Error::Ending`] for a file with another ending, [`Error::Font`] or [`Error::Draw`] if drawing
+/// fails, and [`Error::File`] if the file cannot be written.
 pub fn draw(path: &Path, sequences: &[Sequence]) -> Result<()> {
     let ending = path.extension().map_or_else(String::new, |ending| ending.to_string_lossy().to_lowercase());
     if sequences.is_empty() {

@@ -50,6 +50,10 @@ pub struct CpuAttention {
 
 impl CpuAttention {
     /// With room for `capacity` positions.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Candle`] for what candle reports.
     pub fn new(heads: Heads, capacity: usize) -> Result<Self> {
         let pairs = heads.head_dim / 2;
         let table = Tensor::from_vec(heads.table(capacity), (capacity, 2 * pairs), &Device::Cpu)?;
@@ -58,6 +62,14 @@ impl CpuAttention {
     }
 
     /// See [`Attend`].
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Candle`] for tensors that have other shapes than [`Attend`] says, and for positions beyond the room.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such layer.
     pub fn attend(&mut self, layer: usize, start: usize, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim, .. } = self.heads;
         let rows = q.dim(0)?;
@@ -175,6 +187,15 @@ impl<'a> GpuAttention<'a> {
     }
 
     /// See [`Attend`].
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Candle`] for tensors that have other shapes than [`Attend`] says, and [`crate::Error::Attention`] for more
+    /// rows than there is room for and for what the device reports.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such layer.
     pub fn attend(&mut self, layer: usize, start: usize, qkv: [&Tensor; 3]) -> Result<Tensor> {
         let rows = qkv[0].dim(0)?;
         let (gpu, cache) = (self.gpu, self.caches[layer].slice(..));

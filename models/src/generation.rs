@@ -34,6 +34,10 @@ pub fn rate(tokens: usize, time: Duration) -> f64 {
 }
 
 /// The tokens of a question, in the form in which the model was taught to answer.
+///
+/// # Errors
+///
+/// [`Error::Tokenizer`] if the tokenizer refuses the text.
 pub fn prompt(model: &Llama, question: &str) -> Result<Vec<u32>> {
     let text = format!(
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
@@ -57,6 +61,10 @@ fn choose(logits: &[f32]) -> Choice {
 }
 
 /// Positions that a prompt of some tokens and an answer of at most `most` need; an error where the model has not as many.
+///
+/// # Errors
+///
+/// [`Error::NoText`] if the prompt is empty, and [`Error::TooLong`] if the model has not as many positions.
 pub fn positions(model: &Llama, prompt: &[u32], most: usize) -> Result<usize> {
     if prompt.is_empty() {
         return Err(Error::NoText);
@@ -69,6 +77,10 @@ pub fn positions(model: &Llama, prompt: &[u32], most: usize) -> Result<usize> {
 }
 
 /// Answers a prompt with at most `most` tokens and stops before the token that ends an answer. `each` gets each token as it comes.
+///
+/// # Errors
+///
+/// Those of [`positions`], of [`Llama::forward`] and of `each`.
 pub fn greedy(
     model: &Llama,
     prompt: &[u32],

@@ -25,6 +25,10 @@ fn values(tensor: &candle_core::Tensor) -> Result<Vec<f32>> {
 }
 
 /// The adapter that `wanted` names, or the best one.
+///
+/// # Errors
+///
+/// [`Error::Attention`] with those of [`Gpu::named`] if `wanted` names an adapter, else with those of [`Gpu::new`].
 pub fn open(wanted: Option<&str>) -> Result<Gpu> {
     Ok(wanted.map_or_else(Gpu::new, Gpu::named)?)
 }

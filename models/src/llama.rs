@@ -142,6 +142,10 @@ impl Reader<'_> {
 
 impl Llama {
     /// Reads a GGUF file; `progress` counts its tensors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if the file cannot be opened, and [`Error::Content`] if it does not hold a model of this kind.
     pub fn load(path: &Path, progress: &ProgressBar) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::File { path: path.into(), source })?;
         let mut file = BufReader::new(file);
@@ -150,6 +154,10 @@ impl Llama {
     }
 
     /// The logits of the token after `tokens`, which follow `start` tokens that `attend` has seen already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Candle`] for a token that the model does not have, and those of `attend`.
     pub fn forward(&self, tokens: &[u32], start: usize, attend: &mut Attend<'_>) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim, .. } = self.heads;
         let rows = tokens.len();

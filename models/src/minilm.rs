@@ -91,6 +91,10 @@ pub struct Encoded {
 
 impl Encoded {
     /// The cosine of each two sentences.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Candle`] for what candle reports.
     pub fn similarity(&self) -> Result<Vec<Vec<f32>>> {
         Ok(self.embeddings.matmul(&self.embeddings.t()?)?.to_vec2()?)
     }
@@ -102,6 +106,10 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 impl MiniLm {
     /// Reads `config.json`, `tokenizer.json` and `model.safetensors`; `progress` counts the bytes of the weights.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if a file cannot be read, and [`Error::Content`] if it does not hold what it should.
     pub fn load(folder: &Path, progress: &ProgressBar) -> Result<Self> {
         let path = folder.join("config.json");
         let config: Config = serde_json::from_slice(&read(&path)?).map_err(|why| Error::content(&path, why))?;
@@ -145,6 +153,11 @@ impl MiniLm {
     }
 
     /// Cuts sentences into tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoText`] if there is no sentence, [`Error::Tokenizer`] if the tokenizer refuses one, [`Error::TooLong`] if one
+    /// has more tokens than the model was made for, and [`Error::Candle`] for what candle reports.
     pub fn tokenize(&self, sentences: &[String]) -> Result<Batch> {
         if sentences.is_empty() {
             return Err(Error::NoText);
@@ -168,6 +181,11 @@ impl MiniLm {
     }
 
     /// Runs the encoder, with attention on `gpu`, and gives the weights of one layer if one is asked for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Layer`] if the model does not have the layer that is asked for, [`Error::Attention`] for what wgpu-attention
+    /// reports, and [`Error::Candle`] for what candle reports.
     pub fn encode(&self, gpu: &Gpu, batch: &Batch, weights_of: Option<usize>) -> Result<Encoded> {
         if let Some(layer) = weights_of.filter(|&layer| layer >= self.layers.len()) {
             return Err(Error::Layer { layer, last: self.layers.len() - 1 });

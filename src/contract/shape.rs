@@ -136,8 +136,8 @@ impl Shape {
     ///
     /// # Errors
     ///
-    /// [`Error::Missing`], [`Error::Unexpected`], [`Error::Element`] or [`Error::Length`] for an operand that does not fit the problem;
-    /// [`Error::Entry`] or [`Error::Number`] for an entry out of range.
+    /// [`Error::Missing`], [`Error::Unexpected`], [`Error::Element`], [`Error::Scalar`] or [`Error::Length`] for an operand that does not
+    /// fit the problem; [`Error::Entry`] or [`Error::Number`] for an entry out of range.
     pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
         let tensor = |field, data: &Elements<'_>, tensor: &Tensor| {
             same_element(field, data, self.problem.element)?;

@@ -60,7 +60,7 @@ impl Attention {
     ///
     /// # Errors
     ///
-    /// If the adapter is another one.
+    /// Those of [`Caps::of`].
     pub fn with_adapter(device: &wgpu::Device, adapter: &wgpu::Adapter) -> Result<Self> {
         Ok(Self::with_caps(Home { device: device.clone(), gpu: 0 }, Caps::of(device, Some(adapter))?, false))
     }
@@ -133,23 +133,41 @@ impl Attention {
     }
 
     /// Checks and plans a problem. Pure: touches no device.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Problem::check`] and of [`Plan::new`].
     pub fn plan(&self, problem: &Problem) -> Result<Plan> {
         self.plan_with(problem, &Options::default())
     }
 
     /// The same with [`Options`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Problem::check`] and of [`Plan::new`].
     pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
         Plan::tuned(&problem.check()?, &self.caps, options, &self.tuning)
     }
 
     /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:
     /// call it ahead, where a pause does no harm. Recording compiles nothing, and the [`Prepared`] outlives this object.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Pipeline`] if a shader does not compile, [`crate::Error::OutOfMemory`] if there is no memory for the
+    /// scratch, [`crate::Error::Validation`] if the plan was made for a device that can do more, and [`crate::Error::DeviceLost`]
+    /// if the device is lost.
     pub fn prepare(&self, plan: &Plan) -> Result<Prepared> {
         pollster::block_on(self.prepare_async(plan))
     }
 
     /// [`Attention::prepare`] for asynchronous callers. In a browser it blocks nothing. On native backends the driver compiles on the thread
     /// that polls the future, because wgpu has no other way there.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::prepare`].
     pub async fn prepare_async(&self, plan: &Plan) -> Result<Prepared> {
         self.prepare_with(plan, &[]).await
     }

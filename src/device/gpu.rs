@@ -103,21 +103,37 @@ impl Gpu {
     }
 
     /// Runs a problem on host slices: plan, upload, compute slice by slice, read back.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::plan`], [`Attention::prepare`], [`Gpu::upload`], [`Gpu::run`] and [`Gpu::download`].
     pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         self.attention_with(problem, inputs, &Options::default())
     }
 
     /// The same with planning [`Options`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::attention`].
     pub fn attention_with(&self, problem: &Problem, inputs: &Inputs<'_>, options: &Options) -> Result<Outputs> {
         self.block_on(self.attention_with_async(problem, inputs, options))
     }
 
     /// [`Gpu::attention`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::attention`].
     pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         self.attention_with_async(problem, inputs, &Options::default()).await
     }
 
     /// [`Gpu::attention_with`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::attention`].
     pub async fn attention_with_async(
         &self,
         problem: &Problem,
@@ -145,11 +161,20 @@ impl Gpu {
 
     /// Submits one slice after the other and waits for each; `progress(done, of)` follows each. Any number of threads may run the same
     /// `prepared` at once, each on a `resident` of its own: see [`Recording`] for their scratch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherDevice`] if `prepared` or `resident` belongs to another device, those of [`Prepared::encode`] if `resident`
+    /// was uploaded for another plan, and those of [`Prepared::begin`] and of [`Gpu::wait`].
     pub fn run(&self, prepared: &Prepared, resident: &Resident, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
         self.block_on(self.run_async(prepared, resident, progress))
     }
 
     /// [`Gpu::run`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::run`].
     pub async fn run_async(
         &self,
         prepared: &Prepared,

@@ -152,7 +152,7 @@ impl<D: Description> Operation<D> {
     ///
     /// # Errors
     ///
-    /// If a buffer is missing, too small, without a usage, misplaced, written and used twice, or of another device.
+    /// Those of [`crate::Prepared::encode`], except that a buffer which the operation does not use is no error.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &D::Buffers<'_>) -> Result<()> {
         let (of, slots) = (&self.compiled, given::<D>(buffers));
         of.check(&slots)?;
@@ -165,6 +165,10 @@ impl<D: Description> Operation<D> {
     }
 
     /// Begins a call that is recorded slice by slice, as [`crate::Prepared::begin`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Prepared::begin`].
     pub fn begin(&self) -> Result<Recording<'_, Operation<D>>> {
         Ok(Recording { of: self, set: self.compiled.scratch.own()? })
     }
@@ -172,6 +176,10 @@ impl<D: Description> Operation<D> {
 
 impl<D: Description> Recording<'_, Operation<D>> {
     /// Records one slice; submit after each, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] if there is no such slice, and those of [`Operation::encode`] for the buffers.
     pub fn encode_slice(
         &self,
         slice: usize,
@@ -336,11 +344,19 @@ impl Description for Rotation {
 
 impl Attention {
     /// Prepares an append. Keys and values of the same sizes are two recordings of one operation.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Append::plan`] and of [`Attention::prepare`].
     pub fn append(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
         pollster::block_on(self.append_async(append, options))
     }
 
     /// [`Attention::append`] for asynchronous callers; see [`Attention::prepare_async`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::append`].
     pub async fn append_async(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
         let mut steps = Steps::new(self.caps(), options);
         append.dispatches(append::Slots::OWN, &mut steps)?;
@@ -348,11 +364,19 @@ impl Attention {
     }
 
     /// Prepares a merge.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::plan`] and of [`Attention::prepare`].
     pub fn merge(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
         pollster::block_on(self.merge_async(merge, options))
     }
 
     /// [`Attention::merge`] for asynchronous callers; see [`Attention::prepare_async`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::merge`].
     pub async fn merge_async(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
         self.caps().check()?;
         let mut steps = Steps::new(self.caps(), options);
@@ -361,11 +385,19 @@ impl Attention {
     }
 
     /// Prepares a projection.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Projection::plan`] and of [`Attention::prepare`].
     pub fn project(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
         pollster::block_on(self.project_async(projection, options))
     }
 
     /// [`Attention::project`] for asynchronous callers; see [`Attention::prepare_async`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::project`].
     pub async fn project_async(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
         let mut steps = Steps::new(self.caps(), options);
         projection.dispatches(Wiring::OWN, &mut steps)?;
@@ -373,11 +405,19 @@ impl Attention {
     }
 
     /// Prepares a rotation.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Rotation::plan`] and of [`Attention::prepare`].
     pub fn rotate(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
         pollster::block_on(self.rotate_async(rotation, options))
     }
 
     /// [`Attention::rotate`] for asynchronous callers; see [`Attention::prepare_async`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::rotate`].
     pub async fn rotate_async(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
         let mut steps = Steps::new(self.caps(), options);
         rotation.dispatches(rotary::Slots::OWN, &mut steps)?;

@@ -26,6 +26,10 @@ impl Runner {
     }
 
     /// [`Runner::gpu`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Runner::gpu`].
     pub async fn gpu_async() -> Result<Runner> {
         Ok(Runner::Gpu(Box::new(Gpu::new_async().await?)))
     }
@@ -40,6 +44,10 @@ impl Runner {
     }
 
     /// [`Runner::gpu_or_cpu`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Runner::gpu_or_cpu`].
     pub async fn gpu_or_cpu_async() -> Result<Runner> {
         match Runner::gpu_async().await {
             Err(Error::NoAdapter { .. }) if Gpu::adapters_async().await.is_empty() => Ok(Runner::Cpu),
@@ -56,6 +64,10 @@ impl Runner {
     }
 
     /// Runs a problem on host slices.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::attention`] or of [`reference::attention`], whichever runs.
     pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         match self {
             Runner::Gpu(gpu) => gpu.attention(problem, inputs),
@@ -64,6 +76,10 @@ impl Runner {
     }
 
     /// [`Runner::attention`] without blocking the thread while a GPU computes. The CPU reference computes on the thread that polls.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Runner::attention`].
     pub async fn attention_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         match self {
             Runner::Gpu(gpu) => gpu.attention_async(problem, inputs).await,

@@ -123,6 +123,11 @@ impl Append {
     }
 
     /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] or [`Error::TooLarge`] for a size out of range, [`Error::Overlap`] if two elements of the cache have the
+    /// same address, and [`Error::Room`] if elements are too far apart or the block table has too many entries.
     pub fn check(&self) -> Result<()> {
         self.tensors().map(|_| ())
     }
@@ -207,6 +212,11 @@ impl Append {
     }
 
     /// The dispatches on a device, in order: pure data.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Append::check`], [`Error::Device`] if the device is below what every kernel needs, and [`Error::Room`] if an
+    /// operand or the plan takes more than the device or the crate allows.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
         super::plan(caps, options, |steps| self.dispatches(Slots::OWN, steps))
     }

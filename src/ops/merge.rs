@@ -107,6 +107,11 @@ impl Merge {
     }
 
     /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] or [`Error::TooLarge`] for a size out of range, [`Error::Overlap`] if two elements of the output have the
+    /// same address, and [`Error::Room`] if the partials have too many elements or those of the output are too far apart.
     pub fn check(&self) -> Result<()> {
         self.checked().map(|_| ())
     }
@@ -157,6 +162,12 @@ impl Merge {
     }
 
     /// The dispatches on a device, in order: pure data.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::check`], [`Error::Device`] if the device is below what every kernel needs, and [`Error::Room`] if an
+    /// operand or the plan takes more than the device or the crate allows. [`Error::Conflict`] if a 16-bit output must be summed
+    /// in f32 scratch first and is not dense.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
         super::plan(caps, options, |steps| self.dispatches(Partials::LogSumExp, steps).map(drop))
     }

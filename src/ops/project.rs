@@ -114,6 +114,12 @@ impl Projection {
     }
 
     /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] or [`Error::TooLarge`] for a size out of range, [`Error::Divide`] if `head_columns` does not divide
+    /// `outputs`, [`Error::Entry`] if `weight_row` is shorter than a row, and [`Error::Room`] for a stride or an offset that is
+    /// too large.
     pub fn check(&self) -> Result<()> {
         let sizes = [("batch", self.batch), ("rows", self.rows), ("inputs", self.inputs), ("outputs", self.outputs)];
         for (field, value) in sizes {
@@ -277,6 +283,11 @@ impl Projection {
     }
 
     /// The dispatches on a device, in order: pure data.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Projection::check`], [`Error::Device`] if the device is below what every kernel needs, and [`Error::Room`] if
+    /// an operand or the plan takes more than the device or the crate allows.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
         super::plan(caps, options, |steps| self.dispatches(Wiring::OWN, steps))
     }

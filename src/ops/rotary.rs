@@ -118,6 +118,11 @@ impl Rotation {
     }
 
     /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Zero`] or [`Error::TooLarge`] for a size out of range, [`Error::Room`] for a stride or an offset that is too
+    /// large, and [`Error::Multiple`] for an odd `rotary_dim` or for 16-bit rows that do not stand in whole words.
     pub fn check(&self) -> Result<()> {
         let sizes = [
             ("batch", self.batch, MAX_SIZE),
@@ -187,6 +192,11 @@ impl Rotation {
     }
 
     /// The dispatches on a device, in order: pure data.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Rotation::check`], [`Error::Device`] if the device is below what every kernel needs, and [`Error::Room`] if an
+    /// operand or the plan takes more than the device or the crate allows.
     pub fn plan(&self, caps: &Caps, options: &Options) -> Result<Vec<Step>> {
         super::plan(caps, options, |steps| self.dispatches(Slots::OWN, steps))
     }

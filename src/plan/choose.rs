@@ -181,7 +181,8 @@ impl Tuning {
     ///
     /// # Errors
     ///
-    /// If no kernel can run the problem on the device.
+    /// [`Error::Kernel`] if no kernel can run the problem on the device, and [`Error::Device`] or [`Error::Room`] as
+    /// [`crate::Plan::new`] has them.
     pub fn candidates(shape: &Shape, caps: &Caps) -> Result<Vec<Choice>> {
         caps.check()?;
         let walk = Walk { shape, caps, options: &Options::default(), key_step: key_step(shape, caps)? };

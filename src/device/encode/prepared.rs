@@ -38,9 +38,11 @@ impl Prepared {
     ///
     /// # Errors
     ///
-    /// If a buffer is missing, too small, or not the device's. wgpu tells nobody the device of an encoder: one of another device
-    /// is an error of that device when it is finished. Between devices of two [`wgpu::Instance`]s, wgpu may take one
-    /// device's buffer for another's.
+    /// [`Error::Missing`], [`Error::Unexpected`], [`Error::BufferSize`], [`Error::BufferOffset`], [`Error::BufferUsage`] or
+    /// [`Error::Aliased`] for a buffer that does not fit the plan; [`Error::OtherDevice`] for one of another device;
+    /// [`Error::OutOfMemory`] if the call needs further scratch, see [`Recording`], and there is no memory. wgpu tells nobody the
+    /// device of an encoder: one of another device is an error of that device when it is finished. Between devices of two
+    /// [`wgpu::Instance`]s, wgpu may take one device's buffer for another's.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
         self.check(buffers)?;
         self.record(0..self.plan.dispatches(), encoder, buffers, &self.scratch.shared()?)
@@ -50,7 +52,7 @@ impl Prepared {
     ///
     /// # Errors
     ///
-    /// If it needs further scratch, see [`Recording`], and there is no memory.
+    /// [`Error::OutOfMemory`] if the call needs further scratch, see [`Recording`], and there is no memory.
     pub fn begin(&self) -> Result<Recording<'_, Prepared>> {
         Ok(Recording { of: self, set: self.scratch.own()? })
     }
@@ -102,12 +104,20 @@ impl Prepared {
 
 impl Recording<'_, Prepared> {
     /// Records one slice. Slices run in order, each at most about [`crate::Options::work_budget`] long; submit after each.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] if there is no such slice, and those of [`Prepared::encode`] for the buffers.
     pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
         self.record(self.of.slice(slice)?, encoder, buffers)
     }
 
     /// Records only some of the dispatches, by their numbers in [`Plan::steps`], to time a stage of its own. The results are whole
     /// once all have run in order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] if `steps` ends beyond the last dispatch, and those of [`Prepared::encode`] for the buffers.
     pub fn encode_steps(
         &self,
         steps: Range<usize>,

@@ -59,6 +59,10 @@ pub(super) fn variable(name: &str) -> Option<String> {
 impl Gpu {
     /// Refuses what wgpu would ignore: an environment variable that it reads (`WGPU_BACKEND`, `WGPU_POWER_PREF`, …) with a value
     /// that it does not know. All functions that choose an adapter call this, except for [`Gpu::adapters`], which cannot fail.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Environment`] for the first such variable.
     pub fn check_environment() -> Result<()> {
         unknown_variable(variable)
     }

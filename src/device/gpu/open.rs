@@ -48,11 +48,20 @@ impl Gpu {
 
     /// The best adapter: the one that `WGPU_ADAPTER_NAME` names, else discrete before integrated before virtual before CPU; with
     /// `WGPU_POWER_PREF=low` integrated before discrete.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::check_environment`] and of [`Gpu::open`], [`Error::NoAdapter`] if there is no adapter, and those of
+    /// [`Gpu::named`] if `WGPU_ADAPTER_NAME` is set.
     pub fn new() -> Result<Gpu> {
         pollster::block_on(Self::new_async())
     }
 
     /// [`Gpu::new`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::new`].
     pub async fn new_async() -> Result<Gpu> {
         Self::check_environment()?;
         if let Some(name) = variable("WGPU_ADAPTER_NAME").filter(|name| !name.is_empty()) {
@@ -67,21 +76,38 @@ impl Gpu {
 
     /// The adapter with this index in [`Gpu::adapters`], or the only one whose name contains this (in any case), optionally
     /// after its backend: `1`, `nvidia`, `vulkan:llvmpipe`, `gl:`. More than one match is an error that lists them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::find`] and of [`Gpu::open`].
     pub fn named(wanted: &str) -> Result<Gpu> {
         pollster::block_on(Self::named_async(wanted))
     }
 
     /// [`Gpu::named`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::named`].
     pub async fn named_async(wanted: &str) -> Result<Gpu> {
         Self::open_async(&Self::find_async(wanted).await?, &DeviceOptions::default()).await
     }
 
     /// The adapter that [`Gpu::named`] would open.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::check_environment`], [`Error::NoAdapter`] if no adapter matches, and [`Error::AmbiguousAdapter`] if
+    /// several do.
     pub fn find(wanted: &str) -> Result<wgpu::Adapter> {
         pollster::block_on(Self::find_async(wanted))
     }
 
     /// [`Gpu::find`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::find`].
     pub async fn find_async(wanted: &str) -> Result<wgpu::Adapter> {
         Self::check_environment()?;
         let mut adapters = Self::adapters_async().await;
@@ -117,11 +143,19 @@ impl Gpu {
     }
 
     /// Opens a device on an adapter.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RequestDevice`] if the adapter makes no device with these features and limits.
     pub fn open(adapter: &wgpu::Adapter, options: &DeviceOptions) -> Result<Gpu> {
         pollster::block_on(Self::open_async(adapter, options))
     }
 
     /// [`Gpu::open`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::open`].
     pub async fn open_async(adapter: &wgpu::Adapter, options: &DeviceOptions) -> Result<Gpu> {
         let useful = wgpu::Features::SHADER_F16
             | wgpu::Features::SHADER_INT64

@@ -10,11 +10,27 @@ use crate::plan::Plan;
 
 impl Gpu {
     /// Reads the outputs back.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherDevice`] if `resident` belongs to another device, and those of [`Gpu::read`].
+    ///
+    /// # Panics
+    ///
+    /// If `resident` was uploaded for another plan with a smaller `lse`, `weights` or `logits`.
     pub fn download(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
         self.block_on(self.download_async(plan, resident))
     }
 
     /// [`Gpu::download`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::download`].
+    ///
+    /// # Panics
+    ///
+    /// Where [`Gpu::download`] does.
     pub async fn download_async(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
         self.check_home("resident", &resident.home)?;
         let bytes = Outputs {
@@ -34,11 +50,20 @@ impl Gpu {
     }
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`] if there is no memory for a copy of the slice, [`Error::Validation`] if the buffer lacks the usage
+    /// or the slice has another offset or size, and those of [`Gpu::wait`].
     pub fn read(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
         self.block_on(self.read_async(slice))
     }
 
     /// [`Gpu::read`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::read`].
     pub async fn read_async(&self, slice: wgpu::BufferSlice<'_>) -> Result<Vec<u8>> {
         if slice.size() == 0 {
             return self.fault().map(|()| Vec::new());

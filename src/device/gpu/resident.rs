@@ -46,11 +46,20 @@ pub(crate) fn whole(buffer: &Option<wgpu::Buffer>) -> Option<wgpu::BufferSlice<'
 
 impl Gpu {
     /// Uploads operands and makes output buffers, filled with NaN where the kernels must write.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Shape::check_inputs`], [`crate::Error::OutOfMemory`] if there is no memory for the buffers, and those of
+    /// [`Gpu::wait`].
     pub fn upload(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
         pollster::block_on(self.upload_async(plan, inputs))
     }
 
     /// [`Gpu::upload`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::upload`].
     pub async fn upload_async(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
         let s = plan.shape();
         s.check_inputs(inputs)?;

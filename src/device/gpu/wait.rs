@@ -14,6 +14,11 @@ use crate::device::gpu::{Gpu, lock};
 
 impl Gpu {
     /// Waits until the device is idle.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DeviceLost`] if the device is lost. [`Error::Validation`] or [`Error::OutOfMemory`] if wgpu refused a command
+    /// that the caller gave on this thread; see [`Gpu::device`].
     pub fn wait(&self) -> Result<()> {
         loop {
             let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
@@ -28,6 +33,10 @@ impl Gpu {
     }
 
     /// Waits until what was submitted so far is done, without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::wait`].
     pub async fn wait_async(&self) -> Result<()> {
         let (send, done) = oneshot::channel();
         self.queue.on_submitted_work_done(move || {

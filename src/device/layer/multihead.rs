@@ -39,11 +39,20 @@ fn encoded(values: &[f32], element: Element) -> Vec<u8> {
 
 impl MultiHeadAttention {
     /// Uploads a layer's weights as `element`; biases stay f32.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Layer::check`], [`Error::Device`] if the device is below what every kernel needs, [`Error::Room`] if it cannot
+    /// hold a weight matrix or cannot bind the rotary table, and [`Error::OutOfMemory`] if there is no memory for them.
     pub fn new(attention: &Attention, queue: &wgpu::Queue, layer: &Layer, element: Element) -> Result<Self> {
         pollster::block_on(Self::new_async(attention, queue, layer, element))
     }
 
     /// [`MultiHeadAttention::new`] without blocking the thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHeadAttention::new`].
     pub async fn new_async(
         attention: &Attention,
         queue: &wgpu::Queue,
@@ -90,6 +99,11 @@ impl MultiHeadAttention {
     /// Plans, compiles what is not cached yet, and allocates the scratch. Blocks while the driver compiles.
     ///
     /// With a cache, `problem.seq_kv` is its room, and the causal rule is that each new row sees the keys up to itself.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherDevice`] if the weights of the layer are on another device, and those of [`MultiHeadAttention::plan`] and of
+    /// [`Attention::prepare`].
     pub fn prepare(
         &self,
         attention: &Attention,
@@ -101,6 +115,10 @@ impl MultiHeadAttention {
     }
 
     /// [`MultiHeadAttention::prepare`] for asynchronous callers; see [`Attention::prepare_async`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHeadAttention::prepare`].
     pub async fn prepare_async(
         &self,
         attention: &Attention,
@@ -115,11 +133,21 @@ impl MultiHeadAttention {
     }
 
     /// Runs the layer on host slices: upload, compute, read back.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Conflict`] if the call has a cache, which stays on the GPU. For inputs that do not fit, those of
+    /// [`crate::Shape::check_inputs`]. Those of [`MultiHeadAttention::prepare`] and of [`Gpu::read`], and [`Error::OutOfMemory`]
+    /// if there is no memory for the buffers.
     pub fn forward(&self, gpu: &Gpu, problem: &Problem, call: &Call, inputs: &LayerInputs<'_>) -> Result<LayerOutputs> {
         self.forward_with(gpu, problem, call, inputs, &Options::default())
     }
 
     /// [`MultiHeadAttention::forward`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHeadAttention::forward`].
     pub async fn forward_async(
         &self,
         gpu: &Gpu,
@@ -131,6 +159,10 @@ impl MultiHeadAttention {
     }
 
     /// The same with planning [`Options`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHeadAttention::forward`].
     pub fn forward_with(
         &self,
         gpu: &Gpu,
@@ -143,6 +175,10 @@ impl MultiHeadAttention {
     }
 
     /// [`MultiHeadAttention::forward_with`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHeadAttention::forward`].
     pub async fn forward_with_async(
         &self,
         gpu: &Gpu,

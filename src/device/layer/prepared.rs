@@ -72,6 +72,10 @@ impl PreparedLayer {
     }
 
     /// Records the whole layer. Nothing is submitted, waited for or read back.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Prepared::encode`].
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &LayerBuffers<'_>) -> Result<()> {
         let set = self.attention.scratch().shared()?;
         if self.slices() == 0 {
@@ -82,6 +86,10 @@ impl PreparedLayer {
     }
 
     /// Begins a call that is recorded slice by slice, as [`Prepared::begin`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Prepared::begin`].
     pub fn begin(&self) -> Result<Recording<'_, PreparedLayer>> {
         Ok(Recording { of: self, set: self.attention.scratch().own()? })
     }
@@ -175,6 +183,10 @@ impl PreparedLayer {
 
 impl Recording<'_, PreparedLayer> {
     /// Records one slice. Slices run in order, each at most about [`crate::Options::work_budget`] long; submit after each.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLarge`] if there is no such slice, and those of [`PreparedLayer::encode`] for the buffers.
     pub fn encode_slice(
         &self,
         slice: usize,
