@@ -360,6 +360,17 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
             let error = other.run(&prepared, &theirs, &mut |_, _| ()).unwrap_err();
             says(error, Error::OtherDevice { field: "prepared" }, &["prepared"]);
         }
+        // What was uploaded for another plan.
+        let mut more = p.clone();
+        more.lse = !p.lse;
+        let other = one.library().plan(&more).unwrap();
+        let error = one.download(&other, &resident).unwrap_err();
+        let want = if more.lse { Error::Missing { field: "lse" } } else { Error::Unexpected { field: "lse" } };
+        says(error, want, &["lse"]);
+        let mut longer = p.clone();
+        longer.seq_q += 1;
+        let error = one.download(&one.library().plan(&longer).unwrap(), &resident).unwrap_err();
+        assert!(matches!(error, Error::BufferSize { field: "q", .. }), "{error}");
         let projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);
         let operation = one.library().project(&projection, &Options::default()).unwrap();
         let usage = wgpu::BufferUsages::STORAGE;

@@ -53,7 +53,7 @@ impl<'a> Buffers<'a> {
         })
     }
 
-    pub(super) fn check(&self, plan: &Plan) -> Result<()> {
+    pub(crate) fn check(&self, plan: &Plan) -> Result<()> {
         let shape = plan.shape();
         let tensors = self.tensors(plan);
         for tensor in &tensors {

@@ -13,11 +13,8 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// [`Error::OtherDevice`] if `resident` belongs to another device, and those of [`Gpu::read`].
-    ///
-    /// # Panics
-    ///
-    /// If `resident` was uploaded for another plan with a smaller `lse`, `weights` or `logits`.
+    /// [`Error::OtherDevice`] if `resident` belongs to another device; [`Error::Missing`], [`Error::Unexpected`] or
+    /// [`Error::BufferSize`] if it was uploaded for another plan whose buffers do not fit this one; and those of [`Gpu::read`].
     pub fn download(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
         self.block_on(self.download_async(plan, resident))
     }
@@ -27,12 +24,9 @@ impl Gpu {
     /// # Errors
     ///
     /// Those of [`Gpu::download`].
-    ///
-    /// # Panics
-    ///
-    /// Where [`Gpu::download`] does.
     pub async fn download_async(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
         self.check_home("resident", &resident.home)?;
+        resident.buffers().check(plan)?;
         let bytes = Outputs {
             lse: self.read_optional(&resident.lse).await?,
             weights: self.read_optional(&resident.weights).await?,
