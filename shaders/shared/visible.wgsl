@@ -82,10 +82,11 @@ fn tile_range(s: Sequence, first: u32, last: u32) -> vec2<u32> {
 }
 {% if full is defined and full %}
 
-// The position of a key.
+// The position of a key. Tiles reach beyond the last key.
 fn key_position(s: Sequence, key: u32) -> i32 {
     if ((params.flags & POSITIONS) != 0u) {
-        return min(bitcast<i32>(lists[s.positions + key]), 1073741823);
+        let listed = lists[s.positions + min(key, max(params.seq_kv, 1u) - 1u)];
+        return min(bitcast<i32>(listed), 1073741823);
     }
     return i32(key);
 }
