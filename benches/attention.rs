@@ -6,7 +6,7 @@ use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{Criterion, Throughput};
 use wgpu_attention::internal::describe;
 use wgpu_attention::{
-    Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, compare,
+    Causal, DeviceOptions, Error, Gpu, Inputs, Kernel, Logits, Options, Prepared, Problem, Resident, compare, with,
 };
 
 /// Batch, heads, kv_heads, seq_q, seq_kv, head_dim, and the causal rule: prefill, the same causal, one step of decoding.
@@ -55,7 +55,7 @@ fn ready(gpu: &Gpu, problem: &Problem, options: &Options) -> Ready {
         |len: u64, step: u64| -> Vec<f32> { (0..len).map(|i| ((i * step % 1000) as f32 / 500.0) - 1.0).collect() };
     let q = data(shape.q().extent(), 7919);
     let [k, v] = [7907, 7901].map(|step| data(shape.k().extent(), step));
-    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..Inputs::default() };
+    let inputs = Inputs::new(&q, &k, &v);
     let plan = gpu.library().plan_with(problem, options).expect("plans");
     let prepared = gpu.library().prepare(&plan).expect("compiles");
     let resident = gpu.upload(&plan, &inputs).expect("fits");
@@ -69,7 +69,7 @@ fn ready(gpu: &Gpu, problem: &Problem, options: &Options) -> Ready {
 /// Attention by one kernel, and which one the planner would take.
 fn whole(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem, kernel: Kernel) {
     let planned = gpu.library().plan(problem).expect("plans").kernel();
-    let options = Options { kernel: Some(kernel), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(kernel));
     let name = match gpu.library().plan_with(problem, &options) {
         Ok(plan) if plan.kernel() == planned => format!("{planned}, planned"),
         Ok(plan) => plan.kernel(),
@@ -90,7 +90,7 @@ fn whole(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem, kernel:
 fn stages(criterion: &mut Criterion<Flops>, gpu: &Gpu, problem: &Problem) {
     let mut problem = problem.clone();
     (problem.weights, problem.logits) = (true, Some(Logits::Raw));
-    let ready = ready(gpu, &problem, &Options { kernel: Some(Kernel::Unfused), ..Options::default() });
+    let ready = ready(gpu, &problem, &with!(Options::default(), kernel: Some(Kernel::Unfused)));
     let [head_dim, value_dim] = [problem.head_dim, problem.value_dim].map(f64::from);
     for (stage, each) in [("scores", 2.0 * head_dim), ("softmax", SOFTMAX_FLOPS), ("values", 2.0 * value_dim)] {
         measure(criterion, gpu, &problem, stage, each * ready.pairs, || {

@@ -127,6 +127,7 @@ impl RotaryEmbedding {
 }
 
 /// Host inputs of a layer.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LayerInputs<'a> {
     /// Query input.
@@ -139,7 +140,15 @@ pub struct LayerInputs<'a> {
     pub operands: Operands<HostSlice<'a>>,
 }
 
+impl<'a> LayerInputs<'a> {
+    /// The query input of self-attention.
+    pub fn new(query: &'a [f32]) -> Self {
+        LayerInputs { query, ..LayerInputs::default() }
+    }
+}
+
 /// What a layer gives out, on the host.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerOutputs<T = f32> {
     /// [batch, seq_q, out], or [seq_q, batch, out].

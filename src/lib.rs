@@ -17,7 +17,7 @@
 //! let mut problem = Problem::new(1, 8, 77, 77, 64); // batch, heads, seq_q, seq_kv, head_dim
 //! problem.causal = Causal::TopLeft;
 //! let x: Vec<f32> = (0..8 * 77 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
-//! let inputs = Inputs { q: (&x).into(), k: (&x).into(), v: (&x).into(), ..Inputs::default() };
+//! let inputs = Inputs::new(&x, &x, &x);
 //!
 //! let outputs = Gpu::new()?.attention(&problem, &inputs)?;
 //!
@@ -164,6 +164,23 @@ pub mod internal {
     pub use crate::device::gpu::describe;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};
+}
+
+/// Sets fields of a value of a type that may grow: `with!(Options::default(), kernel: Some(kernel))`.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! with {
+    ($value:expr, $($field:ident $(: $new:expr)?),+ $(,)?) => {{
+        let mut value = $value;
+        $(value.$field = $crate::with!(@ $field $(, $new)?);)+
+        value
+    }};
+    (@ $field:ident) => {
+        $field
+    };
+    (@ $field:ident, $new:expr) => {
+        $new
+    };
 }
 
 #[cfg(doctest)]

@@ -83,7 +83,7 @@ impl Real for f64 {
 /// use wgpu_attention::{Inputs, Problem, reference};
 ///
 /// let (q, k, v) = ([1.0, 0.0], [1.0, 0.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0]);
-/// let inputs = Inputs { q: (&q[..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
+/// let inputs = Inputs::new(&q, &k, &v);
 /// let out = reference::attention::<f64>(&Problem::new(1, 1, 1, 2, 2), &inputs)?.out;
 ///
 /// let first = 1.0 / (1.0 + (-1.0 / 2f64.sqrt()).exp()); // softmax of (1/√2, 0)

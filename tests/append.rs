@@ -7,6 +7,7 @@ use support::staged::Guarded;
 use support::{Random, Tensor, floor, gpus};
 use wgpu_attention::{
     Append, AppendBuffers, Element, Elements, Error, Gpu, Layout, Operation, Options, Paged, Strides, reference, wgpu,
+    with,
 };
 
 /// Elements from the start of a tensor to its last one.
@@ -149,7 +150,7 @@ fn page_numbers_outside_the_pool_write_nothing() {
 fn new_rows_and_the_block_table_are_split_under_small_limits_and_the_pool_is_not() {
     for gpu in gpus() {
         let gpu = &floor(gpu, 4096, 3);
-        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        let options = with!(Options::default(), work_budget: std::time::Duration::from_micros(1));
         // More entries than fit a binding, and more new rows; the pool of 60 rows is bound whole.
         let mut append = Append::new(9, 2, 40, 128, 15);
         append.paged = Some(Paged { pages: 30, page_size: 1 });
@@ -170,7 +171,7 @@ fn new_rows_and_the_block_table_are_split_under_small_limits_and_the_pool_is_not
 fn every_split_happens_under_small_limits() {
     for gpu in gpus() {
         let gpu = &floor(gpu, 4096, 3);
-        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        let options = with!(Options::default(), work_budget: std::time::Duration::from_micros(1));
         for (element, dim) in [(Element::F32, 20), (Element::F32, 7), (Element::F16, 20), (Element::Bf16, 9)] {
             for layout in [Layout::Bhsd, Layout::Bshd] {
                 for circular in [false, true] {

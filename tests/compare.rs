@@ -7,7 +7,7 @@ use support::{Case, Data, Random};
 use wgpu_attention::reference::{self, Comparisons, Worst, compare_append, compare_layer, compare_merge};
 use wgpu_attention::{
     Append, Broadcast, Call, Causal, Element, Elements, Error, Inputs, Layer, LayerInputs, LayerOutputs, Layout,
-    Linear, Logits, Merge, Outputs, Problem, RotaryEmbedding, Strides, Weights, compare,
+    Linear, Logits, Merge, Outputs, Problem, RotaryEmbedding, Strides, Weights, compare, with,
 };
 
 /// Breaks one element after the other of one output, and asserts that each is found where it is.
@@ -56,16 +56,16 @@ fn every_output_of_a_call_is_compared() {
         // Whatever lies between the rows of out counts as well.
         let lengths: Vec<usize> = judge(&right).outputs.iter().map(|output| output.budget.count).collect();
         assert_eq!(lengths, [right.out.len(), 12, 60, 60]);
-        every_wrong_element_is_found("out", &right.out, &|out| judge(&Outputs { out: out.into(), ..right.clone() }));
+        every_wrong_element_is_found("out", &right.out, &|out| judge(&with!(right.clone(), out: out.into())));
         let of = |x: &Option<Vec<f32>>| x.clone().unwrap();
         every_wrong_element_is_found("lse", &of(&right.lse), &|lse| {
-            judge(&Outputs { lse: Some(lse.into()), ..right.clone() })
+            judge(&with!(right.clone(), lse: Some(lse.into())))
         });
         every_wrong_element_is_found("weights", &of(&right.weights), &|weights| {
-            judge(&Outputs { weights: Some(weights.into()), ..right.clone() })
+            judge(&with!(right.clone(), weights: Some(weights.into())))
         });
         every_wrong_element_is_found("logits", &of(&right.logits), &|logits| {
-            judge(&Outputs { logits: Some(logits.into()), ..right.clone() })
+            judge(&with!(right.clone(), logits: Some(logits.into())))
         });
     }
 }
@@ -74,9 +74,8 @@ fn every_output_of_a_call_is_compared() {
 fn the_outcome_is_the_one_computed_by_hand() {
     // One query, two keys of equal score: the output is the mean of the values, 3.
     let p = Problem::new(1, 1, 1, 2, 2);
-    let inputs =
-        Inputs { q: (&[0.0; 2]).into(), k: (&[1.0; 4]).into(), v: (&[1.0, 3.0, 5.0, 3.0]).into(), ..Inputs::default() };
-    let judge = |out: [f32; 2]| compare(&p, &inputs, &Outputs { out: out.into(), ..Outputs::default() }).unwrap();
+    let inputs = Inputs::new(&[0.0; 2], &[1.0; 4], &[1.0, 3.0, 5.0, 3.0]);
+    let judge = |out: [f32; 2]| compare(&p, &inputs, &Outputs::new(out.into())).unwrap();
     let exact = judge([3.0, 3.0]);
     assert!(exact.passed() && !exact.regressed());
     assert_eq!((exact.outputs.len(), exact.outputs[0].budget.worst, exact.outputs[0].budget.max_error), (1, None, 0.0));
@@ -157,26 +156,24 @@ fn every_output_of_a_layer_is_compared() {
         let mut call = Call::default();
         (call.weights, call.seq_first) = (Some(if mean { Weights::Mean } else { Weights::Heads }), n % 3 == 0);
         let query = Random(3).signed_vec(2 * 3 * 6, 1.0);
-        let mut inputs = LayerInputs { query: &query, ..LayerInputs::default() };
+        let mut inputs = LayerInputs::new(&query);
         let mask = [1u8, 0, 1, 0, 0, 0, 1, 1, 1];
         inputs.operands.mask = Some((&mask).into());
         let right = reference::layer::<f32>(&layer, &problem, &call, &inputs).unwrap();
         let judge = |outputs: &LayerOutputs| compare_layer(&layer, &problem, &call, &inputs, outputs).unwrap();
-        every_wrong_element_is_found("out", &right.out, &|out| {
-            judge(&LayerOutputs { out: out.into(), ..right.clone() })
-        });
+        every_wrong_element_is_found("out", &right.out, &|out| judge(&with!(right.clone(), out: out.into())));
         every_wrong_element_is_found("weights", right.weights.as_ref().unwrap(), &|weights| {
-            judge(&LayerOutputs { weights: Some(weights.into()), ..right.clone() })
+            judge(&with!(right.clone(), weights: Some(weights.into())))
         });
         // The bound is that of f32 arithmetic: a thousandth of the values is far beyond it.
-        let found = judge(&LayerOutputs { out: right.out.iter().map(|x| x + 1e-4).collect(), ..right.clone() });
+        let found = judge(&with!(right.clone(), out: right.out.iter().map(|x| x + 1e-4).collect()));
         assert_eq!(found.get("out").unwrap().budget.failures, right.out.len(), "{found}");
 
-        let short = LayerOutputs { out: right.out[1..].to_vec(), ..right.clone() };
+        let short = with!(right.clone(), out: right.out[1..].to_vec());
         let want = right.out.len();
         let error = compare_layer(&layer, &problem, &call, &inputs, &short).unwrap_err();
         assert_eq!(error, Error::Length { field: "out", got: want - 1, want });
-        let error = compare_layer(&layer, &problem, &call, &inputs, &LayerOutputs { weights: None, ..right.clone() });
+        let error = compare_layer(&layer, &problem, &call, &inputs, &with!(right.clone(), weights: None));
         assert_eq!(error, Err(Error::Missing { field: "weights" }));
         call.weights = None;
         let error = compare_layer(&layer, &problem, &call, &inputs, &right).unwrap_err();
@@ -193,9 +190,9 @@ fn the_budget_of_a_layer_is_the_one_computed_by_hand() {
     let one = |weight: f32| Linear { inputs: 1, outputs: 1, weight: vec![weight], ..Linear::default() };
     let layer = Layer::new(1, 1, [one(0.0), one(0.0), one(3.0), one(5.0)]).unwrap();
     let (problem, call) = (layer.problem(1, 1, 1), Call::default());
-    let inputs = LayerInputs { query: &[2.0], ..LayerInputs::default() };
+    let inputs = LayerInputs::new(&[2.0]);
     let judge = |out: f32| {
-        compare_layer(&layer, &problem, &call, &inputs, &LayerOutputs { out: vec![out], weights: None }).unwrap()
+        compare_layer(&layer, &problem, &call, &inputs, &with!(LayerOutputs::default(), out: vec![out])).unwrap()
     };
     let worst = judge(30.5).get("out").unwrap().budget.worst.unwrap();
     assert_eq!((worst.index, worst.got, worst.want), (0, 30.5, 30.0));
@@ -246,24 +243,23 @@ fn every_output_of_a_merge_is_compared() {
             }
         }
         every_wrong_element_is_found("lse", right.lse.as_ref().unwrap(), &|lse| {
-            judge(&Outputs { lse: Some(lse.into()), ..right.clone() })
+            judge(&with!(right.clone(), lse: Some(lse.into())))
         });
         let error = compare_merge(&merge, &out, &lse[1..], sinks.as_deref(), &right).unwrap_err();
         assert_eq!(error, Error::Length { field: "partial_lse", got: 35, want: 36 });
-        let short = Outputs { out: right.out[1..].to_vec(), ..right.clone() };
+        let short = with!(right.clone(), out: right.out[1..].to_vec());
         let want = right.out.len();
         let error = compare_merge(&merge, &out, &lse, sinks.as_deref(), &short).unwrap_err();
         assert_eq!(error, Error::Length { field: "out", got: want - 1, want });
-        let error = compare_merge(&merge, &out, &lse, sinks.as_deref(), &Outputs { lse: None, ..right.clone() });
+        let error = compare_merge(&merge, &out, &lse, sinks.as_deref(), &with!(right.clone(), lse: None));
         assert_eq!(error, Err(Error::Missing { field: "lse" }));
-        let more = Outputs { weights: Some(Vec::new()), ..right.clone() };
+        let more = with!(right.clone(), weights: Some(Vec::new()));
         let error = compare_merge(&merge, &out, &lse, sinks.as_deref(), &more);
         assert_eq!(error, Err(Error::Unexpected { field: "weights" }));
     }
     // Without a partial every row is empty.
     let merge = Merge::new(0, 1, 1, 2, 1);
-    let outputs =
-        |out: f32| Outputs { out: vec![0.0, out], lse: Some(vec![f32::NEG_INFINITY; 2]), ..Outputs::default() };
+    let outputs = |out: f32| with!(Outputs::new(vec![0.0, out]), lse: Some(vec![f32::NEG_INFINITY; 2]));
     assert!(compare_merge(&merge, &[], &[], None, &outputs(0.0)).unwrap().passed());
     assert!(!compare_merge(&merge, &[], &[], None, &outputs(1e-30)).unwrap().passed());
 }
@@ -280,6 +276,7 @@ fn merged(merge: &Merge, out: &[f32], lse: &[f32], sinks: Option<&[f32]>) -> Out
         Element::F32 => x as f32,
         Element::F16 => f16::from_f64(x).to_f32(),
         Element::Bf16 => bf16::from_f64(x).to_f32(),
+        _ => unreachable!("no other is known here"),
     };
     let mut place = Problem::new(2, 2, 3, 1, 4);
     place.out = merge.out;
@@ -290,7 +287,7 @@ fn merged(merge: &Merge, out: &[f32], lse: &[f32], sinks: Option<&[f32]>) -> Out
         let at = shape.out().at(b, h, i) as usize;
         out[at..at + 4].iter_mut().zip(x).for_each(|(out, &x)| *out = round(x));
     }
-    Outputs { out, lse: Some(lse.iter().map(|&x| x as f32).collect()), ..Outputs::default() }
+    with!(Outputs::new(out), lse: Some(lse.iter().map(|&x| x as f32).collect()))
 }
 
 /// One row of three partials, added up by hand.
@@ -298,7 +295,7 @@ fn merged(merge: &Merge, out: &[f32], lse: &[f32], sinks: Option<&[f32]>) -> Out
 fn the_budget_of_a_merge_is_the_one_computed_by_hand() {
     // Equal log-sum-exps: every weight is a third, and the mean of 1, 2 and 6 is 3.
     let merge = Merge::new(3, 1, 1, 1, 1);
-    let outputs = Outputs { out: vec![3.5], lse: Some(vec![0.5]), ..Outputs::default() };
+    let outputs = with!(Outputs::new(vec![3.5]), lse: Some(vec![0.5]));
     let found = compare_merge(&merge, &[1.0, 2.0, 6.0], &[0.0; 3], None, &outputs).unwrap();
     let [out, lse] = ["out", "lse"].map(|name| found.get(name).unwrap().budget.worst.unwrap());
     let u = 2f64.powi(-24);

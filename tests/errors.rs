@@ -11,7 +11,7 @@ use wgpu_attention::internal::Scalar;
 use wgpu_attention::{
     Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
     LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Obstacle, Options, Order, Packed, Paged,
-    Plan, Problem, Projection, ProjectionBuffers, Rotation, wgpu,
+    Plan, Problem, Projection, ProjectionBuffers, Rotation, wgpu, with,
 };
 
 type Change<T> = fn(&mut T);
@@ -177,7 +177,7 @@ fn pages_that_cannot_be_are_refused() {
 
     for gpu in gpus() {
         let force = |kernel, form| {
-            let options = Options { kernel, form, ..Options::default() };
+            let options = with!(Options::default(), kernel, form);
             gpu.library().plan_with(&p, &options).unwrap_err()
         };
         for error in [force(Some(Kernel::Unfused), None), force(None, Some(wgpu_attention::Form::Tiled))] {
@@ -308,14 +308,11 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
             }
             let other = Staged::new(&device, &plan, &operands);
             let (own, other) = (staged.buffers(), other.buffers());
-            let mut mixed = vec![
-                ("q", wgpu_attention::Buffers { q: other.q, ..own }),
-                ("v", wgpu_attention::Buffers { v: other.v, ..own }),
-                ("out", wgpu_attention::Buffers { out: other.out, ..own }),
-            ];
+            let mut mixed =
+                vec![("q", with!(own, q: other.q)), ("v", with!(own, v: other.v)), ("out", with!(own, out: other.out))];
             for (operand, &theirs) in other.operands.iter() {
                 let operands = own.operands.map(|each, slice| if each == operand { theirs } else { slice });
-                mixed.push((operand.name(), wgpu_attention::Buffers { operands, ..own }));
+                mixed.push((operand.name(), with!(own, operands: operands)));
             }
             assert_eq!(mixed.len(), 3 + 6);
             for (field, buffers) in mixed {
@@ -580,7 +577,7 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
     }
     for gpu in gpus() {
         let limits = wgpu::Limits { max_compute_workgroup_size_x: u32::MAX, ..gpu.adapter.limits() };
-        let options = DeviceOptions { limits: Some(limits), ..DeviceOptions::default() };
+        let options = with!(DeviceOptions::default(), limits: Some(limits));
         let error = Gpu::open(&gpu.adapter, &options).unwrap_err();
         assert!(matches!(error, Error::RequestDevice(_)), "{error}");
         names(&error, &["max_compute_workgroup_size_x"]);
@@ -592,7 +589,7 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
     let shape = with(|p| p.element = Element::F16).check().unwrap();
     for gpu in gpus() {
         let caps = gpu.library().caps().clone();
-        let lanes = Options { form: Some(wgpu_attention::Form::Lanes), native_f16: Some(true), ..Options::default() };
+        let lanes = with!(Options::default(), form: Some(wgpu_attention::Form::Lanes), native_f16: Some(true));
         let error = Plan::new(&shape, &caps, &lanes).unwrap_err();
         let why = |why: &Obstacle| matches!(why, Obstacle::LanesPackedF16 | Obstacle::NoF16);
         assert!(matches!(&error, Error::Kernel { kernel: "native f16", why: got } if why(got)), "{error}");
@@ -627,11 +624,11 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
             let p = with(|p| {
                 (p.element, p.head_dim, p.weights, p.logits) = (Element::F16, 300, true, Some(Logits::Raw));
             });
-            let options = Options { kernel: Some(kernel), native_f16: Some(true), ..Options::default() };
+            let options = with!(Options::default(), kernel: Some(kernel), native_f16: Some(true));
             let error = Plan::new(&p.check().unwrap(), &caps, &options).unwrap_err();
             says(error, Error::Kernel { kernel: kernel.name(), why }, &["300 dims"]);
         }
-        let matrix = Options { kernel: Some(Kernel::Matrix), native_f16: Some(false), ..Options::default() };
+        let matrix = with!(Options::default(), kernel: Some(Kernel::Matrix), native_f16: Some(false));
         let p = with(|p| (p.element, p.logits) = (Element::Bf16, Some(Logits::Raw))).check().unwrap();
         let why = Obstacle::NotF16 { element: Element::Bf16 };
         says(
@@ -642,8 +639,8 @@ fn kernels_and_devices_that_cannot_run_a_problem_say_why() {
 
         // A plan for another device: its pipeline does not compile here, and that is an error, not a panic.
         let poor = gpu.limited_to(Some(wgpu::Features::empty()), |_| ());
-        let rich = wgpu_attention::Caps { f16: true, cpu: false, ..caps };
-        let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+        let rich = with!(caps, f16: true, cpu: false);
+        let unfused = with!(Options::default(), kernel: Some(Kernel::Unfused));
         let plan = Plan::new(&shape, &rich, &unfused).unwrap();
         let error = poor.library().prepare(&plan).unwrap_err();
         assert!(matches!(error, Error::Pipeline { .. }), "{error}");
@@ -723,7 +720,7 @@ fn projections_rotations_and_layers_that_do_not_fit_are_refused() {
     let mut problem = layer.problem(1, 3, 3);
     problem.head_dim = 5;
     let query = [0.0; 24];
-    let inputs = LayerInputs { query: &query, ..LayerInputs::default() };
+    let inputs = LayerInputs::new(&query);
     let run = resident.forward(gpu, &problem, &Call::default(), &inputs);
     let want = Error::LayerSize { field: "head_dim", got: 5, want: 4 };
     says(run.map(drop).unwrap_err(), want, &["head_dim is 5", "4"]);

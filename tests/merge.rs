@@ -9,7 +9,7 @@ use support::{Data, Random, floor, gpus};
 use wgpu_attention::reference::{self, Comparisons};
 use wgpu_attention::{
     Broadcast, Causal, Element, Elements, Error, Gpu, Inputs, Layout, Merge, MergeBuffers, Operands, Operation,
-    Options, Problem, Strides, wgpu,
+    Options, Problem, Strides, wgpu, with,
 };
 
 /// Partial results as other kernels would leave them.
@@ -165,7 +165,7 @@ fn every_split_happens_under_small_limits() {
             // A partial is 2·3·70 rows: neither its outputs nor its log-sum-exps of one head fit a binding with the next one's.
             let mut merge = Merge::new(5, 2, 3, 70, dim);
             (merge.element, merge.sinks) = (element, true);
-            let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+            let options = with!(Options::default(), work_budget: std::time::Duration::from_micros(1));
             let steps = merge.plan(gpu.library().caps(), &options).expect("splits");
             assert!(steps.iter().all(|step| step.grid.iter().all(|&side| side <= 3)));
             assert!(steps.iter().flat_map(|step| &step.bindings).all(|bound| bound.size <= 4096));
@@ -201,12 +201,9 @@ fn parts_of_the_keys_merge_into_the_whole() {
             problem.mask = Some(Broadcast([1, 1, 1, keys as u32]));
             let mask = data.mask.as_ref().expect("asked for");
             let offsets = [50 - 19 - part[0] as i32; 2];
-            let operands = Operands {
-                mask: Some(mask[part[0]..part[1]].into()),
-                offsets: Some((&offsets).into()),
-                ..Operands::default()
-            };
-            let inputs = Inputs { q: data.q.elements(), k: Elements::F32(&k), v: Elements::F32(&v), operands };
+            let operands =
+                with!(Operands::default(), mask: Some(mask[part[0]..part[1]].into()), offsets: Some((&offsets).into()));
+            let inputs = with!(Inputs::new(data.q.elements(), Elements::F32(&k), Elements::F32(&v)), operands);
             let got = gpu.attention(&problem, &inputs).expect("valid");
             out.extend(got.out);
             lse.extend(got.lse.expect("asked for"));
@@ -233,7 +230,7 @@ fn parts_of_the_keys_merge_into_the_whole() {
 fn calls_of_one_merge_take_turns() {
     let mut merge = Merge::new(4, 2, 3, 33, 7);
     (merge.element, merge.sinks) = (Element::Bf16, true);
-    let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+    let options = with!(Options::default(), work_budget: std::time::Duration::from_micros(1));
     for gpu in gpus() {
         let operation = gpu.library().merge(&merge, &options).expect("compiles");
         assert!(operation.slices() > 2);

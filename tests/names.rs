@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use wgpu_attention::{
     Bias, Broadcast, Caps, Causal, Element, Elements, Error, Form, HostSlice, Kernel, Layout, Logits, Options, Packed,
-    Paged, Plan, Problem, Strides, Window, wgpu,
+    Paged, Plan, Problem, Strides, Window, wgpu, with,
 };
 
 /// Every value is read by its name, also in JSON, and a wrong name is refused by an error that says `refusal`.
@@ -103,14 +103,7 @@ fn problems_are_the_same_after_json() {
 
 #[test]
 fn options_and_devices_are_the_same_after_json() {
-    let options = Options {
-        kernel: Some(Kernel::Split),
-        form: Some(Form::Emulated),
-        native_f16: Some(false),
-        batch_invariant: true,
-        scratch_budget: 1 << 40,
-        work_budget: Duration::from_micros(1_500_001),
-    };
+    let options = with!(Options::default(), kernel: Some(Kernel::Split), form: Some(Form::Emulated), native_f16: Some(false), batch_invariant: true, scratch_budget: 1 << 40, work_budget: Duration::from_micros(1_500_001));
     for options in [options, Options::default()] {
         assert_eq!(again(&options), options);
     }

@@ -7,7 +7,7 @@ use wgpu_attention::reference::{
 };
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Elements, Error, HostSlice, Inputs, Layout, Logits, Operands, Outputs, Packed,
-    Problem, Window,
+    Problem, Window, with,
 };
 
 /// Signed numbers, roughly normal.
@@ -51,20 +51,7 @@ impl Data {
     }
 
     fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            q: (&self.q).into(),
-            k: (&self.k).into(),
-            v: (&self.v).into(),
-            operands: Operands {
-                mask: self.mask.as_ref().map(HostSlice::from),
-                bias: self.bias.as_ref().map(HostSlice::from),
-                key_lengths: self.key_lengths.as_ref().map(HostSlice::from),
-                offsets: self.offsets.as_ref().map(HostSlice::from),
-                alibi_slopes: self.slopes.as_ref().map(HostSlice::from),
-                sinks: self.sinks.as_ref().map(HostSlice::from),
-                ..Operands::default()
-            },
-        }
+        with!(Inputs::new(&self.q, &self.k, &self.v), operands: with!(Operands::default(), mask: self.mask.as_ref().map(HostSlice::from), bias: self.bias.as_ref().map(HostSlice::from), key_lengths: self.key_lengths.as_ref().map(HostSlice::from), offsets: self.offsets.as_ref().map(HostSlice::from), alibi_slopes: self.slopes.as_ref().map(HostSlice::from), sinks: self.sinks.as_ref().map(HostSlice::from)))
     }
 }
 
@@ -125,7 +112,7 @@ fn thirds_and_sixths() {
     let p = problem([1, 1, 1, 3, 1], |p| p.scale = Some(2.0));
     let (q, v) = ([0.5], [6.0, 12.0, 18.0]);
     let k = [1f32, 2.0, 3.0].map(f32::ln);
-    let inputs = Inputs { q: (&q[..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
+    let inputs = Inputs::new(&q[..], &k[..], &v[..]);
     let got = attention::<f64>(&p, &inputs).unwrap();
     assert_close(got.weights.as_ref().unwrap(), &[1.0 / 6.0, 2.0 / 6.0, 3.0 / 6.0], 1e-7);
     assert_close(&got.out, &[14.0], 1e-6);
@@ -147,16 +134,7 @@ fn cap_then_alibi_then_bias() {
         p.bias = Some(Bias { shape: Broadcast::new("bias", &[2]).unwrap(), element: Element::F32 });
     });
     let (q, k, v) = ([2.0, -2.0, 4.0, 4.0], [1.0, -3.0, 0.25, 1.0], [0.0; 4]);
-    let inputs = Inputs {
-        q: (&q[..]).into(),
-        k: (&k[..]).into(),
-        v: (&v[..]).into(),
-        operands: Operands {
-            bias: Some((&[10.0f32, -20.0]).into()),
-            alibi_slopes: Some((&[0.25f32, 8.0]).into()),
-            ..Operands::default()
-        },
-    };
+    let inputs = with!(Inputs::new(&q[..], &k[..], &v[..]), operands: with!(Operands::default(), bias: Some((&[10.0f32, -20.0]).into()), alibi_slopes: Some((&[0.25f32, 8.0]).into())));
     let raw = [1.0, -3.0, -1.0, 3.0, 0.5, 2.0, 0.5, 2.0];
     let capped = raw.map(|s: f64| 1.5 * (s / 1.5).tanh());
     let added = [10.0, -20.25, 9.75, -20.0, 10.0, -28.0, 2.0, -20.0];
@@ -236,7 +214,7 @@ fn stages_make_the_whole() {
         let masked = logits(&shape, &inputs, &raw, Logits::Masked);
         let (weights, lse) = softmax(&shape, &inputs, &masked);
         let out = values(&shape, &inputs, &weights);
-        assert_eq!(whole, Outputs { out, lse: Some(lse), weights: Some(weights), logits: Some(masked) });
+        assert_eq!(whole, with!(Outputs::new(out), lse: Some(lse), weights: Some(weights), logits: Some(masked)));
         assert_eq!(attention_with_budget(&p, &inputs).unwrap().0, whole);
     }
 }
@@ -268,7 +246,7 @@ fn query_heads_share_keys_in_contiguous_groups() {
     let o = Data::new(&p);
     let repeat = |x: &[f32], head: usize| x.chunks(head).flat_map(|x| [x; 3].concat()).collect::<Vec<f32>>();
     let (k, v) = (repeat(&o.k, 5 * 4), repeat(&o.v, 5 * 3));
-    let full = Inputs { k: (&k).into(), v: (&v).into(), ..o.inputs() };
+    let full = with!(o.inputs(), k: (&k).into(), v: (&v).into());
     let want = attention::<f64>(&with(&p, |p| p.kv_heads = 6), &full).unwrap();
     assert_eq!(attention::<f64>(&p, &o.inputs()).unwrap(), want);
 }
@@ -293,7 +271,7 @@ fn layouts_hold_the_same_numbers() {
     let (q, k, v) = (moved(&o.q, seq_q), moved(&o.k, seq_kv), moved(&o.v, seq_kv));
     let mut p = p.with_layout(Layout::Strided(strided(seq_kv)));
     (p.q, p.out) = (Layout::Strided(strided(seq_q)), Layout::Strided(strided(seq_q)));
-    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..Inputs::default() };
+    let inputs = Inputs::new(&q, &k, &v);
     let (got, budget) = attention_with_budget(&p, &inputs).unwrap();
     assert_eq!((&got.lse, &got.weights), (&want.lse, &want.weights));
     let with_gaps = moved(&want.out.iter().map(|&x| x as f32).collect::<Vec<_>>(), seq_q);
@@ -327,12 +305,7 @@ fn packed_sequences_are_separate_runs() {
     let bounds = (Some(HostSlice::from(&cu_q)), Some(HostSlice::from(&cu_kv)));
     let inputs = given(o.inputs(), |o| (o.cu_seqlens_q, o.cu_seqlens_kv) = bounds);
     let got = attention::<f64>(&p, &inputs).unwrap();
-    let mut want = Outputs {
-        out: vec![0.0; got.out.len()],
-        lse: Some(vec![0.0; 4 * 10]),
-        weights: Some(vec![0.0; 3 * 4 * 5 * 7]),
-        logits: Some(vec![f64::NEG_INFINITY; 3 * 4 * 5 * 7]),
-    };
+    let mut want = with!(Outputs::new(vec![0.0; got.out.len()]), lse: Some(vec![0.0; 4 * 10]), weights: Some(vec![0.0; 3 * 4 * 5 * 7]), logits: Some(vec![f64::NEG_INFINITY; 3 * 4 * 5 * 7]));
     for b in [0, 2] {
         let [q0, q1, k0, k1] = [cu_q[b], cu_q[b + 1], cu_kv[b], cu_kv[b + 1]].map(|n| n as usize);
         let (rows, keys) = (q1 - q0, k1 - k0);
@@ -342,12 +315,7 @@ fn packed_sequences_are_separate_runs() {
         });
         let mask = o.mask.as_ref().unwrap()[b * 5 * 7..].chunks(7).take(rows).flat_map(|row| &row[..keys]).copied();
         let (mask, [k0, k1]) = (mask.collect::<Vec<u8>>(), [k0 * 6, k1 * 6]);
-        let inputs = Inputs {
-            q: o.q[q0 * 12..q1 * 12].into(),
-            k: o.k[k0..k1].into(),
-            v: o.v[k0..k1].into(),
-            operands: given(o.inputs(), |o| o.mask = Some((&mask).into())).operands,
-        };
+        let inputs = with!(Inputs::new(&o.q[q0 * 12..q1 * 12], &o.k[k0..k1], &o.v[k0..k1]), operands: given(o.inputs(), |o| o.mask = Some((&mask).into())).operands);
         let one = attention::<f64>(&one, &inputs).unwrap();
         want.out[q0 * 12..q1 * 12].copy_from_slice(&one.out);
         for h in 0..4 {
@@ -418,12 +386,7 @@ fn low_is_not_hidden() {
     });
     let (k, v) = ([-1.0, -2.0, 3.0], [3.0, 6.0, -30.0]);
     let run = |bias: [f32; 3]| {
-        let inputs = Inputs {
-            q: (&[1.0][..]).into(),
-            k: (&k[..]).into(),
-            v: (&v[..]).into(),
-            operands: Operands { bias: Some((&bias).into()), ..Operands::default() },
-        };
+        let inputs = with!(Inputs::new(&[1.0][..], &k[..], &v[..]), operands: with!(Operands::default(), bias: Some((&bias).into())));
         attention_with_budget(&p, &inputs).unwrap()
     };
     let (got, budget) = run([f32::MIN; 3]);
@@ -435,12 +398,7 @@ fn low_is_not_hidden() {
     assert_close(&got.out, &[4.5], 1e-14);
     // The same in f32, where the sum itself overflows.
     let huge = problem([1, 1, 1, 2, 1], |p| p.scale = Some(1.0));
-    let inputs = Inputs {
-        q: (&[1e30][..]).into(),
-        k: (&[-1e30, -2e30][..]).into(),
-        v: (&[1.0, 3.0][..]).into(),
-        ..Inputs::default()
-    };
+    let inputs = Inputs::new(&[1e30][..], &[-1e30, -2e30][..], &[1.0, 3.0][..]);
     assert_eq!(attention::<f32>(&huge, &inputs).unwrap().out, [2.0]);
     assert_eq!(attention::<f64>(&huge, &inputs).unwrap().out, [2.0]);
 }
@@ -460,12 +418,7 @@ fn parts_merge_into_the_whole() {
             (p.k, p.v) = (Layout::Strided(strides), Layout::Strided(strides));
             let end = p.check().unwrap().k().extent() as usize;
             let offsets = [-(from as i32)];
-            let inputs = Inputs {
-                k: o.k[..end].into(),
-                v: o.v[..end].into(),
-                operands: given(o.inputs(), |o| (o.offsets, o.sinks) = (Some((&offsets).into()), None)).operands,
-                ..o.inputs()
-            };
+            let inputs = with!(o.inputs(), k: o.k[..end].into(), v: o.v[..end].into(), operands: given(o.inputs(), |o| (o.offsets, o.sinks) = (Some((&offsets).into()), None)).operands);
             attention::<f64>(&p, &inputs).unwrap()
         };
         let parts = [part(0, 4), part(4, 7), part(7, 9)];
@@ -495,6 +448,7 @@ fn f32_is_within_budget(p: &Problem, inputs: &Inputs<'_>) {
             Element::F32 => *x,
             Element::F16 => f16::from_f32(*x).to_f32(),
             Element::Bf16 => bf16::from_f32(*x).to_f32(),
+            _ => unreachable!("no other is known here"),
         };
     }
     let out = budget.compare_out(&p.check().unwrap(), &got.out, &want.out);
@@ -534,13 +488,15 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
             Element::F32 => [(&q[..]).into(), (&v[..]).into()],
             Element::F16 => halves.each_ref().map(|x| Elements::F16(x)),
             Element::Bf16 => brains.each_ref().map(|x| Elements::Bf16(x)),
+            _ => unreachable!("no other is known here"),
         };
         let one = match q {
             Elements::F32(x) => Elements::F32(&x[..1]),
             Elements::F16(x) => Elements::F16(&x[..1]),
             Elements::Bf16(x) => Elements::Bf16(&x[..1]),
+            _ => unreachable!("no other is known here"),
         };
-        let budget = budget(&p, &Inputs { q: one, k: q, v, ..Inputs::default() }).unwrap();
+        let budget = budget(&p, &Inputs::new(one, q, v)).unwrap();
         // e = 4u A + 2u · 4 of each key moves out by Σ p e |v − out| = e, and a weight by p (e + Σ p e) = e.
         let (e, [rounding, tiny]) = (
             12.0 * u,
@@ -548,6 +504,7 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
                 Element::F32 => [0.0, 0.0],
                 Element::F16 => [2f64.powi(-11), 2f64.powi(-24)],
                 Element::Bf16 => [2f64.powi(-8), 0.0],
+                _ => unreachable!("no other is known here"),
             },
         );
         close(&budget.out.atol, e + sum * u + tiny);
@@ -565,7 +522,7 @@ fn the_budget_of_a_low_key_counts_its_distance_and_its_small_weight() {
     // Scores 0 and −8: the weight of the second key is 1 / (1 + e⁸), its exponential may be off by 2u (4 + 2 · 8).
     let p = problem([1, 1, 1, 2, 1], |p| p.scale = Some(1.0));
     let (k, v) = ([0.0, -8.0], [0.0, 1.0]);
-    let inputs = Inputs { q: (&[1.0][..]).into(), k: (&k[..]).into(), v: (&v[..]).into(), ..Inputs::default() };
+    let inputs = Inputs::new(&[1.0][..], &k[..], &v[..]);
     let got = budget(&p, &inputs).unwrap();
     let u = 2f64.powi(-24);
     let low = 1.0 / (1.0 + 8f64.exp());
@@ -593,11 +550,10 @@ fn f32_stays_within_the_budget_of_f64() {
     for p in [plain(0.15, 64), peaked] {
         let o = Data::new(&p);
         let [q, k, v] = [&o.q, &o.k, &o.v].map(|x| x.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>());
-        let inputs = Inputs { q: Elements::F16(&q), k: Elements::F16(&k), v: Elements::F16(&v), ..Inputs::default() };
+        let inputs = Inputs::new(Elements::F16(&q), Elements::F16(&k), Elements::F16(&v));
         f32_is_within_budget(&with(&p, |p| p.element = Element::F16), &inputs);
         let [q, k, v] = [&o.q, &o.k, &o.v].map(|x| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
-        let inputs =
-            Inputs { q: Elements::Bf16(&q), k: Elements::Bf16(&k), v: Elements::Bf16(&v), ..Inputs::default() };
+        let inputs = Inputs::new(Elements::Bf16(&q), Elements::Bf16(&k), Elements::Bf16(&v));
         f32_is_within_budget(&with(&p, |p| p.element = Element::Bf16), &inputs);
     }
 }
@@ -647,7 +603,7 @@ fn comparisons_are_strict_about_what_is_not_finite() {
 fn bad_operands_are_errors() {
     let p = Problem::new(1, 1, 2, 3, 4);
     let o = Data::new(&p);
-    let short = Inputs { k: o.k[..11].into(), ..o.inputs() };
+    let short = with!(o.inputs(), k: o.k[..11].into());
     let want = Error::Length { field: "k", got: 11, want: 12 };
     assert_eq!(attention::<f32>(&p, &short), Err(want.clone()));
     assert_eq!(budget(&p, &short), Err(want));

@@ -6,7 +6,7 @@ use clap::Args;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
     DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, MultiHeadAttention, Options, Outputs, Problem, Rotation,
-    reference,
+    reference, with,
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
@@ -81,7 +81,7 @@ impl KernelArgs {
 
     pub fn options(&self) -> Options {
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
-        Options { kernel: self.kernel, form: self.form, native_f16, ..Options::default() }
+        with!(Options::default(), kernel: self.kernel, form: self.form, native_f16)
     }
 }
 
@@ -174,7 +174,7 @@ impl Engine {
             }
             Engine::Cpu => reference::layer::<f32>(layer, problem, call, &inputs)?,
         };
-        Ok(Outputs { out: outputs.out, weights: outputs.weights, ..Outputs::default() })
+        Ok(with!(Outputs::new(outputs.out), weights: outputs.weights))
     }
 
     /// Applies a rotary embedding in place.
@@ -194,7 +194,7 @@ impl Engine {
                 out
             }
         };
-        Ok(Outputs { out, ..Outputs::default() })
+        Ok(Outputs::new(out))
     }
 }
 
@@ -210,7 +210,7 @@ impl Engine {
                 out
             }
         };
-        Ok(Outputs { out, ..Outputs::default() })
+        Ok(Outputs::new(out))
     }
 }
 
@@ -222,7 +222,7 @@ fn places(rotation: &Rotation) -> impl Iterator<Item = (u64, u64, u64)> {
 
 /// Opens one adapter, with the tuning rows and the pipeline cache that are stored for it.
 pub fn open(adapter: &Adapter, device: &DeviceArgs) -> wgpu_attention::Result<Device> {
-    let mut options = DeviceOptions { checked: device.checked, ..DeviceOptions::default() };
+    let mut options = with!(DeviceOptions::default(), checked: device.checked);
     if device.low_limits {
         options.limits = Some(Limits::downlevel_defaults().or_worse_values_from(&adapter.limits()));
         options.features = Some(Features::empty());

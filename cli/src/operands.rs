@@ -1,6 +1,6 @@
 //! Owned inputs of one problem; [`OwnedInputs::inputs`] lends them to the library.
 
-use wgpu_attention::{Bias, Broadcast, HostSlice, Inputs, Operands, Problem};
+use wgpu_attention::{Bias, Broadcast, HostSlice, Inputs, Operands, Problem, with};
 
 use crate::floats::Floats;
 
@@ -39,7 +39,7 @@ impl OwnedInputs {
     }
 
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs { q: self.q.elements(), k: self.k.elements(), v: self.v.elements(), operands: slices(&self.operands) }
+        with!(Inputs::new(self.q.elements(), self.k.elements(), self.v.elements()), operands: slices(&self.operands))
     }
 }
 

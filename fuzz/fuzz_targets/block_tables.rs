@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use wgpu_attention::{Causal, Element, Error, HostSlice, Inputs, Kernel, Layout, Operands, Options, Paged, Plan};
+use wgpu_attention::{Causal, Element, Error, HostSlice, Inputs, Kernel, Layout, Operands, Options, Paged, Plan, with};
 use wgpu_attention::{Problem, Shape, Strides, Window, reference};
 use wgpu_attention_fuzz::devices;
 
@@ -77,7 +77,7 @@ fn plan(subject: &Subject, shape: &Shape) {
     let caps = &devices()[usize::from(subject.device % 4)];
     let kernel = Kernel::ALL.get(usize::from(subject.kernel)).copied();
     let scratch_budget = u64::from(subject.scratch);
-    let Ok(plan) = Plan::new(shape, caps, &Options { kernel, scratch_budget, ..Options::default() }) else { return };
+    let Ok(plan) = Plan::new(shape, caps, &with!(Options::default(), kernel, scratch_budget)) else { return };
     for step in plan.steps() {
         let most = caps.limits.max_compute_workgroups_per_dimension;
         assert!(step.grid.iter().all(|n| (1..=most).contains(n)), "{:?}", step.grid);
@@ -93,12 +93,8 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
         |n: u64, seed: u64| -> Vec<f32> { (0..n).map(|i| ((i * 37 + seed * 11) % 101) as f32 / 50.0 - 1.0).collect() };
     let [q, k, v] = [(shape.q(), 1), (shape.k(), 2), (shape.v(), 3)].map(|(x, seed)| values(x.extent(), seed));
     let paged = problem.paged.expect("every subject has pages");
-    let operands = Operands {
-        key_lengths: subject.key_lengths.as_ref().map(HostSlice::from),
-        block_table: Some((&subject.table).into()),
-        ..Operands::default()
-    };
-    let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), operands };
+    let operands = with!(Operands::default(), key_lengths: subject.key_lengths.as_ref().map(HostSlice::from), block_table: Some((&subject.table).into()));
+    let inputs = with!(Inputs::new(&q, &k, &v), operands);
     let each = shape.problem().seq_kv.div_ceil(paged.page_size) as usize;
     let batches = shape.problem().batch as usize;
     let lengths = subject.key_lengths.clone().unwrap_or(vec![shape.problem().seq_kv; batches]);
@@ -137,8 +133,8 @@ fn compare(subject: &Subject, problem: &Problem, shape: &Shape) {
         out
     };
     let (k, v) = (gather(&k, shape.k()), gather(&v, shape.v()));
-    let operands = Operands { block_table: None, ..operands };
-    let want = reference::attention::<f32>(&dense, &Inputs { k: (&k).into(), v: (&v).into(), operands, ..inputs });
+    let operands = with!(operands, block_table: None);
+    let want = reference::attention::<f32>(&dense, &with!(inputs, k: (&k).into(), v: (&v).into(), operands));
     let got = reference::attention::<f32>(problem, &inputs);
     assert_eq!(got.expect("the operands are right"), want.expect("the operands are right"));
 }

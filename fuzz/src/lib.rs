@@ -31,7 +31,7 @@ pub mod store;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use wgpu_attention::Caps;
+use wgpu_attention::{Caps, with};
 use wgpu_attention::wgpu::Limits;
 
 /// In memory where the system has such a folder: a disk is waited for whenever a file is replaced.
@@ -75,11 +75,11 @@ pub fn mutate_safetensors(data: &mut [u8], size: usize, max_size: usize, seed: u
 pub fn devices() -> [Caps; 4] {
     let plain = Caps::new(Limits::default());
     let lanes = |size| (Some(size), Some(size), Some(size));
-    let mut rich = Caps { f16: true, int64: true, matrices: vec![8, 16], ..plain.clone() };
+    let mut rich = with!(plain.clone(), f16: true, int64: true, matrices: vec![8, 16]);
     (rich.subgroup_size, rich.subgroup_min_size, rich.subgroup_max_size) = lanes(32);
     rich.limits.max_compute_workgroup_storage_size = 65536;
-    let mut cpu = Caps { cpu: true, f16: true, int64: true, ..plain.clone() };
+    let mut cpu = with!(plain.clone(), cpu: true, f16: true, int64: true);
     (cpu.subgroup_size, cpu.subgroup_min_size, cpu.subgroup_max_size) = lanes(8);
-    let least = Caps { limits: Limits::downlevel_defaults(), ..plain.clone() };
+    let least = with!(plain.clone(), limits: Limits::downlevel_defaults());
     [plain, rich, cpu, least]
 }

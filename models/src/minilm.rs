@@ -223,7 +223,7 @@ impl MiniLm {
 fn attend(gpu: &Gpu, prepared: &Prepared, lengths: &[u32], projections: [&Linear; 3], x: &Tensor) -> Result<Outputs> {
     let [q, k, v] = projections.map(|linear| values(&linear.forward(x)?));
     let (q, k, v) = (q?, k?, v?);
-    let mut inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..Inputs::default() };
+    let mut inputs = Inputs::new(&q, &k, &v);
     inputs.operands.key_lengths = Some(lengths.into());
     let resident = gpu.upload(prepared.plan(), &inputs)?;
     gpu.run(prepared, &resident, &mut |_, _| ())?;

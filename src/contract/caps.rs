@@ -15,6 +15,7 @@ pub const MATRIX_SIZES: [u32; 2] = [16, 8];
 /// What the planner needs to know about a device.
 ///
 /// With serde, limits that are missing have wgpu's defaults, and every other field must be there.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Caps {

@@ -58,6 +58,7 @@ macro_rules! operands {
     ($($(#[$doc:meta])* $field:ident: $operand:ident, $kind:ident, |$shape:ident| $need:expr;)*) => {
         /// Something for each operand of a problem beside q, k and v: a [`HostSlice`] in [`crate::Inputs`], a slice of a buffer in
         /// [`crate::Buffers`]. Operands that the problem does not use stay `None`.
+        #[non_exhaustive]
         #[derive(Clone, Copy, Debug, PartialEq)]
         pub struct Operands<T> {
             $($(#[$doc])* pub $field: Option<T>,)*

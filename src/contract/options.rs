@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::contract::names::names;
 
 /// How attention is computed, to force.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kernel {
@@ -33,6 +34,7 @@ names! { Kernel, "kernel":
 }
 
 /// Body of a kernel to force.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Form {
@@ -54,6 +56,7 @@ names! { Form, "form":
 /// How to plan. The default lets the planner choose.
 ///
 /// With serde, fields that are missing have their defaults, and unknown ones are an error.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {

@@ -12,6 +12,7 @@ use crate::contract::names::names;
 use crate::contract::shape::Shape;
 
 /// Element type of a tensor in memory. Arithmetic is always f32.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Element {

@@ -22,6 +22,7 @@ pub use resident::Resident;
 pub(crate) use resident::whole;
 
 /// How to open a device.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default)]
 pub struct DeviceOptions {
     /// Limits to ask for; `None` asks for all that the adapter offers.

@@ -89,7 +89,7 @@ impl Budget {
 ///
 /// let problem = Problem::new(1, 2, 3, 5, 8);
 /// let x: Vec<f32> = (0..80).map(|i| (i as f32).sin()).collect();
-/// let inputs = Inputs { q: x[..48].into(), k: (&x).into(), v: (&x).into(), ..Inputs::default() };
+/// let inputs = Inputs::new(&x[..48], &x, &x);
 ///
 /// // Here the CPU path computes; the outputs of `Gpu::attention` are compared in the same way.
 /// let mut outputs = reference::attention::<f32>(&problem, &inputs)?;
@@ -145,7 +145,7 @@ pub fn compare(problem: &Problem, inputs: &Inputs<'_>, outputs: &Outputs) -> Res
 /// let layer = Layer::new(2, 2, [linear(), linear(), linear(), linear()])?;
 /// let (problem, call) = (layer.problem(1, 3, 3), Call::default());
 /// let query: Vec<f32> = (0..12).map(|i| (i as f32).sin()).collect();
-/// let inputs = LayerInputs { query: &query, ..LayerInputs::default() };
+/// let inputs = LayerInputs::new(&query);
 ///
 /// let mut outputs = reference::layer::<f32>(&layer, &problem, &call, &inputs)?;
 /// assert!(compare_layer(&layer, &problem, &call, &inputs, &outputs)?.passed());

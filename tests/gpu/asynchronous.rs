@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use wgpu_attention::{
     Append, Attention, Call, DeviceOptions, Element, Error, Gpu, Inputs, Layer, LayerInputs, Linear, Merge,
-    MultiHeadAttention, Options, Order, Problem, Projection, Rotation, Runner,
+    MultiHeadAttention, Options, Order, Problem, Projection, Rotation, Runner, with,
 };
 
 use crate::device::cases;
@@ -206,7 +206,7 @@ fn operations_and_layers_give_the_same_asynchronously() {
         assert_eq!(in_time(|| under_tokio(gpu.rotate_async(&rotation, rows.into(), &table, &[0, 1, 2]))), want);
 
         let (layer, call) = (layer(r), Call::default());
-        let (problem, inputs) = (layer.problem(1, 3, 3), LayerInputs { query: &out, ..LayerInputs::default() });
+        let (problem, inputs) = (layer.problem(1, 3, 3), LayerInputs::new(&out));
         let blocking = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).unwrap();
         let want = blocking.forward(gpu, &problem, &call, &inputs).unwrap();
         let forward = async || {
@@ -221,7 +221,7 @@ fn operations_and_layers_give_the_same_asynchronously() {
 fn devices_open_and_pipelines_compile_asynchronously() {
     for gpu in gpus() {
         let [case, _] = cases();
-        let options = DeviceOptions { checked: checked(), ..DeviceOptions::default() };
+        let options = with!(DeviceOptions::default(), checked: checked());
         let opened = in_time(|| under_tokio(Gpu::open_async(&gpu.adapter, &options))).unwrap();
         assert_eq!(opened.info(), gpu.info());
         let (want, plan) = case.check(&opened, &form(None));

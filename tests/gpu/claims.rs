@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use wgpu_attention::{
-    Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Obstacle, Options, Packed, Paged, Plan,
+    Bias, Broadcast, Causal, Element, Error, Gpu, Kernel, Layout, Logits, Obstacle, Options, Packed, Paged, Plan, with,
 };
 use wgpu_attention::{Form, Problem, Strides, Window, wgpu};
 
@@ -106,6 +106,7 @@ fn consists_of(kernel: Kernel, p: &Problem) -> (BTreeSet<&'static str>, BTreeSet
         Kernel::Flash => (&["flash"], &["pack"]),
         Kernel::Matrix => (&["matrix"], &["pack"]),
         Kernel::Split => (&["split"], &["merge", "pack"]),
+        _ => unreachable!("no other is known here"),
     };
     let mut must: BTreeSet<_> = must.iter().copied().collect();
     let mut all: BTreeSet<_> = must.iter().chain(may).copied().collect();
@@ -125,7 +126,7 @@ fn options(kernel: Kernel, feature: &Feature) -> Options {
         Kernel::Matrix => Some(Form::Emulated),
         _ => None,
     };
-    Options { kernel: Some(kernel), native_f16: native.then_some(true), form, ..Options::default() }
+    with!(Options::default(), kernel: Some(kernel), native_f16: native.then_some(true), form)
 }
 
 fn problem(feature: &Feature, element: Element) -> Problem {

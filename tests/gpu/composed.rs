@@ -1,6 +1,8 @@
 //! All features in random company.
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Layout, Logits, Options, Packed, Problem, Strides, Window};
+use wgpu_attention::{
+    Bias, Broadcast, Causal, Element, Layout, Logits, Options, Packed, Problem, Strides, Window, with,
+};
 
 use crate::support::{Case, Random, gpus, small};
 use crate::ways;
@@ -98,7 +100,7 @@ fn features_hold_in_random_company() {
     for gpu in gpus() {
         for (case, Options { scratch_budget, work_budget, .. }) in &cases {
             for way in ways(gpu, &case.problem) {
-                case.check(gpu, &Options { scratch_budget: *scratch_budget, work_budget: *work_budget, ..way });
+                case.check(gpu, &with!(way, scratch_budget: *scratch_budget, work_budget: *work_budget));
             }
         }
     }

@@ -1,12 +1,12 @@
 //! Few queries over many keys: `split`, and `merge` where several workgroups share the keys of a row.
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Form, Kernel, Options, Window};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Form, Kernel, Options, Window, with};
 
 use crate::support::{Case, Data, Tensor, checked, gpus, is_small};
 use crate::{problem, ways};
 
 fn split() -> Options {
-    Options { kernel: Some(Kernel::Split), ..Options::default() }
+    with!(Options::default(), kernel: Some(Kernel::Split))
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn infinite_values_show_in_a_part_that_weighs_nothing() {
 #[test]
 fn a_batch_invariant_plan_gives_a_sequence_the_same_bits_in_any_company() {
     let of = |batch| problem([batch, 4, 1, 1601, 64], |p| (p.kv_heads, p.weights, p.logits) = (2, false, None));
-    let options = Options { batch_invariant: true, ..split() };
+    let options = with!(split(), batch_invariant: true);
     let three = Data::random(&of(3), 8, 1.0);
     let mut one = Data::random(&of(1), 8, 1.0);
     // The sequence on its own is the last of the three.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Attention, Causal, Element, Error, Form, Gpu, Kernel, Merge, Options, Plan, Problem, wgpu};
+use wgpu_attention::{Attention, Causal, Element, Error, Form, Gpu, Kernel, Merge, Options, Plan, Problem, wgpu, with};
 
 use crate::support::staged::Staged;
 use crate::support::{Adapter, Case, Data, gpus};
@@ -96,7 +96,7 @@ fn a_pipeline_cache_is_given_out_and_taken_and_damage_to_it_is_refused() {
 
 #[test]
 fn slices_submitted_in_order_make_the_whole() {
-    let options = Options { work_budget: Duration::from_micros(1), ..form(None) };
+    let options = with!(form(None), work_budget: Duration::from_micros(1));
     for gpu in gpus() {
         for case in cases() {
             let plan = gpu.library().plan_with(&case.problem, &options).unwrap();
@@ -137,12 +137,8 @@ fn dispatches_recorded_one_by_one_make_the_whole() {
 
 /// Plans of many slices that keep something in a scratch or in an output from one to the next, each for a reason of its own.
 fn sliced(gpu: &Gpu) -> Vec<Plan> {
-    let way = |kernel, form| Options {
-        kernel: Some(kernel),
-        form,
-        work_budget: Duration::from_micros(1),
-        ..Options::default()
-    };
+    let way =
+        |kernel, form| with!(Options::default(), kernel: Some(kernel), form, work_budget: Duration::from_micros(1));
     // The small arrays of each call, too.
     let small = |p: &mut Problem| (p.key_lengths, p.sinks, p.causal) = (true, true, Causal::Offset);
     let one = problem([2, 2, 33, 35, 20], |p| small(p));
@@ -277,8 +273,7 @@ fn only_a_call_beside_another_allocates() {
     for gpu in gpus() {
         let device = &gpu.limited(|_| ());
         let p = lean(&problem([1, 2, 512, 2048, 16], |_| ()));
-        let way =
-            Options { kernel: Some(Kernel::Unfused), work_budget: Duration::from_millis(1), ..Options::default() };
+        let way = with!(Options::default(), kernel: Some(Kernel::Unfused), work_budget: Duration::from_millis(1));
         let plan = device.library().plan_with(&p, &way).unwrap();
         let prepared = device.library().prepare(&plan).unwrap();
         let resident = device.upload(&plan, &Data::random(&p, 1, 1.0).inputs()).unwrap();

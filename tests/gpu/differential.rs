@@ -14,7 +14,7 @@ use wgpu_attention::internal::describe;
 use wgpu_attention::reference::{Budget, attention_with_budget, regression_limit};
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Layout, Logits, Obstacle, Options, Outputs, Packed,
-    Paged, Plan, Problem, Window,
+    Paged, Plan, Problem, Window, with,
 };
 
 use crate::composed::strided;
@@ -180,7 +180,7 @@ impl Family {
     }
 
     fn options(&self, p: &Problem, r: &mut Random) -> Options {
-        let mut options = Options { batch_invariant: r.once_in(4), ..Options::default() };
+        let mut options = with!(Options::default(), batch_invariant: r.once_in(4));
         (options.kernel, options.form) = self.kernel.map_or((None, None), |(kernel, form)| (Some(kernel), form));
         options.native_f16 = (p.element == Element::F16).then_some(self.native_f16);
         if r.once_in(4) {

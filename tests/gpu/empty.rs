@@ -2,7 +2,7 @@
 
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Error, Kernel, Layout, Logits, Options, Packed, Paged, Problem, Strides, Window,
-    wgpu,
+    wgpu, with,
 };
 
 use crate::support::staged::Staged;
@@ -78,7 +78,7 @@ fn every_kernel_that_can_be_forced_runs_without_a_key() {
         // Kernels and forms that give the same plan count once.
         let ran: Vec<_> = every_way(gpu, &case.problem).iter().map(|way| case.check(gpu, way).1.choice()).collect();
         for kernel in [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Split] {
-            let force = Options { kernel: Some(kernel), ..Options::default() };
+            let force = with!(Options::default(), kernel: Some(kernel));
             let runs = gpu.library().plan_with(&case.problem, &force).is_ok();
             assert_eq!(ran.iter().any(|choice| choice.kernel() == kernel), runs, "{kernel:?} of {ran:?}");
         }
@@ -149,7 +149,7 @@ fn parts_of_a_large_problem_without_a_key_are_all_written() {
 
 /// Every kernel that can run.
 fn ways_of(gpu: &wgpu_attention::Gpu, p: &Problem) -> Vec<Options> {
-    let force = Kernel::ALL.map(|kernel| Options { kernel: Some(kernel), ..Options::default() });
+    let force = Kernel::ALL.map(|kernel| with!(Options::default(), kernel: Some(kernel)));
     let runs: Vec<_> = force.into_iter().filter(|way| gpu.library().plan_with(p, way).is_ok()).collect();
     assert!(!runs.is_empty());
     runs
@@ -213,7 +213,7 @@ fn nothing_that_has_no_element_is_looked_at_or_written() {
 #[test]
 fn plans_without_a_row_have_no_dispatch_but_a_choice() {
     for gpu in gpus() {
-        let options = |kernel| Options { kernel: Some(kernel), ..Options::default() };
+        let options = |kernel| with!(Options::default(), kernel: Some(kernel));
         for sizes in [[0, 2, 5, 7, 5], [2, 2, 0, 7, 5], [2, 2, 0, 0, 5]] {
             for kernel in [Kernel::Unfused, Kernel::Rows, Kernel::Flash, Kernel::Split] {
                 let p = problem(sizes, |p| {

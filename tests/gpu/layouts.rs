@@ -1,6 +1,6 @@
 //! Layouts, strides with gaps, one buffer for q, k and v, and sequences laid end to end.
 
-use wgpu_attention::{Broadcast, Buffers, Causal, Element, Error, Layout, Packed, Strides};
+use wgpu_attention::{Broadcast, Buffers, Causal, Element, Error, Layout, Outputs, Packed, Strides};
 
 use crate::support::staged::Guarded;
 use crate::support::{Case, Data, Random, gpus};
@@ -75,7 +75,7 @@ fn queries_keys_and_values_may_be_slices_of_one_buffer() {
             gpu.library().prepare(&plan).unwrap().encode(&mut encoder, &buffers).unwrap();
             gpu.queue().submit([encoder.finish()]);
             let out = bytemuck::pod_collect_to_vec(&out.read(gpu.device(), gpu.queue()));
-            case.compare(&wgpu_attention::Outputs { out, ..Default::default() }, &plan);
+            case.compare(&Outputs::new(out), &plan);
             assert_eq!(all.read(gpu.device(), gpu.queue()), bytemuck::cast_slice::<f32, u8>(&qkv), "inputs stay");
         }
     }

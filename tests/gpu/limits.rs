@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Kernel, Logits, Options, Plan, Problem, wgpu};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Error, Kernel, Logits, Options, Plan, Problem, wgpu, with};
 
 use crate::support::{Case, gpus, is_small, small};
 use crate::{form, lean, problem, ways};
@@ -124,7 +124,7 @@ fn a_small_scratch_budget_splits_into_parts() {
     for gpu in gpus() {
         for way in ways(gpu, &case.problem) {
             // One row of scores is 272 bytes: parts of a few rows.
-            let (_, plan) = case.check(gpu, &Options { scratch_budget: 1024, ..way });
+            let (_, plan) = case.check(gpu, &with!(way, scratch_budget: 1024));
             says(&plan, "parts");
             assert!(plan.scratch_bytes() <= 1024 && count(&plan, "softmax") >= 2 * 4 * 11, "{plan}");
         }
@@ -136,7 +136,7 @@ fn a_small_work_budget_slices_and_the_slices_make_the_whole() {
     let case = Case::random(problem([2, 4, 33, 67, 20], many), 1);
     for gpu in gpus() {
         for way in ways(gpu, &case.problem) {
-            let (_, plan) = case.check(gpu, &Options { work_budget: Duration::from_nanos(2000), ..way });
+            let (_, plan) = case.check(gpu, &with!(way, work_budget: Duration::from_nanos(2000)));
             assert!(plan.slices() > 10 && plan.dispatches() > 10, "{plan}");
         }
     }
@@ -191,7 +191,7 @@ fn all_limits_at_once_hold() {
         for element in [Element::F32, Element::F16, Element::Bf16] {
             let mut p = problem([2, 4, 33, 67, 20], many);
             (p.element, p.kv_heads) = (element, 2);
-            let options = Options { scratch_budget: 4096, work_budget: Duration::from_micros(20), ..form(None) };
+            let options = with!(form(None), scratch_budget: 4096, work_budget: Duration::from_micros(20));
             Case::random(p, 5).check(&device, &options);
         }
     }
@@ -222,7 +222,7 @@ fn what_fits_no_binding_is_an_error_that_says_so() {
     for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 4096);
         let p = Problem::new(1, 1, 1, 2000, 4);
-        let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+        let unfused = with!(Options::default(), kernel: Some(Kernel::Unfused));
         let long = device.library().plan_with(&p, &unfused).unwrap_err();
         assert!(matches!(long, Error::Room { field: "one row of scores", size: 8000, limit: 4096, .. }), "{long:?}");
         assert!(
@@ -242,7 +242,7 @@ fn flash_holds_without_features_in_the_least_workgroup_memory() {
     if small("flash_holds_without_features_in_the_least_workgroup_memory") {
         return;
     }
-    let options = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(Kernel::Flash));
     let dims = [(32, Element::F32), (64, Element::F32), (64, Element::F16), (128, Element::Bf16), (256, Element::F32)];
     let able: Vec<_> = gpus().iter().filter(|gpu| gpu.info().backend != wgpu::Backend::Gl).collect();
     assert!(!able.is_empty(), "OpenGL takes minutes to compile these; another adapter must be there");

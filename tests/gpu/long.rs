@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Broadcast, Causal, Element, Gpu, Kernel, Options, Packed, Problem, Window, wgpu};
+use wgpu_attention::{Broadcast, Causal, Element, Gpu, Kernel, Options, Packed, Problem, Window, wgpu, with};
 
 use crate::support::{Case, Data, Tensor, gpus, small};
 use crate::ways;
@@ -32,7 +32,7 @@ fn long_causal_problems_need_no_scratch_and_run_in_slices() {
     let starts = [0, 1020, length / 2 - 3, length - 7];
     let parts = starts.map(|first| rows(&p, &operands, first, 7));
     for gpu in gpus() {
-        let options = Options { work_budget: Duration::from_millis(5), ..Options::default() };
+        let options = with!(Options::default(), work_budget: Duration::from_millis(5));
         let plan = gpu.library().plan_with(&p, &options).unwrap();
         assert!(plan.scratch_bytes() <= 256, "nothing but what stands for the log-sum-exp\n{plan}");
         assert!(plan.slices() > 50, "{plan}");
@@ -90,7 +90,7 @@ fn more_keys_than_the_loops_of_a_cpu_driver_take_are_not_dropped() {
                 if kernel == flash && gpu.info().backend == wgpu::Backend::Gl {
                     continue;
                 }
-                case.check(gpu, &Options { kernel, ..Options::default() });
+                case.check(gpu, &with!(Options::default(), kernel));
             }
         }
     }
@@ -138,7 +138,7 @@ fn dispatches_that_carry_on_over_the_keys_give_every_output() {
             let flash = case.problem.sinks && case.problem.causal == Causal::Offset;
             let flash = (flash && gpu.info().backend != wgpu::Backend::Gl).then_some(Kernel::Flash);
             for kernel in [Some(Kernel::Rows), flash].into_iter().flatten() {
-                let (_, plan) = case.check(gpu, &Options { kernel: Some(kernel), ..Options::default() });
+                let (_, plan) = case.check(gpu, &with!(Options::default(), kernel: Some(kernel)));
                 let carried = plan.steps().iter().any(|step| step.uniform.get("key0").is_some_and(|key| key > 0));
                 assert_eq!(carried, gpu.library().caps().cpu && case.problem.window.left != Some(1023), "{plan}");
             }
@@ -159,7 +159,7 @@ fn a_value_that_is_not_finite_shows_in_whatever_dispatch_it_is_seen() {
         let mut operands = operands.clone();
         operands.v.set(4 * key, f32::NAN);
         for gpu in gpus() {
-            let options = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+            let options = with!(Options::default(), kernel: Some(Kernel::Rows));
             let out = gpu.attention_with(&p, &operands.inputs(), &options).unwrap().out;
             for row in 0..40 {
                 assert_eq!(out[4 * row].is_nan(), rows.contains(&row), "row {row}, key {key}");
@@ -189,7 +189,7 @@ fn the_longest_walk_of_one_workgroup_drops_no_key() {
 
 /// As many keys as one dispatch walks, and one workgroup; all weigh the same.
 fn walks_every_key(gpu: &Gpu, kernel: Kernel, dim: u32, full: bool) {
-    let options = Options { kernel: Some(kernel), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(kernel));
     let (heads, rows) = if kernel == Kernel::Split { (16, 4) } else { (1, 64) };
     let problem = |keys: u32| {
         let mut p = Problem::new(1, heads, rows, keys, 4);

@@ -28,10 +28,12 @@ use std::fmt;
 
 use support::{Case, gpus, is_small};
 use wgpu_attention::internal::Tensor;
-use wgpu_attention::{Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Obstacle, Options, Problem, wgpu};
+use wgpu_attention::{
+    Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Logits, Obstacle, Options, Problem, wgpu, with,
+};
 
 fn form(form: Option<Form>) -> Options {
-    Options { form, ..Options::default() }
+    with!(Options::default(), form)
 }
 
 /// A problem with every output.
@@ -76,7 +78,7 @@ fn every_way(gpu: &Gpu, p: &Problem) -> Vec<Options> {
     let mut plans = vec![plan(&form(None)).unwrap_or_else(|error| panic!("{error}\n{p:?}"))];
     let mut ways = vec![form(None)];
     for (kernel, form) in KERNELS {
-        let way = Options { kernel: Some(kernel), form, ..Options::default() };
+        let way = with!(Options::default(), kernel: Some(kernel), form);
         match (plan(&way), obstacle(gpu, p, kernel, form)) {
             (Ok(plan), None) => {
                 if plans.iter().all(|other| other.steps() != plan.steps()) {

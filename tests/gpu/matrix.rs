@@ -2,7 +2,7 @@
 
 use wgpu_attention::{
     Attention, Bias, Broadcast, Caps, Causal, Element, Error, Form, Gpu, Kernel, Layout, Obstacle, Options, Packed,
-    Plan, Problem, Window, wgpu,
+    Plan, Problem, Window, wgpu, with,
 };
 
 use crate::support::staged::Staged;
@@ -10,7 +10,7 @@ use crate::support::{Adapter, Case, Data, gpus, small};
 use crate::{lean, problem};
 
 fn emulated() -> Options {
-    Options { kernel: Some(Kernel::Matrix), form: Some(Form::Emulated), ..Options::default() }
+    with!(Options::default(), kernel: Some(Kernel::Matrix), form: Some(Form::Emulated))
 }
 
 /// Size of the matrices, and lanes of a subgroup where they are fixed: with 16 and any number a subgroup owns two blocks, with 8 and
@@ -19,7 +19,7 @@ const FORMS: [(u32, Option<u32>); 4] = [(16, None), (8, Some(32)), (16, Some(32)
 
 /// A device of made-up abilities whose plans this one can run.
 fn device(gpu: &Gpu, (size, lanes): (u32, Option<u32>)) -> Caps {
-    Caps { matrices: vec![size], subgroup_size: lanes, ..gpu.library().caps().clone() }
+    with!(gpu.library().caps().clone(), matrices: vec![size], subgroup_size: lanes)
 }
 
 /// Runs a case on an adapter by a plan and compares.
@@ -62,7 +62,7 @@ fn in_forms(case: &Case, forms: &[(u32, Option<u32>)]) {
             check(gpu, case, &plan);
         }
         if !gpu.library().caps().matrices.is_empty() {
-            let options = Options { form: None, ..emulated() };
+            let options = with!(emulated(), form: None);
             let (_, plan) = case.check(gpu, &options);
             assert!(plan.steps()[0].variant.needs().matrices.is_some(), "{plan}");
         }
@@ -221,7 +221,7 @@ fn what_hidden_values_hold_reaches_nobody() {
 fn plans_cut_by_limits_hold() {
     for gpu in able() {
         let case = Case::random(halves([2, 3, 70, 67, 20], |p| p.key_lengths = true), 15);
-        let options = Options { work_budget: std::time::Duration::from_nanos(2000), ..emulated() };
+        let options = with!(emulated(), work_budget: std::time::Duration::from_nanos(2000));
         let (_, plan) = case.check(gpu, &options);
         assert!(plan.dispatches() > 3, "{plan}");
     }
@@ -244,7 +244,7 @@ fn own(gpu: &Adapter) -> wgpu::Device {
 #[test]
 fn the_sizes_of_matrices_come_with_the_adapter_or_not_at_all() {
     let p = halves([1, 2, 35, 70, 16], |_| ());
-    let options = Options { kernel: Some(Kernel::Matrix), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(Kernel::Matrix));
     for gpu in gpus() {
         let device = own(gpu);
         let (with, without) = (Attention::with_adapter(&device, &gpu.adapter).unwrap(), Attention::new(&device));

@@ -2,6 +2,7 @@
 
 use wgpu_attention::{
     Append, AppendBuffers, Causal, Element, Error, Kernel, Layout, Obstacle, Options, Paged, Problem, Strides, Window,
+    with,
 };
 
 use crate::support::staged::{Guarded, Staged};
@@ -180,7 +181,7 @@ fn a_batch_invariant_plan_gives_a_paged_sequence_the_same_bits_in_any_company() 
             p.paged = Some(Paged { pages: 120, page_size: 16 });
         })
     };
-    let options = Options { kernel: Some(Kernel::Split), batch_invariant: true, ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(Kernel::Split), batch_invariant: true);
     let three = Data::random(&of(3), 8, 1.0);
     // The sequence on its own is the last of the three, in the same pool.
     let mut one = three.clone();

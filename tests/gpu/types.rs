@@ -1,7 +1,7 @@
 //! f32, f16 and bf16, with the adapter's own f16 and without, even and odd rows, and every head dim.
 
 use half::{bf16, f16};
-use wgpu_attention::{Causal, Element, Error, Form, Gpu, Kernel, Obstacle, Options, Problem, Window};
+use wgpu_attention::{Causal, Element, Error, Form, Gpu, Kernel, Obstacle, Options, Problem, Window, with};
 
 use crate::support::{Case, Data, Tensor, gpus, small};
 use crate::{all_everywhere, everywhere, form, lean, problem, ways};
@@ -37,7 +37,7 @@ fn native_f16_and_packed_f16_both_hold() {
     let p = problem([1, 2, 33, 35, 20], |p| p.element = Element::F16);
     for (kernel, p) in [(Kernel::Unfused, p.clone()), (Kernel::Flash, lean(&p))] {
         let case = Case::random(p, 1);
-        let way = |native_f16| Options { native_f16, kernel: Some(kernel), ..form(Some(Form::Tiled)) };
+        let way = |native_f16| with!(form(Some(Form::Tiled)), native_f16, kernel: Some(kernel));
         for gpu in gpus() {
             case.check(gpu, &way(Some(false)));
             if gpu.library().caps().f16 {

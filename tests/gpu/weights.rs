@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wgpu_attention::internal::Step;
 use wgpu_attention::internal::kernel::Variant;
-use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Layout, Options, Packed, Problem, Window};
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Kernel, Layout, Options, Packed, Problem, Window, with};
 
 use crate::support::staged::Staged;
 use crate::support::{Case, Data, Tensor, gpus, small};
@@ -107,7 +107,7 @@ fn a_key_that_a_row_sees_alone_weighs_one_however_large_its_logit_is() {
 fn weights_hold_in_parts_and_in_slices() {
     let p = problem([2, 4, 33, 68, 20], |p| (p.kv_heads, p.causal) = (2, Causal::BottomRight));
     let case = Case::random(weighed(&p), 3);
-    check(&case, |way| Options { work_budget: Duration::from_nanos(2000), ..way });
+    check(&case, |way| with!(way, work_budget: Duration::from_nanos(2000)));
     for gpu in gpus() {
         let device = gpu.limited(|limits| limits.max_storage_buffer_binding_size = 8192);
         for way in ways(&device, &case.problem) {
@@ -121,7 +121,7 @@ fn weights_hold_in_parts_and_in_slices() {
 fn weights_hold_after_a_merge_and_write_nothing_beside_them() {
     let p = weighed(&problem([1, 4, 2, 1604, 24], |p| (p.kv_heads, p.sinks) = (2, true)));
     let case = Case::random(p.clone(), 3);
-    let split = Options { kernel: Some(Kernel::Split), ..Options::default() };
+    let split = with!(Options::default(), kernel: Some(Kernel::Split));
     if small("weights_hold_after_a_merge_and_write_nothing_beside_them") {
         return;
     }

@@ -34,7 +34,7 @@ fn decoding_with_a_cache_matches_whole_sequences() {
             .map(|(x, n)| {
                 let mut problem = layer.problem(1, n + new, n + new);
                 problem.causal = Causal::TopLeft;
-                let inputs = LayerInputs { query: x, ..Default::default() };
+                let inputs = LayerInputs::new(x);
                 reference::layer::<f64>(&layer, &problem, &causal, &inputs).expect("valid").out
             })
             .collect();

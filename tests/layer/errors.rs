@@ -44,7 +44,7 @@ fn wrong_layers_and_calls_are_errors() {
     ));
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
     let x = vec![0.0; 2 * 3 * 20];
-    let inputs = LayerInputs { query: &x, ..Default::default() };
+    let inputs = LayerInputs::new(&x);
     let run = |change: &dyn Fn(&mut Problem, &mut Call)| {
         let (mut problem, mut call) = (good.problem(2, 3, 3), Call::default());
         change(&mut problem, &mut call);

@@ -2,8 +2,8 @@
 
 use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::{
-    Bias, Broadcast, Call, Causal, Element, Gpu, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention,
-    Operands, Options, Order, Problem, Sources, Weights, Window, reference, wgpu,
+    Bias, Broadcast, Call, Causal, Element, Gpu, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention, Options,
+    Order, Problem, Sources, Weights, Window, reference, wgpu, with,
 };
 
 use crate::support::operations::take_turns;
@@ -47,12 +47,7 @@ pub fn check_layer(gpu: &Gpu, layer: &Layer, problem: &Problem, call: &Call, ele
     let query = input(problem.seq_q, layer.query.inputs);
     let (key, value) = (input(problem.seq_kv, layer.key.inputs), input(problem.seq_kv, layer.value.inputs));
     let data = Data::random(problem, 5, 1.0);
-    let inputs = LayerInputs {
-        query: &query,
-        key: (call.sources != Sources::Query).then_some(&key),
-        value: (call.sources == Sources::Each).then_some(&value),
-        operands: data.inputs().operands,
-    };
+    let inputs = with!(LayerInputs::new(&query), key: (call.sources != Sources::Query).then_some(&key), value: (call.sources == Sources::Each).then_some(&value), operands: data.inputs().operands);
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
     let got =
         resident.forward_with(gpu, problem, call, &inputs, options).unwrap_or_else(|e| panic!("{e}\n{problem:?}"));
@@ -141,8 +136,7 @@ fn an_extra_key_keeps_its_weight_however_light_or_heavy_it_is() {
             problem.scale = Some(1.0);
             // q·k is 0 for the ordinary key and `distance` for the other.
             let (query, key, value) = (vec![1.0, 0.0, 0.0, 0.0], vec![0.0; 4], vec![1.0; 4]);
-            let inputs =
-                LayerInputs { query: &query, key: Some(&key), value: Some(&value), operands: Operands::default() };
+            let inputs = with!(LayerInputs::new(&query), key: Some(&key), value: Some(&value));
             let mut call = Call::default();
             call.sources = Sources::Each;
             let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
@@ -165,7 +159,7 @@ fn calls_of_one_layer_take_turns() {
     call.weights = Some(Weights::Mean);
     for gpu in gpus() {
         let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
-        let options = Options { work_budget: std::time::Duration::from_micros(1), ..Options::default() };
+        let options = with!(Options::default(), work_budget: std::time::Duration::from_micros(1));
         let prepared = resident.prepare(gpu.library(), &problem, &call, &options).expect("valid");
         assert!(prepared.slices() > 5);
         let stage = |seed| {
@@ -246,7 +240,7 @@ fn without_a_key_a_layer_sees_what_it_adds() {
             let prepared = resident.prepare(gpu.library(), &layer.problem(1, 1, 0), &call, &options).expect("valid");
             // wgpu would take an empty binding for the rest of the buffer.
             assert!(prepared.steps().flat_map(|step| &step.bindings).all(|bound| bound.size > 0));
-            let inputs = LayerInputs { query: &[7.0], key: Some(&[]), ..LayerInputs::default() };
+            let inputs = with!(LayerInputs::new(&[7.0]), key: Some(&[]));
             let got = resident.forward(gpu, &layer.problem(1, 1, 0), &call, &inputs).expect("runs");
             let close = |got: &[f32], want: &[f32]| {
                 got.len() == want.len() && got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6)

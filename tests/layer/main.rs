@@ -11,12 +11,12 @@ mod rotary;
 mod turning;
 
 use support::staged::Guarded;
-use wgpu_attention::{Form, Gpu, Options};
+use wgpu_attention::{Form, Gpu, Options, with};
 
 const FORMS: [Option<Form>; 2] = [Some(Form::Tiled), Some(Form::Lanes)];
 
 fn forced(form: Option<Form>) -> Options {
-    Options { form, ..Options::default() }
+    with!(Options::default(), form)
 }
 
 /// A buffer of these numbers between margins that nobody may write.

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use wgpu_attention::{Caps, Causal, Element, Kernel, Options, Plan, Problem};
+use wgpu_attention::{Caps, Causal, Element, Kernel, Options, Plan, Problem, with};
 
 use crate::{gpu, matrix_gpu};
 
@@ -23,14 +23,7 @@ const SHAPES: [([u32; 6], Causal); 10] = [
 ];
 
 fn devices() -> [(&'static str, Caps); 5] {
-    let cpu = |lanes: Option<u32>, int64: bool| Caps {
-        cpu: true,
-        int64,
-        subgroup_size: lanes,
-        subgroup_min_size: lanes,
-        subgroup_max_size: lanes,
-        ..gpu()
-    };
+    let cpu = |lanes: Option<u32>, int64: bool| with!(gpu(), cpu: true, int64, subgroup_size: lanes, subgroup_min_size: lanes, subgroup_max_size: lanes);
     [
         ("any GPU", gpu()),
         ("GPU with matrices", matrix_gpu()),
@@ -41,7 +34,7 @@ fn devices() -> [(&'static str, Caps); 5] {
 }
 
 fn line(shape: &Problem, caps: &Caps, kernel: Option<Kernel>) -> String {
-    let options = Options { kernel, ..Options::default() };
+    let options = with!(Options::default(), kernel);
     let plan = match Plan::new(&shape.check().unwrap(), caps, &options) {
         Ok(plan) => plan,
         Err(_) => return "refused".into(),

@@ -10,7 +10,7 @@ use wgpu_attention::internal::kernel::{Slot, Variant};
 use wgpu_attention::internal::{Bound, Step};
 use wgpu_attention::{
     Broadcast, Call, Caps, Causal, Element, Error, Kernel, Layer, LayerPlan, Linear, Options, Order, Problem, Sources,
-    Weights,
+    Weights, with,
 };
 
 use crate::strategy::{caps, options};
@@ -307,7 +307,7 @@ fn the_dispatches_of_a_few_calls_are_these() {
         let (mut problem, mut call) = (layer.problem(2, 48, 48), Call::default());
         call.sources = sources;
         change(&mut layer, &mut problem, &mut call);
-        let options = Options { kernel: problem.mask.map(|_| Kernel::Unfused), ..Options::default() };
+        let options = with!(Options::default(), kernel: problem.mask.map(|_| Kernel::Unfused));
         LayerPlan::new(&layer, Element::F32, &problem, &call, &gpu(), &options).unwrap()
     };
     let rotary = |dim: u32| Some(RotaryEmbedding { dim, interleaved: false, base: 100.0, positions: 64 });

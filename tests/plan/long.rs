@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use wgpu_attention::internal::Step;
 use wgpu_attention::internal::kernel::{Slot, Variant};
-use wgpu_attention::{Broadcast, Caps, Causal, Element, Kernel, Options, Packed, Paged, Plan, Problem, Window};
+use wgpu_attention::{Broadcast, Caps, Causal, Element, Kernel, Options, Packed, Paged, Plan, Problem, Window, with};
 
 use crate::{check, coverage, gpu, planned};
 
 /// A device with what its driver offers, and buffers that hold any tensor.
 fn device(cpu: bool, subgroup: Option<u32>, int64: bool) -> Caps {
     let mut caps =
-        Caps { cpu, int64, subgroup_size: subgroup, subgroup_min_size: subgroup, subgroup_max_size: subgroup, ..gpu() };
+        with!(gpu(), cpu, int64, subgroup_size: subgroup, subgroup_min_size: subgroup, subgroup_max_size: subgroup);
     let l = &mut caps.limits;
     (l.max_buffer_size, l.max_storage_buffer_binding_size) = (1 << 60, 1 << 31);
     (l.max_storage_buffers_per_shader_stage, l.max_compute_workgroup_storage_size) = (16, 32_768);
@@ -143,13 +143,13 @@ fn keys_beyond_the_loops_of_a_cpu_driver_are_walked_in_dispatches_that_carry_on(
             let state = plan.steps().iter().any(|step| step.bindings.iter().any(|bound| bound.slot == Slot::State));
             assert_eq!(state, !few, "{plan}");
         }
-        let forced = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+        let forced = with!(Options::default(), kernel: Some(Kernel::Rows));
         assert!(check(&weights, caps, &forced) && check(&weights, caps, &options));
     }
     // A device that binds no further buffer, or no scratch for the rows of one tile, says what is in the way.
     let (_, mut caps) = devices()[0].clone();
     caps.limits.max_storage_buffers_per_shader_stage = 8;
-    let rows = |scratch_budget| Options { kernel: Some(Kernel::Rows), scratch_budget, ..Options::default() };
+    let rows = |scratch_budget| with!(Options::default(), kernel: Some(Kernel::Rows), scratch_budget);
     let error = Plan::new(&mask.check().unwrap(), &caps, &rows(256 << 20)).unwrap_err().to_string();
     assert!(error.contains("its loops take") && error.contains("9 storage buffers, the device 8"), "{error}");
     let error = Plan::new(&half.check().unwrap(), &caps, &rows(4096)).unwrap_err().to_string();
@@ -176,7 +176,7 @@ fn scratch_between_dispatches_keeps_to_the_budget() {
     let (_, caps) = &devices()[0];
     let p = Problem::new(4, 8, 1000, 300_000, 64);
     for scratch_budget in [1 << 16, 1 << 22, 256 << 20] {
-        let options = Options { scratch_budget, ..Options::default() };
+        let options = with!(Options::default(), scratch_budget);
         let plan = planned(&p, caps, &options);
         assert_eq!(plan.kernel(), "rows", "{plan}");
         assert!(plan.scratch_bytes() <= scratch_budget + 256, "{plan}");
@@ -190,7 +190,7 @@ fn packed_sequences_of_many_keys_are_planned_with_and_without_a_score_matrix() {
     p.packed = Some(Packed { total_q: 20, total_kv: 400_000 });
     for (_, caps) in &devices()[..3] {
         for kernel in [None, Some(Kernel::Unfused)] {
-            assert!(check(&p, caps, &Options { kernel, ..Options::default() }));
+            assert!(check(&p, caps, &with!(Options::default(), kernel)));
         }
     }
 }
@@ -214,7 +214,7 @@ fn dispatches_of_a_causal_problem_keep_to_the_work_budget_by_what_their_tiles_wa
     let mut p = Problem::new(1, 1, 1 << 16, 1 << 16, 64);
     p.causal = Causal::TopLeft;
     let (_, caps) = &devices()[3];
-    let plan = planned(&p, caps, &Options { work_budget: Duration::from_millis(20), ..Options::default() });
+    let plan = planned(&p, caps, &with!(Options::default(), work_budget: Duration::from_millis(20)));
     for step in plan.steps() {
         let Variant::Flash(x) = &step.variant else { panic!("{plan}") };
         let tile = u64::from(x.tile.tile_rows());
@@ -246,7 +246,7 @@ fn the_largest_sizes_are_counted_and_planned_or_refused_at_once() {
         for p in [&causal, &window, &heads, &wide] {
             for kernel in [None, Some(Kernel::Unfused), Some(Kernel::Rows), Some(Kernel::Flash), Some(Kernel::Split)] {
                 // Whether it is refused is not the question.
-                let _ = Plan::new(&p.check().unwrap(), &caps, &Options { kernel, ..Options::default() });
+                let _ = Plan::new(&p.check().unwrap(), &caps, &with!(Options::default(), kernel));
             }
         }
     }

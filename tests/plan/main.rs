@@ -18,7 +18,7 @@ use wgpu_attention::internal::Step;
 use wgpu_attention::internal::kernel::matrix::Matrix;
 use wgpu_attention::internal::kernel::{Lanes, Slot, Variant};
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, Tuning, wgpu,
+    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, Tuning, wgpu, with,
 };
 
 use strategy::{caps, options, problem};
@@ -310,7 +310,7 @@ proptest! {
         if c.subgroup_max_size.is_none_or(|most| most > 64) {
             (c.subgroup_size, c.subgroup_min_size, c.subgroup_max_size) = (None, Some(32), Some(64));
         }
-        let o = Options { kernel: Some(Kernel::Matrix), form: None, native_f16: None, ..o };
+        let o = with!(o, kernel: Some(Kernel::Matrix), form: None, native_f16: None);
         check(&p, &c, &o);
     }
 }
@@ -338,7 +338,7 @@ fn large_problems_keep_to_the_limits() {
     let mut long_half = Problem::new(4, 1, 64, 1 << 22, 128);
     long_half.element = Element::F16;
     for p in [long, many, decode, long_half] {
-        for caps in [roomy(), Caps { cpu: true, subgroup_size: Some(8), ..roomy() }] {
+        for caps in [roomy(), with!(roomy(), cpu: true, subgroup_size: Some(8))] {
             assert!(check(&p, &caps, &Options::default()), "{p:?}");
         }
     }
@@ -367,14 +367,14 @@ fn each_operand_is_held_to_the_binding_limit() {
         let kernels = [None, Some(Kernel::Unfused), Some(Kernel::Rows), Some(Kernel::Flash)];
         for kernel in kernels {
             let matrix = p.logits.is_some() && !matches!(kernel, None | Some(Kernel::Unfused));
-            let options = Options { kernel, ..Options::default() };
+            let options = with!(Options::default(), kernel);
             assert_eq!(check(&p, &caps, &options), !matrix, "{slot:?} by {kernel:?}");
         }
     }
     // One row of a bias that no part holds.
     let mut p = Problem::new(1, 1, 2, 9000, 1);
     (p.element, p.bias) = (Element::F16, Some(Bias { shape: Broadcast([1, 1, 1, 9000]), element: Element::F32 }));
-    let options = Options { kernel: Some(Kernel::Rows), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(Kernel::Rows));
     let error = Plan::new(&p.check().unwrap(), &caps, &options).unwrap_err();
     assert!(matches!(error, Error::Room { field: "bias", size, .. } if size >= 36_000), "{error}");
 }
@@ -390,16 +390,16 @@ fn the_same_problem_gives_the_same_plan() {
 fn forced_forms_are_planned_or_refused_never_replaced() {
     let mut p = Problem::new(1, 2, 33, 65, 64);
     let shape = p.check().unwrap();
-    for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(4), f16: true, ..gpu() }] {
+    for caps in [gpu(), with!(gpu(), cpu: true, subgroup_size: Some(4), f16: true)] {
         for form in [Form::Tiled, Form::Lanes] {
-            let plan = Plan::new(&shape, &caps, &Options { form: Some(form), ..Options::default() }).unwrap();
+            let plan = Plan::new(&shape, &caps, &with!(Options::default(), form: Some(form))).unwrap();
             let products: Vec<_> = plan.steps().iter().filter(|step| step.variant.stage() != "softmax").collect();
             assert_eq!(products.len(), 2, "{plan}");
             assert!(products.iter().all(|step| lanes(&step.variant).is_some() == (form == Form::Lanes)), "{plan}");
         }
     }
     let kernel = |p: &Problem, kernel| {
-        let options = Options { kernel: Some(kernel), ..Options::default() };
+        let options = with!(Options::default(), kernel: Some(kernel));
         Plan::new(&p.check().unwrap(), &gpu(), &options)
     };
     assert_eq!(kernel(&p, Kernel::Rows).unwrap().kernel(), "rows");
@@ -415,15 +415,15 @@ fn forced_forms_are_planned_or_refused_never_replaced() {
     p.element = Element::F16;
     let shape = p.check().unwrap();
     let native = |form, f16| {
-        let options = Options { form: Some(form), native_f16: Some(true), ..Options::default() };
-        Plan::new(&shape, &Caps { f16, ..gpu() }, &options)
+        let options = with!(Options::default(), form: Some(form), native_f16: Some(true));
+        Plan::new(&shape, &with!(gpu(), f16), &options)
     };
     for (form, f16, why) in [(Form::Tiled, false, Obstacle::NoF16), (Form::Lanes, true, Obstacle::LanesPackedF16)] {
         assert_eq!(native(form, f16).unwrap_err(), Error::Kernel { kernel: "native f16", why });
     }
     assert!(native(Form::Tiled, true).unwrap().steps().iter().any(|step| step.variant.needs().f16));
-    let packed = Options { native_f16: Some(false), ..Options::default() };
-    let plan = Plan::new(&shape, &Caps { f16: true, ..gpu() }, &packed).unwrap();
+    let packed = with!(Options::default(), native_f16: Some(false));
+    let plan = Plan::new(&shape, &with!(gpu(), f16: true), &packed).unwrap();
     assert!(!plan.steps().iter().any(|step| step.variant.needs().f16));
 }
 
@@ -432,8 +432,8 @@ fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
     let mut p = Problem::new(1, 8, 512, 512, 64);
     p.weights = true;
     let plan = |cpu, scratch_budget| {
-        let caps = Caps { cpu, subgroup_size: Some(8), subgroup_min_size: Some(8), ..gpu() };
-        Plan::new(&p.check().unwrap(), &caps, &Options { scratch_budget, ..Options::default() }).unwrap()
+        let caps = with!(gpu(), cpu, subgroup_size: Some(8), subgroup_min_size: Some(8));
+        Plan::new(&p.check().unwrap(), &caps, &with!(Options::default(), scratch_budget)).unwrap()
     };
     let small = plan(false, 256 << 20);
     assert_eq!(small.kernel(), "scores+softmax+export+values");
@@ -443,7 +443,7 @@ fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
     assert_eq!(large.scratch_bytes(), 0);
     let mut decode = Problem::new(1, 32, 1, 4096, 128);
     (decode.kv_heads, decode.weights) = (8, true);
-    for caps in [gpu(), Caps { cpu: true, subgroup_size: Some(8), subgroup_min_size: Some(8), ..gpu() }] {
+    for caps in [gpu(), with!(gpu(), cpu: true, subgroup_size: Some(8), subgroup_min_size: Some(8))] {
         let plan = Plan::new(&decode.check().unwrap(), &caps, &Options::default()).unwrap();
         assert!(plan.kernel().starts_with("split+") && plan.kernel().contains("+scores+softmax"), "{plan}");
     }
@@ -455,7 +455,7 @@ fn weights_have_no_score_matrix_beside_them_where_it_would_be_large() {
 fn flash_has_a_tile_for_each_bucket_of_dims_on_the_smallest_device() {
     let mut caps = gpu();
     caps.limits.max_compute_workgroup_storage_size = 16_352;
-    let options = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+    let options = with!(Options::default(), kernel: Some(Kernel::Flash));
     for dims in [32, 64, 128, 256] {
         for element in [Element::F32, Element::F16, Element::Bf16] {
             let mut p = Problem::new(1, 2, 128, 128, dims);
@@ -491,7 +491,7 @@ fn devices_below_the_floor_are_refused_by_the_name_of_the_limit() {
 fn a_short_work_budget_makes_more_and_shorter_slices() {
     let shape = Problem::new(1, 8, 512, 512, 64).check().unwrap();
     let slices = |micros| {
-        let options = Options { work_budget: Duration::from_micros(micros), ..Options::default() };
+        let options = with!(Options::default(), work_budget: Duration::from_micros(micros));
         Plan::new(&shape, &gpu(), &options).unwrap().slices()
     };
     assert!(slices(1_000_000) == 1 && slices(1000) > 1 && slices(100) > slices(1000));
@@ -506,24 +506,24 @@ fn a_plan_says_what_it_does_and_why() {
         assert!(part.split('+').all(|part| text.contains(part)), "{part:?} is not in\n{text}");
     }
     assert!(!plan.reasons().is_empty());
-    let caps = Caps { cpu: true, subgroup_size: Some(8), ..gpu() };
-    let unfused = Options { kernel: Some(Kernel::Unfused), ..Options::default() };
+    let caps = with!(gpu(), cpu: true, subgroup_size: Some(8));
+    let unfused = with!(Options::default(), kernel: Some(Kernel::Unfused));
     let text = Plan::new(&shape, &caps, &unfused).unwrap().to_string();
     assert!(text.contains("3 dispatches in ") && text.contains(" slices, "), "{text}");
     // Of one there is no plural, also in the names of tiles.
-    let rows = Options { kernel: Some(Kernel::Rows), ..Options::default() };
-    let caps = Caps { subgroup_size: None, ..caps };
+    let rows = with!(Options::default(), kernel: Some(Kernel::Rows));
+    let caps = with!(caps, subgroup_size: None);
     let text = Plan::new(&shape, &caps, &rows).unwrap().to_string();
     assert!(text.contains("8 rows a lane, 1 key, 64 dims"), "{text}");
 }
 
 #[test]
 fn work_that_no_device_finishes_is_refused_rather_than_planned_for_ever() {
-    let tiny = Options { work_budget: Duration::ZERO, ..Options::default() };
+    let tiny = with!(Options::default(), work_budget: Duration::ZERO);
     let rows = Problem::new(1 << 14, 1 << 14, 1 << 20, 1 << 10, 1);
     let pairs = Problem::new(1, 1, 1 << 24, 1 << 24, 512);
     for (problem, options) in [(&rows, &Options::default()), (&pairs, &Options::default()), (&pairs, &tiny)] {
-        for caps in [roomy(), Caps { cpu: true, ..roomy() }] {
+        for caps in [roomy(), with!(roomy(), cpu: true)] {
             let error = Plan::new(&problem.check().unwrap(), &caps, options).unwrap_err();
             assert!(matches!(error, Error::Room { unit: "dispatches", size, limit, .. } if size > limit), "{error}");
         }
@@ -534,15 +534,7 @@ fn work_that_no_device_finishes_is_refused_rather_than_planned_for_ever() {
 fn matrix_gpu() -> Caps {
     let limits = wgpu::Limits { max_compute_workgroup_storage_size: 49_152, ..wgpu::Limits::default() };
     let some = Some(32);
-    Caps {
-        f16: true,
-        subgroup_size: some,
-        subgroup_min_size: some,
-        subgroup_max_size: some,
-        matrices: vec![16],
-        limits,
-        ..gpu()
-    }
+    with!(gpu(), f16: true, subgroup_size: some, subgroup_min_size: some, subgroup_max_size: some, matrices: vec![16], limits)
 }
 
 fn halves(seq_q: u32, dim: u32) -> Problem {
@@ -557,7 +549,7 @@ fn planned(p: &Problem, caps: &Caps, options: &Options) -> Plan {
 
 #[test]
 fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() {
-    let forced = Options { kernel: Some(Kernel::Matrix), ..Options::default() };
+    let forced = with!(Options::default(), kernel: Some(Kernel::Matrix));
     for dim in [16, 64, 80, 128, 200] {
         let own = planned(&halves(512, dim), &matrix_gpu(), &Options::default());
         assert_eq!(own.kernel(), "flash", "{own}");
@@ -566,24 +558,17 @@ fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() 
         assert_eq!(plan.kernel(), "matrix", "{plan}");
         assert!(plan.steps().iter().all(|step| step.variant.needs().matrices == Some(16)), "{plan}");
     }
-    let metal = Caps {
-        matrices: vec![8],
-        subgroup_size: None,
-        subgroup_min_size: Some(4),
-        subgroup_max_size: Some(64),
-        limits: wgpu::Limits { max_compute_workgroup_storage_size: 32_768, ..wgpu::Limits::default() },
-        ..matrix_gpu()
-    };
+    let metal = with!(matrix_gpu(), matrices: vec![8], subgroup_size: None, subgroup_min_size: Some(4), subgroup_max_size: Some(64), limits: wgpu::Limits { max_compute_workgroup_storage_size: 32_768, ..wgpu::Limits::default() });
     assert_eq!(planned(&halves(512, 128), &metal, &forced).steps()[0].variant.needs().matrices, Some(8));
 
     let mut full = halves(512, 64);
     full.element = Element::F32;
     let mut brain = full.clone();
     brain.element = Element::Bf16;
-    let none = Caps { matrices: vec![], ..matrix_gpu() };
-    let wide = Caps { subgroup_size: None, subgroup_max_size: Some(128), ..matrix_gpu() };
-    let small = Caps { limits: wgpu::Limits::default(), ..matrix_gpu() };
-    let no_f16 = Caps { f16: false, ..matrix_gpu() };
+    let none = with!(matrix_gpu(), matrices: vec![]);
+    let wide = with!(matrix_gpu(), subgroup_size: None, subgroup_max_size: Some(128));
+    let small = with!(matrix_gpu(), limits: wgpu::Limits::default());
+    let no_f16 = with!(matrix_gpu(), f16: false);
     let prefill = halves(512, 64);
     for (p, caps, why) in [
         (&full, &matrix_gpu(), Obstacle::NotF16 { element: Element::F32 }),
@@ -604,19 +589,18 @@ fn matrix_runs_f16_where_it_is_asked_for_and_is_never_the_planners_own_choice() 
 #[test]
 fn the_emulated_form_runs_only_when_asked_for() {
     let p = halves(64, 32);
-    let device = Caps { f16: true, ..gpu() };
-    let device = Caps { limits: matrix_gpu().limits, ..device };
+    let device = with!(gpu(), f16: true);
+    let device = with!(device, limits: matrix_gpu().limits);
     let form = Some(Form::Emulated);
-    let plan = planned(&p, &device, &Options { kernel: Some(Kernel::Matrix), form, ..Options::default() });
+    let plan = planned(&p, &device, &with!(Options::default(), kernel: Some(Kernel::Matrix), form));
     assert!(matches!(plan.steps()[0].variant, Variant::Matrix(x) if x.emulated), "{plan}");
     for kernel in [None, Some(Kernel::Flash), Some(Kernel::Unfused)] {
-        let error =
-            Plan::new(&p.check().unwrap(), &device, &Options { kernel, form, ..Options::default() }).unwrap_err();
+        let error = Plan::new(&p.check().unwrap(), &device, &with!(Options::default(), kernel, form)).unwrap_err();
         let kernel = kernel.unwrap_or(Kernel::Unfused).name();
         assert_eq!(error, Error::Kernel { kernel, why: Obstacle::NotEmulated });
     }
     for caps in [device, matrix_gpu()] {
-        for options in [Options::default(), Options { kernel: Some(Kernel::Matrix), ..Options::default() }] {
+        for options in [Options::default(), with!(Options::default(), kernel: Some(Kernel::Matrix))] {
             let Ok(plan) = Plan::new(&p.check().unwrap(), &caps, &options) else { continue };
             let emulated = |step: &Step| matches!(step.variant, Variant::Matrix(x) if x.emulated);
             assert!(!plan.steps().iter().any(emulated), "{plan}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use wgpu_attention::{
     Bias, Broadcast, Caps, Causal, Element, Form, Kernel, Layout, Logits, Options, Packed, Paged, Problem, Strides,
-    wgpu,
+    wgpu, with,
 };
 
 prop_compose! {
@@ -125,7 +125,7 @@ prop_compose! {
         };
         let subgroup_size = subgroups.filter(|[min, max]| min == max).map(|[size, _]| size);
         let [subgroup_min_size, subgroup_max_size] = [0, 1].map(|end| subgroups.map(|range| range[end]));
-        Caps { cpu, f16, int64, subgroup_size, subgroup_min_size, subgroup_max_size, matrices, limits }
+        with!(Caps::new(limits), cpu, f16, int64, subgroup_size, subgroup_min_size, subgroup_max_size, matrices)
     }
 }
 
@@ -140,6 +140,6 @@ prop_compose! {
         batch_invariant in any::<bool>(),
         micros in prop_oneof![Just(2u64), Just(100), Just(50_000)],
     ) -> Options {
-        Options { kernel, form, native_f16, batch_invariant, scratch_budget, work_budget: Duration::from_micros(micros) }
+        with!(Options::default(), kernel, form, native_f16, batch_invariant, scratch_budget, work_budget: Duration::from_micros(micros))
     }
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use wgpu_attention::internal::kernel::{flash, matrix, rows, split};
 use wgpu_attention::{
-    Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning,
+    Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning, with,
 };
 
 use crate::strategy::{caps, options, problem};
@@ -21,14 +21,14 @@ pub fn every_kernel_has_one_reason(plan: &Plan) {
 
 /// A GPU with subgroups, f16 and workgroup memory enough for every tile.
 fn rich() -> Caps {
-    let mut caps = Caps { f16: true, subgroup_size: Some(32), subgroup_min_size: Some(32), ..gpu() };
+    let mut caps = with!(gpu(), f16: true, subgroup_size: Some(32), subgroup_min_size: Some(32));
     caps.limits.max_compute_workgroup_storage_size = 32768;
     caps
 }
 
 /// Lavapipe, as the planner sees it.
 fn lavapipe() -> Caps {
-    Caps { cpu: true, int64: true, subgroup_size: Some(8), subgroup_min_size: Some(8), ..rich() }
+    with!(rich(), cpu: true, int64: true, subgroup_size: Some(8), subgroup_min_size: Some(8))
 }
 
 fn tuning(problem: &Problem, choices: &[Choice]) -> Tuning {
@@ -77,9 +77,9 @@ fn candidates_are_several_known_tiles_none_twice() {
     assert_eq!(kernels(&p, &rich()), [1, 1, 2, 0, 4]);
     assert_eq!(kernels(&p, &lavapipe()), [1, 3, 2, 0, 6]);
     assert_eq!(kernels(&p, &gpu()), [1, 1, 1, 0, 2]);
-    let four = Caps { subgroup_size: Some(4), subgroup_min_size: Some(4), ..lavapipe() };
+    let four = with!(lavapipe(), subgroup_size: Some(4), subgroup_min_size: Some(4));
     assert_eq!(kernels(&p, &four), [1, 0, 1, 0, 2], "rows takes minutes to compile there");
-    let matrices = Caps { matrices: vec![16], subgroup_max_size: Some(32), ..rich() };
+    let matrices = with!(rich(), matrices: vec![16], subgroup_max_size: Some(32));
     assert_eq!(kernels(&p, &matrices), [1, 1, 2, 0, 4], "matrix takes f16 alone");
     p.element = Element::F16;
     assert_eq!(kernels(&p, &matrices), [1, 1, 2, 1, 4]);
@@ -93,14 +93,14 @@ fn what_is_asked_for_wins_over_tuned_rows() {
     let candidates = Tuning::candidates(&p.check().unwrap(), &rich()).unwrap();
     let plain = candidates.into_iter().find(|x| matches!(x, Choice::Flash(tile) if !tile.shuffle)).unwrap();
     let tuning = tuning(&p, &[plain]);
-    let forced = |kernel| Options { kernel: Some(kernel), ..Options::default() };
+    let forced = |kernel| with!(Options::default(), kernel: Some(kernel));
     let plan = planned(&p, &rich(), &forced(Kernel::Split), &tuning);
     assert_eq!(plan.choice().kernel(), Kernel::Split);
     assert_eq!(reason(&plan, "the tuned row"), "the tuned row for flash is passed over: kernel split is asked for");
     assert_eq!(reason(&plan, "kernel split"), "kernel split: as asked");
     // A row of the kernel itself gives the tile.
     assert_eq!(planned(&p, &rich(), &forced(Kernel::Flash), &tuning).choice(), plain);
-    let form = Options { form: Some(Form::Tiled), ..Options::default() };
+    let form = with!(Options::default(), form: Some(Form::Tiled));
     let plan = planned(&p, &rich(), &form, &tuning);
     assert_eq!(plan.choice(), Choice::Unfused);
     assert!(reason(&plan, "the tuned row for flash").contains("a form of scores and values is asked for"));

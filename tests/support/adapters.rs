@@ -11,7 +11,7 @@ use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use wgpu_attention::internal::describe;
-use wgpu_attention::{DeviceOptions, Gpu, wgpu};
+use wgpu_attention::{DeviceOptions, Gpu, wgpu, with};
 
 const INSTALL: &str = "install a software one with `apt-get install mesa-vulkan-drivers libegl1 libgles2 libgl1-mesa-dri` \
     (scripts/test does) or name others in WGPU_ATTENTION_ADAPTERS";
@@ -34,7 +34,7 @@ impl Deref for Adapter {
 impl Adapter {
     fn open(adapter: wgpu::Adapter) -> Self {
         let name = describe(&adapter.get_info());
-        let gpu = Gpu::open(&adapter, &DeviceOptions { checked: checked(), ..DeviceOptions::default() });
+        let gpu = Gpu::open(&adapter, &with!(DeviceOptions::default(), checked: checked()));
         Adapter { gpu: gpu.unwrap_or_else(|error| panic!("{name}: {error}")), name, adapter }
     }
 
@@ -48,7 +48,7 @@ impl Adapter {
         self.take_turn();
         let mut limits = self.adapter.limits();
         lower(&mut limits);
-        let options = DeviceOptions { limits: Some(limits), features, checked: checked() };
+        let options = with!(DeviceOptions::default(), limits: Some(limits), features, checked: checked());
         Gpu::open(&self.adapter, &options).unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
 

@@ -1,7 +1,7 @@
 //! Host data for every operand of a problem.
 
 use half::{bf16, f16};
-use wgpu_attention::{Causal, Element, Elements, HostSlice, Inputs, Operands, Problem};
+use wgpu_attention::{Causal, Element, Elements, HostSlice, Inputs, Operands, Problem, with};
 
 use super::Random;
 
@@ -19,6 +19,7 @@ impl Tensor {
             Element::F32 => Tensor::F32(values.to_vec()),
             Element::F16 => Tensor::F16(values.iter().map(|&x| f16::from_f32(x)).collect()),
             Element::Bf16 => Tensor::Bf16(values.iter().map(|&x| bf16::from_f32(x)).collect()),
+            _ => unreachable!("no other is known here"),
         }
     }
 
@@ -28,6 +29,7 @@ impl Tensor {
             Element::F32 => Tensor::F32(bytemuck::pod_collect_to_vec(bytes)),
             Element::F16 => Tensor::F16(bytemuck::pod_collect_to_vec(bytes)),
             Element::Bf16 => Tensor::Bf16(bytemuck::pod_collect_to_vec(bytes)),
+            _ => unreachable!("no other is known here"),
         }
     }
 
@@ -135,23 +137,7 @@ impl Data {
     }
 
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            q: self.q.elements(),
-            k: self.k.elements(),
-            v: self.v.elements(),
-            operands: Operands {
-                mask: self.mask.as_ref().map(HostSlice::from),
-                bias: self.bias.as_ref().map(|bias| bias.elements().into()),
-                key_lengths: self.key_lengths.as_ref().map(HostSlice::from),
-                key_positions: self.key_positions.as_ref().map(HostSlice::from),
-                offsets: self.offsets.as_ref().map(HostSlice::from),
-                alibi_slopes: self.slopes.as_ref().map(HostSlice::from),
-                sinks: self.sinks.as_ref().map(HostSlice::from),
-                cu_seqlens_q: self.cu_q.as_ref().map(HostSlice::from),
-                cu_seqlens_kv: self.cu_kv.as_ref().map(HostSlice::from),
-                block_table: self.block_table.as_ref().map(HostSlice::from),
-            },
-        }
+        with!(Inputs::new(self.q.elements(), self.k.elements(), self.v.elements()), operands: with!(Operands::default(), mask: self.mask.as_ref().map(HostSlice::from), bias: self.bias.as_ref().map(|bias| bias.elements().into()), key_lengths: self.key_lengths.as_ref().map(HostSlice::from), key_positions: self.key_positions.as_ref().map(HostSlice::from), offsets: self.offsets.as_ref().map(HostSlice::from), alibi_slopes: self.slopes.as_ref().map(HostSlice::from), sinks: self.sinks.as_ref().map(HostSlice::from), cu_seqlens_q: self.cu_q.as_ref().map(HostSlice::from), cu_seqlens_kv: self.cu_kv.as_ref().map(HostSlice::from), block_table: self.block_table.as_ref().map(HostSlice::from)))
     }
 }
 

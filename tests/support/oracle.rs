@@ -1,7 +1,7 @@
 //! The contract of [`Problem`] read out literally, with plain loops and IEEE arithmetic in f64. It shares nothing with the crate's
 //! reference, not even the checked shape, so that a mistake in one of the two shows.
 
-use wgpu_attention::{Broadcast, Causal, Elements, Layout, Logits, Outputs, Problem};
+use wgpu_attention::{Broadcast, Causal, Elements, Layout, Logits, Outputs, Problem, with};
 
 use super::{Data, Tensor};
 
@@ -219,12 +219,7 @@ impl<'a> Oracle<'a> {
                 }
             }
         }
-        Outputs {
-            out,
-            lse: p.lse.then_some(lse),
-            weights: p.weights.then_some(weights),
-            logits: p.logits.map(|_| asked),
-        }
+        with!(Outputs::new(out), lse: p.lse.then_some(lse), weights: p.weights.then_some(weights), logits: p.logits.map(|_| asked))
     }
 }
 

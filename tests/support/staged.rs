@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use wgpu::util::DeviceExt;
-use wgpu_attention::{Buffers, Element, Operands, Outputs, Plan, wgpu};
+use wgpu_attention::{Buffers, Element, Operands, Outputs, Plan, wgpu, with};
 
 use super::Data;
 
@@ -139,16 +139,12 @@ impl Staged {
         let bytes = |guarded: &Guarded| guarded.read(device, queue);
         let read = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, f32>(&bytes(guarded));
         let halves = |guarded: &Guarded| bytemuck::pod_collect_to_vec::<u8, u16>(&bytes(guarded)).into_iter();
-        Outputs {
-            out: match self.element {
+        with!(Outputs::new(match self.element {
                 Element::F32 => read(&self.out),
                 Element::F16 => halves(&self.out).map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
                 Element::Bf16 => halves(&self.out).map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
-            },
-            lse: self.lse.as_ref().map(read),
-            weights: self.weights.as_ref().map(read),
-            logits: self.logits.as_ref().map(read),
-        }
+                _ => unreachable!("no other is known here"),
+            }), lse: self.lse.as_ref().map(read), weights: self.weights.as_ref().map(read), logits: self.logits.as_ref().map(read))
     }
 }
 

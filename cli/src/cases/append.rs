@@ -68,7 +68,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
 #[cfg(test)]
 mod tests {
     use safetensors::Dtype;
-    use wgpu_attention::reference;
+    use wgpu_attention::{Outputs, reference};
 
     use super::*;
     use crate::archive::builder::Builder;
@@ -90,7 +90,7 @@ mod tests {
         let Work::Append(work) = &call.work else { panic!("not an append") };
         let mut out = work.cache.widened();
         reference::append(&work.append, &work.x.widened(), &mut out, &work.starts, None).unwrap();
-        let outputs = wgpu_attention::Outputs { out, ..Default::default() };
+        let outputs = Outputs::new(out);
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }
 

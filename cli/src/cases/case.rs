@@ -1,6 +1,8 @@
 //! One case: calls to make, and their expected results.
 
-use wgpu_attention::{Append, Call as LayerCall, Element, Layer, LayerInputs, Operands, Outputs, Problem, Rotation};
+use wgpu_attention::{
+    Append, Call as LayerCall, Element, Layer, LayerInputs, Operands, Outputs, Problem, Rotation, with,
+};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};
@@ -56,12 +58,7 @@ pub struct LayerWork {
 
 impl LayerWork {
     pub fn inputs(&self) -> LayerInputs<'_> {
-        LayerInputs {
-            query: &self.query,
-            key: self.key.as_deref(),
-            value: self.value.as_deref(),
-            operands: slices(&self.operands),
-        }
+        with!(LayerInputs::new(&self.query), key: self.key.as_deref(), value: self.value.as_deref(), operands: slices(&self.operands))
     }
 }
 

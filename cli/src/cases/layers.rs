@@ -279,7 +279,7 @@ pub fn tutorial(archive: &Archive) -> Result<Loaded> {
 #[cfg(test)]
 mod tests {
     use safetensors::Dtype;
-    use wgpu_attention::reference;
+    use wgpu_attention::{Outputs, reference, with};
 
     use super::*;
     use crate::archive::builder::Builder;
@@ -312,7 +312,7 @@ mod tests {
         let call = &cases[0].calls[0];
         let Work::Layer(work) = &call.work else { panic!("not a layer") };
         let got = reference::layer::<f32>(&work.layer, &work.problem, &work.call, &work.inputs()).unwrap();
-        let outputs = wgpu_attention::Outputs { out: got.out, weights: got.weights, ..Default::default() };
+        let outputs = with!(Outputs::new(got.out), weights: got.weights);
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }
 

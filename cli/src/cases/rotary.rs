@@ -70,7 +70,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
 #[cfg(test)]
 mod tests {
     use safetensors::Dtype;
-    use wgpu_attention::reference;
+    use wgpu_attention::{Outputs, reference};
 
     use super::*;
     use crate::archive::builder::Builder;
@@ -95,7 +95,7 @@ mod tests {
         let Work::Rotation(work) = &call.work else { panic!("not a rotation") };
         let (out, _) =
             reference::rotary::<f32>(&work.rotation, work.x.elements(), &work.table, &work.positions).unwrap();
-        let outputs = wgpu_attention::Outputs { out, ..Default::default() };
+        let outputs = Outputs::new(out);
         call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
     }
 

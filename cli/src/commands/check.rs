@@ -8,6 +8,7 @@ use wgpu_attention::internal::Step;
 use wgpu_attention::wgpu::CommandEncoderDescriptor;
 use wgpu_attention::{
     Broadcast, Causal, Element, Error, Gpu, Kernel, Logits, Options, Outputs, Prepared, Problem, Resident, reference,
+    with,
 };
 
 use crate::Outcome;
@@ -182,7 +183,7 @@ impl Subject {
         if gpu.library().caps().takes_minutes(kernel) {
             return without_result(format!("{NOT_RUN}: a driver of four lanes takes minutes to compile it"));
         }
-        let options = Options { kernel: Some(kernel), ..Options::default() };
+        let options = with!(Options::default(), kernel: Some(kernel));
         let ran = match gpu.library().plan_with(&self.problem, &options) {
             Ok(plan) if plan.kernel() == chosen => return None,
             Ok(_) => self.time_gpu(gpu, &options),
@@ -266,7 +267,7 @@ impl Subject {
         let start = Instant::now();
         let out = reference::values(&shape, &inputs, &weights);
         let valued = milliseconds(start);
-        let outputs = Outputs { out, weights: Some(weights), logits: Some(scores), ..Outputs::default() };
+        let outputs = with!(Outputs::new(out), weights: Some(weights), logits: Some(scores));
         Ok((outputs, [scored, softened, valued]))
     }
 

@@ -53,6 +53,7 @@ impl View for &Written {
             Element::F32 => Dtype::F32,
             Element::F16 => Dtype::F16,
             Element::Bf16 => Dtype::BF16,
+            _ => unreachable!("no other is known here"),
         }
     }
 

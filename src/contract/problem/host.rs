@@ -4,6 +4,7 @@ use super::Element;
 use crate::contract::operands::{HostSlice, Operands};
 
 /// Host data of a tensor.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Elements<'a> {
     /// f32 values.
@@ -95,6 +96,7 @@ impl Default for Elements<'_> {
 }
 
 /// Operands of a problem on the host. An operand that the problem does not use must be `None`.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Inputs<'a> {
     /// Queries, in the problem's layout.
@@ -107,7 +109,15 @@ pub struct Inputs<'a> {
     pub operands: Operands<HostSlice<'a>>,
 }
 
+impl<'a> Inputs<'a> {
+    /// Queries, keys and values, from anything that [`Elements`] can be made of: slices, vectors and arrays of f32, f16 or bf16.
+    pub fn new(q: impl Into<Elements<'a>>, k: impl Into<Elements<'a>>, v: impl Into<Elements<'a>>) -> Self {
+        Inputs { q: q.into(), k: k.into(), v: v.into(), operands: Operands::default() }
+    }
+}
+
 /// Results on the host, widened to `T` (f32, or f64 from the reference). An output that the problem does not ask for is `None`.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs<T = f32> {
     /// The output tensor in the problem's layout. With strides, the elements between rows are 0.
@@ -118,4 +128,11 @@ pub struct Outputs<T = f32> {
     pub weights: Option<Vec<T>>,
     /// Logits.
     pub logits: Option<Vec<T>>,
+}
+
+impl<T> Outputs<T> {
+    /// An output tensor alone.
+    pub fn new(out: Vec<T>) -> Self {
+        Outputs { out, lse: None, weights: None, logits: None }
+    }
 }

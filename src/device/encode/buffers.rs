@@ -14,6 +14,7 @@ use crate::plan::{Plan, tensors};
 ///
 /// Of an operand without elements, because there is no batch, query or key, any slice of any buffer may be given, also an empty
 /// one: it is not looked at.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug)]
 pub struct Buffers<'a> {
     /// Queries.

@@ -5,6 +5,7 @@ use crate::device::gpu::whole;
 
 /// Buffers of one call of a layer. Tensors are f32 and need usage `STORAGE`. Of one without elements any slice may be given, as
 /// for [`crate::Buffers`].
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug)]
 pub struct LayerBuffers<'a> {
     /// Query input.

@@ -130,7 +130,7 @@ impl Subject {
         let data = cubecl::future::block_on(<CubeBackend as FloatTensorOps<CubeBackend>>::float_into_data(out))
             .map_err(|error| format!("{error:?}"))?;
         let got = data.to_vec::<f32>().map_err(|error| format!("{error:?}"))?;
-        let inputs = Inputs { q: (&q).into(), k: (&k).into(), v: (&v).into(), ..Inputs::default() };
+        let inputs = Inputs::new(&q, &k, &v);
         let (want, budget) = attention_with_budget(&problem, &inputs)?;
         let comparison = budget.compare_out(&checked, &got, &want.out);
         (subject.error, subject.of_budget) = (comparison.max_error, comparison.worst_ratio);
