@@ -365,7 +365,7 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
         let want = if more.lse { Error::Missing { field: "lse" } } else { Error::Unexpected { field: "lse" } };
         says(error, want, &["lse"]);
         let mut longer = p.clone();
-        longer.seq_q += 1;
+        longer.head_dim += 4;
         let error = one.download(&one.library().plan(&longer).unwrap(), &resident).unwrap_err();
         assert!(matches!(error, Error::BufferSize { field: "q", .. }), "{error}");
         let projection = Projection::new(4, 8, 12, Order::OutIn, Element::F32);

@@ -194,7 +194,11 @@ pub fn compare_layer(
 ///
 /// // Two partials with the weights 3/4 and 1/4.
 /// let (merge, out, lse) = (Merge::new(2, 1, 1, 1, 1), [1.0, 5.0], [3f32.ln(), 0.0]);
-/// let merged = |out: f32| Outputs { out: vec![out], lse: Some(vec![4f32.ln()]), ..Outputs::default() };
+/// let merged = |out: f32| {
+///     let mut merged = Outputs::new(vec![out]);
+///     merged.lse = Some(vec![4f32.ln()]);
+///     merged
+/// };
 /// assert!(compare_merge(&merge, &out, &lse, None, &merged(2.0))?.passed());
 /// assert!(!compare_merge(&merge, &out, &lse, None, &merged(2.00001))?.passed());
 /// # Ok::<(), wgpu_attention::Error>(())
