@@ -227,9 +227,11 @@ fn every_shader_has_its_module_its_variants_and_its_reference() {
         .for_each(|shared| assert!(modules.remove(*shared), "{shared} is gone"));
     assert_eq!(modules, Variant::all().iter().map(|variant| variant.kernel().to_owned()).collect());
     assert_eq!(shaders, modules);
-    // The error budget has no kernel, a list of rows is where results are put, and `layer` composes the others.
+    // The error budget and comparisons have no kernel, a list of rows is where results are put, and `layer` composes the others.
     let mut idle = stems("src/reference", "rs");
-    ["budget", "query", "layer"].iter().for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));
+    ["budget", "compare", "comparison", "query", "layer"]
+        .iter()
+        .for_each(|exempt| assert!(idle.remove(*exempt), "{exempt} is gone"));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for name in shaders {
         let text = std::fs::read_to_string(root.join(format!("shaders/{name}.wgsl"))).unwrap();

@@ -49,8 +49,8 @@ fn sequence(batch: u32) -> Sequence {
     return s;
 }
 
-// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises. Where positions
-// are listed, any key may be visible by its place.
+// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises. Where
+// positions are listed, any key may be visible by its place.
 fn key_range(s: Sequence, row: u32) -> vec2<u32> {
 {% if lists %}
     if ((params.flags & POSITIONS) != 0u) {
