@@ -16,7 +16,7 @@ use std::thread::{self, ThreadId};
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
 use crate::contract::problem::{Inputs, Outputs, Problem};
-use crate::device::encode::{Attention, Home, Prepared, Recording};
+use crate::device::encode::{Attention, Home, Prepared};
 
 pub use resident::Resident;
 pub(crate) use resident::whole;
@@ -153,15 +153,8 @@ impl Gpu {
         if home.is(self.library.home()) { Ok(()) } else { Err(Error::OtherDevice { field }) }
     }
 
-    fn submit(&self, call: &Recording<'_, Prepared>, slice: usize, resident: &Resident) -> Result<()> {
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        call.encode_slice(slice, &mut encoder, &resident.buffers())?;
-        self.queue.submit([encoder.finish()]);
-        self.fault()
-    }
-
     /// Submits one slice after the other and waits for each; `progress(done, of)` follows each. Any number of threads may run the same
-    /// `prepared` at once, each on a `resident` of its own: see [`Recording`] for their scratch.
+    /// `prepared` at once, each on a `resident` of its own: see [`crate::Recording`] for their scratch.
     ///
     /// # Errors
     ///
@@ -186,10 +179,25 @@ impl Gpu {
         self.check_home("prepared", prepared.home())?;
         self.check_home("resident", &resident.home)?;
         let call = prepared.begin()?;
-        for slice in 0..prepared.slices() {
-            self.submit(&call, slice, resident)?;
+        let (slices, buffers) = (prepared.slices(), resident.buffers());
+        let record = |slice, encoder: &mut _| call.encode_slice(slice, encoder, &buffers);
+        self.submit_slices(slices, record, |done| progress(done, slices)).await
+    }
+
+    /// Records and submits one slice after the other, and waits for each. `done` is told how many are done.
+    pub(crate) async fn submit_slices(
+        &self,
+        slices: usize,
+        mut record: impl FnMut(usize, &mut wgpu::CommandEncoder) -> Result<()>,
+        mut done: impl FnMut(usize),
+    ) -> Result<()> {
+        for slice in 0..slices {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            record(slice, &mut encoder)?;
+            self.queue.submit([encoder.finish()]);
+            self.fault()?;
             self.wait_async().await?;
-            progress(slice + 1, prepared.slices());
+            done(slice + 1);
         }
         Ok(())
     }

@@ -5,7 +5,6 @@ use crate::contract::options::Options;
 use crate::contract::problem::{Element, Elements, Outputs};
 use crate::device::allocation::{allocate, upload_bytes};
 use crate::device::gpu::Gpu;
-use crate::device::gpu::read::widened;
 use crate::device::operation::{
     AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
 };
@@ -25,20 +24,8 @@ impl Gpu {
     /// Runs an operation slice by slice, and waits for each.
     async fn perform<D: Description>(&self, operation: &Operation<D>, buffers: &D::Buffers<'_>) -> Result<()> {
         let call = operation.begin()?;
-        for slice in 0..operation.slices() {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            call.encode_slice(slice, &mut encoder, buffers)?;
-            self.queue.submit([encoder.finish()]);
-            self.wait_async().await?;
-        }
-        Ok(())
-    }
-
-    /// The first `len` elements of a buffer, widened to f32. Buffers end at whole words and are never empty, tensors need not.
-    async fn read_widened(&self, buffer: &wgpu::Buffer, element: Element, len: usize) -> Result<Vec<f32>> {
-        let mut read = widened(element, &self.read_async(buffer.slice(..)).await?);
-        read.truncate(len);
-        Ok(read)
+        let record = |slice, encoder: &mut _| call.encode_slice(slice, encoder, buffers);
+        self.submit_slices(operation.slices(), record, |_| ()).await
     }
 
     /// Appends on host slices, and gives the whole cache widened to f32.
@@ -87,7 +74,7 @@ impl Gpu {
         let mut buffers = AppendBuffers::new(new.slice(..), to.slice(..), first.slice(..));
         buffers.block_table = Some(table.slice(..));
         self.perform(&operation, &buffers).await?;
-        self.read_widened(&to, append.element, cache.len()).await
+        self.read_widened(&to, append.element, cache.len() as u64).await
     }
 
     /// Merges partial results on host slices, dense as [`Merge`] says.
@@ -118,7 +105,7 @@ impl Gpu {
         sinks: Option<&[f32]>,
     ) -> Result<Outputs> {
         merge.check_lengths(partial_out.len(), partial_lse.len(), sinks.map(<[f32]>::len))?;
-        let (len, lines) = (merge.checked()?.extent(), merge.lines() as usize);
+        let (len, lines) = (merge.checked()?.extent(), merge.lines());
         let operation = self.library.merge_async(merge, &Options::default()).await?;
         let [partial_out, partial_lse, sinks, out, lse] = self
             .stage([
@@ -126,13 +113,13 @@ impl Gpu {
                 ("partial_lse", bytemuck::cast_slice(partial_lse)),
                 ("sinks", bytemuck::cast_slice(sinks.unwrap_or(&[]))),
                 ("out", &unwritten(merge.element, len)),
-                ("lse", &unwritten(Element::F32, merge.lines())),
+                ("lse", &unwritten(Element::F32, lines)),
             ])
             .await?;
         let mut buffers = MergeBuffers::new(partial_out.slice(..), partial_lse.slice(..), out.slice(..));
         (buffers.sinks, buffers.lse) = (Some(sinks.slice(..)), Some(lse.slice(..)));
         self.perform(&operation, &buffers).await?;
-        let out = self.read_widened(&out, merge.element, len as usize).await?;
+        let out = self.read_widened(&out, merge.element, len).await?;
         let lse = if merge.lse { Some(self.read_widened(&lse, Element::F32, lines).await?) } else { None };
         Ok(Outputs { out, lse, ..Outputs::default() })
     }
@@ -179,7 +166,7 @@ impl Gpu {
         let mut buffers = ProjectionBuffers::new(x.slice(..), weight.slice(..), y.slice(..));
         buffers.biases = Some(biases.slice(..));
         self.perform(&operation, &buffers).await?;
-        self.read_widened(&y, Element::F32, len as usize).await
+        self.read_widened(&y, Element::F32, len).await
     }
 
     /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
@@ -219,7 +206,7 @@ impl Gpu {
             ])
             .await?;
         self.perform(&operation, &RotationBuffers::new(rows.slice(..), table.slice(..), positions.slice(..))).await?;
-        self.read_widened(&rows, rotation.element, x.len()).await
+        self.read_widened(&rows, rotation.element, x.len() as u64).await
     }
 }
 

@@ -27,20 +27,29 @@ impl Gpu {
     pub async fn download_async(&self, plan: &Plan, resident: &Resident) -> Result<Outputs> {
         self.check_home("resident", &resident.home)?;
         resident.buffers().check(plan)?;
-        let bytes = Outputs {
-            lse: self.read_optional(&resident.lse).await?,
-            weights: self.read_optional(&resident.weights).await?,
-            logits: self.read_optional(&resident.logits).await?,
-            out: self.read_async(resident.out.slice(..)).await?,
-        };
-        Ok(outputs(plan, bytes))
+        let shape = plan.shape();
+        let scores = shape.scores_len();
+        Ok(Outputs {
+            lse: self.read_f32s(&resident.lse, shape.lse_len()).await?,
+            weights: self.read_f32s(&resident.weights, scores).await?,
+            logits: self.read_f32s(&resident.logits, scores).await?,
+            out: self.read_widened(&resident.out, shape.problem.element, shape.out().extent()).await?,
+        })
     }
 
-    async fn read_optional(&self, buffer: &Option<wgpu::Buffer>) -> Result<Option<Vec<u8>>> {
+    /// The first `len` elements of a buffer of f32, if there is one.
+    pub(crate) async fn read_f32s(&self, buffer: &Option<wgpu::Buffer>, len: u64) -> Result<Option<Vec<f32>>> {
         match buffer {
-            Some(buffer) => self.read_async(buffer.slice(..)).await.map(Some),
+            Some(buffer) => self.read_widened(buffer, Element::F32, len).await.map(Some),
             None => Ok(None),
         }
+    }
+
+    /// The first `len` elements of a buffer, widened to f32. Buffers end at whole words and are never empty, tensors need not.
+    pub(crate) async fn read_widened(&self, buffer: &wgpu::Buffer, element: Element, len: u64) -> Result<Vec<f32>> {
+        let mut read = widened(element, &self.read_async(buffer.slice(..)).await?);
+        read.truncate(len as usize);
+        Ok(read)
     }
 
     /// Bytes of a buffer slice with usage `COPY_SRC`; offset and size are multiples of 4. Blocks.
@@ -86,25 +95,11 @@ impl Gpu {
 }
 
 /// The elements of a tensor's bytes, widened to f32, which is exact.
-pub(super) fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
+fn widened(element: Element, bytes: &[u8]) -> Vec<f32> {
     let words = bytemuck::pod_collect_to_vec::<u8, u16>;
     match element {
         Element::F32 => bytemuck::pod_collect_to_vec(bytes),
         Element::F16 => words(bytes).into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
         Element::Bf16 => words(bytes).into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
-    }
-}
-
-fn outputs(plan: &Plan, bytes: Outputs<u8>) -> Outputs {
-    let shape = plan.shape();
-    // Buffers end at whole words and are never empty, outputs need not.
-    let f32s = |bytes: Option<Vec<u8>>, len: u64| bytes.map(|b| bytemuck::pod_collect_to_vec(&b[..4 * len as usize]));
-    let mut out = widened(shape.problem.element, &bytes.out);
-    out.truncate(shape.out().extent() as usize);
-    Outputs {
-        out,
-        lse: f32s(bytes.lse, shape.lse_len()),
-        weights: f32s(bytes.weights, shape.scores_len()),
-        logits: f32s(bytes.logits, shape.scores_len()),
     }
 }

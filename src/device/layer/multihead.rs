@@ -198,16 +198,16 @@ impl MultiHeadAttention {
         let columns = u64::from(self.layer.weight_columns(problem.seq_kv));
         let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
         let heads = call.weights.map(|which| if which == Weights::Heads { u64::from(problem.heads) } else { 1 });
-        let result_len = (rows * u64::from(self.layer.out.outputs)) as usize;
-        let weights_len = heads.map(|heads| (heads * rows * columns) as usize);
+        let result_len = rows * u64::from(self.layer.out.outputs);
+        let weights_len = heads.map(|heads| heads * rows * columns);
         let upload =
             |label, values: &[f32]| upload_bytes(gpu.device(), gpu.queue(), label, bytemuck::cast_slice(values));
         let make = || Uploaded {
             query: upload("query", inputs.query),
             key: inputs.key.map(|key| upload("key", key)),
             value: inputs.value.map(|value| upload("value", value)),
-            result: upload("result", &vec![f32::NAN; result_len]),
-            weights: weights_len.map(|len| upload("weights", &vec![f32::NAN; len])),
+            result: upload("result", &vec![f32::NAN; result_len as usize]),
+            weights: weights_len.map(|len| upload("weights", &vec![f32::NAN; len as usize])),
             operands: inputs
                 .operands
                 .map(|operand, data| upload_bytes(gpu.device(), gpu.queue(), operand.name(), data.bytes())),
@@ -215,18 +215,11 @@ impl MultiHeadAttention {
         let uploaded = allocate(gpu.device(), make).await?;
         let buffers = uploaded.buffers();
         let recording = prepared.begin()?;
-        for slice in 0..prepared.slices() {
-            let mut encoder = gpu.device().create_command_encoder(&Default::default());
-            recording.encode_slice(slice, &mut encoder, &buffers)?;
-            gpu.queue().submit([encoder.finish()]);
-            gpu.wait_async().await?;
-        }
-        // Buffers are never empty, outputs may be.
-        let f32s = |bytes: Vec<u8>, len: usize| bytemuck::pod_collect_to_vec(&bytes[..4 * len]);
-        let weights = match buffers.weights.zip(weights_len) {
-            Some((slice, len)) => Some(f32s(gpu.read_async(slice).await?, len)),
-            None => None,
-        };
-        Ok(LayerOutputs { out: f32s(gpu.read_async(buffers.result).await?, result_len), weights })
+        let record = |slice, encoder: &mut _| recording.encode_slice(slice, encoder, &buffers);
+        gpu.submit_slices(prepared.slices(), record, |_| ()).await?;
+        Ok(LayerOutputs {
+            weights: gpu.read_f32s(&uploaded.weights, weights_len.unwrap_or(0)).await?,
+            out: gpu.read_widened(&uploaded.result, Element::F32, result_len).await?,
+        })
     }
 }
