@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::contract::problem::{Causal, Element, Elements};
+use crate::contract::problem::{Causal, Element, Elements, from_host};
 use crate::contract::shape::Shape;
 
 /// How the GPU takes an operand.
@@ -236,32 +236,7 @@ impl<'a> HostSlice<'a> {
     }
 }
 
-/// Conversions from slices, vectors and arrays of a type.
-macro_rules! from_host {
-    ($($t:ty, $wrap:expr;)*) => {
-        $(
-            impl<'a> From<&'a [$t]> for HostSlice<'a> {
-                fn from(x: &'a [$t]) -> Self {
-                    $wrap(x)
-                }
-            }
-
-            impl<'a> From<&'a Vec<$t>> for HostSlice<'a> {
-                fn from(x: &'a Vec<$t>) -> Self {
-                    $wrap(x)
-                }
-            }
-
-            impl<'a, const N: usize> From<&'a [$t; N]> for HostSlice<'a> {
-                fn from(x: &'a [$t; N]) -> Self {
-                    $wrap(x)
-                }
-            }
-        )*
-    };
-}
-
-from_host! {
+from_host! { HostSlice:
     u8, HostSlice::U8;
     i32, HostSlice::I32;
     u32, HostSlice::U32;

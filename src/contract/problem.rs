@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contract::error::{Error, Result};
 
+pub(crate) use host::from_host;
 pub use host::{Elements, Inputs, Outputs};
 
 use crate::contract::names::names;

@@ -58,35 +58,37 @@ impl<'a> Elements<'a> {
     }
 }
 
-/// Conversions from slices, vectors and arrays of a type.
+/// Conversions to `$to` from slices, vectors and arrays of a type.
 macro_rules! from_host {
-    ($($t:ty: $variant:ident;)*) => {
+    ($to:ident: $($t:ty, $wrap:expr;)*) => {
         $(
-            impl<'a> From<&'a [$t]> for Elements<'a> {
+            impl<'a> From<&'a [$t]> for $to<'a> {
                 fn from(x: &'a [$t]) -> Self {
-                    Elements::$variant(x)
+                    $wrap(x)
                 }
             }
 
-            impl<'a> From<&'a Vec<$t>> for Elements<'a> {
+            impl<'a> From<&'a Vec<$t>> for $to<'a> {
                 fn from(x: &'a Vec<$t>) -> Self {
-                    Elements::$variant(x)
+                    $wrap(x)
                 }
             }
 
-            impl<'a, const N: usize> From<&'a [$t; N]> for Elements<'a> {
+            impl<'a, const N: usize> From<&'a [$t; N]> for $to<'a> {
                 fn from(x: &'a [$t; N]) -> Self {
-                    Elements::$variant(x)
+                    $wrap(x)
                 }
             }
         )*
     };
 }
 
-from_host! {
-    f32: F32;
-    half::f16: F16;
-    half::bf16: Bf16;
+pub(crate) use from_host;
+
+from_host! { Elements:
+    f32, Elements::F32;
+    half::f16, Elements::F16;
+    half::bf16, Elements::Bf16;
 }
 
 impl Default for Elements<'_> {
