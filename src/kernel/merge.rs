@@ -5,7 +5,7 @@ use std::fmt;
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
-use super::params::{At, LineAt, Partials};
+use super::params::{At, Merging};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
@@ -23,24 +23,14 @@ pub struct Merge {
 params! {
     /// The parameters of `merge`.
     Merge {
-        /// First partial that is bound.
-        partial0: u32,
-        /// End of the partials.
-        partial_end: u32,
+        /// The partial results.
+        merging: Merging,
         /// Outputs of partial 0.
         first_out: At,
-        /// Place of the log-sum-exps of partial 0.
-        first_lse: u32,
-        /// Distances between partial results.
-        partials: Partials,
         /// The output.
         out: At,
-        /// Maximum and sum, and log-sum-exp of each partial.
-        lse: LineAt,
         /// Last axis of out.
         value_dim: u32,
-        /// Items that are numbered through.
-        items: u32,
         /// One bit a rule that is on.
         flags: u32,
     } reads ADD, TOTALS

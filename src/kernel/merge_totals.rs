@@ -6,7 +6,7 @@ use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
 use super::merge::Merge;
-use super::params::{LineAt, Partials};
+use super::params::Merging;
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
@@ -23,18 +23,8 @@ pub struct MergeTotals {
 params! {
     /// The parameters of `merge_totals`.
     MergeTotals {
-        /// First partial that is bound.
-        partial0: u32,
-        /// End of the partials.
-        partial_end: u32,
-        /// Place of the log-sum-exps of partial 0.
-        first_lse: u32,
-        /// Distances between partial results.
-        partials: Partials,
-        /// Log-sum-exp, and maximum and sum.
-        lse: LineAt,
-        /// Rows that are numbered through.
-        items: u32,
+        /// The partial results.
+        merging: Merging,
         /// One bit a rule that is on.
         flags: u32,
     } reads ADD, TOTALS

@@ -155,6 +155,24 @@ block! {
 }
 
 block! {
+    /// The partial results of a dispatch of either pass of `merge`.
+    plain Merging {
+        /// First partial that is bound.
+        partial0: u32,
+        /// End of the partials.
+        partial_end: u32,
+        /// Place of the log-sum-exps of partial 0.
+        first_lse: u32,
+        /// Distances between partial results.
+        partials: Partials,
+        /// Maximum and sum, and log-sum-exp.
+        lse: LineAt,
+        /// Rows, or vectors of four elements, that are numbered through.
+        items: u32,
+    }
+}
+
+block! {
     /// What rows turn by; see shaders/shared/turn.wgsl.
     plain Turn {
         /// Rows of the table.

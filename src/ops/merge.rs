@@ -13,7 +13,7 @@ use crate::dispatch::step::{Bound, Step};
 use crate::dispatch::steps::{SPARE, Span, Steps, bind, checked_u32};
 use crate::kernel::eligibility::whole_vectors;
 use crate::kernel::merge_totals::{self, MergeTotals};
-use crate::kernel::params::{self, At, LineAt, Place, flags};
+use crate::kernel::params::{self, At, LineAt, Merging, Place, flags};
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
 use crate::kernel::{self, Variant};
@@ -315,6 +315,7 @@ impl Planner<'_, '_> {
     fn dispatch(&mut self, variant: Variant, part: &Part, partials: &Range<u32>, items: u64) -> Result<()> {
         let (m, caps) = (self.merge, self.caps);
         let dim = u64::from(m.value_dim);
+        let plane = u64::from(m.seq_q) * dim;
         let lse = bind(caps, self.lines(part), 4, 0);
         let [mut first_out, mut first_lse, mut out] = [0; 3];
         let mut bindings = Vec::new();
@@ -345,47 +346,34 @@ impl Planner<'_, '_> {
             return Err(Error::bytes(bound.slot.name(), bound.size, caps.binding()));
         }
         let workgroups = checked_u32("workgroups", items.div_ceil(variant.threads().into()))?;
-        let totals = merge_totals::Params {
-            place: Place { row_tiles: 1, col_tiles: workgroups, ..part.place() },
+        let place = Place { row_tiles: 1, col_tiles: workgroups, ..part.place() };
+        let merging = Merging {
             partial0: partials.start,
             partial_end: partials.end,
             first_lse,
             partials: params::Partials { next_out: (m.lines() * dim) as u32, next_lse: m.lines() as u32 },
             lse: LineAt { base: lse.2, batch: m.heads.wrapping_mul(m.seq_q), head: m.seq_q },
             items: checked_u32("items", items)?,
-            flags: if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 },
         };
+        let flags = if partials.start > 0 { flags::ADD } else { 0 } | if self.words > 1 { flags::TOTALS } else { 0 };
         let uniform = match variant {
-            Variant::MergeTotals(_) => Uniform::new(&totals),
-            _ => Uniform::new(&self.outputs(totals, first_out, out)),
+            Variant::MergeTotals(_) => Uniform::new(&merge_totals::Params { place, merging, flags }),
+            _ => Uniform::new(&kernel::merge::Params {
+                place,
+                merging,
+                first_out: At {
+                    base: first_out,
+                    batch: (u64::from(m.heads) * plane) as u32,
+                    head: plane as u32,
+                    row: m.value_dim,
+                },
+                out: At::new(out, &self.out.strides),
+                value_dim: m.value_dim,
+                flags,
+            }),
         };
         let flops = 16.0 * items as f64 * partials.len() as f64;
         self.steps.push(variant, uniform, bindings, workgroups, flops)?;
         Ok(())
-    }
-
-    /// The parameters of the second pass, from those that both have and the places of the outputs.
-    fn outputs(&self, both: merge_totals::Params, first_out: u32, out: u32) -> kernel::merge::Params {
-        let m = self.merge;
-        let plane = u64::from(m.seq_q) * u64::from(m.value_dim);
-        let merge_totals::Params { place, partial0, partial_end, first_lse, partials, lse, items, flags } = both;
-        kernel::merge::Params {
-            place,
-            partial0,
-            partial_end,
-            first_out: At {
-                base: first_out,
-                batch: (u64::from(m.heads) * plane) as u32,
-                head: plane as u32,
-                row: m.value_dim,
-            },
-            first_lse,
-            partials,
-            out: At::new(out, &self.out.strides),
-            lse,
-            value_dim: m.value_dim,
-            items,
-            flags,
-        }
     }
 }
