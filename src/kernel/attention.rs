@@ -28,7 +28,7 @@ pub(crate) trait AttentionKernel: Picks {
 
 /// The uniform of a kernel of attention, picked from what the planner knows.
 pub(crate) trait Picks {
-    /// See there.
+    /// The values of those fields that the kernel reads.
     fn pick(&self, all: &Attention) -> Uniform;
 }
 

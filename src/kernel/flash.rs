@@ -5,10 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::attention::{AttentionKernel, Grid};
+use super::attention::AttentionKernel;
 use super::eligibility::fits;
 use super::format::Format;
-use super::fused::{self, Fused, OperandSet, Walk, check_operands, whole_format};
+use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
 use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
@@ -238,16 +238,6 @@ impl fmt::Display for Flash {
             OperandSet::Full => " full",
         };
         write!(f, "flash[{rows}×{keys}×{depth}, {dims} dims{resident}{shuffle}{carry}; {}{operands}]", self.format)
-    }
-}
-
-impl AttentionKernel for Flash {
-    fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        fused::grid(self, shape)
-    }
-
-    fn fused(&self) -> Option<&dyn Fused> {
-        Some(self)
     }
 }
 

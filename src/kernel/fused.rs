@@ -1,6 +1,6 @@
 //! What the fused kernels share: which operands they bind, and when one of them can run.
 
-use super::attention::Grid;
+use super::attention::{AttentionKernel, Grid, Picks};
 use super::eligibility::{too_many_bindings, whole_vectors};
 use super::format::Format;
 use super::slot::Slot;
@@ -102,9 +102,28 @@ pub(crate) trait Fused {
     /// Whether the output is written in the type of the problem, also where that has 16 bits.
     fn writes_element(&self) -> bool;
 
+    /// Whether its workgroups take the tiles of rows from both ends in turn.
+    fn takes_both_ends(&self) -> bool {
+        false
+    }
+
     /// Bytes of a workgroup that wait between two dispatches over the keys.
     fn waiting_bytes(&self) -> u64 {
         0
+    }
+}
+
+impl<K: Fused + Picks> AttentionKernel for K {
+    fn grid(&self, shape: &Shape, _: u64) -> Grid {
+        grid(self, shape)
+    }
+
+    fn takes_both_ends(&self) -> bool {
+        Fused::takes_both_ends(self)
+    }
+
+    fn fused(&self) -> Option<&dyn Fused> {
+        Some(self)
     }
 }
 

@@ -5,10 +5,10 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::attention::{AttentionKernel, Grid};
+use super::attention::AttentionKernel;
 use super::eligibility::fits;
 use super::format::Format;
-use super::fused::{self, Fused, OperandSet, Walk, check_operands, whole_format};
+use super::fused::{Fused, OperandSet, Walk, check_operands, whole_format};
 use super::params::{At, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
 use super::slot::Slot;
@@ -242,16 +242,6 @@ fn check_device(shape: &Shape, caps: &Caps, emulated: bool) -> Result<(), Obstac
         Err(Obstacle::SubgroupLanes { limit: MOST_LANES })
     } else {
         Ok(())
-    }
-}
-
-impl AttentionKernel for Matrix {
-    fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        fused::grid(self, shape)
-    }
-
-    fn fused(&self) -> Option<&dyn Fused> {
-        Some(self)
     }
 }
 

@@ -5,9 +5,9 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::attention::{AttentionKernel, Grid};
+use super::attention::AttentionKernel;
 use super::format::Format;
-use super::fused::{self, Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
+use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
 use super::lanes::Lanes;
 use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
@@ -163,21 +163,11 @@ impl fmt::Display for Rows {
     }
 }
 
-impl AttentionKernel for Rows {
-    fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        fused::grid(self, shape)
-    }
-
+impl Fused for Rows {
     fn takes_both_ends(&self) -> bool {
         true
     }
 
-    fn fused(&self) -> Option<&dyn Fused> {
-        Some(self)
-    }
-}
-
-impl Fused for Rows {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Rows>, Obstacle> {
         let full = transforms(shape);
         let dims = shape.problem.head_dim.max(shape.problem.value_dim);

@@ -5,11 +5,11 @@ use std::fmt;
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::attention::{AttentionKernel, Grid};
+use super::attention::AttentionKernel;
 use super::eligibility::{fits, group_rows};
 use super::format::Format;
 use super::fused::{
-    self, Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
+    Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
 };
 use super::lanes::WIDE_LANES;
 use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, Visible};
@@ -216,16 +216,6 @@ pub(crate) fn partial_bytes(shape: &Shape, partials: u32) -> [u64; 2] {
 fn longer_partial_bytes(shape: &Shape, partials: u32) -> u64 {
     let [out, totals] = partial_bytes(shape, partials);
     out.max(totals)
-}
-
-impl AttentionKernel for Split {
-    fn grid(&self, shape: &Shape, _: u64) -> Grid {
-        fused::grid(self, shape)
-    }
-
-    fn fused(&self) -> Option<&dyn Fused> {
-        Some(self)
-    }
 }
 
 impl Fused for Split {
