@@ -312,7 +312,7 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
                 vec![("q", with!(own, q: other.q)), ("v", with!(own, v: other.v)), ("out", with!(own, out: other.out))];
             for (operand, &theirs) in other.operands.iter() {
                 let operands = own.operands.map(|each, slice| if each == operand { theirs } else { slice });
-                mixed.push((operand.name(), with!(own, operands: operands)));
+                mixed.push((operand.name(), with!(own, operands)));
             }
             assert_eq!(mixed.len(), 3 + 6);
             for (field, buffers) in mixed {

@@ -448,7 +448,7 @@ fn f32_is_within_budget(p: &Problem, inputs: &Inputs<'_>) {
             Element::F32 => *x,
             Element::F16 => f16::from_f32(*x).to_f32(),
             Element::Bf16 => bf16::from_f32(*x).to_f32(),
-            _ => unreachable!("no other is known here"),
+            _ => unreachable!("this code knows f32, f16 and bf16"),
         };
     }
     let out = budget.compare_out(&p.check().unwrap(), &got.out, &want.out);
@@ -488,13 +488,13 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
             Element::F32 => [(&q[..]).into(), (&v[..]).into()],
             Element::F16 => halves.each_ref().map(|x| Elements::F16(x)),
             Element::Bf16 => brains.each_ref().map(|x| Elements::Bf16(x)),
-            _ => unreachable!("no other is known here"),
+            _ => unreachable!("this code knows f32, f16 and bf16"),
         };
         let one = match q {
             Elements::F32(x) => Elements::F32(&x[..1]),
             Elements::F16(x) => Elements::F16(&x[..1]),
             Elements::Bf16(x) => Elements::Bf16(&x[..1]),
-            _ => unreachable!("no other is known here"),
+            _ => unreachable!("this code knows f32, f16 and bf16"),
         };
         let budget = budget(&p, &Inputs::new(one, q, v)).unwrap();
         // e = 4u A + 2u · 4 of each key moves out by Σ p e |v − out| = e, and a weight by p (e + Σ p e) = e.
@@ -504,7 +504,7 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
                 Element::F32 => [0.0, 0.0],
                 Element::F16 => [2f64.powi(-11), 2f64.powi(-24)],
                 Element::Bf16 => [2f64.powi(-8), 0.0],
-                _ => unreachable!("no other is known here"),
+                _ => unreachable!("this code knows f32, f16 and bf16"),
             },
         );
         close(&budget.out.atol, e + sum * u + tiny);

@@ -106,7 +106,7 @@ fn consists_of(kernel: Kernel, p: &Problem) -> (BTreeSet<&'static str>, BTreeSet
         Kernel::Flash => (&["flash"], &["pack"]),
         Kernel::Matrix => (&["matrix"], &["pack"]),
         Kernel::Split => (&["split"], &["merge", "pack"]),
-        _ => unreachable!("no other is known here"),
+        other => unreachable!("the helpers of {other} are not listed"),
     };
     let mut must: BTreeSet<_> = must.iter().copied().collect();
     let mut all: BTreeSet<_> = must.iter().chain(may).copied().collect();

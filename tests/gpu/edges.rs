@@ -67,7 +67,7 @@ pub fn edge_operands(p: &Problem, r: &mut Random, seed: u64) -> Data {
             Element::F32 => f32::MIN,
             Element::F16 => half::f16::MIN.to_f32(),
             Element::Bf16 => half::bf16::MIN.to_f32(),
-            _ => unreachable!("no other is known here"),
+            _ => unreachable!("this code knows f32, f16 and bf16"),
         };
         let (low, share, hide) = (r.pick(&[lowest, lowest, -1e4, 6e4]), r.pick(&[1, 2, 3]), r.once_in(3));
         for at in 0..values.len() {

@@ -281,7 +281,7 @@ fn keep_what_they_held(gpu: &Gpu, p: &Problem, way: &Options, calls: &[(&[u32], 
             Element::F32 => &1f32.to_ne_bytes(),
             Element::F16 => &half::f16::ONE.to_ne_bytes(),
             Element::Bf16 => &half::bf16::ONE.to_ne_bytes(),
-            _ => unreachable!("no other is known here"),
+            _ => unreachable!("this code knows f32, f16 and bf16"),
         };
         for (h, t) in (0..p.heads).flat_map(|h| (0..tokens).map(move |t| (h, t))) {
             let at = shape.out().at(0, h, t) as usize;
