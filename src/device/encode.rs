@@ -1,4 +1,4 @@
-//! Records a [`Plan`] into the caller's command encoder. No other folder records dispatches.
+//! Plans, compiles and records attention on the caller's device.
 
 mod buffers;
 mod prepared;
@@ -22,7 +22,7 @@ use crate::kernel::slot::Slot;
 use crate::plan::Plan;
 use crate::plan::measured::Tuning;
 
-/// What something was made for.
+/// The device that an object was made for.
 #[derive(Clone, Debug)]
 pub(crate) struct Home {
     pub(crate) device: wgpu::Device,
@@ -110,7 +110,7 @@ impl Attention {
         unsafe { self.pipelines.load(data) }
     }
 
-    /// How many pipelines are compiled: only [`Attention::prepare`] and the operations' likes of it add any, recording never does.
+    /// How many pipelines are compiled. [`Attention::prepare`] and the functions that prepare operations add some, recording never does.
     pub fn compiled_pipelines(&self) -> usize {
         self.pipelines.count()
     }

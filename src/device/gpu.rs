@@ -37,7 +37,7 @@ pub struct DeviceOptions {
 ///
 /// # Asynchronous calls
 ///
-/// Each function that waits has a form with the suffix `_async`, and runs that form on its own thread. The futures of the asynchronous
+/// Each function that waits has a form with the suffix `_async`, which it runs on the thread of its caller. The futures of the asynchronous
 /// functions run under any executor, with or without tokio, and several of them at once, also on one thread. Nobody has to poll the
 /// device: a future that waits does so whenever it is polled.
 ///

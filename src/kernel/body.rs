@@ -8,7 +8,7 @@ use super::lanes::Lanes;
 use crate::contract::caps::Caps;
 use crate::contract::options::{Form, Options};
 
-/// Which of the kernels that compute the same.
+/// Which of the kernels that compute the same stage: those for GPUs or those for CPU adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
     /// Those with tiles in workgroup memory and registers, for GPUs.

@@ -14,8 +14,8 @@ pub(crate) trait Shader: Reads + Copy + Debug + Display + Eq + Hash {
     /// The kernel's noun: the name of its module, and of its shader.
     const NAME: &'static str;
 
-    /// What the kernel computes, for which plans name it: its noun, or that of the kernel that computes the same in another way, or that
-    /// of the pass after it.
+    /// What the kernel computes: its own noun, that of the kernel that computes the same in another way, or that of the pass after it.
+    /// Plans print this name.
     const STAGE: &'static str = Self::NAME;
 
     /// Every variant that the planner can choose.

@@ -98,8 +98,8 @@ impl fmt::Display for Softmax {
 }
 
 impl Softmax {
-    /// The variant for a problem on a device, in the scratch or in the caller's weights. Of the latter a fused kernel gives the
-    /// log-sum-exp.
+    /// The variant for a problem on a device, in the scratch or, with `output`, in the caller's weights. In the second case
+    /// the fused kernel before it writes the log-sum-exp.
     pub(crate) fn new(shape: &Shape, caps: &Caps, output: bool) -> Softmax {
         let wanted = match (caps.cpu, shape.problem.seq_kv) {
             // Two loop iterations for 32 keys of a row.

@@ -35,7 +35,8 @@ pub struct Class {
     pub dims: u32,
     /// Type of q, k, v and out.
     pub element: Element,
-    /// Whether the score transform is more than the scale and the key range: soft cap, ALiBi, mask or bias.
+    /// Whether the score transform is more than the scale and the key range: soft cap, ALiBi, mask, bias or
+    /// key positions.
     pub operands: bool,
     /// Query rows of a head.
     pub queries: Queries,

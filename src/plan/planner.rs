@@ -171,7 +171,7 @@ impl<'a> Planner<'a> {
             (each * band.pairs(first..rows, keys) + rest) as f64
         };
         let plane = pairs(lines);
-        // Of the first tiles of rows that workgroups take.
+        // Pairs of the first `n` tiles of rows, in the order in which workgroups take them.
         let tiles = |n: u64| {
             let line = |tiles: u64| lines.min(tiles * u64::from(tile));
             match kernel.takes_both_ends() {

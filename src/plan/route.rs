@@ -198,7 +198,7 @@ impl Route {
 }
 
 impl Weighing {
-    /// In the scratch, or in the caller's weights, `output`.
+    /// Weights in the scratch or, with `output`, in the caller's buffer.
     fn new(walk: &Walk<'_>, body: Body, format: Format, output: bool, reasons: &mut Vec<String>) -> Result<Weighing> {
         let Walk { shape, caps, .. } = *walk;
         let operands = transforms(shape) || shape.wants(Logits::Masked);

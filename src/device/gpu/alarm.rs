@@ -1,4 +1,4 @@
-//! Has a task polled again while nothing else would. A browser needs none of this.
+//! Wakes a task that waits for the device, because nothing else wakes it. A browser does so by itself.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use futures::task::AtomicWaker;
 
-/// So often the task is polled again at once: short work is done by then, and [`crate::device::gpu::Gpu::block_on`] waits in its own way.
+/// How many times the task is polled again at once, before a thread wakes it. Short work is done by then, and a blocking call waits in the
+/// device instead.
 const AT_ONCE: u32 = 8;
 const SHORTEST: Duration = Duration::from_micros(50);
 const LONGEST: Duration = Duration::from_millis(1);
@@ -48,7 +49,7 @@ fn start(task: &Arc<AtomicWaker>) -> std::io::Result<()> {
             thread::sleep(pause);
             let Some(task) = task.upgrade() else { return };
             task.wake();
-            // In proportion to the time since the start, so that no wait becomes longer by much.
+            // The pause grows in proportion to the time since the start, so that it prolongs no wait by much.
             pause = (pause * 9 / 8).min(LONGEST);
         }
     };

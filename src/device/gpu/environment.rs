@@ -25,7 +25,8 @@ const VARIABLES: [(&str, &[&str], &str); 10] = [
 const BACKENDS: [&str; 11] =
     ["vulkan", "vk", "dx12", "d3d12", "metal", "mtl", "opengl", "gles", "gl", "webgpu", "noop"];
 
-/// The first variable whose value nobody understands. A list of backends has commas; of other variables nothing is like not set.
+/// The first variable whose value nobody understands. A list of backends has commas. An empty value of any other variable
+/// counts as none.
 fn unknown_variable(value: impl Fn(&str) -> Option<String>) -> Result<()> {
     let error = |variable, value: String, want| Err(Error::Environment { variable, value, want });
     if let Some(backends) = value("WGPU_BACKEND") {
