@@ -1,6 +1,6 @@
 {% from "shared/address.wgsl" import row_at %}
 // Append:  new rows go into a cache that holds some already, bit for bit:  cache[b, h, place(b, r), :] = x[b, h, r, :].
-//   In line:   place(b, r) = min(starts[b], capacity − rows) + r, so that no start puts a row outside.
+//   In order:  place(b, r) = min(starts[b], capacity − rows) + r, so that no start puts a row outside.
 //   Circular:  place(b, r) = (starts[b] + r) mod capacity.
 //   Paged:     that row p is row p mod page_size of page block_table[b, p / page_size], which takes the place of b.
 //              Rows without a page of the pool are left out.

@@ -32,11 +32,11 @@ fn main(
     // By the bits: NaN in one head makes the mean NaN.
     var undefined = false;
     for (var n = 0u; n < params.mean_heads; n++) {
-        let line = params.lse_base + here.batch * params.lse_batch + (here.head + n) * params.lse_head + row;
+        let row_lse = params.lse_base + here.batch * params.lse_batch + (here.head + n) * params.lse_head + row;
         var keep = 1.0;
         var extra = 0.0;
         if ((params.flags & EXTRA_KEY) != 0u) {
-            extra = lse[line + params.extra_weights];
+            extra = lse[row_lse + params.extra_weights];
             undefined |= (bitcast<u32>(extra) & 0x7fffffffu) > 0x7f800000u;
             keep = 1.0 - extra;
         }
@@ -47,9 +47,9 @@ fn main(
         } else if (key == params.keys && (params.flags & EXTRA_KEY) != 0u) {
             sum += extra;
         } else {
-            let bits = bitcast<u32>(lse[line]) & 0x7fffffffu;
-            undefined |= (bits > 0x7f800000u) | (bitcast<u32>(lse[line]) == 0x7f800000u);
-            sum += keep * exp(-lse[line]);
+            let bits = bitcast<u32>(lse[row_lse]) & 0x7fffffffu;
+            undefined |= (bits > 0x7f800000u) | (bitcast<u32>(lse[row_lse]) == 0x7f800000u);
+            sum += keep * exp(-lse[row_lse]);
         }
     }
     y[{{ row_at("y", "here.batch", "here.head", "row") }} + key] =

@@ -13,7 +13,7 @@
 {% include "shared/code.wgsl" %}
 
 @group(0) @binding(1) var<storage, read> q: array<f32>;
-@group(0) @binding(2) var<storage, read> shifts: array<f32>;
+@group(0) @binding(2) var<storage, read> biases: array<f32>;
 @group(0) @binding(3) var<storage, read_write> lse: array<u32>;
 @group(0) @binding(4) var<storage, read_write> out: array<u32>;
 
@@ -39,14 +39,14 @@ fn main(
     var bad = false;
     for (var d = 0u; d < params.head_dim; d++) {
         let x = q[q_at + d];
-        let k = shifts[params.key_base + kv_head * params.head_dim + d];
+        let k = biases[params.key_base + kv_head * params.head_dim + d];
         bad |= ends(bitcast<u32>(x)) | ends(bitcast<u32>(k));
         dot_product += x * k;
     }
     let s = dot_product * params.scale;
-    let line = {{ lse_at("here.batch", "here.head", "row") }};
+    let row_lse = {{ lse_at("here.batch", "here.head", "row") }};
     // −inf: the row saw no key so far.
-    let bits = lse[line];
+    let bits = lse[row_lse];
     let hidden = bits == 0xff800000u;
     let own = select(s, code_of(s), bad);
     let undefined = broken(max(select(coded(bits), HIDDEN, hidden), own));
@@ -54,11 +54,11 @@ fn main(
     let e = select(exp(clamp(bitcast<f32>(select(bits, 0u, hidden)) - s, -80.0, 80.0)), 0.0, hidden);
     let w = select(1.0 / (1.0 + e), 0.0, own == MINUS);
     let keep = select(e * w, 1.0, own == MINUS);
-    lse[line + params.extra_weights] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
+    lse[row_lse + params.extra_weights] = select(bitcast<u32>(w), 0x7fc00000u, undefined);
     let out_at = {{ row_at("out", "here.batch", "here.head", "row") }};
     for (var d = 0u; d < params.value_dim; d++) {
         let before = out[out_at + d];
-        let value = shifts[params.value_base + kv_head * params.value_dim + d];
+        let value = biases[params.value_base + kv_head * params.value_dim + d];
         let sum = bitcast<u32>(keep * bitcast<f32>(before) + w * value);
         // What is NaN or an infinity before makes the sum one, as arithmetic has it or else NaN.
         let special = ends(before) | ends(bitcast<u32>(value));

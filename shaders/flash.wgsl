@@ -11,10 +11,10 @@
 // At the end out = o / l and lse = m + ln l. More value dims than {{ dims }} are further workgroups, which form the
 // scores again.
 //
-// Invocations stand in {{ across }} columns × {{ down }} lines. One owns the rows line + {{ down }}·r (r < {{ rows }}):
-// four neighbouring keys of their scores, and {{ parts }} vectors of four dims of their output. m is the same in all
-// columns; l is summed over the columns at the end. NaN and infinities are found by their bits when they are staged. In
-// q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
+// Invocations form a grid of {{ across }} columns × {{ down }} rows. The one in row n owns the query rows n + {{ down }}·r,
+// r < {{ rows }}: four neighbouring keys of their scores, and {{ parts }} vectors of four dims of their output.
+// m is the same in all columns; l is summed over the columns at the end. NaN and infinities are found by their bits
+// when they are staged. In q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
 // key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose weight is not 0, as that of
 // a visible key never is.
 {% if carry %}
@@ -106,8 +106,8 @@ fn main(
 {% endif %}
 ) {
 {% if shuffle %}
-    // The columns of a line are neighbours in one subgroup, whatever its size and however the device numbers
-    // invocations.
+    // The columns of a row of invocations are neighbours in one subgroup, whatever its size and however the device
+    // numbers invocations.
     let thread = subgroup * subgroup_size + invocation;
 {% endif %}
 {% include "shared/tile.wgsl" %}
@@ -123,7 +123,7 @@ fn main(
 {% endif %}
     let dim_first = here.col_tile * (DIMS * 4u);
     let column = thread % ACROSS;
-    let line = thread / ACROSS;
+    let thread_row = thread / ACROSS;
     let q_at = {{ row_at("q", "batch_of(batch)", "head", "seq.token_q") }};
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
@@ -235,7 +235,7 @@ fn main(
 {% endfor %}
 {% for r in range(rows) %}
 {% set q_first = "(dim / 4u + %su) * TILE_Q" | format(d) if resident else "%su" | format(d * tile_rows) %}
-            let q_{{ d }}_{{ r }} = widen(sh_q[{{ q_first }} + line + {{ r * down }}u]);
+            let q_{{ d }}_{{ r }} = widen(sh_q[{{ q_first }} + thread_row + {{ r * down }}u]);
             {{ "var" if d == 0 else "" }} sum_{{ r }} {{ "" if d % 4 == 0 else "+" }}= vec4<f32>(
                 {{ joined(4, ", ", "dot(q_%s_%s, k_%s_#)" | format(d, r, d)) }},
             );
@@ -256,14 +256,14 @@ fn main(
             scaled(dots_{{ r }}.w),
         );
 {% endfor %}
-        let p_at = column * TILE_Q + line;
+        let p_at = column * TILE_Q + thread_row;
 {% if full %}
         // Through workgroup memory, each invocation its own words, so that the transform stands four times in the text.
 {% for r in range(rows) %}
         sh_p[p_at + {{ r * down }}u] = s_{{ r }};
 {% endfor %}
         for (var r = 0u; r < {{ rows }}u; r++) {
-            let row = min(row_first + line + r * DOWN, row_last);
+            let row = min(row_first + thread_row + r * DOWN, row_last);
             let x = sh_p[p_at + r * DOWN];
             sh_p[p_at + r * DOWN] = vec4<f32>(
                 logit(batch, head, row, key_own, seq, x.x),
@@ -279,7 +279,7 @@ fn main(
         if ((key < all_first) | (key + TILE_KV > all_end)) {
             let keys = vec4<u32>(key_own, key_own + 1u, key_own + 2u, key_own + 3u);
 {% for r in range(rows) %}
-            let range_{{ r }} = key_range(seq, min(row_first + line + {{ r * down }}u, row_last));
+            let range_{{ r }} = key_range(seq, min(row_first + thread_row + {{ r * down }}u, row_last));
             s_{{ r }} = select(
                 vec4<f32>(HIDDEN),
                 s_{{ r }},
@@ -301,7 +301,7 @@ fn main(
             let bad_{{ c }} = sh_k_bad[column * 4u + {{ loop.index0 }}u] == tile;
 {% endfor %}
 {% for r in range(rows) %}
-            let q_bad_{{ r }} = sh_q_bad[line + {{ r * down }}u] != 0u;
+            let q_bad_{{ r }} = sh_q_bad[thread_row + {{ r * down }}u] != 0u;
 {% for c in "xyzw" %}
             s_{{ r }}.{{ c }} = with_code(s_{{ r }}.{{ c }}, dots_{{ r }}.{{ c }}, bad_{{ c }} | q_bad_{{ r }});
 {% endfor %}
@@ -313,10 +313,10 @@ fn main(
         top = max(top, subgroupShuffleXor(top, {{ step }}u));
 {% endfor %}
 {% else %}
-        {{ tops }}[column * DOWN + line] = top;
+        {{ tops }}[column * DOWN + thread_row] = top;
         workgroupBarrier();
 {% for c in range(across) %}
-        top = max(top, {{ tops }}[{{ c * down }}u + line]);
+        top = max(top, {{ tops }}[{{ c * down }}u + thread_row]);
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
@@ -352,7 +352,7 @@ fn main(
             workgroupBarrier();
 {% for j4 in range(value_keys // 4) %}
 {% for r in range(rows) %}
-            let w_{{ j4 }}_{{ r }} = sh_p[(skip / 4u + {{ j4 }}u) * TILE_Q + line + {{ r * down }}u];
+            let w_{{ j4 }}_{{ r }} = sh_p[(skip / 4u + {{ j4 }}u) * TILE_Q + thread_row + {{ r * down }}u];
 {% endfor %}
 {% for c in range(parts) %}
 {% for j in range(4) %}
@@ -368,7 +368,7 @@ fn main(
                     let at = stored_at(seq, batch, key + skip + j);
                     let v_row = v_at + at.x * params.v_batch + at.y * params.v_row;
 {% for r in range(rows) %}
-                    let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + line + {{ r * down }}u][j % 4u];
+                    let weight_{{ r }} = sh_p[((skip + j) / 4u) * TILE_Q + thread_row + {{ r * down }}u][j % 4u];
 {% endfor %}
 {% for c in range(parts) %}
                     let d_{{ c }} = dim_first + (column + {{ c * across }}u) * 4u;
@@ -406,15 +406,15 @@ fn main(
 {% endfor %}
 {% else %}
     workgroupBarrier();
-    {{ tops }}[column * DOWN + line] = sums;
+    {{ tops }}[column * DOWN + thread_row] = sums;
     workgroupBarrier();
     sums = vec4<f32>();
 {% for c in range(across) %}
-    sums += {{ tops }}[{{ c * down }}u + line];
+    sums += {{ tops }}[{{ c * down }}u + thread_row];
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-    let row_{{ r }} = row_first + line + {{ r * down }}u;
+    let row_{{ r }} = row_first + thread_row + {{ r * down }}u;
     if (row_{{ r }} <= row_last) {
         var m = m_{{ r }};
         var l = sums.{{ "xyzw"[r] }};

@@ -222,12 +222,12 @@ fn main(
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
     // This invocation's row, and its first key or dim there.
-    let line = thread / PER_ROW;
+    let tile_row = thread / PER_ROW;
     let column = thread % PER_ROW;
-    let row = row_first + line;
+    let row = row_first + tile_row;
     let row_there = min(row, row_last);
-    let s_at = line * S_ROW + column;
-    let p_at = line * P_ROW + column;
+    let s_at = tile_row * S_ROW + column;
+    let p_at = tile_row * P_ROW + column;
 {% if emulated %}
     let subgroup = thread / {{ lanes }}u;
     let subgroups = {{ threads // lanes }}u;
@@ -354,7 +354,7 @@ fn main(
         }
 {% endfor %}
         workgroupBarrier();
-        let q_bad = sh_q_bad[line] != 0u;
+        let q_bad = sh_q_bad[tile_row] != 0u;
         // k was read: v takes its place.
         for (var part = thread; part < TILE_KV * (DIMS / 4u); part += THREADS) {
             let j = part / (DIMS / 4u);
@@ -424,7 +424,7 @@ fn main(
         sh_row[thread] = bitcast<u32>(top);
         workgroupBarrier();
 {% for c in range(per_row) %}
-        top = max(top, bitcast<f32>(sh_row[line * PER_ROW + {{ c }}u]));
+        top = max(top, bitcast<f32>(sh_row[tile_row * PER_ROW + {{ c }}u]));
 {% endfor %}
         var shrink = 1.0;
         if (top - m > LAZY) {
@@ -504,13 +504,13 @@ fn main(
     workgroupBarrier();
     l = 0.0;
 {% for c in range(per_row) %}
-    l += bitcast<f32>(sh_row[line * PER_ROW + {{ c }}u]);
+    l += bitcast<f32>(sh_row[tile_row * PER_ROW + {{ c }}u]);
 {% endfor %}
     for (var i = 0u; i < {{ dims // 16 }}u; i++) {
         workgroupBarrier();
         sh_row[thread] = seen[i];
         workgroupBarrier();
-        seen[i] = {{ joined(per_row, " | ", "sh_row[line * PER_ROW + #u]") }};
+        seen[i] = {{ joined(per_row, " | ", "sh_row[tile_row * PER_ROW + #u]") }};
     }
 {{ join_sinks("head", lists) }}
 {% if lists %}
@@ -533,7 +533,7 @@ fn main(
     for (var i = column * 4u; i < TILE_KV; i += PER_ROW * 4u) {
         let d = dim_first + {{ first }}u + i;
         if (row <= row_last && d < params.value_dim) {
-            let at = line * S_ROW + i;
+            let at = tile_row * S_ROW + i;
             let x = vec4<f32>(sh_s[at], sh_s[at + 1u], sh_s[at + 2u], sh_s[at + 3u]) * factor;
             store_out(
                 out_at + d,

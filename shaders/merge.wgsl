@@ -42,7 +42,7 @@ fn main(
         return;
     }
     let groups = (params.value_dim + 3u) / 4u;
-    let line = item / groups;
+    let number = item / groups;
     let dim = (item % groups) * 4u;
 {% include "shared/merge_row.wgsl" %}
     let total = totals[params.lse_base + at];

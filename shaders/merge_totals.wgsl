@@ -35,7 +35,7 @@ fn main(
     if (!here.inside || item >= params.items) {
         return;
     }
-    let line = item;
+    let number = item;
 {% include "shared/merge_row.wgsl" %}
     var m = HIDDEN;
     var l = 0.0;

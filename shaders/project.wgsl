@@ -1,9 +1,9 @@
 // Project:  y = x w (+ b). This is the body for GPUs; project_lanes.wgsl is the one for CPU adapters.
 // y is split into heads of params.head_columns columns, which may stand anywhere. The weights are stored as
 // [{{ "out, in" if transposed else "in, out" }}]; x, b and y are f32.
-{% if turned %}
-// Then the first params.rotary_dim of each params.turn_head columns before params.turn_end turn by the position of
-// their row (shaders/rotary.wgsl).
+{% if rotated %}
+// Then the first params.rotary_dim of each params.rotated_head_dim columns before params.rotated_end are rotated by the
+// position of their row (shaders/rotary.wgsl).
 {% endif %}
 //
 // A workgroup owns {{ tile_rows }} rows × {{ tile_cols }} columns. A loop iteration stages {{ dims }} inputs of both in
@@ -14,8 +14,8 @@
 // Memory:    {{ workgroup_bytes }} bytes of workgroup memory.
 // Given:     1 ≤ rows, columns and inputs of the part. Where the inputs come in several dispatches, the later ones add
 //            to y.
-{% if turned %}
-//            All columns, those of a head and those of it that turn are multiples of eight, and so is params.col0.
+{% if rotated %}
+//            Multiples of eight are: all columns, those of a head, those of it that are rotated, and params.col0.
 {% endif %}
 // Reference: src/reference/project.rs
 {% include "shared/params.wgsl" %}
@@ -30,7 +30,7 @@ const PITCH: u32 = {{ dims // 4 + 1 }}u;
 var<workgroup> sh_x: array<vec4<f32>, {{ tile_rows * (dims // 4 + 1) }}>;
 var<workgroup> sh_w: array<vec4<f32>, {{ tile_cols * (dims // 4 + 1) }}>;
 
-{% if turned %}
+{% if rotated %}
 {% set apart = tile_cols // cols %}
 // The columns of a pair stand {{ apart }} apart in sh_w, so that one invocation owns both.
 fn pair_at(place: u32) -> u32 {
@@ -88,7 +88,7 @@ fn main(
             let i = first + (part % (DEPTH / 4u)) * 4u;
             var a = vec4<f32>();
             if (i < params.in_end) {
-{% if turned %}
+{% if rotated %}
                 let place = part / (DEPTH / 4u);
                 let number = number_of(pair_at(place), place / {{ apart }}u % 2u);
                 let col = column(min(col_first + number, params.col_end - 1u));
@@ -100,7 +100,7 @@ fn main(
             sh_w[part / (DEPTH / 4u) * PITCH + part % (DEPTH / 4u)] = a;
         }
 {% else %}
-        // Blocks of four inputs × four columns are turned over in registers.
+        // Blocks of four inputs × four columns are transposed in registers.
         for (var part = thread; part < (TILE_COLS / 4u) * (DEPTH / 4u); part += THREADS) {
             let across4 = part % (TILE_COLS / 4u);
             let down4 = part / (TILE_COLS / 4u);
@@ -109,7 +109,7 @@ fn main(
             let block = transpose(
                 mat4x4<f32>(w_row(i, col), w_row(i + 1u, col), w_row(i + 2u, col), w_row(i + 3u, col)),
             );
-{% if turned %}
+{% if rotated %}
             // Two pairs: neighbours in memory.
             let pair = across4 * 2u;
             let at = (pair / {{ apart }}u * {{ 2 * apart }}u + pair % {{ apart }}u) * PITCH + down4;
@@ -140,7 +140,7 @@ fn main(
 {% endfor %}
         workgroupBarrier();
     }
-{% if turned %}
+{% if rotated %}
     let adds = (params.flags & ADD) != 0u;
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
@@ -152,23 +152,23 @@ fn main(
     if (number_{{ c }} < params.col_end) {
         let col = column(number_{{ c }});
         let col_next = column(number_of(pair_{{ c }}, 1u));
-        let within = pair_{{ c }} % (params.turn_head / 2u);
-        var shift = vec2<f32>();
-        if ((params.flags & SHIFTS) != 0u) {
-            shift = vec2<f32>(bias(col), bias(col_next));
+        let within = pair_{{ c }} % (params.rotated_head_dim / 2u);
+        var column_bias = vec2<f32>();
+        if ((params.flags & COLUMN_BIAS) != 0u) {
+            column_bias = vec2<f32>(bias(col), bias(col_next));
         }
 {% for r in range(rows) %}
         if (row_{{ r }} <= row_last) {
             let at = y_place(batch, row_{{ r }}, col);
             let at_next = y_place(batch, row_{{ r }}, col_next);
-            var sum = sum_{{ r }}_{{ c }} + shift.x + select(0.0, y[at], adds);
-            var next = sum_{{ r }}_{{ c + 1 }} + shift.y + select(0.0, y[at_next], adds);
-            if (turns(number_{{ c }})) {
+            var sum = sum_{{ r }}_{{ c }} + column_bias.x + select(0.0, y[at], adds);
+            var next = sum_{{ r }}_{{ c + 1 }} + column_bias.y + select(0.0, y[at_next], adds);
+            if (is_rotated(number_{{ c }})) {
                 let a = sum;
                 let cosine = table[angle_{{ r }} + within];
                 let sine = table[angle_{{ r }} + params.rotary_dim / 2u + within];
-                sum = turn_first(a, next, cosine, sine);
-                next = turn_second(a, next, cosine, sine);
+                sum = rotated_first(a, next, cosine, sine);
+                next = rotated_second(a, next, cosine, sine);
             }
             y[at] = sum;
             y[at_next] = next;
@@ -180,15 +180,15 @@ fn main(
 {% for c in range(cols) %}
     let col_{{ c }} = col_first + across + {{ c * (tile_cols // cols) }}u;
     if (col_{{ c }} < params.col_end) {
-        var shift = 0.0;
-        if ((params.flags & SHIFTS) != 0u) {
-            shift = bias(col_{{ c }});
+        var column_bias = 0.0;
+        if ((params.flags & COLUMN_BIAS) != 0u) {
+            column_bias = bias(col_{{ c }});
         }
 {% for r in range(rows) %}
         let row_{{ c }}_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
         if (row_{{ c }}_{{ r }} <= row_last) {
             let at = y_place(batch, row_{{ c }}_{{ r }}, col_{{ c }});
-            y[at] = sum_{{ r }}_{{ c }} + shift + select(0.0, y[at], (params.flags & ADD) != 0u);
+            y[at] = sum_{{ r }}_{{ c }} + column_bias + select(0.0, y[at], (params.flags & ADD) != 0u);
         }
 {% endfor %}
     }

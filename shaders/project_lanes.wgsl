@@ -1,9 +1,9 @@
 // Project, lanes:  y = x w (+ b). This is the body of `project` for CPU adapters, where loads are the cost.
 // y is split into heads of params.head_columns columns, which may stand anywhere. The weights are stored as
 // [{{ "out, in" if transposed else "in, out" }}]; x, b and y are f32.
-{% if turned %}
-// Then the first params.rotary_dim of each params.turn_head columns before params.turn_end turn by the position of
-// their row (shaders/rotary.wgsl).
+{% if rotated %}
+// Then the first params.rotary_dim of each params.rotated_head_dim columns before params.rotated_end are rotated by the
+// position of their row (shaders/rotary.wgsl).
 {% endif %}
 //
 // A workgroup is one subgroup. It owns {{ rows * lanes }} rows × {{ tile_cols }} columns. A lane owns {{ rows }} of the
@@ -18,8 +18,8 @@
 // Memory:    no workgroup memory.
 // Given:     1 ≤ rows, columns and inputs of the part. Where the inputs come in several dispatches, the later ones add
 //            to y.
-{% if turned %}
-//            All columns, those of a head and those of it that turn are multiples of eight, and so is params.col0.
+{% if rotated %}
+//            Multiples of eight are: all columns, those of a head, those of it that are rotated, and params.col0.
 {% endif %}
 // Reference: src/reference/project.rs
 {% include "shared/params.wgsl" %}
@@ -65,7 +65,7 @@ fn main(
 {% for t in range(tile_cols // lanes) %}
 {% if transposed %}
     let w_{{ t }} = params.w_base
-        + {{ "column" if turned else "" }}(min(col_first + lane + {{ t * lanes }}u, col_last)) * params.w_row;
+        + {{ "column" if rotated else "" }}(min(col_first + lane + {{ t * lanes }}u, col_last)) * params.w_row;
 {% else %}
     let in_{{ t }} = (lane + {{ t * lanes }}u) / {{ tile_cols // 4 }}u;
     let col_{{ t }} = min(col_first + ((lane + {{ t * lanes }}u) % {{ tile_cols // 4 }}u) * 4u, col_last4);
@@ -74,7 +74,7 @@ fn main(
 {% elif transposed %}
 {% for part in range(tile_cols) %}
     let w_{{ part }} = params.w_base
-        + {{ "column" if turned else "" }}(min(col_first + {{ part }}u, col_last)) * params.w_row;
+        + {{ "column" if rotated else "" }}(min(col_first + {{ part }}u, col_last)) * params.w_row;
 {% endfor %}
 {% endif %}
     for (var i = params.in0; i < in_end; i += 4u) {
@@ -123,7 +123,7 @@ fn main(
     for (var r = 0u; r < ROWS; r++) {
         let row = row_first + r * LANES + lane;
         if (row < row_end) {
-{% if turned %}
+{% if rotated %}
             let angle = angles(batch, row) >> 2u;
             let adds = (params.flags & ADD) != 0u;
             let halves = (params.flags & HALVES) != 0u;
@@ -138,7 +138,7 @@ fn main(
 {% endfor %}
                 let col = column(number_{{ c }});
                 let col_next = column(number_{{ c }} + 4u);
-                if ((params.flags & SHIFTS) != 0u) {
+                if ((params.flags & COLUMN_BIAS) != 0u) {
                     sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
                     next += vec4<f32>(bias(col_next), bias(col_next + 1u), bias(col_next + 2u), bias(col_next + 3u));
                 }
@@ -146,14 +146,14 @@ fn main(
                 let at_next = y_place(batch, row, col_next) >> 2u;
                 sum += select(vec4<f32>(), y[at], adds);
                 next += select(vec4<f32>(), y[at_next], adds);
-                if (turns(number_{{ c }})) {
+                if (is_rotated(number_{{ c }})) {
                     let first = select(vec4<f32>(sum.xz, next.xz), sum, halves);
                     let second = select(vec4<f32>(sum.yw, next.yw), next, halves);
-                    let pair = angle + number_{{ c }} % params.turn_head / 8u;
+                    let pair = angle + number_{{ c }} % params.rotated_head_dim / 8u;
                     let cosine = table[pair];
                     let sine = table[pair + params.rotary_dim / 8u];
-                    let a = turn_first(first, second, cosine, sine);
-                    let b = turn_second(first, second, cosine, sine);
+                    let a = rotated_first(first, second, cosine, sine);
+                    let b = rotated_second(first, second, cosine, sine);
                     sum = select(vec4<f32>(a.x, b.x, a.y, b.y), a, halves);
                     next = select(vec4<f32>(a.z, b.z, a.w, b.w), b, halves);
                 }
@@ -169,7 +169,7 @@ fn main(
 {% for r in range(1, rows) %}
                 sum = select(sum, sum_{{ r }}_{{ c }}, r == {{ r }}u);
 {% endfor %}
-                if ((params.flags & SHIFTS) != 0u) {
+                if ((params.flags & COLUMN_BIAS) != 0u) {
                     let col = col_at_{{ c }};
                     sum += vec4<f32>(bias(col), bias(col + 1u), bias(col + 2u), bias(col + 3u));
                 }

@@ -1,8 +1,8 @@
 {% from "shared/element.wgsl" import rounding %}
-{% from "shared/turn.wgsl" import turn %}
+{% from "shared/rotate.wgsl" import rotate %}
 {% from "shared/address.wgsl" import row_at %}
-// Rotary:  each pair (a, b) of the first params.rotary_dim elements of a row turns by the angle of its position:
-//   y_a = cos · a − sin · b,  y_b = sin · a + cos · b  (shared/turn.wgsl).
+// Rotary:  each pair (a, b) of the first params.rotary_dim elements of a row is rotated by the angle of its position:
+//   y_a = cos · a − sin · b,  y_b = sin · a + cos · b  (shared/rotate.wgsl).
 {% if interleaved %}
 // Pairs are neighbours: (0, 1), (2, 3), …
 {% else %}
@@ -33,7 +33,7 @@
 @group(0) @binding(4) var<storage, read> x: array<{{ "u32" if packed else "f32" }}>;
 {% endif %}
 
-{{ turn("vec2<f32>" if packed and not interleaved else "f32") }}
+{{ rotate("vec2<f32>" if packed and not interleaved else "f32") }}
 {% if packed %}
 {{ rounding(element) }}
 
@@ -57,9 +57,10 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let here = place(workgroup, grid);
-    // Items of a row: first the pairs that turn (two at a time where two halves share a word), then what is copied.
+    // Items of a row: first the pairs that are rotated (two at a time where two 16-bit numbers share a word), then
+    // what is copied.
     let half = params.rotary_dim / 2u;
-    let turning = {{ "half / 2u" if packed and not interleaved else "half" }};
+    let pairs = {{ "half / 2u" if packed and not interleaved else "half" }};
     let number = here.row_tile * {{ threads }}u + thread;
     let row = params.row0 + number / params.items;
     let item = number % params.items;
@@ -68,13 +69,13 @@ fn main(
     }
     let source = {{ row_at("x", "here.batch", "here.head", "row") }};
     let target_at = {{ row_at("y", "here.batch", "here.head", "row") }};
-    if (item >= turning) {
+    if (item >= pairs) {
 {% if not in_place %}
 {% if packed %}
-        let rest = half + item - turning;
+        let rest = half + item - pairs;
         y[(target_at >> 1u) + rest] = x[(source >> 1u) + rest];
 {% else %}
-        let rest = params.rotary_dim + item - turning;
+        let rest = params.rotary_dim + item - pairs;
         y[target_at + rest] = x[source + rest];
 {% endif %}
 {% endif %}
@@ -86,16 +87,16 @@ fn main(
     let cosine = table[angle + item];
     let sine = table[angle + half + item];
     y[(target_at >> 1u) + item] = packed(vec2<f32>(
-        turn_first(a.x, a.y, cosine, sine),
-        turn_second(a.x, a.y, cosine, sine),
+        rotated_first(a.x, a.y, cosine, sine),
+        rotated_second(a.x, a.y, cosine, sine),
     ));
 {% elif packed %}
     let a = widened({{ x }}[(source >> 1u) + item]);
-    let b = widened({{ x }}[(source >> 1u) + turning + item]);
+    let b = widened({{ x }}[(source >> 1u) + pairs + item]);
     let cosine = vec2<f32>(table[angle + item * 2u], table[angle + item * 2u + 1u]);
     let sine = vec2<f32>(table[angle + half + item * 2u], table[angle + half + item * 2u + 1u]);
-    y[(target_at >> 1u) + item] = packed(turn_first(a, b, cosine, sine));
-    y[(target_at >> 1u) + turning + item] = packed(turn_second(a, b, cosine, sine));
+    y[(target_at >> 1u) + item] = packed(rotated_first(a, b, cosine, sine));
+    y[(target_at >> 1u) + pairs + item] = packed(rotated_second(a, b, cosine, sine));
 {% else %}
     let first = {{ "item * 2u" if interleaved else "item" }};
     let second = {{ "item * 2u + 1u" if interleaved else "half + item" }};
@@ -103,7 +104,7 @@ fn main(
     let b = {{ x }}[source + second];
     let cosine = table[angle + item];
     let sine = table[angle + half + item];
-    y[target_at + first] = turn_first(a, b, cosine, sine);
-    y[target_at + second] = turn_second(a, b, cosine, sine);
+    y[target_at + first] = rotated_first(a, b, cosine, sine);
+    y[target_at + second] = rotated_second(a, b, cosine, sine);
 {% endif %}
 }

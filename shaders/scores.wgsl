@@ -109,7 +109,7 @@ fn main(
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
     if (row_{{ r }} <= row_last) {
-        let line = s_place(batch, head, row_{{ r }});
+        let s_row = s_place(batch, head, row_{{ r }});
 {% for c in range(cols) %}
         let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
         if (key_{{ c }} < params.key_end) {
@@ -117,7 +117,7 @@ fn main(
                 sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]
             ) != 0u;
             let x = select(scaled(sum_{{ r }}_{{ c }}), scaled_code(sum_{{ r }}_{{ c }}), bad);
-            s[line + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, x)" | format(r, c) if full else "x" }};
+            s[s_row + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, x)" | format(r, c) if full else "x" }};
         }
 {% endfor %}
     }

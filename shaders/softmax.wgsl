@@ -47,14 +47,14 @@ fn keys_of(key: u32) -> vec4<u32> {
 {% endif %}
 }
 
-// Their logits. The row begins at `line`.
-fn logits_of(line: u32, key: u32, range: vec2<u32>) -> vec4<f32> {
+// Their logits. The row begins at `row_base`.
+fn logits_of(row_base: u32, key: u32, range: vec2<u32>) -> vec4<f32> {
     let keys = keys_of(key);
 {% if output %}
-    let at = line + min(keys, vec4<u32>(params.seq_kv - 1u));
+    let at = row_base + min(keys, vec4<u32>(params.seq_kv - 1u));
     let x = bitcast<vec4<f32>>(vec4<u32>(s[at.x], s[at.y], s[at.z], s[at.w]));
 {% else %}
-    let x = s[(line + key) >> 2u];
+    let x = s[(row_base + key) >> 2u];
 {% endif %}
     return select(vec4<f32>(HIDDEN), x, (keys >= vec4<u32>(range.x)) & (keys < vec4<u32>(range.y)));
 }
@@ -79,7 +79,7 @@ fn main(
     }
     let seq = sequence(here.batch);
     let row = params.row0 + here.row_tile;
-    let line = {{ row_at("s", "here.batch", "here.head", "row") }};
+    let row_base = {{ row_at("s", "here.batch", "here.head", "row") }};
     // Rows that a packed sequence does not have keep an empty range: their scratch becomes 0.
     var range = vec2<u32>();
     if (row < seq.rows) {
@@ -90,7 +90,7 @@ fn main(
     var l = 0.0;
 {% set first = "%s + thread" if output else "(%s & ~3u) + thread * 4u" %}
     for (var key = {{ first | format("range.x") }}; key < range.y; key += THREADS * 4u) {
-        let x = logits_of(line, key, range);
+        let x = logits_of(row_base, key, range);
         let higher = max(max(m, max(x.x, x.y)), max(x.z, x.w));
         let w = weigh_codes(x, higher);
         l = l * exp(max(m - higher, -150.0)) + (w.x + w.y) + (w.z + w.w);
@@ -122,12 +122,12 @@ fn main(
 {% if output %}
     for (var key = thread; key < params.seq_kv; key += THREADS * 4u) {
         let keys = keys_of(key);
-        let x = logits_of(line, key, range);
+        let x = logits_of(row_base, key, range);
         let finite_weights = bitcast<vec4<u32>>(weigh_codes(x, m) * inverse);
         let weights = select(finite_weights, vec4<u32>(0x7fc00000u), vec4<bool>(broken(m)) & (x > vec4<f32>(HIDDEN)));
 {% for axis in "xyzw" %}
         if (keys.{{ axis }} < params.seq_kv) {
-            s[line + keys.{{ axis }}] = weights.{{ axis }};
+            s[row_base + keys.{{ axis }}] = weights.{{ axis }};
         }
 {% endfor %}
     }
@@ -143,11 +143,11 @@ fn main(
     );
     let written = tile_range(seq, min(params.row0 + line_first / each, tile_last), tile_last);
     for (var key = {{ first | format("written.x") }}; key < written.y; key += THREADS * 4u) {
-        let x = logits_of(line, key, range);
+        let x = logits_of(row_base, key, range);
         let visible = max(weigh_codes(x, m) * inverse, vec4<f32>(LEAST));
         let finite_weight = select(visible, vec4<f32>(NOTHING), x == vec4<f32>(MINUS));
         let weight = select(finite_weight, vec4<f32>(NO_RESULT), broken(m));
-        s[(line + key) >> 2u] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
+        s[(row_base + key) >> 2u] = select(vec4<f32>(), weight, x > vec4<f32>(HIDDEN));
     }
 {% endif %}
 }

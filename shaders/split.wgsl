@@ -101,7 +101,7 @@ fn main(
     let row_end = max(params.row0, select(params.row0, min(params.row_end, seq.rows), here.inside));
     let line_first = here.row_tile * ROWS;
     let line_end = {{ lines_until("row_end") }};
-    let turns = min(ROWS, max(line_end, line_first) - line_first);
+    let own_rows = min(ROWS, max(line_end, line_first) - line_first);
     let line_last = max(line_end, 1u) - 1u;
 {% for r in range(rows) %}
     let row_{{ r }} = line_row(min(line_first + {{ r }}u, line_last));
@@ -110,7 +110,7 @@ fn main(
     let seen = tile_range(seq, row_0, row_{{ rows - 1 }});
     // Those of this dispatch.
     let range = clamp(seen, vec2<u32>(params.key0), vec2<u32>(params.key_end));
-    let visible = select(0u, range.y - range.x, turns > 0u);
+    let visible = select(0u, range.y - range.x, own_rows > 0u);
     let share = (visible + params.col_tiles - 1u) / params.col_tiles;
     let key_first = range.x + min(visible, here.col_tile * share);
     let key_end = range.x + min(visible, (here.col_tile + 1u) * share);
@@ -166,7 +166,7 @@ fn main(
 {% if streams == 1 %}
     // Page by page; without pages all keys stand in one.
 {% else %}
-    // All keys at once: a page may be shorter than a turn of all streams, so that each key is looked up.
+    // All keys at once: a page may be shorter than a step of all streams, so that each key is looked up.
 {% endif %}
     var first = key_first;
     while (first < key_end) {
@@ -176,9 +176,9 @@ fn main(
         let k_page = k_at + at.x * params.k_batch + (at.y - first) * params.k_row;
         let v_page = v_at + at.x * params.v_batch + (at.y - first) * params.v_row;
 {% endif %}
-        // All streams take the same number of turns, because they shuffle or wait together.
-        for (var turn = first; turn < end; turn += KEYS * STREAMS) {
-            let key = turn + stream * KEYS;
+        // All streams take the same number of steps, because they shuffle or wait together.
+        for (var step = first; step < end; step += KEYS * STREAMS) {
+            let key = step + stream * KEYS;
 {% for j in range(keys) %}
 {% if streams == 1 %}
             let k_place_{{ j }} = k_page + min(key + {{ j }}u, end - 1u) * params.k_row;
@@ -235,7 +235,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% if full %}
-            for (var r = 0u; r < turns; r++) {
+            for (var r = 0u; r < own_rows; r++) {
                 let line = line_first + r;
                 let row = line_row(line);
                 let head = line_head(here.head, line);
@@ -366,7 +366,7 @@ fn main(
         let decided = (m != MINUS) | ((params.flags & PARTIAL) == 0u);
         let all_nan = select(0u, 0xffu, broken(m) & decided);
         let factor = {{ over_sum("weigh(own, m)" if streams > 1 else "shrink") }};
-        if (thread == 0u && r < turns) {
+        if (thread == 0u && r < own_rows) {
             let at = params.lse_base + here.col_tile * params.next_lse
                 + batch * params.lse_batch + head * params.lse_head + row;
             // For `merge` m and l themselves: m + ln l loses l where m is large.
@@ -382,7 +382,7 @@ fn main(
 {% if streams > 1 %}
         outputs[stream * {{ dims // 4 }}u + lane + {{ c * across }}u] = y_{{ c }};
 {% else %}
-        if (r < turns && dim_{{ c }} < params.value_dim) {
+        if (r < own_rows && dim_{{ c }} < params.value_dim) {
 {% set classes = "((%s >> %su) & 0xffu)" | format(pick("class_#_" ~ c // 4), c % 4 * 8) %}
             write(batch, head, row, here.col_tile, dim_{{ c }}, y_{{ c }}, all_nan | {{ classes }});
         }
@@ -390,7 +390,7 @@ fn main(
 {% endfor %}
 {% if streams > 1 %}
         workgroupBarrier();
-        if (r < turns && thread * 4u < params.value_dim) {
+        if (r < own_rows && thread * 4u < params.value_dim) {
             var sum = vec4<f32>();
             for (var n = 0u; n < STREAMS; n++) {
                 sum += outputs[n * {{ dims // 4 }}u + thread];

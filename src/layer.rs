@@ -34,7 +34,7 @@ pub struct Linear {
 /// Rotary position embedding of queries and keys in the layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RotaryEmbedding {
-    /// Elements of a head that turn, from the first on; even, at most `key_dim`.
+    /// Elements of a head that are rotated, from the first on; even, at most `key_dim`.
     pub dim: u32,
     /// Pairs are neighbours rather than `dim / 2` apart.
     pub interleaved: bool,

@@ -61,12 +61,11 @@
 //!
 //! # Beside attention
 //!
-//! - [`MultiHeadAttention`] is the whole layer: projections, rotary position embedding and a key/value cache. [`Layer`] describes it, and
-//!   [`LayerPlan`] is its plan.
-//! - [`Append`] writes new keys or values into a cache, [`Merge`] joins results over parts of the keys, [`Projection`] multiplies rows
-//!   by a weight matrix, [`Rotation`] applies the rotary embedding; each becomes an [`Operation`] that is recorded like [`Prepared`].
+//! - [`multihead`] is the whole layer: projections, rotary position embedding and a key/value cache.
+//! - [`operations`] are what a model needs beside attention: writing new keys or values into a cache, joining results over parts of the
+//!   keys, projections and rotary embedding.
 //! - [`Runner`] runs problems on the best GPU, or on the CPU reference where there is none and the caller allows that.
-//! - [`Tuning`] holds what was measured on an adapter, and plans follow it.
+//! - [`tuning`] holds what was measured on an adapter, and plans follow it.
 //!
 //! # Cargo features
 //!
@@ -94,6 +93,7 @@
 //! | *tile* | the query rows and keys that a workgroup works on at once; also the numbers that fix their sizes |
 //! | *variant* | a kernel with its tile, element types and set of operands: what one pipeline is compiled for |
 //! | *part* | a range of batches, heads, query rows or keys that is small enough for one binding or for the scratch budget |
+//! | *line* | a pair of query row and query head, numbered through where the heads of a group are rows of one tile |
 //! | *step* | one dispatch of a plan, as data: variant, uniform, bindings, grid, estimated work |
 //! | *slice* | consecutive steps that together keep to the work budget; submit after each slice where a driver has a watchdog |
 //! | *obstacle* | why a kernel cannot run a problem on a device; see [`Obstacle`] |
@@ -101,7 +101,7 @@
 //! | *work budget*, *scratch budget* | the most estimated time of one slice, and the most bytes of scratch, in [`Options`] |
 //! | *error budget* | how far each element may be from the f64 reference by f32 arithmetic, computed from the same data; see [`reference::Budget`] |
 //! | *regression limit* | a bound within the error budget near what kernels reach; beyond it digits were lost, though the result is right |
-//! | *tuning row* | the fastest kernel and tile that was measured for a class of problems on one adapter; see [`Row`] |
+//! | *tuning row* | the fastest kernel and tile that was measured for a class of problems on one adapter; see [`tuning::Row`] |
 //! | *adapter*, *CPU adapter* | what wgpu found to run shaders on, and one that computes on the CPU, such as lavapipe |
 //! | *page*, *block table* | a fixed number of cached keys in a pool, and the list that says which pages hold which keys of a batch |
 //! | *sink* | a logit per head that joins the softmax denominator and has no value |
@@ -141,18 +141,42 @@ pub use contract::problem::{
 pub use contract::shape::Shape;
 pub use device::encode::{Attention, Buffers, Prepared, Recording};
 pub use device::gpu::{DeviceOptions, Gpu, Resident};
-pub use device::layer::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
-pub use device::operation::{AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers};
 pub use device::runner::Runner;
-pub use layer::{Call, Layer, LayerInputs, LayerOutputs, LayerPlan, Linear, RotaryEmbedding, Sources, Weights};
-pub use ops::append::Append;
-pub use ops::merge::Merge;
-pub use ops::project::{Order, Projection};
-pub use ops::rotary::{Positions, Rotation};
 pub use plan::Plan;
-pub use plan::measured::{Choice, Class, Queries, Row, Tuning};
 pub use reference::compare;
 pub use wgpu;
+
+/// The multi-head attention layer: projections, rotary position embedding, key/value cache and attention on the GPU.
+///
+/// [`Layer`](multihead::Layer) describes a layer, [`LayerPlan`](multihead::LayerPlan) is its plan, and
+/// [`MultiHeadAttention`](multihead::MultiHeadAttention) runs it.
+pub mod multihead {
+    pub use crate::device::layer::{CacheBuffers, LayerBuffers, MultiHeadAttention, PreparedLayer};
+    pub use crate::layer::{
+        Call, Layer, LayerInputs, LayerOutputs, LayerPlan, Linear, RotaryEmbedding, Sources, Weights,
+    };
+}
+
+/// What models need beside attention, each as an operation of its own on the GPU.
+///
+/// [`Append`](operations::Append) writes new keys or values into a cache, [`Merge`](operations::Merge) joins results over parts of the
+/// keys, [`Projection`](operations::Projection) multiplies rows by a weight matrix, and [`Rotation`](operations::Rotation) applies the
+/// rotary position embedding. Each is made into an [`Operation`](operations::Operation) that is recorded like
+/// [`Prepared`](crate::Prepared), or runs on host slices by a method of [`Gpu`](crate::Gpu).
+pub mod operations {
+    pub use crate::device::operation::{
+        AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
+    };
+    pub use crate::ops::append::Append;
+    pub use crate::ops::merge::Merge;
+    pub use crate::ops::project::{Order, Projection};
+    pub use crate::ops::rotary::{Positions, Rotation};
+}
+
+/// Tuning rows: which kernel and tile were fastest on an adapter, for a class of problems.
+pub mod tuning {
+    pub use crate::plan::measured::{Choice, Class, Queries, Row, Tuning};
+}
 
 /// What the command line and the tests of this crate look into. No part of it is stable.
 #[doc(hidden)]

@@ -3,8 +3,8 @@
 //! One function per stage ([`scores`], [`logits`], [`softmax`], [`values`], [`merge`]), [`attention`] for all of them at
 //! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. [`compare()`] judges all outputs of a call with both,
 //! [`compare_layer`], [`compare_merge`] and [`compare_append`] those of the operations. The rules are those of [`Problem`]. With the GPU
-//! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`crate::Layer`],
-//! [`crate::Append`], [`crate::Merge`] and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
+//! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`Layer`](crate::multihead::Layer),
+//! [`Append`](crate::operations::Append), [`Merge`](crate::operations::Merge) and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
 //! instance shows what plain f32 loses.
 //!
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores

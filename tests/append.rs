@@ -5,10 +5,8 @@ mod support;
 use support::operations::{nothing, run};
 use support::staged::Guarded;
 use support::{Random, Tensor, floor, gpus};
-use wgpu_attention::{
-    Append, AppendBuffers, Element, Elements, Error, Gpu, Layout, Operation, Options, Paged, Strides, reference, wgpu,
-    with,
-};
+use wgpu_attention::operations::{Append, AppendBuffers, Operation};
+use wgpu_attention::{Element, Elements, Error, Gpu, Layout, Options, Paged, Strides, reference, wgpu, with};
 
 /// Elements from the start of a tensor to its last one.
 fn extent(layout: Layout, [batch, heads, rows]: [u32; 3], dim: u32) -> usize {

@@ -4,10 +4,11 @@ mod support;
 
 use half::{bf16, f16};
 use support::{Case, Data, Random};
+use wgpu_attention::multihead::{Call, Layer, LayerInputs, LayerOutputs, Linear, RotaryEmbedding, Weights};
+use wgpu_attention::operations::{Append, Merge};
 use wgpu_attention::reference::{self, Comparisons, Worst, compare_append, compare_layer, compare_merge};
 use wgpu_attention::{
-    Append, Broadcast, Call, Causal, Element, Elements, Error, Inputs, Layer, LayerInputs, LayerOutputs, Layout,
-    Linear, Logits, Merge, Outputs, Problem, RotaryEmbedding, Strides, Weights, compare, with,
+    Broadcast, Causal, Element, Elements, Error, Inputs, Layout, Logits, Outputs, Problem, Strides, compare, with,
 };
 
 /// Breaks one element after the other of one output, and asserts that each is found where it is.

@@ -8,10 +8,11 @@ use support::staged::Staged;
 use support::{Data, gpus};
 use wgpu_attention::Strides;
 use wgpu_attention::internal::Scalar;
+use wgpu_attention::multihead::{CacheBuffers, Call, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention};
+use wgpu_attention::operations::{Order, Projection, ProjectionBuffers, Rotation};
 use wgpu_attention::{
-    Bias, Broadcast, CacheBuffers, Call, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layer,
-    LayerBuffers, LayerInputs, Layout, Linear, Logits, MultiHeadAttention, Obstacle, Options, Order, Packed, Paged,
-    Plan, Problem, Projection, ProjectionBuffers, Rotation, wgpu, with,
+    Bias, Broadcast, Causal, DeviceOptions, Element, Error, Gpu, HostSlice, Inputs, Kernel, Layout, Logits, Obstacle,
+    Options, Packed, Paged, Plan, Problem, wgpu, with,
 };
 
 type Change<T> = fn(&mut T);

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use wgpu_attention::multihead::MultiHeadAttention;
+use wgpu_attention::operations::Rotation;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
-    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, MultiHeadAttention, Options, Outputs, Problem, Rotation,
-    reference, with,
+    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Problem, reference, with,
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
@@ -184,12 +185,12 @@ impl Engine {
             Engine::Gpu(gpu) => gpu.rotate(rotation, x.elements(), table, positions)?,
             Engine::Cpu => {
                 // The reference returns dense heads; each row is copied back to its own offset.
-                let (turned, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions)?;
-                let (mut out, mut rows) = (x.widened(), turned.chunks_exact(rotation.head_dim as usize));
+                let (rotated, _) = reference::rotary::<f32>(rotation, x.elements(), table, positions)?;
+                let (mut out, mut rows) = (x.widened(), rotated.chunks_exact(rotation.head_dim as usize));
                 for (b, h, row) in places(rotation) {
                     let at = b * rotation.x.batch + h * rotation.x.head + row * rotation.x.row + rotation.x.offset;
-                    let turned = rows.next().expect("one for each place");
-                    out[at as usize..][..turned.len()].copy_from_slice(turned);
+                    let rotated = rows.next().expect("one for each place");
+                    out[at as usize..][..rotated.len()].copy_from_slice(rotated);
                 }
                 out
             }

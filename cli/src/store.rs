@@ -6,8 +6,9 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use wgpu_attention::Gpu;
+use wgpu_attention::tuning::{Row, Tuning};
 use wgpu_attention::wgpu::{AdapterInfo, util::pipeline_cache_key};
-use wgpu_attention::{Gpu, Row, Tuning};
 use wgpu_attention_heatmap::replace;
 
 use crate::engine::{DeviceArgs, Label};
@@ -184,8 +185,9 @@ impl Deref for Device {
 
 #[cfg(test)]
 mod tests {
+    use wgpu_attention::Problem;
+    use wgpu_attention::tuning::{Choice, Class};
     use wgpu_attention::wgpu::{Backend, DeviceType};
-    use wgpu_attention::{Choice, Class, Problem};
 
     use super::*;
 

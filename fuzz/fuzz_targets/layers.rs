@@ -2,7 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use wgpu_attention::{Layer, load};
+use wgpu_attention::load;
+use wgpu_attention::multihead::Layer;
 use wgpu_attention_fuzz::mutate_safetensors;
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {

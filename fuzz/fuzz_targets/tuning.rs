@@ -5,7 +5,8 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use wgpu_attention::wgpu::{AdapterInfo, Backend, DeviceType};
-use wgpu_attention::{Causal, Class, Element, Options, Plan, Problem, Shape, Tuning};
+use wgpu_attention::{Causal, Element, Options, Plan, Problem, Shape};
+use wgpu_attention::tuning::{Class, Tuning};
 use wgpu_attention_fuzz::store::{read_tuning, write_tuning};
 use wgpu_attention_fuzz::{devices, with_file};
 

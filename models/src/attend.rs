@@ -4,16 +4,14 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use candle_core::{D, DType, Device, Tensor};
-use wgpu_attention::{
-    Append, AppendBuffers, Buffers, Causal, Gpu, Layout, Operation, Options, Positions, Prepared, Problem, Rotation,
-    RotationBuffers, Strides, wgpu,
-};
+use wgpu_attention::operations::{Append, AppendBuffers, Operation, Positions, Rotation, RotationBuffers};
+use wgpu_attention::{Buffers, Causal, Gpu, Layout, Options, Prepared, Problem, Strides, wgpu};
 
 use crate::error::Result;
 use crate::values;
 
 /// Causal attention of one layer: the layer's index, how many positions it has seen before, and the new rows
-/// q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], not turned yet. Gives [rows, heads · head_dim].
+/// q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], not rotated yet. Gives [rows, heads · head_dim].
 ///
 /// Each layer is called in turn, with rows that follow those of its last call, or with position 0 to begin anew.
 pub type Attend<'a> = dyn FnMut(usize, usize, [&Tensor; 3]) -> Result<Tensor> + 'a;
@@ -27,7 +25,7 @@ pub struct Heads {
     pub heads: usize,
     /// Key/value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Columns of a head, all of which turn with the position, in neighbouring pairs.
+    /// Columns of a head, all of which are rotated with the position, in neighbouring pairs.
     pub head_dim: usize,
     /// Base of the angles.
     pub base: f32,
@@ -75,9 +73,9 @@ impl CpuAttention {
         let rows = q.dim(0)?;
         let (cosines, sines) = (self.cosines.narrow(0, start, rows)?, self.sines.narrow(0, start, rows)?);
         let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
-        let turned =
+        let rotated =
             |x: &Tensor| candle_nn::rotary_emb::rope_i(&by_head(x)?.unsqueeze(0)?, &cosines, &sines)?.squeeze(0);
-        let (q, mut k, mut v) = (turned(q)?, turned(k)?, by_head(v)?);
+        let (q, mut k, mut v) = (rotated(q)?, rotated(k)?, by_head(v)?);
         if let Some([old_k, old_v]) = self.caches[layer].take().filter(|_| start > 0) {
             (k, v) = (Tensor::cat(&[&old_k, &k], 1)?, Tensor::cat(&[&old_v, &v], 1)?);
         }
@@ -116,7 +114,7 @@ pub struct GpuAttention<'a> {
 
 /// What is prepared for some number of new rows.
 struct Step {
-    turn: Operation<Rotation>,
+    rotate: Operation<Rotation>,
     append: Operation<Append>,
     attention: Prepared,
     /// New rows of query, key and value side by side, [rows, heads + 2 · kv_heads, head_dim].
@@ -150,14 +148,14 @@ impl Step {
         problem.q = Layout::Strided(heads_of(all, 0));
         problem.k = Layout::Strided(heads_of(2 * kv_heads, 0));
         problem.v = Layout::Strided(heads_of(2 * kv_heads, kv_heads));
-        // Queries and keys turn alike, in place.
+        // Queries and keys are rotated alike, in place.
         let mut rotation = Rotation::new(1, h + kv_heads, rows32, dim, capacity);
         (rotation.x, rotation.interleaved, rotation.positions) = (heads_of(all, 0), true, Positions::Starts);
         let mut append = Append::new(1, 2 * kv_heads, rows32, capacity, dim);
         (append.x, append.cache) = (Layout::Strided(heads_of(all, h)), Layout::Bshd);
         let len = rows * heads.heads * heads.head_dim;
         Ok(Step {
-            turn: gpu.library().rotate(&rotation, &Options::default())?,
+            rotate: gpu.library().rotate(&rotation, &Options::default())?,
             append: gpu.library().append(&append, &Options::default())?,
             attention: gpu.library().prepare(&gpu.library().plan(&problem)?)?,
             rows: buffer(gpu, "new rows", rows * (heads.heads + 2 * heads.kv_heads) * heads.head_dim, STORAGE),
@@ -209,7 +207,7 @@ impl<'a> GpuAttention<'a> {
 
         let mut encoder = gpu.device().create_command_encoder(&Default::default());
         let (new, starts) = (step.rows.slice(..), self.start.slice(..));
-        step.turn.encode(&mut encoder, &RotationBuffers::new(new, self.table.slice(..), starts))?;
+        step.rotate.encode(&mut encoder, &RotationBuffers::new(new, self.table.slice(..), starts))?;
         step.append.encode(&mut encoder, &AppendBuffers::new(new, cache, starts))?;
         let mut buffers = Buffers::new(new, cache, cache, step.out.slice(..));
         buffers.operands.key_lengths = Some(self.length.slice(..));

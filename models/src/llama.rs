@@ -116,9 +116,9 @@ impl Reader<'_> {
             head_dim: width / heads.max(1),
             base: self.value("llama.rope.freq_base")?.to_f32()?,
         };
-        let turning = self.number("llama.rope.dimension_count")?;
-        if turning != heads.head_dim {
-            candle_core::bail!("{turning} of {} columns of a head turn; all of them must", heads.head_dim);
+        let rotary_dim = self.number("llama.rope.dimension_count")?;
+        if rotary_dim != heads.head_dim {
+            candle_core::bail!("{rotary_dim} of {} columns of a head are rotated; all of them must be", heads.head_dim);
         }
         self.progress.set_length(self.content.tensor_infos.len() as u64);
         let embeddings = self.tensor("token_embd.weight")?;

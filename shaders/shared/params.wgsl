@@ -25,13 +25,13 @@ fn place(workgroup: vec3<u32>, grid: vec3<u32>) -> Place {
     let number = params.first + workgroup.x + grid.x * (workgroup.y + grid.y * workgroup.z);
     // The grid may overshoot; whoever does not return then still forms addresses that exist.
     let index = min(number, params.end - 1u);
-    let line = index / params.col_tiles;
-    let plane = line / params.row_tiles;
+    let row_tile = index / params.col_tiles;
+    let plane = row_tile / params.row_tiles;
     return Place(
         number < params.end,
         params.batch0 + plane / params.heads,
         params.head0 + plane % params.heads,
-        line % params.row_tiles,
+        row_tile % params.row_tiles,
         index % params.col_tiles,
     );
 }

@@ -119,8 +119,8 @@ fn scaled(dot_product: f32) -> f32 {
 
 // Step 1 of a code: the sign of the scale changes that of an infinity, and 0 · ∞ is NaN.
 fn scale_code(code: f32) -> f32 {
-    let turned = select(code, -code, params.scale < 0.0);
-    return select(turned, UNDEFINED, (code == UNDEFINED) | (params.scale == 0.0));
+    let signed = select(code, -code, params.scale < 0.0);
+    return select(signed, UNDEFINED, (code == UNDEFINED) | (params.scale == 0.0));
 }
 
 fn scaled_code(dot_product: f32) -> f32 {

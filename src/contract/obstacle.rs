@@ -138,7 +138,7 @@ impl fmt::Display for Obstacle {
             Obstacle::Partials { .. } => f.write_str("its results in f32 exceed a binding or the scratch budget"),
             Obstacle::LongKeys => f.write_str("keys or values of one head exceed a binding"),
             Obstacle::LoopIterations { iterations, limit } => {
-                write!(f, "its loops take {iterations} turns, and those of a CPU adapter {limit} at most")
+                write!(f, "its loops take {iterations} iterations, and those of a CPU adapter {limit} at most")
             }
             Obstacle::SeveralDispatches { one, several } => match &**several {
                 Obstacle::Bindings { .. } => write!(f, "{one}; in several dispatches {several}"),

@@ -173,7 +173,7 @@ pub struct Packed {
 /// and pages may be in any order. No entry is read for keys beyond `key_lengths[b]`. On the GPU a page number outside the pool, or a
 /// negative one, counts as the last page, so that nothing outside the pool is read. On host slices it is an error.
 ///
-/// [`crate::Append`] uses the same table to write new rows to their pages.
+/// [`Append`](crate::operations::Append) uses the same table to write new rows to their pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Paged {
@@ -252,29 +252,29 @@ pub enum Logits {
 /// | `scale` | [`Problem::scale`] |
 /// | `enable_gqa=True` | [`Problem::kv_heads`] less than `heads` |
 /// | `dropout_p` | none; 0 |
-/// | **PyTorch** `nn.MultiheadAttention` | [`crate::Layer`], `load::pytorch` (feature `safetensors`) |
+/// | **PyTorch** `nn.MultiheadAttention` | [`Layer`](crate::multihead::Layer), `load::pytorch` (feature `safetensors`) |
 /// | `key_padding_mask` of bool [N, S] | **invert**; [`Problem::mask`] of shape [N, 1, 1, S] |
 /// | `attn_mask` of bool [L, S] or [N·heads, L, S] | **invert**; [`Problem::mask`] of shape [1, 1, L, S] or [N, heads, L, S] |
 /// | either of floats | [`Problem::bias`] of the same shapes; two of them: their sum |
 /// | `is_causal` (a hint beside `attn_mask`) | [`Causal::TopLeft`] |
-/// | `need_weights`, `average_attn_weights` | [`crate::Weights`] |
-/// | `add_bias_kv`, `add_zero_attn` | [`crate::Layer`]'s `bias_kv`, `zero_attn` |
-/// | `batch_first=False` | [`crate::Call`]'s `seq_first` |
+/// | `need_weights`, `average_attn_weights` | [`Weights`](crate::multihead::Weights) |
+/// | `add_bias_kv`, `add_zero_attn` | [`Layer`](crate::multihead::Layer)'s `bias_kv`, `zero_attn` |
+/// | `batch_first=False` | [`Call`](crate::multihead::Call)'s `seq_first` |
 /// | **ONNX** `Attention` 23 to 25 | 4-D: [`Layout::Bhsd`]; 3-D with `q_num_heads`: [`Layout::Bshd`] |
 /// | `attn_mask` | [`Problem::mask`] (bool) or [`Problem::bias`] |
 /// | `is_causal=1` | [`Causal::TopLeft`]; see the next two rows |
-/// | … with `past_key`, `past_value` | the whole cache as k and v ([`crate::Append`]), [`Causal::Offset`] = past length |
+/// | … with `past_key`, `past_value` | the whole cache as k and v ([`Append`](crate::operations::Append)), [`Causal::Offset`] = past length |
 /// | … with `nonpad_kv_seqlen` | [`Problem::key_lengths`], [`Causal::BottomRight`] |
 /// | `scale`, `softcap` (0 is none) | [`Problem::scale`], [`Problem::softcap`] |
 /// | `left_window_size`, `right_window_size` (−1 is none) | [`Problem::window`] |
 /// | `qk_matmul_output_mode` 0, 1, 2; 3 | [`Problem::logits`]; [`Problem::weights`] |
-/// | `TensorScatter`, `RotaryEmbedding` | [`crate::Append`], [`crate::Rotation`] |
-/// | **Keras** `MultiHeadAttention`, `GroupQueryAttention` | [`Layout::Bshd`]; [`crate::Layer`] |
+/// | `TensorScatter`, `RotaryEmbedding` | [`Append`](crate::operations::Append), [`Rotation`](crate::operations::Rotation) |
+/// | **Keras** `MultiHeadAttention`, `GroupQueryAttention` | [`Layout::Bshd`]; [`Layer`](crate::multihead::Layer) |
 /// | `attention_mask` [B, T, S] | [`Problem::mask`] of shape [B, 1, T, S] |
 /// | `key_mask`, `value_mask` [B, S] | [`Problem::mask`] of shape [B, 1, 1, S]; of several masks their *and* |
 /// | `query_mask` [B, T] | [`Problem::mask`] of shape [B, 1, T, 1]; such rows are 0 here, a mean of the values there |
 /// | `use_causal_mask=True` | [`Causal::TopLeft`] |
-/// | `return_attention_scores=True` | [`Problem::weights`], [`crate::Weights::Heads`] |
+/// | `return_attention_scores=True` | [`Problem::weights`], [`Weights::Heads`](crate::multihead::Weights::Heads) |
 /// | `mask` of TensorFlow's tutorial (1 = hidden) | **invert** |
 /// | **FlashAttention** from 2.1 on | [`Layout::Bshd`] |
 /// | `causal=True` | [`Causal::BottomRight`] |
@@ -285,7 +285,7 @@ pub enum Logits {
 /// | `block_table`, with paged `k_cache` and `v_cache` | [`Problem::paged`], [`Layout::Bshd`]; `seq_kv` = its columns · page size |
 /// | `softmax_lse` | [`Problem::lse`] |
 /// | **vLLM** `block_tables`, `seq_lens`, `block_size` | [`Problem::paged`], [`Problem::key_lengths`], [`Paged::page_size`] |
-/// | `slot_mapping` of new rows | [`crate::Append`] with [`crate::Append::paged`] |
+/// | `slot_mapping` of new rows | [`Append`](crate::operations::Append) with [`Append::paged`](crate::operations::Append::paged) |
 /// | **FlashInfer** `paged_kv_cache` in `NHD`; `HND` | [`Problem::paged`], [`Layout::Bshd`]; [`Layout::Bhsd`] |
 /// | … of keys and values in one tensor [pages, 2, …] | [`Layout::Strided`] with the batch stride of both together |
 /// | `kv_page_indices` | the rows of the block table, padded to the longest (with anything) |
@@ -352,7 +352,7 @@ pub struct Problem {
     #[serde(default)]
     pub key_lengths: bool,
     /// Whether there are `key_positions`, one for each batch and key: keys may stand in any order, and a negative position is an empty
-    /// slot, whose key is hidden. So a cache that goes on at its first row after its last one ([`crate::Append`]) is attended to with a
+    /// slot, whose key is hidden. So a cache that goes on at its first row after its last one ([`Append`](crate::operations::Append)) is attended to with a
     /// window and without a mask.
     #[serde(default)]
     pub key_positions: bool,

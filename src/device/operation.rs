@@ -302,7 +302,7 @@ impl Description for Projection {
         vec![
             (Wiring::OWN.x, Some(of.x)),
             (Wiring::OWN.weight, Some(of.weight)),
-            (Slot::Shifts, of.biases),
+            (Slot::Biases, of.biases),
             (Wiring::OWN.y, Some(of.y)),
         ]
     }

@@ -48,7 +48,7 @@ impl Shader for Extra {
     }
 
     fn bindings(&self) -> Vec<(Slot, bool)> {
-        vec![(Slot::Q, false), (Slot::Shifts, false), (Slot::Lse, true), (Slot::Out, true)]
+        vec![(Slot::Q, false), (Slot::Biases, false), (Slot::Lse, true), (Slot::Out, true)]
     }
 
     fn threads(&self) -> u32 {

@@ -49,7 +49,7 @@ pub struct Tile {
     pub shuffle: bool,
 }
 
-/// Invocations of a workgroup: columns, each of four keys, and lines.
+/// Invocations of a workgroup: columns, each of four keys, and rows.
 pub const ACROSS: u32 = 8;
 /// Lines of invocations.
 pub const DOWN: u32 = 16;
@@ -146,8 +146,8 @@ impl Flash {
         16 * u64::from(self.threads()) * u64::from(self.state_vectors())
     }
 
-    /// Turns that the loops of an invocation take together for a tile of keys, the test that ends each among them.
-    pub(crate) fn turns(&self, head_dim: u32) -> u32 {
+    /// Iterations that the loops of an invocation take together for a tile of keys, the test that ends each among them.
+    pub(crate) fn iterations(&self, head_dim: u32) -> u32 {
         let Tile { dims, rows, depth, value_keys, resident, .. } = self.tile;
         let each = |vectors: u32| vectors.div_ceil(self.threads()) + 1;
         let q = if resident { 0 } else { each(self.tile.tile_rows() * depth / 4) };
@@ -282,7 +282,7 @@ impl Fused for Flash {
     }
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
-        (keys.div_ceil(self.tile.tile_keys().into()) + 1) * u64::from(self.turns(shape.problem.head_dim)) * 5 / 4
+        (keys.div_ceil(self.tile.tile_keys().into()) + 1) * u64::from(self.iterations(shape.problem.head_dim)) * 5 / 4
     }
 
     fn value_dims(&self) -> Option<u32> {

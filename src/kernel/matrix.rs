@@ -133,8 +133,8 @@ impl Matrix {
         if self.vector { Element::F16 } else { Element::F32 }
     }
 
-    /// Turns that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
-    pub(crate) fn turns(&self, head_dim: u32) -> u32 {
+    /// Iterations that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
+    pub(crate) fn iterations(&self, head_dim: u32) -> u32 {
         let Tile { size, dims, depth, .. } = self.tile;
         let staged = self.tile.tile_rows() + 2 * KEYS;
         head_dim.div_ceil(depth) * (2 + depth / size + staged * depth / 4 / THREADS)
@@ -285,7 +285,7 @@ impl Fused for Matrix {
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
         // Its own count leaves out the tests.
-        (keys.div_ceil(KEYS.into()) + 1) * u64::from(self.turns(shape.problem.head_dim)) * 3 / 2
+        (keys.div_ceil(KEYS.into()) + 1) * u64::from(self.iterations(shape.problem.head_dim)) * 3 / 2
     }
 
     fn value_dims(&self) -> Option<u32> {

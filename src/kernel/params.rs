@@ -173,11 +173,11 @@ block! {
 }
 
 block! {
-    /// What rows turn by; see shaders/shared/turn.wgsl.
-    plain Turn {
+    /// What rows are rotated by; see shaders/shared/rotate.wgsl.
+    plain RotationTable {
         /// Rows of the table.
         table_rows: u32,
-        /// Elements of a row of the table, and of a row of a head that turn.
+        /// Elements of a row of the table, and of a row of a head that are rotated.
         rotary_dim: u32,
         /// Place of the first position.
         positions_base: u32,
@@ -321,14 +321,14 @@ flags! {
     TOTALS = 19,
     /// Rows stand in pages that a block table names.
     PAGED = 20,
-    /// Columns turn by the position of their row before they are stored.
-    TURN = 21,
-    /// The columns of a pair that turns stand half a rotation apart; otherwise they are neighbours.
+    /// Columns are rotated by the position of their row before they are stored.
+    ROTATE = 21,
+    /// The columns of a pair that is rotated stand half a rotation apart; otherwise they are neighbours.
     HALVES = 22,
     /// The rows go on from what a dispatch before left in their state.
     CARRIED = 23,
     /// Each output column has a bias of its own.
-    SHIFTS = 24,
+    COLUMN_BIAS = 24,
     /// Every row sees one key beside those of attention.
     EXTRA_KEY = 25,
     /// The output is a part of the result, which `merge` completes.

@@ -6,7 +6,7 @@ use minijinja::{Value, context};
 
 use super::body::Tile;
 use super::eligibility::largest;
-use super::params::{At, Turn};
+use super::params::{At, RotationTable};
 use super::scores;
 use super::shader::Shader;
 use super::slot::Slot;
@@ -33,24 +33,24 @@ pub struct Matrix {
     pub transposed: bool,
     /// Every row of x, w and y starts at a multiple of four elements and has a multiple of four of them.
     pub vector: bool,
-    /// Pairs of columns turn by the position of their row, once they are summed; needs `vector`.
-    pub turned: bool,
+    /// Pairs of columns are rotated by the position of their row, once they are summed; needs `vector`.
+    pub rotated: bool,
 }
 
 impl Matrix {
     /// All that kernels are rendered for.
     pub(crate) fn all() -> impl Iterator<Item = Matrix> {
-        // Transposed, vector, turned.
+        // Transposed, vector, rotated.
         let kinds = [(false, false, false), (false, true, false), (true, false, false), (true, true, false)];
         let kinds = kinds.into_iter().chain([(false, true, true), (true, true, true)]);
         [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(move |element| {
-            kinds.clone().map(move |(transposed, vector, turned)| Matrix { element, transposed, vector, turned })
+            kinds.clone().map(move |(transposed, vector, rotated)| Matrix { element, transposed, vector, rotated })
         })
     }
 
     pub(crate) fn bindings(&self) -> Vec<(Slot, bool)> {
-        let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Shifts, false), (Slot::Y, true)];
-        if self.turned {
+        let mut slots = vec![(Slot::X, false), (Slot::Matrix(0), false), (Slot::Biases, false), (Slot::Y, true)];
+        if self.rotated {
             slots.extend([(Slot::Angles, false), (Slot::Positions, false)]);
         }
         slots
@@ -60,7 +60,7 @@ impl Matrix {
     pub(crate) fn context(&self, tile: Value) -> Value {
         context! {
             element => self.element.to_string(), transposed => self.transposed, vector => self.vector,
-            turned => self.turned, ..tile
+            rotated => self.rotated, ..tile
         }
     }
 }
@@ -69,8 +69,8 @@ impl fmt::Display for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let order = if self.transposed { "[out, in]" } else { "[in, out]" };
         let vector = if self.vector { "" } else { " unaligned" };
-        let turned = if self.turned { ", turned" } else { "" };
-        write!(f, "{} {order}{vector}{turned}", self.element)
+        let rotated = if self.rotated { ", rotated" } else { "" };
+        write!(f, "{} {order}{vector}{rotated}", self.element)
     }
 }
 
@@ -104,17 +104,17 @@ params! {
         col_end: u32,
         /// Output columns of a head.
         head_columns: u32,
-        /// What columns turn by.
-        turn: Turn,
-        /// End of the columns that turn.
-        turn_end: u32,
+        /// What columns are rotated by.
+        rotation: RotationTable,
+        /// End of the columns that are rotated.
+        rotated_end: u32,
         /// Columns of a head of those.
-        turn_head: u32,
+        rotated_head_dim: u32,
         /// Rows of a batch, where those of all batches may be numbered through.
         batch_rows: u32,
         /// One bit a rule that is on.
         flags: u32,
-    } reads ADD, SHIFTS, TURN, HALVES
+    } reads ADD, COLUMN_BIAS, ROTATE, HALVES
 }
 
 impl Shader for Project {

@@ -33,7 +33,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "shared/weight.wgsl",
         "shared/weigh.wgsl",
         "shared/finish.wgsl",
-        "shared/turn.wgsl",
+        "shared/rotate.wgsl",
         "shared/scores.wgsl",
         "shared/values.wgsl",
         "shared/project.wgsl",

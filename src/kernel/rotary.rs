@@ -1,11 +1,11 @@
-//! Host side of `shaders/rotary.wgsl`: pairs of a row turn by the angle of its position.
+//! Host side of `shaders/rotary.wgsl`: pairs of a row are rotated by the angle of its position.
 
 use std::fmt;
 
 use minijinja::{Value, context};
 
 use super::body::ELEMENTWISE;
-use super::params::{At, Turn};
+use super::params::{At, RotationTable};
 use super::shader::Shader;
 use super::slot::Slot;
 use super::uniform::params;
@@ -29,8 +29,8 @@ params! {
         x: At,
         /// Output rows.
         y: At,
-        /// What rows turn by.
-        turn: Turn,
+        /// What rows are rotated by.
+        rotation: RotationTable,
         /// Items of a row: words or elements that an invocation sees to.
         items: u32,
     }

@@ -46,7 +46,7 @@ pub enum Slot {
     /// A weight matrix, of the layer: 0 query (or query, key and value together), 1 key (or key and value), 2 value, 3 output.
     Matrix(u8),
     /// Biases, those of the layer one after the other.
-    Shifts,
+    Biases,
     /// The layer's output.
     Result,
     /// The weights that the layer gives out.
@@ -108,7 +108,7 @@ impl Slot {
             Slot::Key => "key",
             Slot::Value => "value",
             Slot::Matrix(_) => "weight",
-            Slot::Shifts => "biases",
+            Slot::Biases => "biases",
             Slot::Result => "result",
             Slot::Averaged => "layer weights",
             Slot::Angles => "table",

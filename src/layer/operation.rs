@@ -61,9 +61,9 @@ impl fmt::Display for LayerOperation {
         match self {
             LayerOperation::Project(p, wiring) => {
                 let (x, y) = (wiring.x.name(), wiring.y.name());
-                let turned = if wiring.turn.is_some() { ", with rotary embedding" } else { "" };
+                let rotated = if wiring.rotated.is_some() { ", with rotary embedding" } else { "" };
                 write!(f, "projection of {x} to {y}: {}×{}×{} to {} columns", p.batch, p.rows, p.inputs, p.outputs)?;
-                write!(f, "{turned}")
+                write!(f, "{rotated}")
             }
             LayerOperation::Rotate(_, slots) => write!(f, "rotary embedding in {}", slots.x.name()),
             LayerOperation::Append(_, slots) => {

@@ -34,7 +34,7 @@ impl Stage {
 }
 
 /// What one call of a [`Layer`] runs on a device, as pure data: the dispatches before attention, its [`Plan`], and the dispatches
-/// after it. [`crate::MultiHeadAttention::prepare`] compiles and allocates what the plan says. Print a plan to read it.
+/// after it. [`MultiHeadAttention::prepare`](crate::multihead::MultiHeadAttention::prepare) compiles and allocates what the plan says. Print a plan to read it.
 #[derive(Clone, Debug)]
 pub struct LayerPlan {
     call: Call,

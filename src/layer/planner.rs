@@ -14,7 +14,7 @@ use crate::layer::projected::{self, Projected, joined};
 use crate::layer::{Call, Layer, Weights};
 use crate::ops::append::{self, Append};
 use crate::ops::extra::lse_words;
-use crate::ops::project::{Projection, Turn, Wiring};
+use crate::ops::project::{Projection, RotatedColumns, Wiring};
 use crate::ops::rotary::{self, Positions, Rotation};
 
 /// The attention problem on the projected tensors.
@@ -86,16 +86,16 @@ impl<'a> Planner<'a> {
         for tensors in joined(&self.projected) {
             let projection = self.projection(tensors);
             let (first, mut wiring) = (tensors[0], wiring(&tensors[0]));
-            if let Some(turn) = self.turn(tensors) {
-                let turning = tensors.iter().filter(|tensor| tensor.tensor != Slot::V);
-                let names = turning.map(|tensor| tensor.tensor.name()).collect::<Vec<_>>().join(" and ");
-                match projection.turn_obstacle(self.caps, &turn) {
+            if let Some(rotated) = self.rotated(tensors) {
+                let named = tensors.iter().filter(|tensor| tensor.tensor != Slot::V);
+                let names = named.map(|tensor| tensor.tensor.name()).collect::<Vec<_>>().join(" and ");
+                match projection.rotation_obstacle(self.caps, &rotated) {
                     None => {
-                        wiring.turn = Some(turn);
+                        wiring.rotated = Some(rotated);
                         reasons.push(format!("rotary embedding of {names}: in the projection, which saves a pass"));
                     }
                     Some(why) => {
-                        rotations.push(rotation(&first, &turn));
+                        rotations.push(rotation(&first, &rotated));
                         reasons.push(format!("rotary embedding of {names}: not in the projection: {why}"));
                     }
                 }
@@ -131,11 +131,11 @@ impl<'a> Planner<'a> {
     }
 
     /// The rotary embedding of queries and keys among the tensors of one buffer. Heads of keys follow those of queries there.
-    fn turn(&self, tensors: &[Projected]) -> Option<Turn> {
+    fn rotated(&self, tensors: &[Projected]) -> Option<RotatedColumns> {
         let rotary = self.layer.rotary?;
-        let turning = tensors.iter().filter(|tensor| tensor.tensor != Slot::V);
-        let columns = turning.map(|tensor| tensor.columns).sum::<u32>();
-        (columns > 0).then_some(Turn {
+        let queries_and_keys = tensors.iter().filter(|tensor| tensor.tensor != Slot::V);
+        let columns = queries_and_keys.map(|tensor| tensor.columns).sum::<u32>();
+        (columns > 0).then_some(RotatedColumns {
             columns,
             head_dim: tensors[0].head_dim,
             rotary_dim: rotary.dim,
@@ -165,7 +165,7 @@ impl<'a> Planner<'a> {
         p.x = Strides { offset: 0, batch: u64::from(s.problem.seq_q) * row, head: 0, row };
         (p.batch, p.bias, p.y) = (s.problem.batch, location.bias_offset, self.outer(map.outputs, s.problem.seq_q));
         (p.weight_offset, p.weight_row) = (location.weight_offset, location.weight_row);
-        let wiring = Wiring { x: Slot::Out, weight: location.buffer, y: Slot::Result, turn: None };
+        let wiring = Wiring { x: Slot::Out, weight: location.buffer, y: Slot::Result, rotated: None };
         operations.push(LayerOperation::Project(p, wiring));
         if changes_weights(self.layer, &self.call) {
             operations.push(LayerOperation::GiveWeights {
@@ -208,14 +208,14 @@ impl<'a> Planner<'a> {
 }
 
 fn wiring(first: &Projected) -> Wiring {
-    Wiring { x: first.input, weight: first.parameters.buffer, y: first.output, turn: None }
+    Wiring { x: first.input, weight: first.parameters.buffer, y: first.output, rotated: None }
 }
 
 /// The rotary embedding of a projection's first columns in a pass of its own.
-fn rotation(first: &Projected, turn: &Turn) -> LayerOperation {
-    let heads = turn.columns / turn.head_dim;
-    let mut rotation = Rotation::new(turn.batch, heads, turn.rows, turn.head_dim, turn.table_rows);
-    (rotation.rotary_dim, rotation.interleaved) = (turn.rotary_dim, turn.interleaved);
+fn rotation(first: &Projected, rotated: &RotatedColumns) -> LayerOperation {
+    let heads = rotated.columns / rotated.head_dim;
+    let mut rotation = Rotation::new(rotated.batch, heads, rotated.rows, rotated.head_dim, rotated.table_rows);
+    (rotation.rotary_dim, rotation.interleaved) = (rotated.rotary_dim, rotated.interleaved);
     (rotation.positions, rotation.x) = (Positions::Starts, first.strides);
     LayerOperation::Rotate(rotation, rotary::Slots { x: first.output, y: first.output })
 }

@@ -37,8 +37,8 @@ fn bias(map: u32, column: u32) -> f32 {
 enum Cell {
     /// Of an input of the layer.
     Input { batch: u32, row: u32, column: u32 },
-    /// Of a product with one of the four maps; `turned` by the rotary embedding.
-    Product { map: u32, batch: u32, row: u32, column: u32, turned: bool },
+    /// Of a product with one of the four maps; `rotated` by the rotary embedding.
+    Product { map: u32, batch: u32, row: u32, column: u32, rotated: bool },
     /// Of the result of attention, `joined` with the added key.
     Merged { batch: u32, row: u32, column: u32, joined: bool },
 }
@@ -200,45 +200,45 @@ impl Machine<'_> {
                 let want = Cell::Merged { batch, row, column: input, joined };
                 assert_eq!(self.cells.get(&(wiring.x, place)), Some(&want));
             }
-            let turned = wiring.turn.is_some_and(|turn| c < turn.columns);
-            if let Some(turn) = wiring.turn.filter(|_| turned) {
-                assert!(map < 2, "columns of {map} turn");
-                assert_eq!(c % turn.head_dim, column % self.case.layer.key_dim);
-                self.assert_turn(turn.rotary_dim, turn.interleaved, turn.table_rows);
-                assert_eq!((turn.batch, turn.rows), (p.batch, p.rows));
+            let rotated = wiring.rotated.is_some_and(|rotated| c < rotated.columns);
+            if let Some(rotated) = wiring.rotated.filter(|_| rotated) {
+                assert!(map < 2, "columns of {map} are rotated");
+                assert_eq!(c % rotated.head_dim, column % self.case.layer.key_dim);
+                self.assert_rotation(rotated.rotary_dim, rotated.interleaved, rotated.table_rows);
+                assert_eq!((rotated.batch, rotated.rows), (p.batch, p.rows));
             }
             let place = place(&p.y, [batch, c / p.head_columns, row]) + u64::from(c % p.head_columns);
-            self.write(wiring.y, place, Cell::Product { map, batch, row, column, turned });
+            self.write(wiring.y, place, Cell::Product { map, batch, row, column, rotated });
         }
     }
 
-    fn assert_turn(&self, dim: u32, interleaved: bool, positions: u32) {
+    fn assert_rotation(&self, dim: u32, interleaved: bool, positions: u32) {
         let rotary = self.case.layer.rotary.expect("a layer with rotary embedding");
         assert_eq!((dim, interleaved, positions), (rotary.dim, rotary.interleaved, rotary.positions));
     }
 
     fn rotate(&mut self, r: &Rotation, slot: Slot) {
-        self.assert_turn(r.rotary_dim, r.interleaved, r.table_rows);
+        self.assert_rotation(r.rotary_dim, r.interleaved, r.table_rows);
         assert_eq!((r.y, r.head_dim), (None, self.case.layer.key_dim));
         for [b, head, r_row] in places([r.batch, r.heads, r.rows]) {
             for d in 0..r.head_dim {
                 let key = (slot, place(&r.x, [b, head, r_row]) + u64::from(d));
-                let Some(&Cell::Product { map, batch, row, column, turned: false }) = self.cells.get(&key) else {
-                    panic!("{:?} at {key:?} cannot turn", self.cells.get(&key))
+                let Some(&Cell::Product { map, batch, row, column, rotated: false }) = self.cells.get(&key) else {
+                    panic!("{:?} at {key:?} cannot be rotated", self.cells.get(&key))
                 };
                 assert!(map < 2 && (batch, row) == (b, r_row) && column % r.head_dim == d);
-                self.cells.insert(key, Cell::Product { map, batch, row, column, turned: true });
+                self.cells.insert(key, Cell::Product { map, batch, row, column, rotated: true });
             }
         }
     }
 
-    /// What attention, or the cache, reads of a projected tensor: all heads of all rows, turned where the layer wants that.
+    /// What attention, or the cache, reads of a projected tensor: all heads of all rows, rotated where the layer wants that.
     fn assert_tensor(&self, map: u32, buffer: Slot, strides: &Strides, [heads, dim]: [u32; 2]) {
-        let turned = map < 2 && self.case.layer.rotary.is_some();
+        let rotated = map < 2 && self.case.layer.rotary.is_some();
         for [batch, head, row] in places([self.case.problem.batch, heads, self.rows(map)]) {
             for d in 0..dim {
                 let at = place(strides, [batch, head, row]) + u64::from(d);
-                let want = Cell::Product { map, batch, row, column: head * dim + d, turned };
+                let want = Cell::Product { map, batch, row, column: head * dim + d, rotated };
                 assert_eq!(self.cells.get(&(buffer, at)), Some(&want), "{buffer:?} {at}");
             }
         }
@@ -308,7 +308,7 @@ impl Machine<'_> {
         let (p, width) = (&self.case.problem, self.case.layer.out.outputs);
         for [batch, row, column] in places([p.batch, p.seq_q, width]) {
             let at = self.outer([batch, row, column], p.seq_q, width);
-            let want = Cell::Product { map: 3, batch, row, column, turned: false };
+            let want = Cell::Product { map: 3, batch, row, column, rotated: false };
             assert_eq!(self.cells.get(&(Slot::Result, at)), Some(&want), "result {at}");
         }
     }

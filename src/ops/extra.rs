@@ -51,7 +51,7 @@ impl Extra<'_> {
         let (q, q_base) = bound(caps, Slot::Q, part.span(&s.q), 4, s.q.strides.offset, false)?;
         let (out, out_base) = bound(caps, Slot::Out, part.span(&s.out), 4, s.out.strides.offset, true)?;
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, true)), 4, 0, true)?;
-        let (biases, first) = bound(caps, Slot::Shifts, (0, self.biases), 4, 0, false)?;
+        let (biases, first) = bound(caps, Slot::Biases, (0, self.biases), 4, 0, false)?;
         let row_tiles = s.problem.seq_q.div_ceil(threads);
         let uniform = Uniform::new(&extra::Params {
             place: Place { row_tiles, col_tiles: 1, ..part.place() },

@@ -147,7 +147,7 @@ impl Merge {
     /// Checks the lengths of host slices.
     pub(crate) fn check_lengths(&self, partial_out: usize, partial_lse: usize, sinks: Option<usize>) -> Result<()> {
         self.check()?;
-        let lines = u64::from(self.partials) * self.lines();
+        let all_rows = u64::from(self.partials) * self.total_rows();
         let field = "sinks";
         let heads = match (sinks, self.sinks) {
             (None, true) => return Err(Error::Missing { field }),
@@ -155,8 +155,8 @@ impl Merge {
             (_, sinks) => u64::from(sinks) * u64::from(self.heads),
         };
         super::check_lengths(&[
-            ("partial_out", partial_out, lines * u64::from(self.value_dim)),
-            ("partial_lse", partial_lse, lines),
+            ("partial_out", partial_out, all_rows * u64::from(self.value_dim)),
+            ("partial_lse", partial_lse, all_rows),
             (field, sinks.unwrap_or(0), heads),
         ])
     }
@@ -200,7 +200,7 @@ impl Merge {
         }
         let unpacked = if planner.unpacked { 4 * out.extent() } else { 0 };
         let spare = if self.partials == 0 { SPARE } else { 0 };
-        let scratch = Scratch { totals: 8 * self.lines(), unpacked, spare };
+        let scratch = Scratch { totals: 8 * self.total_rows(), unpacked, spare };
         for (field, value) in [("totals", scratch.totals), ("out in f32", scratch.unpacked)] {
             let limit = caps.limits.max_buffer_size;
             if value > limit {
@@ -214,7 +214,7 @@ impl Merge {
     }
 
     /// Rows of one partial.
-    pub(crate) fn lines(&self) -> u64 {
+    pub(crate) fn total_rows(&self) -> u64 {
         u64::from(self.batch) * u64::from(self.heads) * u64::from(self.seq_q)
     }
 }
@@ -231,7 +231,7 @@ struct Planner<'a, 'b> {
 
 impl Planner<'_, '_> {
     /// Rows of a part within one partial, `[first, end)`.
-    fn lines(&self, part: &Part) -> Span {
+    fn row_numbers(&self, part: &Part) -> Span {
         let m = self.merge;
         let at = |b: u32, h: u32, i: u32| {
             (u64::from(b) * u64::from(m.heads) + u64::from(h)) * u64::from(m.seq_q) + u64::from(i)
@@ -242,11 +242,11 @@ impl Planner<'_, '_> {
 
     /// The same in units of `each` elements, for the partials of a range.
     fn partial_span(&self, part: &Part, partials: &Range<u32>, each: u64) -> Span {
-        let (first, end) = self.lines(part);
-        let line = |n: u32, line: u64| (u64::from(n) * self.merge.lines() + line) * each;
+        let (first, end) = self.row_numbers(part);
+        let number = |n: u32, row: u64| (u64::from(n) * self.merge.total_rows() + row) * each;
         match partials.is_empty() {
             true => (0, 0),
-            false => (line(partials.start, first), line(partials.end - 1, end)),
+            false => (number(partials.start, first), number(partials.end - 1, end)),
         }
     }
 
@@ -284,10 +284,10 @@ impl Planner<'_, '_> {
 
     /// How many partials of a part one binding holds, each row having `bytes` bytes.
     fn step(&self, part: &Part, bytes: u64) -> u32 {
-        let (first, end) = self.lines(part);
+        let (first, end) = self.row_numbers(part);
         // `divide` left room for one.
         let room = self.caps.binding() - self.caps.alignment() - (end - first) * bytes;
-        let more = room / (self.merge.lines() * bytes);
+        let more = room / (self.merge.total_rows() * bytes);
         (more + 1).min(self.merge.partials.into()) as u32
     }
 
@@ -298,14 +298,14 @@ impl Planner<'_, '_> {
     }
 
     fn part(&mut self, part: &Part) -> Result<()> {
-        let (m, lines) = (self.merge, part.planes() * count(&part.rows));
+        let (m, rows) = (self.merge, part.planes() * count(&part.rows));
         for partials in self.chunks(part, 4 * self.words) {
             let (lse, sinks) = (m.lse && partials.end == m.partials, m.sinks && partials.start == 0);
-            self.dispatch(MergeTotals { lse, sinks }.into(), part, &partials, lines)?;
+            self.dispatch(MergeTotals { lse, sinks }.into(), part, &partials, rows)?;
         }
         let element = if self.unpacked { Element::F32 } else { m.element };
         let vector = m.value_dim.is_multiple_of(4) && whole_vectors(&self.out);
-        let items = lines * u64::from(m.value_dim.div_ceil(4));
+        let items = rows * u64::from(m.value_dim.div_ceil(4));
         for partials in self.chunks(part, self.out_step()) {
             self.dispatch(kernel::merge::Merge { element, vector }.into(), part, &partials, items)?;
         }
@@ -316,7 +316,7 @@ impl Planner<'_, '_> {
         let (m, caps) = (self.merge, self.caps);
         let dim = u64::from(m.value_dim);
         let plane = u64::from(m.seq_q) * dim;
-        let lse = bind(caps, self.lines(part), 4, 0);
+        let lse = bind(caps, self.row_numbers(part), 4, 0);
         let [mut first_out, mut first_lse, mut out] = [0; 3];
         let mut bindings = Vec::new();
         for (slot, written) in variant.bindings() {
@@ -351,7 +351,7 @@ impl Planner<'_, '_> {
             partial0: partials.start,
             partial_end: partials.end,
             first_lse,
-            partials: params::Partials { next_out: (m.lines() * dim) as u32, next_lse: m.lines() as u32 },
+            partials: params::Partials { next_out: (m.total_rows() * dim) as u32, next_lse: m.total_rows() as u32 },
             lse: LineAt { base: lse.2, batch: m.heads.wrapping_mul(m.seq_q), head: m.seq_q },
             items: checked_u32("items", items)?,
         };

@@ -11,7 +11,7 @@ use crate::dispatch::steps::{Span, Steps, bind, bound, checked_u32};
 use crate::kernel::Variant;
 use crate::kernel::body::Body;
 use crate::kernel::eligibility::too_many_bindings;
-use crate::kernel::params::{At, Place, Turn as TurnParams, flags};
+use crate::kernel::params::{At, Place, RotationTable, flags};
 use crate::kernel::project::{self, Matrix};
 use crate::kernel::project_lanes::ProjectLanes;
 use crate::kernel::slot::Slot;
@@ -59,12 +59,12 @@ pub struct Projection {
 
 /// Rotary position embedding of a projection's first columns. Row `r` of batch `b` stands at `positions[b] + r`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Turn {
-    /// End of the columns that belong to turning heads.
+pub(crate) struct RotatedColumns {
+    /// End of the columns that belong to rotated heads.
     pub(crate) columns: u32,
     /// Columns of such a head.
     pub(crate) head_dim: u32,
-    /// How many of them turn, from the first on.
+    /// How many of them are rotated, from the first on.
     pub(crate) rotary_dim: u32,
     /// Pairs are neighbours rather than `rotary_dim / 2` apart.
     pub(crate) interleaved: bool,
@@ -81,13 +81,13 @@ pub(crate) struct Wiring {
     pub(crate) x: Slot,
     pub(crate) weight: Slot,
     pub(crate) y: Slot,
-    /// Rotary position embedding before y is stored, as [`Projection::turn_obstacle`] allows it.
-    pub(crate) turn: Option<Turn>,
+    /// Rotary position embedding before y is stored, as [`Projection::rotation_obstacle`] allows it.
+    pub(crate) rotated: Option<RotatedColumns>,
 }
 
 impl Wiring {
     /// An operation of its own.
-    pub(crate) const OWN: Wiring = Wiring { x: Slot::X, weight: Slot::Matrix(0), y: Slot::Y, turn: None };
+    pub(crate) const OWN: Wiring = Wiring { x: Slot::X, weight: Slot::Matrix(0), y: Slot::Y, rotated: None };
 }
 
 impl Projection {
@@ -246,9 +246,9 @@ impl Projection {
     }
 
     /// The kernel for a device, with the rows and columns of its tiles.
-    fn kernel(&self, turned: bool, steps: &Steps<'_>) -> Result<(Variant, [u32; 2])> {
+    fn kernel(&self, rotated: bool, steps: &Steps<'_>) -> Result<(Variant, [u32; 2])> {
         let transposed = self.order == Order::OutIn;
-        let matrix = Matrix { element: self.element, transposed, vector: self.vector(), turned };
+        let matrix = Matrix { element: self.element, transposed, vector: self.vector(), rotated };
         Ok(match Body::choose(steps.caps, &steps.options) {
             (Body::Tiled, _) => {
                 let kernel = project::Project::new(self.rows, steps.caps, matrix)?;
@@ -261,19 +261,20 @@ impl Projection {
         })
     }
 
-    /// What keeps the columns from turning before they are stored.
-    pub(crate) fn turn_obstacle(&self, caps: &Caps, turn: &Turn) -> Option<String> {
-        let eights = [self.outputs, turn.columns, turn.head_dim, turn.rotary_dim].iter().all(|n| n.is_multiple_of(8));
+    /// What keeps the columns from being rotated before they are stored.
+    pub(crate) fn rotation_obstacle(&self, caps: &Caps, rotated: &RotatedColumns) -> Option<String> {
+        let eights =
+            [self.outputs, rotated.columns, rotated.head_dim, rotated.rotary_dim].iter().all(|n| n.is_multiple_of(8));
         // Parts end where a head does.
         let head = match self.order {
-            Order::OutIn => u64::from(turn.head_dim) * self.weight_row * self.element.bytes(),
+            Order::OutIn => u64::from(rotated.head_dim) * self.weight_row * self.element.bytes(),
             Order::InOut => 0,
         };
-        let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
-        let largest = head.max(table).max(4 * u64::from(turn.batch)) + caps.alignment();
+        let table = 4 * u64::from(rotated.table_rows) * u64::from(rotated.rotary_dim);
+        let largest = head.max(table).max(4 * u64::from(rotated.batch)) + caps.alignment();
         if !eights || !self.flat().vector() {
-            Some("widths, heads or their turning part are not whole vectors".into())
-        } else if self.order == Order::InOut && !turn.interleaved {
+            Some("widths, heads or their rotated part are not whole vectors".into())
+        } else if self.order == Order::InOut && !rotated.interleaved {
             Some("the columns of a pair stand apart in [in, out] weights".into())
         } else if largest > caps.binding() {
             Some("the weights of one head, the table or the positions exceed a binding".into())
@@ -299,7 +300,7 @@ impl Projection {
             return Ok(());
         }
         let of = self.flat();
-        let (variant, [tile_rows, tile_cols]) = of.kernel(wiring.turn.is_some(), steps)?;
+        let (variant, [tile_rows, tile_cols]) = of.kernel(wiring.rotated.is_some(), steps)?;
         let planner = Planner { wiring, caps: steps.caps, variant, tile_rows, tile_cols, of };
         planner.of.whole().divide(&|part| planner.excess(part), &mut |part| planner.part(&part, steps))
     }
@@ -325,9 +326,9 @@ impl Planner<'_> {
         if bytes <= limit {
             return None;
         }
-        let (step, least) = match &self.wiring.turn {
+        let (step, least) = match &self.wiring.rotated {
             // Parts end where a head does.
-            Some(turn) => (turn.head_dim, turn.head_dim),
+            Some(rotated) => (rotated.head_dim, rotated.head_dim),
             None => (self.tile_cols, if p.vector() { 4 } else { 1 }),
         };
         let columns = Cut { axis: Axis::Columns, step, least };
@@ -345,20 +346,20 @@ impl Planner<'_> {
     }
 
     /// What the uniform says of the rotation in the projection.
-    fn turning(&self, last: bool) -> project::Params {
-        self.wiring.turn.map_or(project::Params::default(), |turn| project::Params {
-            flags: if last { flags::TURN } else { 0 } | if turn.interleaved { 0 } else { flags::HALVES },
-            turn: TurnParams {
-                table_rows: turn.table_rows,
-                rotary_dim: turn.rotary_dim,
+    fn rotation_params(&self, last: bool) -> project::Params {
+        self.wiring.rotated.map_or(project::Params::default(), |rotated| project::Params {
+            flags: if last { flags::ROTATE } else { 0 } | if rotated.interleaved { 0 } else { flags::HALVES },
+            rotation: RotationTable {
+                table_rows: rotated.table_rows,
+                rotary_dim: rotated.rotary_dim,
                 positions_base: 0,
                 positions_batch: 1,
                 positions_row: 0,
                 position_step: 1,
             },
-            turn_end: turn.columns,
-            turn_head: turn.head_dim,
-            batch_rows: turn.rows,
+            rotated_end: rotated.columns,
+            rotated_head_dim: rotated.head_dim,
+            batch_rows: rotated.rows,
             ..project::Params::default()
         })
     }
@@ -373,12 +374,12 @@ impl Planner<'_> {
             bound(caps, wiring.weight, p.weight_span(part), p.element.bytes(), p.weight_offset, false)?;
         let (y, y_base) = bound(caps, wiring.y, p.y_span(part), 4, p.y.offset, true)?;
         let (biases, b_base) = match p.bias {
-            Some(at) => bound(caps, Slot::Shifts, (at, at + u64::from(p.outputs)), 4, at, false)?,
+            Some(at) => bound(caps, Slot::Biases, (at, at + u64::from(p.outputs)), 4, at, false)?,
             // The shader can take biases, so that something must be bound.
             None => (x, 0),
         };
         let (first, last) = (part.inputs.start == 0, part.inputs.end == p.inputs);
-        let turning = self.turning(last);
+        let rotation = self.rotation_params(last);
         let uniform = Uniform::new(&project::Params {
             place: Place { row_tiles, col_tiles, ..part.place() },
             x_base,
@@ -393,14 +394,19 @@ impl Planner<'_> {
             col0: part.columns.start,
             col_end: part.columns.end,
             head_columns: p.head_columns,
-            flags: turning.flags | if first { p.bias.map_or(0, |_| flags::SHIFTS) } else { flags::ADD },
-            ..turning
+            flags: rotation.flags | if first { p.bias.map_or(0, |_| flags::COLUMN_BIAS) } else { flags::ADD },
+            ..rotation
         });
         let mut bindings = vec![x, weight, biases, y];
-        if let Some(turn) = &wiring.turn {
-            let table = 4 * u64::from(turn.table_rows) * u64::from(turn.rotary_dim);
+        if let Some(rotated) = &wiring.rotated {
+            let table = 4 * u64::from(rotated.table_rows) * u64::from(rotated.rotary_dim);
             bindings.push(Bound { slot: Slot::Angles, offset: 0, size: table, written: false });
-            bindings.push(Bound { slot: Slot::Positions, offset: 0, size: 4 * u64::from(turn.batch), written: false });
+            bindings.push(Bound {
+                slot: Slot::Positions,
+                offset: 0,
+                size: 4 * u64::from(rotated.batch),
+                written: false,
+            });
         }
         let batch = count(&part.batch);
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * batch)?;

@@ -9,7 +9,7 @@ use crate::contract::tensor::Tensor;
 use crate::dispatch::part::{Cut, Excess, Part, count};
 use crate::dispatch::step::{Bound, Step};
 use crate::dispatch::steps::{Steps, bind, bound, checked_u32};
-use crate::kernel::params::{At, Place, Turn};
+use crate::kernel::params::{At, Place, RotationTable};
 use crate::kernel::shader::Shader;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
@@ -40,19 +40,19 @@ pub struct Rotation {
     pub rows: u32,
     /// Elements of a row, 1 to 512.
     pub head_dim: u32,
-    /// How many of them turn, from the first on; even.
+    /// How many of them are rotated, from the first on; even.
     pub rotary_dim: u32,
     /// Pairs are neighbours (GPT-J, ONNX `interleaved`) rather than `rotary_dim / 2` apart (Llama, GPT-NeoX).
     pub interleaved: bool,
     /// Type of the rows.
     pub element: Element,
-    /// Rows of the table, 1 or more unless there is no row to turn.
+    /// Rows of the table, 1 or more unless there is no row to rotate.
     pub table_rows: u32,
     /// Where the positions come from.
     pub positions: Positions,
     /// Where the rows stand.
     pub x: Strides,
-    /// Where the result goes; `None` turns them in place.
+    /// Where the result goes; `None` rotates them in place.
     pub y: Option<Strides>,
 }
 
@@ -87,7 +87,7 @@ impl Rotation {
         }
     }
 
-    /// The table of the positions `0..rows`: pair `i` of `n` turns by `position · base^(−i/n)` (base 10000 unless a model says
+    /// The table of the positions `0..rows`: pair `i` of `n` is rotated by `position · base^(−i/n)` (base 10000 unless a model says
     /// otherwise), worked out in f64.
     pub fn table(rows: u32, rotary_dim: u32, base: f64) -> Vec<f32> {
         let pairs = rotary_dim / 2;
@@ -133,7 +133,7 @@ impl Rotation {
             ("table_rows", self.table_rows, MAX_SIZE),
         ];
         for (field, value, limit) in sizes {
-            // Without a row nothing turns, and no row of the table is read.
+            // Without a row nothing is rotated, and no row of the table is read.
             let needed = match field {
                 "batch" | "rows" => false,
                 "table_rows" => self.batch > 0 && self.rows > 0,
@@ -254,9 +254,9 @@ impl Planner<'_> {
         let (r, caps, bytes) = (self.rotation, self.caps, self.rotation.element.bytes());
         let variant = rotary::Rotary { element: r.element, interleaved: r.interleaved, in_place: self.y.is_none() };
         let packed = r.element != Element::F32;
-        let turning = if packed && !r.interleaved { r.rotary_dim / 4 } else { r.rotary_dim / 2 };
+        let pairs = if packed && !r.interleaved { r.rotary_dim / 4 } else { r.rotary_dim / 2 };
         let rest = if packed { (r.head_dim - r.rotary_dim) / 2 } else { r.head_dim - r.rotary_dim };
-        let items = if self.y.is_none() { turning } else { turning + rest };
+        let items = if self.y.is_none() { pairs } else { pairs + rest };
         let row_tiles = (count(&part.rows) * u64::from(items)).div_ceil(variant.threads().into());
         let (y, y_slot) = self.y.as_ref().map_or((&self.x, self.slots.x), |y| (y, self.slots.y));
         let (from, x_base) = bound(caps, self.slots.x, part.span(&self.x), bytes, r.x.offset, false)?;
@@ -272,7 +272,7 @@ impl Planner<'_> {
             place: Place { row_tiles: checked_u32("row tiles", row_tiles)?, col_tiles: 1, ..part.place() },
             x: At::new(x_base, &r.x),
             y: At::new(y_base, &y.strides),
-            turn: Turn {
+            rotation: RotationTable {
                 table_rows: r.table_rows,
                 rotary_dim: r.rotary_dim,
                 positions_base,

@@ -127,7 +127,7 @@ pub fn compare(problem: &Problem, inputs: &Inputs<'_>, outputs: &Outputs) -> Res
 ///
 /// - A projection adds the bound of [`project`](super::project) to the error of its input: `Δy_c = Σ_i Δx_i |w_ic| + …`. The reference
 ///   rounds between its stages, which adds `u |y|`.
-/// - The rotary embedding turns a pair: `Δ = √(Δa² + Δb²)`, and the bound of [`rotary`](super::rotary).
+/// - The rotary embedding rotates a pair: `Δ = √(Δa² + Δb²)`, and the bound of [`rotary`](super::rotary).
 /// - Attention has the [`Budget`] with `δ_j` larger by `|scale| Σ_d (|q_d| Δk_jd + Δq_d |k_jd| + Δq_d Δk_jd)`, and
 ///   `out` also moves by the weighted mean of `Δv_jd` over the visible keys.
 /// - The added key of `bias_kv` has the weight `w = 1 / (1 + exp(lse − s))`, and `exp(±e)` with
@@ -216,7 +216,7 @@ pub fn compare_merge(
     outputs: &Outputs,
 ) -> Result<Comparisons> {
     merge.check_lengths(partial_out.len(), partial_lse.len(), sinks.map(<[f32]>::len))?;
-    let (tensor, rows) = (merge.checked()?, merge.lines() as usize);
+    let (tensor, rows) = (merge.checked()?, merge.total_rows() as usize);
     check_output("out", Some(outputs.out.len()), Some(tensor.extent() as usize))?;
     check_output("lse", outputs.lse.as_ref().map(Vec::len), merge.lse.then_some(rows))?;
     check_output("weights", outputs.weights.as_ref().map(Vec::len), None)?;

@@ -90,8 +90,8 @@ fn evaluate<T: Real>(
     let mut q = linear::<T>(&layer.query, query, batch, seq_q, call.seq_first)?;
     let mut k = linear::<T>(&layer.key, key, batch, seq_kv, call.seq_first)?;
     let v = linear::<T>(&layer.value, value, batch, seq_kv, call.seq_first)?;
-    turn::<T>(layer, &mut q, [batch, layer.heads, seq_q])?;
-    turn::<T>(layer, &mut k, [batch, layer.kv_heads, seq_kv])?;
+    rotate::<T>(layer, &mut q, [batch, layer.heads, seq_q])?;
+    rotate::<T>(layer, &mut k, [batch, layer.kv_heads, seq_kv])?;
     let given = Inputs { q: (&q.values).into(), k: (&k.values).into(), v: (&v.values).into(), operands };
     let errors = Inputs { q: (&q.errors).into(), k: (&k.errors).into(), v: (&v.errors).into(), operands };
     let (got, budget) = attend(&inner, &given, &errors)?;
@@ -315,7 +315,7 @@ fn linear<T: Real>(linear: &Linear, x: &[f32], batch: u32, rows: u32, seq_first:
 }
 
 /// Rotary position embedding of [batch, rows, heads, key_dim], positions from 0 on.
-fn turn<T: Real>(layer: &Layer, x: &mut Rounded, [batch, heads, rows]: [u32; 3]) -> Result<()> {
+fn rotate<T: Real>(layer: &Layer, x: &mut Rounded, [batch, heads, rows]: [u32; 3]) -> Result<()> {
     let Some(of) = layer.rotary else { return Ok(()) };
     let mut r = Rotation::new(batch, heads, rows, layer.key_dim, of.positions);
     (r.rotary_dim, r.interleaved, r.positions) = (of.dim, of.interleaved, Positions::Starts);
@@ -323,24 +323,24 @@ fn turn<T: Real>(layer: &Layer, x: &mut Rounded, [batch, heads, rows]: [u32; 3])
     r.x = Strides { offset: 0, batch: u64::from(rows) * h * d, head: d, row: h * d };
     let table = Rotation::table(of.positions, of.dim, of.base);
     let (y, bounds) = rotary::<T>(&r, Elements::F32(&x.values), &table, &vec![0; batch as usize])?;
-    let (dim, turning) = (layer.key_dim as usize, of.dim as usize);
+    let (dim, rotary_dim) = (layer.key_dim as usize, of.dim as usize);
     let order = (0..batch as usize)
         .flat_map(|b| (0..heads as usize).flat_map(move |h| (0..rows as usize).map(move |row| (b, h, row))));
-    for ((b, h, row), (turned, bounds)) in order.zip(y.chunks_exact(dim).zip(bounds.chunks_exact(dim))) {
+    for ((b, h, row), (rotated, bounds)) in order.zip(y.chunks_exact(dim).zip(bounds.chunks_exact(dim))) {
         let at = ((b * rows as usize + row) * heads as usize + h) * dim;
         let before = x.errors[at..at + dim].to_vec();
-        let error = |d: usize| match d < turning {
-            true => 1.01 * f64::from(before[d]).hypot(f64::from(before[partner(d, turning, of.interleaved)])),
+        let error = |d: usize| match d < rotary_dim {
+            true => 1.01 * f64::from(before[d]).hypot(f64::from(before[partner(d, rotary_dim, of.interleaved)])),
             false => f64::from(before[d]),
         };
-        let rounded = Rounded::new(turned, bounds.iter().enumerate().map(|(d, bound)| bound + error(d)));
+        let rounded = Rounded::new(rotated, bounds.iter().enumerate().map(|(d, bound)| bound + error(d)));
         x.values[at..at + dim].copy_from_slice(&rounded.values);
         x.errors[at..at + dim].copy_from_slice(&rounded.errors);
     }
     Ok(())
 }
 
-/// The element that turns together with element `d`.
-fn partner(d: usize, turning: usize, interleaved: bool) -> usize {
-    if interleaved { d ^ 1 } else { (d + turning / 2) % turning }
+/// The element that is rotated together with element `d`.
+fn partner(d: usize, rotary_dim: usize, interleaved: bool) -> usize {
+    if interleaved { d ^ 1 } else { (d + rotary_dim / 2) % rotary_dim }
 }

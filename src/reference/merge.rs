@@ -68,7 +68,7 @@ pub(super) fn merge_with_budget(
     partial_lse: &[f32],
     sinks: Option<&[f32]>,
 ) -> Result<Merged> {
-    let (dim, rows) = (merge.value_dim as usize, merge.lines() as usize);
+    let (dim, rows) = (merge.value_dim as usize, merge.total_rows() as usize);
     let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
     let (outs, lses) = (wide(partial_out), wide(partial_lse));
     // Without a partial the result is that of an empty one.

@@ -5,7 +5,7 @@ use crate::contract::error::Result;
 use crate::contract::problem::{Element, Elements, Strides};
 use crate::ops::rotary::{Positions, Rotation};
 
-/// The turned tensor, dense [batch, heads, rows, head_dim], and beside each element the error that f32 arithmetic and one
+/// The rotated tensor, dense [batch, heads, rows, head_dim], and beside each element the error that f32 arithmetic and one
 /// rounding to the element type may make: two products and a sum of unit roundoff `u = 2⁻²⁴` are off by at most
 /// `3u (|cos · a| + |sin · b|)`, the rounding by `u16 |y|` (f16: at least 2⁻²⁵), and WGSL may flush what is below 2⁻¹²⁶.
 ///
@@ -24,8 +24,9 @@ pub fn rotary<T: Real>(
 ) -> Result<(Vec<T>, Vec<f64>)> {
     rotation.check_lengths(x.len(), table.len(), positions.len())?;
     let r = rotation;
-    let [batch, heads, rows, dim, turning] = [r.batch, r.heads, r.rows, r.head_dim, r.rotary_dim].map(|n| n as usize);
-    let half = turning / 2;
+    let [batch, heads, rows, dim, rotary_dim] =
+        [r.batch, r.heads, r.rows, r.head_dim, r.rotary_dim].map(|n| n as usize);
+    let half = rotary_dim / 2;
     let Strides { offset, batch: by_batch, head: by_head, row: by_row } = r.x;
     let (mut y, mut bounds) = (Vec::new(), Vec::new());
     let (rounding, smallest) = match r.element {
@@ -39,9 +40,9 @@ pub fn rotary<T: Real>(
             Positions::Rows => positions[b * rows + row] as usize,
             Positions::Starts => positions[b] as usize + row,
         };
-        let angles = &table[position.min(r.table_rows as usize - 1) * turning..][..turning];
+        let angles = &table[position.min(r.table_rows as usize - 1) * rotary_dim..][..rotary_dim];
         for d in 0..dim {
-            if d >= turning {
+            if d >= rotary_dim {
                 y.push(T::of(x.get(at + d)));
                 bounds.push(0.0);
                 continue;

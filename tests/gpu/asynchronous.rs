@@ -9,10 +9,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use wgpu_attention::{
-    Append, Attention, Call, DeviceOptions, Element, Error, Gpu, Inputs, Layer, LayerInputs, Linear, Merge,
-    MultiHeadAttention, Options, Order, Problem, Projection, Rotation, Runner, with,
-};
+use wgpu_attention::multihead::{Call, Layer, LayerInputs, Linear, MultiHeadAttention};
+use wgpu_attention::operations::{Append, Merge, Order, Projection, Rotation};
+use wgpu_attention::{Attention, DeviceOptions, Element, Error, Gpu, Inputs, Options, Problem, Runner, with};
 
 use crate::device::cases;
 use crate::support::{Adapter, Case, Random, checked, gpus};

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use wgpu_attention::{Attention, Causal, Element, Error, Form, Gpu, Kernel, Merge, Options, Plan, Problem, wgpu, with};
+use wgpu_attention::operations::Merge;
+use wgpu_attention::{Attention, Causal, Element, Error, Form, Gpu, Kernel, Options, Plan, Problem, wgpu, with};
 
 use crate::support::staged::Staged;
 use crate::support::{Adapter, Case, Data, gpus};

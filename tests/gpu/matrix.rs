@@ -169,7 +169,7 @@ fn a_maximum_that_rises_is_rescaled_exactly() {
 #[test]
 fn values_that_cancel_keep_the_digits_of_f32() {
     // One heavy key of value 0, and hundreds that weigh less than f16's last place: their sum is all that is left of them. lavapipe
-    // ends all loops of an invocation after 2^16 turns together, which emulated matrices reach with a thousand keys when checks
+    // ends all loops of an invocation after 2^16 iterations together, which emulated matrices reach with a thousand keys when checks
     // keep their loops from being unrolled.
     let p = halves([1, 1, 33, 400, 8], |p| p.scale = Some(1.0));
     for depth in [9.0, 12.0, 16.0] {

@@ -1,8 +1,8 @@
 //! Keys and values in pages: the same answers wherever the pages stand, and nothing read but what the block table names.
 
+use wgpu_attention::operations::{Append, AppendBuffers};
 use wgpu_attention::{
-    Append, AppendBuffers, Causal, Element, Error, Kernel, Layout, Obstacle, Options, Paged, Problem, Strides, Window,
-    with,
+    Causal, Element, Error, Kernel, Layout, Obstacle, Options, Paged, Problem, Strides, Window, with,
 };
 
 use crate::support::staged::{Guarded, Staged};

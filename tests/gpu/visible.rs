@@ -87,9 +87,9 @@ fn keys_of_a_circular_cache_are_seen_by_their_positions() {
     let straight = Data::random(&dense, 3, 1.0);
     let mut ring = dense.clone();
     (ring.seq_kv, ring.key_positions, ring.causal) = (24, true, Causal::Offset);
-    let mut turned = Data::random(&ring, 3, 1.0);
-    (turned.q, turned.slopes) = (straight.q.clone(), straight.slopes.clone());
-    turned.offsets = Some(vec![1016]);
+    let mut rotated = Data::random(&ring, 3, 1.0);
+    (rotated.q, rotated.slopes) = (straight.q.clone(), straight.slopes.clone());
+    rotated.offsets = Some(vec![1016]);
     // The key at position 1000 + n stands in slot (7 + n) % 24.
     let mut positions = vec![-1; 24];
     for n in 0..19 {
@@ -97,15 +97,15 @@ fn keys_of_a_circular_cache_are_seen_by_their_positions() {
         for head in 0..2 {
             for d in 0..12 {
                 let [from, to] = [(head * 19 + n) * 12 + d, (head * 24 + (7 + n) % 24) * 12 + d];
-                turned.k.set(to, straight.k.elements().get(from) as f32);
-                turned.v.set(to, straight.v.elements().get(from) as f32);
+                rotated.k.set(to, straight.k.elements().get(from) as f32);
+                rotated.v.set(to, straight.v.elements().get(from) as f32);
             }
         }
     }
-    turned.key_positions = Some(positions);
-    let (straight, turned) = (Case::new(dense, straight), Case::new(ring, turned));
-    for (got, want) in turned.want.out.iter().zip(&straight.want.out) {
+    rotated.key_positions = Some(positions);
+    let (straight, rotated) = (Case::new(dense, straight), Case::new(ring, rotated));
+    for (got, want) in rotated.want.out.iter().zip(&straight.want.out) {
         assert!((got - want).abs() < 1e-12, "{got} {want}");
     }
-    everywhere(turned);
+    everywhere(rotated);
 }

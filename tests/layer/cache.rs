@@ -1,24 +1,23 @@
 //! Layers with a key/value cache.
 
-use wgpu_attention::RotaryEmbedding;
-use wgpu_attention::{
-    CacheBuffers, Call, Causal, Element, Error, LayerBuffers, LayerInputs, MultiHeadAttention, Options, Order,
-    reference,
-};
+use wgpu_attention::multihead::RotaryEmbedding;
+use wgpu_attention::multihead::{CacheBuffers, Call, LayerBuffers, LayerInputs, MultiHeadAttention};
+use wgpu_attention::operations::Order;
+use wgpu_attention::{Causal, Element, Error, Options, reference};
 
+use crate::fused_rotation::rotated;
 use crate::layers::{assert_close, layer};
 use crate::support::operations::{nothing, submit};
 use crate::support::{Random, gpus};
-use crate::turning::turning;
 use crate::{guarded, read};
 
 /// Prompts of different lengths into the cache, then token by token; each output as if everything had been given at once.
 #[test]
 fn decoding_with_a_cache_matches_whole_sequences() {
-    // One projection for query, key and value together, and one for each; columns of a value and those of a key that turn, and
+    // One projection for query, key and value together, and one for each; columns of a value and those of a key that are rotated, and
     // whether that is in the projection.
     let kinds = [(true, 6, 4, [0, 1]), (false, 6, 4, [0, 2]), (true, 8, 8, [1, 0]), (false, 8, 8, [2, 0])];
-    for (gpu, (alike, dv, dim, turns)) in gpus().iter().flat_map(|gpu| kinds.map(|kind| (gpu, kind))) {
+    for (gpu, (alike, dv, dim, rotations)) in gpus().iter().flat_map(|gpu| kinds.map(|kind| (gpu, kind))) {
         let (lengths, room, width, new) = ([5u32, 2, 7], 12u32, 20u32, 3u32);
         let mut layer = layer(&mut Random(42), [4, 2, 8, dv], [width; 4], Order::OutIn, true);
         if !alike {
@@ -49,7 +48,7 @@ fn decoding_with_a_cache_matches_whole_sequences() {
             let prepared = resident
                 .prepare(gpu.library(), &layer.problem(3, rows, room), &causal, &Options::default())
                 .expect("valid");
-            assert_eq!(turning(&prepared), turns, "{:?}", prepared.reasons());
+            assert_eq!(rotated(&prepared), rotations, "{:?}", prepared.reasons());
             let mut x = vec![0.5f32; (3 * rows * width) as usize];
             for (b, sequence) in sequences.iter().enumerate() {
                 let n = (if step == 0 { lengths[b] } else { 1 } * width) as usize;

@@ -1,9 +1,9 @@
 //! What is wrong with layers and their calls.
 
-use wgpu_attention::RotaryEmbedding;
-use wgpu_attention::{
-    Call, Element, Error, Layer, LayerInputs, MultiHeadAttention, Options, Order, Paged, Problem, Sources,
-};
+use wgpu_attention::multihead::RotaryEmbedding;
+use wgpu_attention::multihead::{Call, Layer, LayerInputs, MultiHeadAttention, Sources};
+use wgpu_attention::operations::Order;
+use wgpu_attention::{Element, Error, Options, Paged, Problem};
 
 use crate::layers::layer;
 use crate::support::{Random, gpus};
@@ -25,21 +25,21 @@ fn wrong_layers_and_calls_are_errors() {
     );
     assert_eq!(make(&|l| l.out.bias = Some(vec![0.0; 3])), Err(Error::Length { field: "out bias", got: 3, want: 20 }));
     let rotary = RotaryEmbedding { dim: 4, interleaved: true, base: 100.0, positions: 2 };
-    let turning = |change: &dyn Fn(&mut RotaryEmbedding)| {
+    let rotated = |change: &dyn Fn(&mut RotaryEmbedding)| {
         make(&|l| {
             let mut rotary = rotary;
             change(&mut rotary);
             l.rotary = Some(rotary);
         })
     };
-    assert_eq!(turning(&|_| ()), Ok(()));
+    assert_eq!(rotated(&|_| ()), Ok(()));
     for base in [0.0, -1.0, f64::INFINITY, f64::NAN] {
-        assert!(matches!(turning(&|r| r.base = base), Err(Error::Number { field: "rotary.base", .. })), "{base}");
+        assert!(matches!(rotated(&|r| r.base = base), Err(Error::Number { field: "rotary.base", .. })), "{base}");
     }
-    assert_eq!(turning(&|r| r.dim = 10), Err(Error::TooLarge { field: "rotary.dim", value: 10, limit: 8 }));
+    assert_eq!(rotated(&|r| r.dim = 10), Err(Error::TooLarge { field: "rotary.dim", value: 10, limit: 8 }));
     // Terabytes, which must not be asked for.
     assert!(matches!(
-        turning(&|r| r.positions = u32::MAX),
+        rotated(&|r| r.positions = u32::MAX),
         Err(Error::Room { field: "rotary table", unit: "bytes", .. })
     ));
     let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &good, Element::F32).expect("valid");
@@ -61,7 +61,7 @@ fn wrong_layers_and_calls_are_errors() {
     let refused = run(&|p, _| p.paged = pages);
     assert!(matches!(refused, Err(Error::Conflict { left: "paged", right: "the layer", .. })), "{refused:?}");
     assert!(matches!(run(&|p, _| p.element = Element::F16), Err(Error::Conflict { left: "element", .. })));
-    // A row beyond the table would turn like its last one.
+    // A row beyond the table would be rotated like its last one.
     let mut short = good.clone();
     short.rotary = Some(rotary);
     let short = MultiHeadAttention::new(gpu.library(), gpu.queue(), &short, Element::F32).expect("valid");

@@ -1,10 +1,9 @@
 //! Layers against their reference.
 
-use wgpu_attention::RotaryEmbedding;
-use wgpu_attention::{
-    Bias, Broadcast, Call, Causal, Element, Gpu, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention, Options,
-    Order, Problem, Sources, Weights, Window, reference, wgpu, with,
-};
+use wgpu_attention::multihead::RotaryEmbedding;
+use wgpu_attention::multihead::{Call, Layer, LayerBuffers, LayerInputs, Linear, MultiHeadAttention, Sources, Weights};
+use wgpu_attention::operations::Order;
+use wgpu_attention::{Bias, Broadcast, Causal, Element, Gpu, Options, Problem, Window, reference, wgpu, with};
 
 use crate::support::operations::take_turns;
 use crate::support::staged::Guarded;

@@ -5,10 +5,10 @@ mod support;
 
 mod cache;
 mod errors;
+mod fused_rotation;
 mod layers;
 mod project;
 mod rotary;
-mod turning;
 
 use support::staged::Guarded;
 use wgpu_attention::{Form, Gpu, Options, with};

@@ -1,9 +1,7 @@
 //! Projections against their reference.
 
-use wgpu_attention::{
-    Element, Elements, Error, Gpu, Operation, Options, Order, Positions, Projection, ProjectionBuffers, Rotation,
-    reference,
-};
+use wgpu_attention::operations::{Operation, Order, Positions, Projection, ProjectionBuffers, Rotation};
+use wgpu_attention::{Element, Elements, Error, Gpu, Options, reference};
 
 use crate::support::operations::{nothing, run};
 use crate::support::staged::Guarded;
@@ -216,8 +214,8 @@ fn without_a_batch_or_a_row_nothing_is_projected_or_turned() {
                     let starts = vec![0; if positions == Positions::Starts { batch as usize } else { 0 }];
                     assert_eq!(rotation.extent(), 0);
                     assert_eq!(gpu.rotate(&rotation, Elements::F32(&[]), &table, &starts), Ok(vec![]));
-                    let turned = reference::rotary::<f64>(&rotation, Elements::F32(&[]), &table, &starts);
-                    assert_eq!(turned, Ok((vec![], vec![])));
+                    let rotated = reference::rotary::<f64>(&rotation, Elements::F32(&[]), &table, &starts);
+                    assert_eq!(rotated, Ok((vec![], vec![])));
                 }
             }
         }

@@ -1,8 +1,7 @@
 //! Rotations against their reference.
 
-use wgpu_attention::{
-    Element, Elements, Error, Gpu, Options, Positions, Rotation, RotationBuffers, Strides, reference,
-};
+use wgpu_attention::operations::{Positions, Rotation, RotationBuffers};
+use wgpu_attention::{Element, Elements, Error, Gpu, Options, Strides, reference};
 
 use crate::support::operations::run;
 use crate::support::staged::Guarded;
@@ -58,12 +57,12 @@ fn rotations_match() {
     for gpu in gpus() {
         for (seed, element) in [Element::F32, Element::F16, Element::Bf16].into_iter().enumerate() {
             for interleaved in [false, true] {
-                for (dim, turning) in [(8, 8), (72, 72), (64, 20), (2, 2), (38, 12)] {
-                    if element != Element::F32 && !interleaved && turning % 4 != 0 {
+                for (dim, rotated) in [(8, 8), (72, 72), (64, 20), (2, 2), (38, 12)] {
+                    if element != Element::F32 && !interleaved && rotated % 4 != 0 {
                         continue;
                     }
                     let mut r = Rotation::new(2, 3, 19, dim, 30);
-                    (r.rotary_dim, r.interleaved, r.element) = (turning, interleaved, element);
+                    (r.rotary_dim, r.interleaved, r.element) = (rotated, interleaved, element);
                     check_rotation(gpu, &r, seed as u64);
                     // Out of place, from merged heads into a cache with room, positions counted from a start.
                     let d = u64::from(dim);
@@ -82,7 +81,7 @@ fn rotations_match() {
     }
 }
 
-/// Pairs (1, 0) turned by "angles" of any cosine c and sine s become (c, s), rounded once.
+/// Pairs (1, 0) rotated by "angles" of any cosine c and sine s become (c, s), rounded once.
 #[test]
 fn turned_rows_of_sixteen_bits_are_rounded_to_the_nearest_and_ties_to_even() {
     for element in [Element::F16, Element::Bf16] {

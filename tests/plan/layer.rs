@@ -5,13 +5,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use proptest::prelude::*;
-use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::internal::kernel::{Slot, Variant};
 use wgpu_attention::internal::{Bound, Step};
-use wgpu_attention::{
-    Broadcast, Call, Caps, Causal, Element, Error, Kernel, Layer, LayerPlan, Linear, Options, Order, Problem, Sources,
-    Weights, with,
-};
+use wgpu_attention::multihead::RotaryEmbedding;
+use wgpu_attention::multihead::{Call, Layer, LayerPlan, Linear, Sources, Weights};
+use wgpu_attention::operations::Order;
+use wgpu_attention::{Broadcast, Caps, Causal, Element, Error, Kernel, Options, Problem, with};
 
 use crate::strategy::{caps, options};
 use crate::{gpu, within_limits};
@@ -111,7 +110,7 @@ impl Sizes {
             (Slot::Value, input(&layer.value, keys)),
             (Slot::Result, 4 * batch * seq_q * u64::from(layer.out.outputs)),
             (Slot::Averaged, 4 * batch * u64::from(heads) * seq_q * columns),
-            (Slot::Shifts, 4 * biases.max(4)),
+            (Slot::Biases, 4 * biases.max(4)),
             (Slot::KeyCache, cache(layer.key_dim)),
             (Slot::ValueCache, cache(layer.value_dim)),
             (Slot::Starts, 4 * batch),
@@ -201,7 +200,7 @@ impl Written {
                     | Slot::Key
                     | Slot::Value
                     | Slot::Matrix(_)
-                    | Slot::Shifts
+                    | Slot::Biases
                     | Slot::Angles
                     | Slot::Positions
                     | Slot::Starts
@@ -212,7 +211,7 @@ impl Written {
             }
         }
         for bound in step.bindings.iter().filter(|bound| bound.written) {
-            // Rows are turned in place. The added key changes the result of attention and its log-sum-exps.
+            // Rows are rotated in place. The added key changes the result of attention and its log-sum-exps.
             let in_place = match step.variant {
                 Variant::Rotary(_) => "project",
                 Variant::Extra(_) => "attention",
@@ -318,9 +317,9 @@ fn the_dispatches_of_a_few_calls_are_these() {
     assert_eq!(kernels(&plan(Sources::Each, &none)), "3 project | 1 flash | 1 project");
     let orders = plan(Sources::Query, &|layer, _, _| layer.value.order = Order::InOut);
     assert_eq!(kernels(&orders), "3 project | 1 flash | 1 project");
-    let turned = plan(Sources::Query, &|layer, _, _| layer.rotary = rotary(16));
-    assert_eq!(kernels(&turned), "1 project | 1 flash | 1 project");
-    assert_eq!(turned.reasons(), ["rotary embedding of q and k: in the projection, which saves a pass"]);
+    let rotated = plan(Sources::Query, &|layer, _, _| layer.rotary = rotary(16));
+    assert_eq!(kernels(&rotated), "1 project | 1 flash | 1 project");
+    assert_eq!(rotated.reasons(), ["rotary embedding of q and k: in the projection, which saves a pass"]);
     // Parts of 12 elements are no whole vectors of eight.
     let apart = plan(Sources::Query, &|layer, _, _| layer.rotary = rotary(12));
     assert_eq!(kernels(&apart), "1 project, 1 rotary | 1 flash | 1 project");

@@ -58,9 +58,9 @@ fn range(p: &Problem, row: u32) -> (i64, i64) {
     (first, p.window.right.map_or(end, |right| end.min((position + i64::from(right) + 1).clamp(0, keys))))
 }
 
-/// Turns that the loops of the busiest invocation of a dispatch of a fused kernel take, counted tile by tile, with the test that ends
+/// Iterations that the loops of the busiest invocation of a dispatch of a fused kernel take, counted tile by tile, with the test that ends
 /// each.
-fn turns(p: &Problem, step: &Step) -> u64 {
+fn iterations(p: &Problem, step: &Step) -> u64 {
     let per_step = |full: bool, rows: u32| if full { 2 + u64::from(rows) } else { 1 };
     let (rows, keys, each, shares) = match &step.variant {
         Variant::Rows(x) => (x.tile.tile_rows(), x.tile.keys, per_step(x.full, x.tile.rows), 1),
@@ -94,7 +94,11 @@ fn time_per_visible_key_does_not_jump_from_a_thousand_keys_to_a_million() {
                         let plan = planned(&p, &caps, &Options::default());
                         if caps.cpu {
                             for step in plan.steps() {
-                                assert!(turns(&p, step) <= 1 << 16, "{name}, {rule}: {}\n{plan}", turns(&p, step));
+                                assert!(
+                                    iterations(&p, step) <= 1 << 16,
+                                    "{name}, {rule}: {}\n{plan}",
+                                    iterations(&p, step)
+                                );
                             }
                         }
                         let seen: i64 = (0..seq_q).map(|row| range(&p, row).1 - range(&p, row).0).sum();

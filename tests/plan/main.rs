@@ -17,8 +17,9 @@ use proptest::prelude::*;
 use wgpu_attention::internal::Step;
 use wgpu_attention::internal::kernel::matrix::Matrix;
 use wgpu_attention::internal::kernel::{Lanes, Slot, Variant};
+use wgpu_attention::tuning::Tuning;
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, Tuning, wgpu, with,
+    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, wgpu, with,
 };
 
 use strategy::{caps, options, problem};

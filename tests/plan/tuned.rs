@@ -2,9 +2,8 @@
 
 use proptest::prelude::*;
 use wgpu_attention::internal::kernel::{flash, matrix, rows, split};
-use wgpu_attention::{
-    Caps, Causal, Choice, Class, Element, Form, Kernel, Logits, Options, Plan, Problem, Queries, Row, Tuning, with,
-};
+use wgpu_attention::tuning::{Choice, Class, Queries, Row, Tuning};
+use wgpu_attention::{Caps, Causal, Element, Form, Kernel, Logits, Options, Plan, Problem, with};
 
 use crate::strategy::{caps, options, problem};
 use crate::{check_tuned, gpu};

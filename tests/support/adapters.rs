@@ -55,12 +55,12 @@ impl Adapter {
     /// Lets the tests of a binary use OpenGL one after the other, each from its first use until its thread ends: wgpu panics
     /// where a thread waits a second for another that compiles.
     fn take_turn(&self) {
-        static TURN: Mutex<()> = Mutex::new(());
+        static ROTATE: Mutex<()> = Mutex::new(());
         thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });
         if self.adapter.get_info().backend == wgpu::Backend::Gl {
             // A test that failed leaves nothing behind that another one would meet.
             MINE.with_borrow_mut(|mine| {
-                mine.get_or_insert_with(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
+                mine.get_or_insert_with(|| ROTATE.lock().unwrap_or_else(PoisonError::into_inner));
             });
         }
     }

@@ -2,7 +2,8 @@
 
 use std::fmt::Debug;
 
-use wgpu_attention::{Description, Gpu, Operation, wgpu};
+use wgpu_attention::operations::{Description, Operation};
+use wgpu_attention::{Gpu, wgpu};
 
 /// Submits what `record` records.
 pub fn submit(gpu: &Gpu, record: impl FnOnce(&mut wgpu::CommandEncoder)) {

@@ -1,7 +1,7 @@
 //! Node tests of the ONNX operator `TensorScatter` (opset 24): new rows for a cache.
 
 use serde::Deserialize;
-use wgpu_attention::Append;
+use wgpu_attention::operations::Append;
 
 use super::case::{AppendWork, Call, Case, Expectation, Quantity, Work};
 use super::files::Loaded;

@@ -1,8 +1,8 @@
 //! One case: calls to make, and their expected results.
 
-use wgpu_attention::{
-    Append, Call as LayerCall, Element, Layer, LayerInputs, Operands, Outputs, Problem, Rotation, with,
-};
+use wgpu_attention::multihead::{Call as LayerCall, Layer, LayerInputs};
+use wgpu_attention::operations::{Append, Rotation};
+use wgpu_attention::{Element, Operands, Outputs, Problem, with};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};

@@ -1,7 +1,8 @@
 //! `conf-mha/1`, `conf-keras-mha/1` and `conf-tf-tutorial-mha/1`: whole attention layers of PyTorch, Keras and the TensorFlow
 //! transformer tutorial, with their weights.
 
-use wgpu_attention::{Broadcast, Call as LayerCall, Causal, Layer, Operands, Sources, Weights, load};
+use wgpu_attention::multihead::{Call as LayerCall, Layer, Sources, Weights};
+use wgpu_attention::{Broadcast, Causal, Operands, load};
 
 use super::case::{Call, Case, Expectation, LayerWork, Quantity, Rows, Work};
 use super::files::Loaded;

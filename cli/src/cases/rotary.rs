@@ -1,7 +1,8 @@
 //! Node tests of the ONNX operator `RotaryEmbedding` (opset 23).
 
 use serde::Deserialize;
-use wgpu_attention::{Rotation, Strides};
+use wgpu_attention::Strides;
+use wgpu_attention::operations::Rotation;
 
 use super::case::{Call, Case, Expectation, Quantity, RotationWork, Work};
 use super::files::Loaded;
@@ -34,8 +35,8 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         }
         _ => return Err(archive.wrong_shape("in.input", "4-D, or 3-D with a last axis divisible by num_heads")),
     };
-    let turning = if attributes.rotary_embedding_dim == 0 { dim } else { attributes.rotary_embedding_dim };
-    let half = (turning / 2) as usize;
+    let rotary_dim = if attributes.rotary_embedding_dim == 0 { dim } else { attributes.rotary_embedding_dim };
+    let half = (rotary_dim / 2) as usize;
     let explicit = archive.has("in.position_ids");
     let shape = archive.shape("in.cos_cache")?.to_vec();
     let fits = match shape[..] {
@@ -56,7 +57,7 @@ pub fn load(archive: &Archive) -> Result<Loaded> {
         (0..batch * rows).collect()
     };
     let mut rotation = Rotation::new(batch, heads, rows, dim, (cos.len() / half) as u32);
-    (rotation.x, rotation.rotary_dim, rotation.element) = (strides, turning, x.element());
+    (rotation.x, rotation.rotary_dim, rotation.element) = (strides, rotary_dim, x.element());
     rotation.interleaved = attributes.interleaved != 0;
     let rule = Rule { atol: archive.json("atol", "a number")?, rtol: archive.json("rtol", "a number")? };
     archive.expect_shape("out.output", archive.shape("in.input")?)?;

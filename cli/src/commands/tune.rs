@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
-use wgpu_attention::{
-    Causal, Choice, Class, Element, Gpu, Options, Plan, Prepared, Problem, Resident, Row as TunedRow, Tuning,
-};
+use wgpu_attention::tuning::{Choice, Class, Row as TunedRow, Tuning};
+use wgpu_attention::{Causal, Element, Gpu, Options, Plan, Prepared, Problem, Resident};
 
 use super::bench::{Subject, call, must_have_work};
 use crate::Outcome;

@@ -5,6 +5,7 @@ use crate::contract::options::Options;
 use crate::contract::problem::{Element, Elements, Outputs};
 use crate::device::allocation::{allocate, upload_bytes};
 use crate::device::gpu::Gpu;
+use crate::device::gpu::resident::unwritten;
 use crate::device::operation::{
     AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
 };
@@ -105,22 +106,22 @@ impl Gpu {
         sinks: Option<&[f32]>,
     ) -> Result<Outputs> {
         merge.check_lengths(partial_out.len(), partial_lse.len(), sinks.map(<[f32]>::len))?;
-        let (len, lines) = (merge.checked()?.extent(), merge.lines());
+        let (tensor, rows) = (merge.checked()?, merge.total_rows());
         let operation = self.library.merge_async(merge, &Options::default()).await?;
         let [partial_out, partial_lse, sinks, out, lse] = self
             .stage([
                 ("partial_out", bytemuck::cast_slice(partial_out)),
                 ("partial_lse", bytemuck::cast_slice(partial_lse)),
                 ("sinks", bytemuck::cast_slice(sinks.unwrap_or(&[]))),
-                ("out", &unwritten(merge.element, len)),
-                ("lse", &unwritten(Element::F32, lines)),
+                ("out", &unwritten(&tensor, merge.element)),
+                ("lse", bytemuck::cast_slice(&vec![f32::NAN; rows as usize])),
             ])
             .await?;
         let mut buffers = MergeBuffers::new(partial_out.slice(..), partial_lse.slice(..), out.slice(..));
         (buffers.sinks, buffers.lse) = (Some(sinks.slice(..)), Some(lse.slice(..)));
         self.perform(&operation, &buffers).await?;
-        let out = self.read_widened(&out, merge.element, len).await?;
-        let lse = if merge.lse { Some(self.read_widened(&lse, Element::F32, lines).await?) } else { None };
+        let out = self.read_widened(&out, merge.element, tensor.extent()).await?;
+        let lse = if merge.lse { Some(self.read_widened(&lse, Element::F32, rows).await?) } else { None };
         Ok(Outputs { out, lse, ..Outputs::default() })
     }
 
@@ -160,7 +161,7 @@ impl Gpu {
                 ("x", bytemuck::cast_slice(x)),
                 ("weight", weight.bytes()),
                 ("biases", bytemuck::cast_slice(biases.unwrap_or(&[]))),
-                ("y", &unwritten(Element::F32, len)),
+                ("y", bytemuck::cast_slice(&vec![f32::NAN; len as usize])),
             ])
             .await?;
         let mut buffers = ProjectionBuffers::new(x.slice(..), weight.slice(..), y.slice(..));
@@ -169,7 +170,7 @@ impl Gpu {
         self.read_widened(&y, Element::F32, len).await
     }
 
-    /// Turns rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
+    /// Rotates rows on host slices in place, and gives them widened to f32; `rotation.y` must be `None`.
     ///
     /// # Errors
     ///
@@ -192,7 +193,7 @@ impl Gpu {
     ) -> Result<Vec<f32>> {
         rotation.check()?;
         if rotation.y.is_some() {
-            let why = "host slices turn in place";
+            let why = "host slices are rotated in place";
             return Err(Error::Conflict { left: "y", right: "host slices", why });
         }
         check_element("x", x, rotation.element)?;
@@ -213,9 +214,4 @@ impl Gpu {
 fn check_element(field: &'static str, elements: Elements<'_>, want: Element) -> Result<()> {
     let got = elements.element();
     if got == want { Ok(()) } else { Err(Error::Element { field, got, want }) }
-}
-
-/// NaN in every element.
-fn unwritten(element: Element, len: u64) -> Vec<u8> {
-    vec![0xff; (len * element.bytes()) as usize]
 }

@@ -3,7 +3,7 @@
 use crate::contract::error::Result;
 use crate::contract::operands::Operands;
 use crate::contract::problem::{Element, Inputs};
-use crate::contract::shape::Shape;
+use crate::contract::tensor::Tensor;
 use crate::device::allocation::{allocate, upload_bytes};
 use crate::device::encode::{Buffers, Home};
 use crate::device::gpu::Gpu;
@@ -73,7 +73,11 @@ impl Gpu {
             q: make("q", inputs.q.bytes()),
             k: make("k", inputs.k.bytes()),
             v: make("v", inputs.v.bytes()),
-            out: make("out", &unwritten(s)),
+            // Which tokens of a packed batch belong to a sequence is not known here: they start as 0.
+            out: match s.problem.packed {
+                Some(_) => make("out", &vec![0; (s.out().extent() * s.problem.element.bytes()) as usize]),
+                None => make("out", &unwritten(s.out(), s.problem.element)),
+            },
             operands: inputs.operands.map(|operand, data| make(operand.name(), data.bytes())),
             // Tokens that no packed sequence owns stay 0.
             lse: match s.problem.packed {
@@ -90,21 +94,15 @@ impl Gpu {
 }
 
 /// The bytes of an output that nothing was written to: NaN in every row, 0 in the gaps that strides leave.
-fn unwritten(s: &Shape) -> Vec<u8> {
-    let tensor = s.out();
-    let nan: &[u8] = match s.problem.element {
-        Element::F32 => &f32::NAN.to_ne_bytes(),
-        Element::F16 => &half::f16::NAN.to_bits().to_ne_bytes(),
-        Element::Bf16 => &half::bf16::NAN.to_bits().to_ne_bytes(),
-    };
-    let row = nan.repeat(tensor.dim as usize);
-    let mut bytes = vec![0; tensor.extent() as usize * nan.len()];
-    // Which tokens of a packed batch belong to a sequence is not known here: they start as 0.
-    let [batch, heads, rows] = if s.problem.packed.is_some() { [0; 3] } else { tensor.sizes };
+pub(super) fn unwritten(tensor: &Tensor, element: Element) -> Vec<u8> {
+    // All bits are set in a NaN of any of the types.
+    let row = vec![0xff; tensor.dim as usize * element.bytes() as usize];
+    let mut bytes = vec![0; (tensor.extent() * element.bytes()) as usize];
+    let [batch, heads, rows] = tensor.sizes;
     for b in 0..batch {
         for h in 0..heads {
             for i in 0..rows {
-                let at = tensor.at(b, h, i) as usize * nan.len();
+                let at = (tensor.at(b, h, i) * element.bytes()) as usize;
                 bytes[at..at + row.len()].copy_from_slice(&row);
             }
         }

@@ -10,9 +10,9 @@ use crate::device::gpu::whole;
 pub struct LayerBuffers<'a> {
     /// Query input.
     pub query: wgpu::BufferSlice<'a>,
-    /// Key input, where [`crate::Sources`] has one.
+    /// Key input, where [`Sources`](crate::multihead::Sources) has one.
     pub key: Option<wgpu::BufferSlice<'a>>,
-    /// Value input, where [`crate::Sources`] has one.
+    /// Value input, where [`Sources`](crate::multihead::Sources) has one.
     pub value: Option<wgpu::BufferSlice<'a>>,
     /// The layer's output.
     pub result: wgpu::BufferSlice<'a>,
@@ -32,7 +32,7 @@ pub struct CacheBuffers<'a> {
     /// [batch, kv_heads, seq_kv, value_dim], changed in place.
     pub v: wgpu::BufferSlice<'a>,
     /// Keys that each batch has already: u32 `[batch]`, usages `STORAGE` and `COPY_SRC`. Not written: add `seq_q` for the next
-    /// call. New rows go there as [`crate::Append`] says.
+    /// call. New rows go there as [`Append`](crate::operations::Append) says.
     pub starts: wgpu::BufferSlice<'a>,
 }
 

@@ -148,7 +148,7 @@ impl PreparedLayer {
             (Slot::Value, buffers.value),
             (Slot::Result, Some(buffers.result)),
             (Slot::Averaged, buffers.weights),
-            (Slot::Shifts, Some(self.biases.slice(..))),
+            (Slot::Biases, Some(self.biases.slice(..))),
             (Slot::KeyCache, cache.map(|cache| cache.k)),
             (Slot::ValueCache, cache.map(|cache| cache.v)),
             (Slot::Starts, cache.map(|cache| cache.starts)),

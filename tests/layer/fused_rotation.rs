@@ -1,29 +1,28 @@
 //! Which projections of a layer run at once, and where its rotary embedding runs.
 
-use wgpu_attention::RotaryEmbedding;
 use wgpu_attention::internal::kernel::Variant;
-use wgpu_attention::{
-    CacheBuffers, Call, Causal, Element, Elements, Gpu, Layer, LayerBuffers, MultiHeadAttention, Options, Order,
-    Positions, PreparedLayer, Projection, Rotation, Sources, Strides, reference, wgpu,
-};
+use wgpu_attention::multihead::RotaryEmbedding;
+use wgpu_attention::multihead::{CacheBuffers, Call, Layer, LayerBuffers, MultiHeadAttention, PreparedLayer, Sources};
+use wgpu_attention::operations::{Order, Positions, Projection, Rotation};
+use wgpu_attention::{Causal, Element, Elements, Gpu, Options, Strides, reference, wgpu};
 
 use crate::layers::{assert_close, check_layer, layer};
 use crate::support::operations::submit;
 use crate::support::{Random, floor, gpus, small};
 use crate::{FORMS, forced, guarded, read};
 
-/// Dispatches of projections that turn, and of rotations of their own.
-pub fn turning(prepared: &PreparedLayer) -> [usize; 2] {
+/// Dispatches of projections that are rotated, and of rotations of their own.
+pub fn rotated(prepared: &PreparedLayer) -> [usize; 2] {
     let count = |wanted: fn(&Variant) -> bool| prepared.steps().filter(|step| wanted(&step.variant)).count();
-    let turns = |v: &Variant| match v {
-        Variant::Project(x) => x.matrix.turned,
-        Variant::ProjectLanes(x) => x.matrix.turned,
+    let rotated = |v: &Variant| match v {
+        Variant::Project(x) => x.matrix.rotated,
+        Variant::ProjectLanes(x) => x.matrix.rotated,
         _ => false,
     };
-    [count(turns), count(|v| matches!(v, Variant::Rotary(_)))]
+    [count(rotated), count(|v| matches!(v, Variant::Rotary(_)))]
 }
 
-/// Runs a layer on two batches of odd length and two of one row, and gives what turns in it, and why.
+/// Runs a layer on two batches of odd length and two of one row, and gives what is rotated in it, and why.
 fn check_turning(
     gpu: &Gpu,
     layer: &Layer,
@@ -40,7 +39,7 @@ fn check_turning(
         check_layer(gpu, layer, &problem, &call, element, options);
         let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), layer, element).expect("fits");
         let prepared = resident.prepare(gpu.library(), &problem, &call, options).expect("valid");
-        found = (turning(&prepared), prepared.reasons().join("; "));
+        found = (rotated(&prepared), prepared.reasons().join("; "));
     }
     found
 }
@@ -64,17 +63,19 @@ fn check_cached_keys(gpu: &Gpu, layer: &Layer, element: Element, options: &Optio
     submit(gpu, |encoder| prepared.encode(encoder, &buffers).expect("valid"));
     let got: Vec<f32> = read(gpu, &k);
 
-    let (linear, rotary) = (&layer.key, layer.rotary.expect("turns"));
+    let (linear, rotary) = (&layer.key, layer.rotary.expect("rotated"));
     let mut p = Projection::new(2 * rows, width, linear.outputs, linear.order, Element::F32);
     p.bias = linear.bias.as_ref().map(|_| 0);
     let keys = reference::project::<f64>(&p, &x, Elements::F32(&linear.weight), linear.bias.as_deref());
     let (keys, _) = keys.expect("valid");
     let keys: Vec<f32> = keys.into_iter().map(|x| x as f32).collect();
-    let mut turn = Rotation::new(2, kv_heads, rows, dk, rotary.positions);
-    (turn.rotary_dim, turn.interleaved, turn.positions) = (rotary.dim, rotary.interleaved, Positions::Starts);
-    turn.x = Strides { offset: 0, batch: (rows * kv_heads * dk).into(), head: dk.into(), row: (kv_heads * dk).into() };
+    let mut rotation = Rotation::new(2, kv_heads, rows, dk, rotary.positions);
+    (rotation.rotary_dim, rotation.interleaved, rotation.positions) =
+        (rotary.dim, rotary.interleaved, Positions::Starts);
+    rotation.x =
+        Strides { offset: 0, batch: (rows * kv_heads * dk).into(), head: dk.into(), row: (kv_heads * dk).into() };
     let table = Rotation::table(rotary.positions, rotary.dim, rotary.base);
-    let (want, _) = reference::rotary::<f64>(&turn, Elements::F32(&keys), &table, &starts).expect("valid");
+    let (want, _) = reference::rotary::<f64>(&rotation, Elements::F32(&keys), &table, &starts).expect("valid");
     let line = (rows * dk) as usize;
     for (n, want) in want.chunks_exact(line).enumerate() {
         let at = (n * room as usize + starts[n / kv_heads as usize] as usize) * dk as usize;
@@ -84,7 +85,7 @@ fn check_cached_keys(gpu: &Gpu, layer: &Layer, element: Element, options: &Optio
 
 #[test]
 fn rotary_embedding_takes_no_pass_of_its_own_where_pairs_are_whole_vectors() {
-    // Columns of a key and a value, elements that turn, width, order, interleaved, sources; then what turns the rows.
+    // Columns of a key and a value, elements that are rotated, width, order, interleaved, sources; then what rotates the rows.
     let (halves, pairs) = (false, true);
     let cases = [
         ((16, 16, 16), 20, Order::OutIn, halves, Sources::Query, [1, 0], "which saves a pass"),
@@ -159,7 +160,7 @@ fn projections_that_turn_are_split_under_small_limits() {
             limits.max_compute_workgroups_per_dimension = 3;
             limits.max_storage_buffer_binding_size = 12 << 10;
         });
-        // Columns in two orders, and inputs: then the last part turns what the others have summed.
+        // Columns in two orders, and inputs: then the last part rotates what the others have summed.
         for (order, interleaved) in [(Order::OutIn, false), (Order::OutIn, true), (Order::InOut, true)] {
             let mut layer = layer(&mut Random(46), [4, 2, 40, 16], [68; 4], order, true);
             layer.rotary = Some(RotaryEmbedding { dim: 40, interleaved, base: 100.0, positions: 30 });
@@ -168,8 +169,8 @@ fn projections_that_turn_are_split_under_small_limits() {
                 check_layer(gpu, &layer, &problem, &Call::default(), Element::F32, &forced(form));
                 let resident = MultiHeadAttention::new(gpu.library(), gpu.queue(), &layer, Element::F32).expect("fits");
                 let prepared = resident.prepare(gpu.library(), &problem, &Call::default(), &forced(form));
-                let [turned, apart] = turning(&prepared.expect("valid"));
-                assert!(turned > 5 && apart == 0, "{turned} {apart}");
+                let [rotated, apart] = rotated(&prepared.expect("valid"));
+                assert!(rotated > 5 && apart == 0, "{rotated} {apart}");
             }
         }
     }
