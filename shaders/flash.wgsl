@@ -11,12 +11,12 @@
 // At the end out = o / l and lse = m + ln l. More value dims than {{ dims }} are further workgroups, which form the
 // scores again.
 //
-// Invocations form a grid of {{ across }} columns × {{ down }} rows. The one in row n owns the query rows n + {{ down }}·r,
+// Invocations form a grid of {{ across }} columns × {{ down }} rows. One in row n owns the query rows n + {{ down }}·r,
 // r < {{ rows }}: four neighbouring keys of their scores, and {{ parts }} vectors of four dims of their output.
 // m is the same in all columns; l is summed over the columns at the end. NaN and infinities are found by their bits
-// when they are staged. In q or k they make codes of logits (shared/code.wgsl); in v they count as 0, so that 0 · NaN cannot leak from a hidden
-// key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose weight is not 0, as that of
-// a visible key never is.
+// when they are staged. In q or k they make codes of logits (shared/code.wgsl). In v they count as 0, so that 0 · NaN
+// cannot leak from a hidden key, and each row keeps the classes of those it sees (shared/value.wgsl): of those whose
+// weight is not 0, as that of a visible key never is.
 {% if carry %}
 // The keys come in several dispatches, params.key0 .. params.key_end in this one: m, l and o of each row wait in
 // `state` in between.
