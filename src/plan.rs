@@ -6,12 +6,13 @@ pub(crate) mod lists;
 pub(crate) mod measured;
 pub(crate) mod planner;
 pub(crate) mod route;
+mod stored;
 
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-use serde::ser::{Serialize, SerializeStruct, Serializer};
+use serde::{Deserialize, Serialize};
 
 use crate::contract::caps::Caps;
 use crate::contract::error::counted;
@@ -28,16 +29,21 @@ use measured::{Choice, Tuning};
 use planner::Planner;
 
 /// What runs: dispatches in order, grouped into slices that each keep to the work budget.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// With serde, a plan is written with everything that it was made from, and is made anew when it is read:
+/// [`Attention::prepare`](crate::Attention::prepare) trusts what a plan says about buffers. Where this version of the crate makes
+/// another plan than the one that was written, reading it is an error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "stored::Stored", try_from = "stored::Stored")]
 pub struct Plan {
     pub(crate) shape: Shape,
+    pub(crate) caps: Caps,
+    pub(crate) options: Options,
     pub(crate) steps: Vec<Step>,
     pub(crate) slices: Vec<Range<usize>>,
     pub(crate) scratch: Vec<(Slot, u64)>,
     pub(crate) choice: Choice,
     pub(crate) lists: Lists,
-    pub(crate) alignment: u64,
-    pub(crate) flops_per_second: f64,
     pub(crate) reasons: Vec<String>,
 }
 
@@ -123,13 +129,13 @@ impl Plan {
     }
 
     pub(crate) fn alignment(&self) -> u64 {
-        self.alignment
+        self.caps.alignment()
     }
 
     /// Estimated time, from a rate that adapters of this class reach easily: submit in between where it exceeds what the
     /// driver's watchdog allows.
     pub fn estimate(&self) -> Duration {
-        Duration::from_secs_f64(self.steps.iter().map(|step| step.flops).sum::<f64>() / self.flops_per_second)
+        Duration::from_secs_f64(self.steps.iter().map(|step| step.flops).sum::<f64>() / self.caps.flops_per_second())
     }
 
     /// The stages in order, each named once, see [`crate::kernel::Variant::stage`]; `none` where nothing runs.
@@ -151,25 +157,6 @@ impl Plan {
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
     pub fn reasons(&self) -> &[String] {
         &self.reasons
-    }
-}
-
-/// For reports. A plan is not read back: [`crate::Attention::prepare`] trusts what a plan says about buffers. A [`Problem`](crate::Problem),
-/// [`Caps`] and [`Options`] that are read back make the same plan again.
-impl Serialize for Plan {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let variants: Vec<String> = self.steps.iter().map(|step| step.variant.to_string()).collect();
-        let mut plan = serializer.serialize_struct("Plan", 9)?;
-        plan.serialize_field("problem", &self.shape.problem)?;
-        plan.serialize_field("kernel", &self.kernel())?;
-        plan.serialize_field("choice", &self.choice)?;
-        plan.serialize_field("variants", &variants)?;
-        plan.serialize_field("dispatches", &self.dispatches())?;
-        plan.serialize_field("slices", &self.slices())?;
-        plan.serialize_field("scratch_bytes", &self.scratch_bytes())?;
-        plan.serialize_field("estimate_ms", &(1e3 * self.estimate().as_secs_f64()))?;
-        plan.serialize_field("reasons", &self.reasons)?;
-        plan.end()
     }
 }
 

@@ -33,7 +33,7 @@ use num_traits::Float;
 
 pub use append::append;
 pub use average::average;
-pub use budget::{Budget, Tolerance, attention_with_budget, budget, regression_limit};
+pub use budget::{Budget, Tolerance, attention_with_budget, attention_with_budget_of_rows, budget, regression_limit};
 pub use compare::{compare, compare_append, compare_layer, compare_merge};
 pub use comparison::{Comparison, Comparisons, OutputComparison, Worst};
 pub use extra::extra;
@@ -96,6 +96,19 @@ pub fn attention<T: Real>(problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
     room::<T>(&shape)?;
     let rows = query::map(&shape, inputs, Head::load, |row, head| evaluate(row, head).keep(&shape));
     Ok(collect(&shape, rows))
+}
+
+/// How many pairs of a query row and a key that it sees a problem has, over all heads: what the work of attention is counted by. It looks
+/// at every pair, so that masks, lengths and positions count as they are; [`Shape::visible_pairs`] is faster and knows only the problem.
+///
+/// # Errors
+///
+/// Whatever [`Problem::check`] and [`Shape::check_inputs`] find.
+pub fn visible_pairs(problem: &Problem, inputs: &Inputs<'_>) -> Result<u64> {
+    let shape = problem.check()?;
+    shape.check_inputs(inputs)?;
+    let seen = |row: &Row<'_>, _: &()| (0..row.keys()).filter(|&j| row.visible(j)).count() as u64;
+    Ok(query::map(&shape, inputs, |_, _| (), seen).into_iter().map(|(_, pairs)| pairs).sum())
 }
 
 /// Refuses results that the host has no memory for, before it works on them for hours.

@@ -346,3 +346,68 @@ fn a_cache_of_halves_is_compared_as_it_is_or_widened() {
     let error = Error::Element { field: "cache after", got: Element::F16, want: Element::Bf16 };
     assert_eq!(judge(Elements::F16(&[f16::ONE; 2])), Err(error));
 }
+
+#[test]
+fn a_sample_of_rows_is_judged_as_in_the_whole_and_no_other_row() {
+    let mut packed = Problem::new(3, 2, 7, 9, 4).with_layout(Layout::Bshd);
+    packed.packed = Some(wgpu_attention::Packed { total_q: 15, total_kv: 20 });
+    (packed.lse, packed.causal) = (true, Causal::BottomRight);
+    let data = Data::random(&packed, 3, 1.0);
+    for (p, data) in [problem(false), problem(true), (packed, data)] {
+        let (shape, inputs) = (p.check().unwrap(), data.inputs());
+        let (want, budget) = reference::attention_with_budget(&p, &inputs).unwrap();
+        let right = reference::attention::<f32>(&p, &inputs).unwrap();
+        let of_rows = |rows: &[std::ops::Range<u32>]| {
+            let (want, budget) = reference::attention_with_budget_of_rows(&p, &inputs, rows).unwrap();
+            let shape = shape.clone();
+            move |got: &Outputs| budget.compare(&shape, got, &want).unwrap()
+        };
+        let second = 1..2;
+        let (all, some, none) = (of_rows(&[0..2, 2..100]), of_rows(std::slice::from_ref(&second)), of_rows(&[]));
+        assert_eq!(all(&right), budget.compare(&shape, &right, &want).unwrap());
+        assert!(some(&right).passed());
+        // Row 1 of each sequence in each head.
+        let oracle = support::Oracle::new(&p, &data);
+        let at = |b: usize, h: usize, i: usize| oracle.out_at(b, h, i);
+        let mut judged = 0;
+        for (b, h) in (0..p.batch as usize).flat_map(|b| (0..2).map(move |h| (b, h))) {
+            for i in 0..oracle.sequence(b).rows {
+                let mut wrong = right.clone();
+                wrong.out[at(b, h, i) + 2] = f32::NAN;
+                assert_eq!(some(&wrong).passed(), i != 1, "{b} {h} {i}");
+                assert!(none(&wrong).passed());
+                judged += usize::from(i == 1) * p.value_dim as usize;
+            }
+        }
+        let gaps = right.out.len() - shape.lse_len() as usize * p.value_dim as usize;
+        let unowned = shape.lse_len() as usize * 4 - all_rows(&oracle, &p) * 4;
+        assert_eq!(some(&right).get("out").unwrap().budget.count, judged + gaps + unowned);
+    }
+}
+
+/// Query rows of all heads that belong to a batch or a sequence.
+fn all_rows(oracle: &support::Oracle<'_>, p: &Problem) -> usize {
+    (0..p.batch as usize).map(|b| oracle.sequence(b).rows * p.heads as usize).sum()
+}
+
+#[test]
+fn visible_pairs_are_those_that_the_oracle_counts() {
+    let mut masked = Problem::new(2, 2, 5, 7, 4);
+    masked.mask = Some(Broadcast([2, 1, 5, 7]));
+    masked.bias = Some(wgpu_attention::Bias { shape: Broadcast([1, 2, 5, 7]), element: Element::F32 });
+    masked.causal = Causal::Offset;
+    let data = Data::random(&masked, 5, 1.0);
+    for (p, data) in [problem(false), (masked, data)] {
+        let oracle = support::Oracle::new(&p, &data);
+        let mut want = 0;
+        for (b, h) in (0..p.batch as usize).flat_map(|b| (0..p.heads as usize).map(move |h| (b, h))) {
+            let pairs = (0..p.seq_q as usize).flat_map(|i| (0..p.seq_kv as usize).map(move |j| (i, j)));
+            want += pairs.filter(|&(i, j)| oracle.visible([b, h, i, j])).count() as u64;
+        }
+        assert_eq!(reference::visible_pairs(&p, &data.inputs()).unwrap(), want);
+        assert!(want > 0 && want < p.check().unwrap().visible_pairs());
+    }
+    let plain = Problem::new(1, 3, 4, 6, 4);
+    let data = Data::random(&plain, 5, 1.0);
+    assert_eq!(reference::visible_pairs(&plain, &data.inputs()), Ok(plain.check().unwrap().visible_pairs()));
+}

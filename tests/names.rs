@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use wgpu_attention::tuning::{Class, Row, Tuning};
 use wgpu_attention::{
     Bias, Broadcast, Caps, Causal, Element, Elements, Error, Form, HostSlice, Kernel, Layout, Logits, Options, Packed,
     Paged, Plan, Problem, Strides, Window, wgpu, with,
@@ -122,17 +123,43 @@ fn options_and_devices_are_the_same_after_json() {
 }
 
 #[test]
-fn a_plan_is_written_and_made_again_from_what_was_read_back() {
-    let (problem, options) = (Problem::new(1, 8, 1024, 1024, 64), Options::default());
-    let caps = Caps::new(wgpu::Limits::default());
-    let plan = |p: &Problem, caps: &Caps, options: &Options| Plan::new(&p.check().unwrap(), caps, options).unwrap();
-    let first = plan(&problem, &caps, &options);
-    assert_eq!(plan(&again(&problem), &again(&caps), &again(&options)), first);
-    let written = serde_json::to_value(&first).unwrap();
-    assert_eq!(serde_json::from_value::<Problem>(written["problem"].clone()).unwrap(), problem);
-    assert_eq!(written["kernel"], "flash");
-    assert_eq!(written["dispatches"], first.dispatches());
-    assert_eq!(written["scratch_bytes"], first.scratch_bytes());
-    assert_eq!(written["reasons"].as_array().unwrap().len(), first.reasons().len());
-    assert_eq!(written["variants"][0], first.steps()[0].variant.to_string());
+fn a_plan_is_written_and_made_again_when_it_is_read() {
+    let mut caps = Caps::new(wgpu::Limits::default());
+    let mut problem = Problem::new(1, 8, 1024, 1024, 64);
+    (problem.scale, problem.causal) = (Some(0.1), Causal::BottomRight);
+    let shape = problem.check().unwrap();
+    let candidates = Tuning::candidates(&shape, &caps).unwrap();
+    let tuned = |choice| {
+        let row = Row { class: Class::of(&shape), choice, ms: 1.0 };
+        Plan::tuned(&shape, &caps, &Options::default(), &Tuning { source: "here".into(), rows: vec![row] }).unwrap()
+    };
+    let mut plans: Vec<Plan> = candidates.into_iter().map(tuned).collect();
+    assert!(plans.len() > 3, "{}", plans.len());
+    caps.limits.max_storage_buffer_binding_size = 1 << 20;
+    let forced = with!(Options::default(), kernel: Some(Kernel::Unfused), scratch_budget: 1 << 18);
+    plans.push(Plan::new(&shape, &caps, &forced).unwrap());
+    for plan in plans {
+        assert_eq!(again(&plan), plan);
+        let written = serde_json::to_value(&plan).unwrap();
+        assert_eq!(serde_json::from_value::<Problem>(written["problem"].clone()).unwrap(), problem);
+        assert_eq!(
+            (written["kernel"].as_str(), written["dispatches"].as_u64()),
+            (Some(&*plan.kernel()), Some(plan.dispatches() as u64))
+        );
+        // What this version would not plan is refused.
+        for (field, other) in [
+            ("variants", serde_json::json!(["rows"])),
+            ("scratch_bytes", serde_json::json!(plan.scratch_bytes() + 4)),
+            ("slices", serde_json::json!(plan.slices() + 1)),
+        ] {
+            let mut changed = written.clone();
+            changed[field] = other;
+            let error = serde_json::from_value::<Plan>(changed).unwrap_err().to_string();
+            assert!(error.contains("plan it anew"), "{field}: {error}");
+        }
+        let mut changed = written;
+        changed["problem"]["head_dim"] = serde_json::json!(1000);
+        let error = serde_json::from_value::<Plan>(changed).unwrap_err().to_string();
+        assert!(error.contains("head_dim"), "{error}");
+    }
 }

@@ -7,7 +7,7 @@ use wgpu_attention::multihead::MultiHeadAttention;
 use wgpu_attention::operations::Rotation;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
-    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Problem, reference, with,
+    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Plan, Problem, reference, with,
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
@@ -17,6 +17,7 @@ use crate::store::Device;
 
 /// Which device is opened and how.
 #[derive(Args, Clone, Debug, Default, PartialEq)]
+#[command(next_help_heading = "Adapter")]
 pub struct DeviceArgs {
     /// Open devices with the lowest limits that WebGPU guarantees on old hardware and without optional features
     #[arg(long)]
@@ -34,6 +35,7 @@ pub struct DeviceArgs {
 
 /// What computes.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Adapter")]
 pub struct EngineArgs {
     /// Adapter: index, part of its name, or backend:part (default: the best one)
     #[arg(long, conflicts_with = "cpu")]
@@ -56,6 +58,7 @@ impl EngineArgs {
 
 /// How kernels are chosen. The planner decides what is `None`.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq)]
+#[command(next_help_heading = "Kernel")]
 pub struct KernelArgs {
     /// How attention is computed
     #[arg(long, value_parser = options::kernel())]
@@ -147,21 +150,28 @@ impl Engine {
         progress: &mut dyn FnMut(usize, usize),
     ) -> wgpu_attention::Result<Outputs> {
         match self {
-            Engine::Gpu(gpu) => {
-                let plan = gpu.library().plan_with(problem, &kernels.options())?;
-                plan.shape().check_inputs(inputs)?;
-                memory::room("the call", memory::of_call(&plan, gpu.library().caps().cpu))?;
-                let prepared = gpu.library().prepare(&plan)?;
-                let resident = gpu.upload(&plan, inputs)?;
-                gpu.run(&prepared, &resident, progress)?;
-                gpu.download(&plan, &resident)
-            }
+            Engine::Gpu(gpu) => run_plan(gpu, &gpu.library().plan_with(problem, &kernels.options())?, inputs, progress),
             Engine::Cpu => {
                 memory::room("the call", memory::of_reference(&problem.check()?, 4, false))?;
                 reference::attention::<f32>(problem, inputs)
             }
         }
     }
+}
+
+/// Runs a plan; `progress(done, of)` is called after each slice.
+pub fn run_plan(
+    gpu: &Gpu,
+    plan: &Plan,
+    inputs: &Inputs<'_>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> wgpu_attention::Result<Outputs> {
+    plan.shape().check_inputs(inputs)?;
+    memory::room("the call", memory::of_call(plan, gpu.library().caps().cpu))?;
+    let prepared = gpu.library().prepare(plan)?;
+    let resident = gpu.upload(plan, inputs)?;
+    gpu.run(&prepared, &resident, progress)?;
+    gpu.download(plan, &resident)
 }
 
 impl Engine {

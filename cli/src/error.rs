@@ -12,6 +12,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     #[error("{}: {source}", path.display())]
     File { path: PathBuf, source: std::io::Error },
+    #[error("{}: not a {what} of this program: {source}", path.display())]
+    Json { path: PathBuf, what: &'static str, source: serde_json::Error },
+    #[error("{got} problems are given, and this takes one: give one --shape or one --problem")]
+    OneProblem { got: usize },
+    #[error("--key-lengths has {got} lengths; it must have one, or one for each of the {batch} batches")]
+    KeyLengths { got: usize, batch: usize },
     #[error("{}: not a safetensors file: {source}", path.display())]
     Safetensors { path: PathBuf, source: SafeTensorError },
     #[error("{}: tensor {tensor:?} is missing", path.display())]

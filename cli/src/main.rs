@@ -14,6 +14,7 @@ mod operands;
 mod options;
 mod oracle;
 mod probe;
+mod problem;
 mod report;
 mod request;
 mod sample;

@@ -105,8 +105,12 @@ impl From<LayoutArg> for Layout {
 /// The fields of a problem that do not follow from the tensors of a file.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct TermArgs {
+    /// Causal rule
     #[arg(long, value_parser = causal(), default_value_t)]
     pub causal: Causal,
+    /// Causal rule by which the first query of every batch has this position
+    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with = "causal")]
+    pub causal_offset: Option<i32>,
     /// Factor of q·k (default 1/√D)
     #[arg(long, allow_negative_numbers = true)]
     pub scale: Option<f32>,
@@ -127,7 +131,7 @@ pub struct TermArgs {
 impl TermArgs {
     /// Sets all fields but the layout, which is needed earlier, to read the tensors.
     pub fn apply(&self, problem: &mut Problem) {
-        problem.causal = self.causal;
+        problem.causal = if self.causal_offset.is_some() { Causal::Offset } else { self.causal };
         (problem.scale, problem.softcap) = (self.scale, self.softcap);
         problem.window = Window { left: self.window_left, right: self.window_right };
     }

@@ -1,12 +1,13 @@
 //! A problem and its operands from the tensors of a file: `q k v`, and optionally `mask`, `bias`, `kv_lens`, `alibi_slopes`,
 //! `sinks`, and `cu_seqlens_q` with `cu_seqlens_k` for sequences laid end to end.
 
-use wgpu_attention::{Layout, Operands, Packed, Problem};
+use wgpu_attention::{Layout, Operands, Packed, Problem, Shape};
 
 use crate::archive::Archive;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
 use crate::operands::{Array, OwnedInputs, set_bias, set_key_lengths, set_mask};
+use crate::options::TermArgs;
 
 /// The problem that a file describes, and the shapes of its results.
 #[derive(Debug)]
@@ -18,6 +19,33 @@ pub struct Request {
 }
 
 impl Request {
+    /// A problem with operands that were made for it.
+    pub fn of(shape: &Shape, operands: OwnedInputs) -> Self {
+        let (problem, extent) = (shape.problem().clone(), shape.out().extent());
+        let sizes = |sizes: &[u32]| sizes.iter().map(|&n| n as usize).collect::<Vec<_>>();
+        let Problem { batch, heads, seq_q, value_dim, .. } = problem;
+        // A packed tensor has one batch, whose rows are all tokens.
+        let (batch, rows) = problem.packed.map_or((batch, seq_q), |packed| (1, packed.total_q));
+        let out_shape = match problem.out {
+            Layout::Bhsd => sizes(&[batch, heads, rows, value_dim]),
+            Layout::Bshd => sizes(&[batch, rows, heads, value_dim]),
+            // With strides, what lies between the rows is part of the output.
+            _ => vec![1, extent as usize],
+        };
+        // Tensors of packed sequences have no axis of batches, and those with strides none at all.
+        let packed = usize::from(problem.packed.is_some());
+        let out_shape = out_shape[packed.max(usize::from(out_shape.len() == 2))..].to_vec();
+        Request { problem, operands, out_shape, lse_shape: sizes(&[batch, heads, rows][packed..]) }
+    }
+
+    /// Sets the terms that follow from no tensor.
+    pub fn apply(&mut self, terms: &TermArgs) {
+        terms.apply(&mut self.problem);
+        if let Some(offset) = terms.causal_offset {
+            self.operands.operands.offsets = Some(Array::I32(vec![offset; self.problem.batch as usize]));
+        }
+    }
+
     /// Reads the tensors, which have the given layout or, with `cu_seqlens_q`, the layout [tokens, heads, dim].
     pub fn read(archive: &Archive, layout: Layout) -> Result<Self> {
         Self::with_values(archive, layout, "v")

@@ -146,6 +146,16 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// A plan that is read was made by another version of this crate, which planned the same problem in another way, or was changed.
+    #[error(
+        "the stored plan runs {stored:?}; this version of wgpu-attention makes another plan of its problem, with {made:?}: plan it anew"
+    )]
+    StoredPlan {
+        /// The kernels of the stored plan.
+        stored: String,
+        /// The kernels of the plan that is made now.
+        made: String,
+    },
     /// A host slice has the wrong number of elements.
     #[error("{field} has {got} elements; the problem needs {want}")]
     Length {

@@ -164,7 +164,7 @@ impl LayerPlan {
     /// Estimated time, as [`Plan::estimate`].
     pub fn estimate(&self) -> Duration {
         let flops = self.steps().map(|step| step.flops).sum::<f64>();
-        Duration::from_secs_f64(flops / self.attention.flops_per_second)
+        Duration::from_secs_f64(flops / self.attention.caps.flops_per_second())
     }
 }
 

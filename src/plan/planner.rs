@@ -32,6 +32,7 @@ use spans::broadcast_span;
 pub(crate) struct Planner<'a> {
     shape: &'a Shape,
     caps: &'a Caps,
+    options: &'a Options,
     budget: u64,
     lists: Lists,
     route: Route,
@@ -44,12 +45,12 @@ pub(crate) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    pub(crate) fn new(shape: &'a Shape, caps: &'a Caps, options: &Options, tuning: &Tuning) -> Result<Self> {
+    pub(crate) fn new(shape: &'a Shape, caps: &'a Caps, options: &'a Options, tuning: &Tuning) -> Result<Self> {
         let mut reasons = Vec::new();
         let route = Route::new(shape, caps, options, tuning, &mut reasons)?;
         let budget = caps.binding().min(options.scratch_budget);
         let (lists, steps) = (Lists::new(shape), Steps::new(caps, options));
-        Ok(Planner { shape, caps, budget, lists, route, steps, scratch: 0, state: 0, reasons })
+        Ok(Planner { shape, caps, options, budget, lists, route, steps, scratch: 0, state: 0, reasons })
     }
 
     pub(crate) fn plan(mut self) -> Result<Plan> {
@@ -74,8 +75,8 @@ impl<'a> Planner<'a> {
             scratch,
             choice: self.route.choice(),
             lists: self.lists,
-            alignment: self.caps.alignment(),
-            flops_per_second: self.caps.flops_per_second(),
+            caps: self.caps.clone(),
+            options: self.options.clone(),
             reasons: self.reasons,
         })
     }

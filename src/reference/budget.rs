@@ -1,5 +1,7 @@
 //! How far an f32 kernel may be from the f64 reference on the very data at hand.
 
+use std::ops::Range;
+
 use super::query::{self, Row, Sequence};
 use super::scores::dot;
 use super::values::Values;
@@ -53,10 +55,23 @@ pub struct Budget {
 /// `|got − want| ≤ atol + rtol · |want|`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tolerance {
-    /// Absolute part: one for each row or for each element of the tensor, in its order.
+    /// Absolute part: one for each row or for each element of the tensor, in its order; or [`Tolerance::NOT_JUDGED`].
     pub atol: Vec<f64>,
     /// Relative part.
     pub rtol: f64,
+}
+
+impl Tolerance {
+    /// Stands in place of the bound of what was not computed. A comparison passes over it.
+    pub const NOT_JUDGED: f64 = f64::NEG_INFINITY;
+
+    /// How far from `want` an element with this absolute part may be.
+    pub(super) fn allowed(&self, at: usize, want: f64) -> f64 {
+        match self.atol[at] {
+            Self::NOT_JUDGED => Self::NOT_JUDGED,
+            atol => atol + self.rtol * want.abs(),
+        }
+    }
 }
 
 /// The error budget of a problem. See [`Budget`] for the formulas.
@@ -74,7 +89,22 @@ pub fn budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<Budget> {
 ///
 /// Those of [`attention`](super::attention).
 pub fn attention_with_budget(problem: &Problem, inputs: &Inputs<'_>) -> Result<(Outputs<f64>, Budget)> {
-    attention_with_errors(problem, inputs, None)
+    attention_with_errors(problem, inputs, None, &|_| true)
+}
+
+/// The same for some query rows only: where all would take too long, a sample of them. A row is one of `rows` by its number within
+/// its batch or sequence, in each head. Of other rows the outputs are as those of rows that nothing was written to, and their
+/// bounds are [`Tolerance::NOT_JUDGED`].
+///
+/// # Errors
+///
+/// Those of [`attention`](super::attention).
+pub fn attention_with_budget_of_rows(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    rows: &[Range<u32>],
+) -> Result<(Outputs<f64>, Budget)> {
+    attention_with_errors(problem, inputs, None, &|row| rows.iter().any(|range| range.contains(&row)))
 }
 
 /// The same where q, k and v may be off: `errors` holds, in their layouts and in f32, how far each of their elements may be.
@@ -83,6 +113,7 @@ pub(super) fn attention_with_errors(
     problem: &Problem,
     inputs: &Inputs<'_>,
     errors: Option<&Inputs<'_>>,
+    wanted: &(dyn Fn(u32) -> bool + Sync),
 ) -> Result<(Outputs<f64>, Budget)> {
     let shape = problem.check()?;
     shape.check_inputs(inputs)?;
@@ -93,7 +124,7 @@ pub(super) fn attention_with_errors(
             (magnitudes(&head.keys), errors.map(|errors| Head::load(&sequence.of(errors), kv_head)));
         Loaded { head, key_magnitudes, errors }
     };
-    let rows = query::map(&shape, inputs, load, |row, loaded| {
+    let rows = query::map_rows(&shape, inputs, wanted, load, |row, loaded| {
         let evaluated = evaluate(row, &loaded.head);
         let query_errors = errors.map(|errors| row.of(errors).query());
         (self::row(row, loaded, query_errors.as_deref(), &evaluated), evaluated.keep(&shape))
@@ -107,6 +138,16 @@ pub(super) fn attention_with_errors(
         weights: Tolerance { atol: per_score(shape.problem.weights), rtol: 4.0 * U },
         logits: Tolerance { atol: per_score(shape.problem.logits.is_some()), rtol: U },
     };
+    for (row, ()) in query::map_rows(&shape, inputs, &|row| !wanted(row), |_, _| (), |_, _| ()) {
+        budget.out.atol[row.place()] = Tolerance::NOT_JUDGED;
+        budget.lse.atol[row.place()] = Tolerance::NOT_JUDGED;
+        if shape.problem.weights {
+            budget.weights.atol[row.matrix()..][..row.keys()].fill(Tolerance::NOT_JUDGED);
+        }
+        if shape.problem.logits.is_some() {
+            budget.logits.atol[row.matrix()..][..row.keys()].fill(Tolerance::NOT_JUDGED);
+        }
+    }
     let mut evaluated = Vec::with_capacity(rows.len());
     for (row, (bounds, of)) in rows {
         budget.out.atol[row.place()] = bounds.out;

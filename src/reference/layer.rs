@@ -40,8 +40,9 @@ pub(super) fn layer_with_budget(
     call: &Call,
     inputs: &LayerInputs<'_>,
 ) -> Result<(LayerOutputs<f64>, LayerBudget)> {
-    let attend =
-        |inner: &Problem, inputs: &Inputs<'_>, errors: &Inputs<'_>| attention_with_errors(inner, inputs, Some(errors));
+    let attend = |inner: &Problem, inputs: &Inputs<'_>, errors: &Inputs<'_>| {
+        attention_with_errors(inner, inputs, Some(errors), &|_| true)
+    };
     let (outputs, [out, weights]) = evaluate(layer, problem, call, inputs, attend)?;
     let tolerance = |atol| Tolerance { atol, rtol: 0.0 };
     Ok((outputs, LayerBudget { out: tolerance(out), weights: tolerance(weights) }))

@@ -211,6 +211,17 @@ pub(super) fn map<'a, S: Sync, R: Send>(
     load: impl Fn(&Sequence<'a>, usize) -> S + Sync,
     each: impl Fn(&Row<'a>, &S) -> R + Sync,
 ) -> Vec<(Row<'a>, R)> {
+    map_rows(shape, inputs, &|_| true, load, each)
+}
+
+/// [`map`] over the rows that are `wanted` by their number within their sequence.
+pub(super) fn map_rows<'a, S: Sync, R: Send>(
+    shape: &'a Shape,
+    inputs: &'a Inputs<'a>,
+    wanted: &(dyn Fn(u32) -> bool + Sync),
+    load: impl Fn(&Sequence<'a>, usize) -> S + Sync,
+    each: impl Fn(&Row<'a>, &S) -> R + Sync,
+) -> Vec<(Row<'a>, R)> {
     let [batch, heads, kv_heads] =
         [shape.problem.batch, shape.problem.heads, shape.problem.kv_heads].map(|n| n as usize);
     let group = heads / kv_heads;
@@ -223,7 +234,8 @@ pub(super) fn map<'a, S: Sync, R: Send>(
                 let row = Row { shape, sequence, head: kv_head * group + n / sequence.rows, index: n % sequence.rows };
                 (row, each(&row, &shared))
             };
-            (0..group * sequence.rows).into_par_iter().map(row).collect::<Vec<_>>()
+            let wanted = |n: &usize| wanted((n % sequence.rows) as u32);
+            (0..group * sequence.rows).into_par_iter().filter(wanted).map(row).collect::<Vec<_>>()
         })
         .collect()
 }

@@ -123,7 +123,7 @@ impl Subject {
         let all = 4.0 * checked.scores_len() as f64 * f64::from(problem.head_dim);
         let rows = (f64::from(problem.seq_q) * (check_flops / all).min(1.0)).ceil().max(1.0) as u32;
         memory::room("the problem with its reference", Self::bytes(&checked, rows)?)?;
-        let operands = Sample(2).operands(&problem)?;
+        let operands = Sample(2).operands(&problem.clone().into())?;
         let oracle = |rows: Range<u32>| -> Result<(Range<u32>, Oracle)> {
             let (part, operands) = only(&problem, &operands, &rows);
             Ok((rows, Oracle::new(&part, &operands.inputs())?))

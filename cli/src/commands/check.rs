@@ -107,7 +107,7 @@ fn subjects() -> Result<Vec<Subject>> {
     ];
     let mut sample = Sample(1);
     let subject = |(name, mut problem): (&'static str, Problem)| {
-        let mut operands = sample.operands(&problem)?;
+        let mut operands = sample.operands(&problem.clone().into())?;
         if name == "masked" {
             let shape = [problem.batch, 1, problem.seq_q, problem.seq_kv];
             let mut mask: Vec<u8> =

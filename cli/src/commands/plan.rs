@@ -1,32 +1,35 @@
 //! `plan`: which kernels would run, in which order, and why.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 use serde_json::json;
-use wgpu_attention::{Causal, Element};
+use wgpu_attention::Plan;
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
-use crate::error::Result;
-use crate::options::{self, ShapeArg};
+use crate::error::{Error, Result};
+use crate::problem::{ProblemArgs, shape, terms};
 use crate::report::Report;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// B,H,HKV,SQ,SKV,D: batch, heads, kv_heads, seq_q, seq_kv, head_dim
-    #[arg(long)]
-    shape: ShapeArg,
-    #[arg(long, value_parser = options::causal(), default_value_t)]
-    causal: Causal,
-    #[arg(long, value_parser = options::element(), default_value_t)]
-    dtype: Element,
+    #[command(flatten)]
+    problem: ProblemArgs,
     /// Return the log-sum-exp of each row
-    #[arg(long)]
+    #[arg(long, help_heading = "Problem")]
     lse: bool,
     /// Return the softmax weights
-    #[arg(long)]
+    #[arg(long, help_heading = "Problem")]
     weights: bool,
+    /// Read the plan from a JSON file, as --save writes it, instead of making one; this needs no adapter
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "problem"], help_heading = "Output")]
+    read: Option<PathBuf>,
+    /// Write the plan to a JSON file
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    save: Option<PathBuf>,
     /// Adapter: index, part of its name, or backend:part (default: the best one)
-    #[arg(long)]
+    #[arg(long, help_heading = "Adapter")]
     adapter: Option<String>,
     #[command(flatten)]
     device: DeviceArgs,
@@ -34,19 +37,34 @@ pub struct Arguments {
     kernels: KernelArgs,
 }
 
+/// Reads a plan that was saved.
+pub fn read(path: &Path) -> Result<Plan> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.into(), source })?;
+    serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), what: "plan", source })
+}
+
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
-    let mut problem = arguments.shape.problem();
-    problem.causal = arguments.causal;
-    problem.element = arguments.dtype;
+    if let Some(path) = &arguments.read {
+        let plan = read(path)?;
+        report.object(&plan)?;
+        report.line(plan)?;
+        return Ok(Outcome::Right);
+    }
+    let mut problem = arguments.problem.one()?.problem;
     (problem.lse, problem.weights) = (arguments.lse, arguments.weights);
     problem.check()?;
     let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
     let plan = gpu.library().plan_with(&problem, &arguments.kernels.options())?;
+    if let Some(path) = &arguments.save {
+        let file = |source| Error::File { path: path.clone(), source };
+        let text = serde_json::to_string_pretty(&plan).map_err(|error| file(error.into()))? + "\n";
+        wgpu_attention_heatmap::replace(path, text.as_bytes()).map_err(file)?;
+    }
     let label = Label::of(gpu.info());
     report.object(&json!({
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
-        "shape": arguments.shape.to_string(), "dtype": problem.element.to_string(), "causal": problem.causal.name(),
-        "kernel": plan.kernel(), "dispatches": plan.dispatches(), "slices": plan.slices(),
+        "shape": shape(&problem), "terms": terms(&problem), "dtype": problem.element.to_string(),
+        "causal": problem.causal.name(), "kernel": plan.kernel(), "dispatches": plan.dispatches(), "slices": plan.slices(),
         "scratch_bytes": plan.scratch_bytes(), "reasons": plan.reasons(),
     }))?;
     report.line(format!("{label}\n{plan}"))?;

@@ -2,39 +2,50 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use safetensors::{Dtype, View};
 use serde_json::json;
-use wgpu_attention::Element;
+use wgpu_attention::{Element, Outputs, Problem, compare};
 use wgpu_attention_heatmap::replace;
 
 use crate::Outcome;
 use crate::archive::Archive;
-use crate::engine::{EngineArgs, KernelArgs};
+use crate::commands::plan::read as read_plan;
+use crate::engine::{Engine, EngineArgs, KernelArgs, Label, run_plan};
 use crate::error::{Error, Result};
 use crate::floats::Floats;
-use crate::options::TermArgs;
+use crate::problem::ProblemArgs;
 use crate::report::{self, Report};
 use crate::request::Request;
+use crate::sample::Sample;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Tensors q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k
-    #[arg(long)]
-    input: PathBuf,
-    /// File for out and the other outputs; an existing file is replaced only when the new one is complete
-    #[arg(long)]
-    output: PathBuf,
+    /// Safetensors file with q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k; without
+    /// it, operands of the problem are made up
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "problem", "save_problem", "value_dim", "dtype", "alibi", "mask",
+        "bias", "key_lengths", "sinks", "packed", "page_size"])]
+    input: Option<PathBuf>,
     #[command(flatten)]
-    terms: TermArgs,
-    /// Also write the softmax weights, f32
-    #[arg(long)]
+    problem: ProblemArgs,
+    /// Run the plan of a JSON file, as `plan --save` writes it, on made-up operands of its problem
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "shape", "problem", "cpu", "kernel", "form", "f16",
+        "weights", "lse"], help_heading = "Problem")]
+    plan: Option<PathBuf>,
+    /// Also compute the softmax weights, f32
+    #[arg(long, help_heading = "Output")]
     weights: bool,
-    /// Also write the log-sum-exp of each row, f32
-    #[arg(long)]
+    /// Also compute the log-sum-exp of each row, f32
+    #[arg(long, help_heading = "Output")]
     lse: bool,
+    /// File for out and the other outputs; an existing file is replaced only when the new one is complete
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    output: Option<PathBuf>,
+    /// Compare every output with the f64 reference on the CPU
+    #[arg(long, help_heading = "Output")]
+    compare: bool,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -70,20 +81,79 @@ impl View for &Written {
     }
 }
 
-pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
-    let archive = Archive::read(&arguments.input)?;
-    let Request { mut problem, operands, out_shape, lse_shape } =
-        Request::read(&archive, arguments.terms.layout.into())?;
-    arguments.terms.apply(&mut problem);
-    (problem.weights, problem.lse) = (arguments.weights, arguments.lse);
+/// What is asked, from a file or made up.
+fn request(arguments: &Arguments) -> Result<Request> {
+    let Some(input) = &arguments.input else {
+        let given = match &arguments.plan {
+            Some(path) => read_plan(path)?.shape().problem().clone().into(),
+            None => arguments.problem.one()?,
+        };
+        let operands = Sample(1).operands(&given)?;
+        return Ok(Request::of(&given.problem.check()?, operands));
+    };
+    let archive = Archive::read(input)?;
+    let mut request = Request::read(&archive, arguments.problem.terms.layout.into())?;
+    request.apply(&arguments.problem.terms);
     let refused = |source| archive.problem(source);
-    problem.check().map_err(refused)?.check_inputs(&operands.inputs()).map_err(refused)?;
+    request.problem.check().map_err(refused)?.check_inputs(&request.operands.inputs()).map_err(refused)?;
+    Ok(request)
+}
 
+pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
+    let Request { mut problem, operands, out_shape, lse_shape } = request(arguments)?;
+    problem.weights |= arguments.weights;
+    problem.lse |= arguments.lse;
     let engine = arguments.engine.open()?;
     let bar = report::slices();
     let mut progress = |done, of| report::advance(&bar, done, of);
-    let outputs = engine.attention_in_slices(&problem, &operands.inputs(), &arguments.kernels, &mut progress)?;
+    let inputs = operands.inputs();
+    let outputs = match &arguments.plan {
+        Some(path) => {
+            let plan = read_plan(path)?;
+            let Engine::Gpu(gpu) = &engine else { unreachable!("--plan and --cpu exclude each other") };
+            run_plan(gpu, &plan, &inputs, &mut progress)?
+        }
+        None => engine.attention_in_slices(&problem, &inputs, &arguments.kernels, &mut progress)?,
+    };
     bar.finish_and_clear();
+    let label = engine.label();
+    let comparisons = arguments.compare.then(|| compare(&problem, &inputs, &outputs)).transpose()?;
+    let tensors = tensors(&problem, outputs, out_shape, lse_shape);
+    if let Some(path) = &arguments.output {
+        write(path, &label, &tensors)?;
+    }
+    let written: Vec<_> = tensors
+        .iter()
+        .map(
+            |(name, tensor)| json!({"tensor": name, "dtype": tensor.data.element().to_string(), "shape": tensor.shape}),
+        )
+        .collect();
+    let judged = comparisons.iter().flat_map(|comparisons| &comparisons.outputs).map(|output| {
+        json!({"output": output.name, "max_error": output.budget.max_error, "of_budget": output.budget.worst_ratio,
+               "passed": output.budget.passed()})
+    });
+    report.object(&json!({
+        "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
+        "output": arguments.output.as_ref().map(|path| path.to_string_lossy()), "tensors": written,
+        "comparisons": judged.collect::<Vec<_>>(),
+    }))?;
+    for (name, tensor) in &tensors {
+        report.line(format!("{name} {} {:?}", tensor.data.element(), tensor.shape))?;
+    }
+    let written = arguments.output.as_ref().map_or(String::new(), |path| format!(", written to {}", path.display()));
+    report.line(format!("computed by {label}{written}"))?;
+    let Some(comparisons) = comparisons else { return Ok(Outcome::Right) };
+    report.line(&comparisons)?;
+    Ok(if comparisons.passed() { Outcome::Right } else { Outcome::Differs })
+}
+
+/// The outputs with their names and shapes.
+fn tensors(
+    problem: &Problem,
+    outputs: Outputs,
+    out_shape: Vec<usize>,
+    lse_shape: Vec<usize>,
+) -> Vec<(&'static str, Written)> {
     let mut tensors = vec![("out", Written { shape: out_shape, data: Floats::rounded(&outputs.out, problem.element) })];
     if let Some(weights) = outputs.weights {
         let shape = [problem.batch, problem.heads, problem.seq_q, problem.seq_kv].map(|n| n as usize).to_vec();
@@ -92,30 +162,18 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     if let Some(lse) = outputs.lse {
         tensors.push(("lse", Written { shape: lse_shape, data: Floats::F32(lse) }));
     }
-    let label = engine.label();
+    tensors
+}
+
+/// Writes a safetensors file.
+fn write(path: &Path, label: &Label, tensors: &[(&'static str, Written)]) -> Result<()> {
     let metadata = HashMap::from([
         ("producer".to_string(), concat!("wgpu-attention ", env!("CARGO_PKG_VERSION")).to_string()),
         ("adapter".to_string(), label.to_string()),
     ]);
     let bytes = safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, tensor)), Some(metadata))
-        .map_err(|source| Error::Safetensors { path: arguments.output.clone(), source })?;
-    replace(&arguments.output, &bytes).map_err(|source| Error::File { path: arguments.output.clone(), source })?;
-
-    let written: Vec<_> = tensors
-        .iter()
-        .map(
-            |(name, tensor)| json!({"tensor": name, "dtype": tensor.data.element().to_string(), "shape": tensor.shape}),
-        )
-        .collect();
-    report.object(&json!({
-        "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
-        "output": arguments.output.to_string_lossy(), "tensors": written,
-    }))?;
-    for (name, tensor) in &tensors {
-        report.line(format!("{name} {} {:?}", tensor.data.element(), tensor.shape))?;
-    }
-    report.line(format!("computed by {label}, written to {}", arguments.output.display()))?;
-    Ok(Outcome::Right)
+        .map_err(|source| Error::Safetensors { path: path.into(), source })?;
+    replace(path, &bytes).map_err(|source| Error::File { path: path.into(), source })
 }
 
 #[cfg(test)]
