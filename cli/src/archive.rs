@@ -90,6 +90,11 @@ impl Archive {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The type of a tensor.
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.tensor(name)?.dtype)
+    }
+
     fn tensor(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
     }

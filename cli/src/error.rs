@@ -22,6 +22,8 @@ pub enum Error {
     Safetensors { path: PathBuf, source: SafeTensorError },
     #[error("{}: tensor {tensor:?} is missing", path.display())]
     MissingTensor { path: PathBuf, tensor: String },
+    #[error("{}: tensor {tensor:?} is missing{}", path.display(), listed(tensors))]
+    NoWeights { path: PathBuf, tensor: String, tensors: Vec<Listed> },
     #[error("{}: tensor {tensor:?} has type {got:?}; it must be {want}", path.display())]
     TensorType { path: PathBuf, tensor: String, got: Dtype, want: &'static str },
     #[error("{}: tensor {tensor:?} has shape {got:?}; it must be {want}", path.display())]
@@ -38,7 +40,7 @@ pub enum Error {
         path.display()
     )]
     NoCases { path: PathBuf },
-    #[error("{}: the number of tokens is {got}; it must be from 1 to {limit}, one a line", path.display())]
+    #[error("{}: the number of tokens is {got}; it must be from 1 to {limit}, one a line or as a JSON array", path.display())]
     Tokens { path: PathBuf, got: usize, limit: usize },
     #[error("{}: batch is {batch}; it is counted from 0, and must be below {batches}", path.display())]
     Batch { path: PathBuf, batch: usize, batches: usize },
@@ -56,4 +58,31 @@ pub enum Error {
     Picture(#[from] wgpu_attention_heatmap::Error),
     #[error("standard output: {0}")]
     Output(#[from] std::io::Error),
+}
+
+/// A tensor of a file in which another was not found.
+#[derive(Debug)]
+pub struct Listed {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Whether it has the type, the rank and the values of weights.
+    pub weights: bool,
+}
+
+/// The tensors of a file, one a line, and which of them can be drawn.
+fn listed(tensors: &[Listed]) -> String {
+    let width = tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    let lines = tensors.iter().map(|Listed { name, dtype, shape, weights }| {
+        let mark = if *weights { "  can be drawn: --tensor " } else { "" };
+        format!("\n  {name:width$}  {:4}  {shape:?}{mark}{}", format!("{dtype:?}"), if *weights { name } else { "" })
+    });
+    let verdict = match tensors.iter().filter(|tensor| tensor.weights).count() {
+        0 => {
+            "; the file has no weights, which are F32, F16 or BF16 from 0 to 1, [batch, heads, queries, keys] or \
+              [heads, queries, keys]; it has"
+        }
+        _ => "; the file has",
+    };
+    [verdict.into()].into_iter().chain(lines).collect()
 }

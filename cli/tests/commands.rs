@@ -190,6 +190,7 @@ fn a_full_disk_leaves_the_file_that_was_there() {
         ("run", file.to_str().unwrap(), "out.safetensors"),
         ("heatmap", weights, "out.svg"),
         ("heatmap", weights, "out.png"),
+        ("heatmap", weights, "out.html"),
     ] {
         let output = folder.path().join(name);
         let arguments = [command, "--cpu", "--input", input, "--output", output.to_str().unwrap()];

@@ -11,7 +11,7 @@ pub enum Error {
     /// An axis is empty.
     #[error("there are no {what} to draw")]
     Nothing {
-        /// Sequences, heads, queries or keys.
+        /// Sequences, layers, heads, queries or keys.
         what: &'static str,
     },
     /// The weights do not fill heads × queries × keys.
@@ -30,9 +30,16 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
-    /// The picture would not fit a screen or a viewer's memory.
+    /// The end of the colour scale is no weight.
+    #[error("--max is {value}; it must be above 0 and at most 1, as weights are")]
+    Max {
+        /// The value given.
+        value: f32,
+    },
+    /// The picture would not fit a viewer's memory.
     #[error(
-        "the picture would be {width} × {height} pixels; each side may have {limit}: draw fewer tokens or sequences"
+        "the picture would be {width} × {height} pixels; each side may have {limit}: draw fewer sequences or layers, or \
+         choose a smaller --size"
     )]
     TooLarge {
         /// Its width.
@@ -42,8 +49,16 @@ pub enum Error {
         /// The longest side.
         limit: usize,
     },
+    /// The page would not fit a browser's memory.
+    #[error("the page would hold {got} weights; it may hold {limit}: draw fewer tokens, or one layer as .svg or .png")]
+    TooMany {
+        /// Weights of all layers.
+        got: usize,
+        /// The most there may be.
+        limit: usize,
+    },
     /// The file's ending names no format.
-    #[error("{}: a picture's name must end in .svg or .png", path.display())]
+    #[error("{}: a picture's name must end in .svg, .png or .html", path.display())]
     Ending {
         /// The file.
         path: PathBuf,

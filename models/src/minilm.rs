@@ -4,6 +4,7 @@
 //! layer's rows, scaled to length 1.
 
 use std::io::Read;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{D, DType, Device, IndexOp, Module, Tensor};
@@ -85,8 +86,10 @@ pub struct Batch {
 pub struct Encoded {
     /// [sentences, 384], each row of length 1.
     pub embeddings: Tensor,
-    /// The weights of the layer that was asked for, [sentences, heads, longest, longest], and their shape.
-    pub weights: Option<(Vec<f32>, [usize; 4])>,
+    /// The weights of each layer that was asked for, [sentences, heads, longest, longest].
+    pub weights: Vec<Vec<f32>>,
+    /// The shape of the weights of a layer.
+    pub weights_shape: [usize; 4],
 }
 
 impl Encoded {
@@ -180,15 +183,15 @@ impl MiniLm {
         Ok(Batch { tokens, ids, lengths })
     }
 
-    /// Runs the encoder, with attention on `gpu`, and gives the weights of one layer if one is asked for.
+    /// Runs the encoder, with attention on `gpu`, and gives the weights of the layers `weights_of`, which may be none.
     ///
     /// # Errors
     ///
     /// [`Error::Layer`] if the model does not have the layer that is asked for, [`Error::Attention`] for what wgpu-attention
     /// reports, and [`Error::Candle`] for what candle reports.
-    pub fn encode(&self, gpu: &Gpu, batch: &Batch, weights_of: Option<usize>) -> Result<Encoded> {
-        if let Some(layer) = weights_of.filter(|&layer| layer >= self.layers.len()) {
-            return Err(Error::Layer { layer, last: self.layers.len() - 1 });
+    pub fn encode(&self, gpu: &Gpu, batch: &Batch, weights_of: Range<usize>) -> Result<Encoded> {
+        if weights_of.end > self.layers.len() {
+            return Err(Error::Layer { layer: weights_of.end - 1, last: self.layers.len() - 1 });
         }
         let (sentences, longest) = batch.ids.dims2()?;
         let width = self.words.hidden_size();
@@ -199,23 +202,23 @@ impl MiniLm {
         let prepare = |problem: &Problem| gpu.library().prepare(&gpu.library().plan(problem)?);
         let plain = prepare(&problem)?;
         problem.weights = true;
-        let telling = weights_of.map(|_| prepare(&problem)).transpose()?;
+        let telling = if weights_of.is_empty() { None } else { Some(prepare(&problem)?) };
 
         let places = Tensor::arange(0, s, &Device::Cpu)?;
         let x = self.words.forward(&batch.ids)?.broadcast_add(&self.positions.forward(&places)?)?;
         let mut x = self.norm.forward(&x.broadcast_add(&self.first)?)?;
-        let mut weights = None;
+        let mut weights = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
-            let prepared = telling.as_ref().filter(|_| weights_of == Some(index)).unwrap_or(&plain);
+            let prepared = telling.as_ref().filter(|_| weights_of.contains(&index)).unwrap_or(&plain);
             let outputs = attend(gpu, prepared, &batch.lengths, [&layer.query, &layer.key, &layer.value], &x)?;
-            weights = outputs.weights.or(weights);
+            weights.extend(outputs.weights);
             let context = Tensor::from_vec(outputs.out, x.shape(), &Device::Cpu)?;
             x = layer.out_norm.forward(&(layer.out.forward(&context)? + x)?)?;
             let wide = layer.up.forward(&x)?.gelu_erf()?;
             x = layer.down_norm.forward(&(layer.down.forward(&wide)? + x)?)?;
         }
-        let weights = weights.map(|weights| (weights, [sentences, self.heads, longest, longest]));
-        Ok(Encoded { embeddings: pooled(&x, &batch.lengths)?, weights })
+        let weights_shape = [sentences, self.heads, longest, longest];
+        Ok(Encoded { embeddings: pooled(&x, &batch.lengths)?, weights, weights_shape })
     }
 }
 

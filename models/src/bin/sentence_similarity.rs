@@ -5,13 +5,14 @@
 //! cargo run --release -p wgpu-attention-models --bin sentence_similarity -- "The cat sits outside" "A man plays the guitar"
 //! ```
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use wgpu_attention::internal::describe;
-use wgpu_attention_heatmap::{Sequence, draw};
+use wgpu_attention_heatmap::{Layer, Sequence, Style, draw, is_page};
 use wgpu_attention_models::minilm::{Batch, Encoded, MiniLm};
 use wgpu_attention_models::{Result, bytes_bar, folder, open};
 
@@ -27,12 +28,14 @@ struct Arguments {
     /// Adapter: index, part of its name, or backend:part (default: the best one)
     #[arg(long)]
     adapter: Option<String>,
-    /// Draw the attention weights of a layer into this file, .svg or .png
+    /// Draw the attention weights of a layer into this file, .svg or .png, or those of all layers into a page, .html
     #[arg(long)]
     heatmap: Option<PathBuf>,
-    /// The layer that is drawn, 0 to 5
+    /// The layer that is drawn, 0 to 5; a page shows it first
     #[arg(long, default_value_t = 5, requires = "heatmap")]
     layer: usize,
+    #[command(flatten)]
+    style: Style,
 }
 
 fn main() -> ExitCode {
@@ -52,13 +55,20 @@ fn run(arguments: &Arguments) -> Result<()> {
     bar.finish_and_clear();
 
     let batch = model.tokenize(&arguments.sentences)?;
-    let encoded = model.encode(&gpu, &batch, arguments.heatmap.as_ref().map(|_| arguments.layer))?;
+    let layers = match &arguments.heatmap {
+        None => 0..0,
+        // A layer that the model does not have is an error of its own.
+        Some(path) if is_page(path)? && arguments.layer < model.layers() => 0..model.layers(),
+        Some(_) => arguments.layer..arguments.layer + 1,
+    };
+    let encoded = model.encode(&gpu, &batch, layers.clone())?;
     let similarity = encoded.similarity()?;
     print_table(&arguments.sentences, &similarity);
     println!("attention by {}", describe(gpu.info()));
     if let Some(path) = &arguments.heatmap {
-        draw(path, &sequences(arguments, batch, &encoded))?;
-        println!("weights of layer {} are drawn in {}", arguments.layer, path.display());
+        let of = if layers.len() == 1 { format!("layer {}", layers.start) } else { "all layers".into() };
+        draw(path, &sequences(arguments, batch, &encoded, layers), &arguments.style)?;
+        println!("weights of {of} are drawn in {}", path.display());
     }
     Ok(())
 }
@@ -80,11 +90,19 @@ fn print_table(sentences: &[String], similarity: &[Vec<f32>]) {
 }
 
 /// The weights of each sentence, without its padding.
-fn sequences(arguments: &Arguments, batch: Batch, encoded: &Encoded) -> Vec<Sequence> {
-    let Some((weights, shape)) = &encoded.weights else { return Vec::new() };
-    let cut = |(index, (sentence, tokens)): (usize, (&String, Vec<String>))| {
-        let title = format!("layer {}: {sentence}", arguments.layer);
-        Sequence::cut(title, weights, *shape, index, tokens.clone(), tokens)
+fn sequences(arguments: &Arguments, batch: Batch, encoded: &Encoded, layers: Range<usize>) -> Vec<Sequence> {
+    let cut = |(index, (title, tokens)): (usize, (&String, Vec<String>))| {
+        let layer = |(layer, weights): (usize, &Vec<f32>)| {
+            let size = [tokens.len(); 2];
+            Layer::cut(format!("layer {layer}"), weights, encoded.weights_shape, index, size)
+        };
+        Sequence {
+            title: title.clone(),
+            layers: layers.clone().zip(&encoded.weights).map(layer).collect(),
+            shown: arguments.layer - layers.start,
+            queries: tokens.clone(),
+            keys: tokens,
+        }
     };
     arguments.sentences.iter().zip(batch.tokens).enumerate().map(cut).collect()
 }
