@@ -113,7 +113,7 @@ pub struct TermArgs {
     pub causal_offset: Option<i32>,
     /// Factor of q·k (default 1/√D)
     #[arg(long, allow_negative_numbers = true)]
-    pub scale: Option<f32>,
+    pub score_scale: Option<f32>,
     /// Soft cap of the scores
     #[arg(long, allow_negative_numbers = true)]
     pub softcap: Option<f32>,
@@ -132,7 +132,7 @@ impl TermArgs {
     /// Sets all fields but the layout, which is needed earlier, to read the tensors.
     pub fn apply(&self, problem: &mut Problem) {
         problem.causal = if self.causal_offset.is_some() { Causal::Offset } else { self.causal };
-        (problem.scale, problem.softcap) = (self.scale, self.softcap);
+        (problem.scale, problem.softcap) = (self.score_scale, self.softcap);
         problem.window = Window { left: self.window_left, right: self.window_right };
     }
 }

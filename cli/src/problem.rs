@@ -22,7 +22,7 @@ pub struct ProblemArgs {
     #[arg(long, value_name = "B,H,HKV,SQ,SKV,D")]
     pub shape: Vec<ShapeArg>,
     /// Read the problem from a JSON file, as --save-problem writes it, instead of from options (repeatable)
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "value_dim", "causal", "causal_offset", "scale", "softcap",
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "value_dim", "causal", "causal_offset", "score_scale", "softcap",
         "window_left", "window_right", "layout", "alibi", "mask", "bias", "key_lengths", "sinks", "packed", "page_size"])]
     pub problem: Vec<PathBuf>,
     /// Write the problem to a JSON file

@@ -44,7 +44,7 @@ fn every_option_of_a_problem_makes_one_that_agrees_with_the_reference() {
         (&["--causal-offset", "-2"], "causal", "offset".into()),
         (&["--window-left", "3"], "window", serde_json::json!({"left": 3, "right": null})),
         (&["--window-right", "1"], "window", serde_json::json!({"left": null, "right": 1})),
-        (&["--scale", "0.5"], "scale", 0.5.into()),
+        (&["--score-scale", "0.5"], "scale", 0.5.into()),
         (&["--softcap", "2"], "softcap", 2.0.into()),
         (&["--alibi"], "alibi", true.into()),
         (&["--mask", "0.5"], "mask", serde_json::json!([1, 1, 5, 9])),

@@ -57,13 +57,14 @@ fn sum_of(x: f32, y: f32) -> f32 {
 
 // Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN.
 fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
+    let position = key_position(s, key);
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
         // ± the cap for an infinity, as for all that is large.
         x = select(params.softcap * tanh_exact(x / params.softcap), UNDEFINED, x == UNDEFINED);
     }
     if ((params.flags & ALIBI) != 0u) {
-        let distance = f32(abs(i32(row) + s.offset - key_position(s, key)));
+        let distance = f32(abs(i32(row) + s.offset - i32(position)));
         let slope = coded(lists[params.list_alibi_slopes + head]);
         // An infinite slope is 0 · ∞ at distance 0.
         let ended = select(-slope, UNDEFINED, (slope == UNDEFINED) | (distance == 0.0));
@@ -75,8 +76,8 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
         visible &= bits != 0xff800000u;
         x = sum_of(x, coded(bits));
     }
-    let range = key_range(s, row);
-    visible &= (key >= range.x) & (key < range.y) & sees_position(s, row, key_position(s, key));
+    let range = visible_positions(s, row);
+    visible &= (position >= range.x) & (position < range.y);
     return select(HIDDEN, x, visible);
 }
 
@@ -84,12 +85,13 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
 // The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit`
 // what comes of it.
 fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
+    let position = key_position(s, key);
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
         x = params.softcap * tanh_exact(x / params.softcap);
     }
     if ((params.flags & ALIBI) != 0u) {
-        let distance = abs(i32(row) + s.offset - key_position(s, key));
+        let distance = abs(i32(row) + s.offset - i32(position));
         x -= bitcast<f32>(lists[params.list_alibi_slopes + head]) * f32(distance);
     }
     var visible = mask_allows(batch, head, row, key);
@@ -100,8 +102,8 @@ fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f
         ended = (bits & 0x7f800000u) == 0x7f800000u;
         x += bitcast<f32>(select(bits, 0u, ended));
     }
-    let range = key_range(s, row);
-    visible &= (key >= range.x) & (key < range.y) & sees_position(s, row, key_position(s, key));
+    let range = visible_positions(s, row);
+    visible &= (position >= range.x) & (position < range.y);
     return select(HIDDEN, select(clamp(x, LOWEST, HIGHEST), UNDEFINED, ended), visible);
 }
 

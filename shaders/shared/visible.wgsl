@@ -49,28 +49,31 @@ fn sequence(batch: u32) -> Sequence {
     return s;
 }
 
-// Keys [x, y) that causal rule, window and lengths leave to a row. Both ends never fall as the row rises. Where
-// positions are listed, any key may be visible by its place.
+// Positions [x, y) that causal rule and window leave to a row, below `limit`. Both ends never fall as the row rises.
+fn position_range(s: Sequence, row: u32, limit: i32) -> vec2<u32> {
+    let position = i32(row) + s.offset;
+    var first = 0;
+    var end = limit;
+    if ((params.flags & WINDOW_LEFT) != 0u) {
+        first = clamp(position - i32(params.window_left), 0, limit);
+    }
+    if ((params.flags & WINDOW_RIGHT) != 0u) {
+        end = clamp(position + i32(params.window_right) + 1, 0, limit);
+    }
+    if ((params.flags & CAUSAL) != 0u) {
+        end = min(end, clamp(position + 1, 0, limit));
+    }
+    return vec2<u32>(u32(first), u32(max(first, end)));
+}
+
+// Keys [x, y) that causal rule, window and lengths leave to a row. Where positions are listed, these may be any keys.
 fn key_range(s: Sequence, row: u32) -> vec2<u32> {
 {% if lists %}
     if ((params.flags & POSITIONS) != 0u) {
         return vec2<u32>(0u, s.keys);
     }
 {% endif %}
-    let keys = i32(s.keys);
-    let position = i32(row) + s.offset;
-    var first = 0;
-    var end = keys;
-    if ((params.flags & WINDOW_LEFT) != 0u) {
-        first = clamp(position - i32(params.window_left), 0, keys);
-    }
-    if ((params.flags & WINDOW_RIGHT) != 0u) {
-        end = clamp(position + i32(params.window_right) + 1, 0, keys);
-    }
-    if ((params.flags & CAUSAL) != 0u) {
-        end = min(end, clamp(position + 1, 0, keys));
-    }
-    return vec2<u32>(u32(first), u32(max(first, end)));
+    return position_range(s, row, i32(s.keys));
 }
 
 // Keys that at least one of the rows first..last sees by range; all of them where every logit is asked for.
@@ -82,21 +85,21 @@ fn tile_range(s: Sequence, first: u32, last: u32) -> vec2<u32> {
 }
 {% if full is defined and full %}
 
-// The position of a key. Tiles reach beyond the last key.
-fn key_position(s: Sequence, key: u32) -> i32 {
+// Where no position is visible.
+const NOWHERE: u32 = 0xffffffffu;
+
+// The position of a key; NOWHERE for an empty slot and, where positions are listed, for a key beyond the length. Tiles
+// reach beyond the last key.
+fn key_position(s: Sequence, key: u32) -> u32 {
     if ((params.flags & POSITIONS) != 0u) {
-        let listed = lists[s.positions + min(key, max(params.seq_kv, 1u) - 1u)];
-        return min(bitcast<i32>(listed), 1073741823);
+        let listed = bitcast<i32>(lists[s.positions + min(key, max(params.seq_kv, 1u) - 1u)]);
+        return select(NOWHERE, u32(min(listed, 1073741823)), (listed >= 0) & (key < s.keys));
     }
-    return i32(key);
+    return key;
 }
 
-// Whether a row sees a key of the range by the position that is listed for it.
-fn sees_position(s: Sequence, row: u32, listed: i32) -> bool {
-    let ahead = listed - (i32(row) + s.offset);
-    let late = ((params.flags & CAUSAL) != 0u) & (ahead > 0);
-    let left = ((params.flags & WINDOW_LEFT) != 0u) & (ahead < -i32(params.window_left));
-    let right = ((params.flags & WINDOW_RIGHT) != 0u) & (ahead > i32(params.window_right));
-    return ((params.flags & POSITIONS) == 0u) | !((listed < 0) | late | left | right);
+// Positions [x, y) whose keys a row sees. Without a list, a key is its own position, and the length bounds both.
+fn visible_positions(s: Sequence, row: u32) -> vec2<u32> {
+    return position_range(s, row, select(i32(s.keys), 1073741824, (params.flags & POSITIONS) != 0u));
 }
 {% endif %}

@@ -16,7 +16,6 @@ use crate::request::Request;
 
 // The --scale of this command is that of the colours.
 #[derive(Args, Debug)]
-#[command(mut_arg("scale", |scale| scale.long("score-scale")))]
 pub struct Arguments {
     /// Weights as `run --weights` writes them, or q, k and the other tensors that `run` takes, to compute weights from
     #[arg(long)]
@@ -121,8 +120,9 @@ fn stored(archive: &Archive, name: &str, all: bool) -> Result<Weights> {
 }
 
 fn computed(arguments: &Arguments, archive: &Archive) -> Result<Weights> {
-    let Request { mut problem, operands, .. } = Request::read_for_weights(archive, arguments.terms.layout.into())?;
-    arguments.terms.apply(&mut problem);
+    let mut request = Request::read_for_weights(archive, arguments.terms.layout.into())?;
+    request.apply(&arguments.terms);
+    let Request { mut problem, operands, .. } = request;
     problem.weights = true;
     let refused = |source| archive.problem(source);
     problem.check().map_err(refused)?.check_inputs(&operands.inputs()).map_err(refused)?;
