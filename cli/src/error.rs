@@ -42,10 +42,20 @@ pub enum Error {
     SameClass { left: String, right: String },
     #[error("shape {shape}: no query sees a key, so that there is nothing to time")]
     NoWork { shape: String },
+    #[error("{}: line {line}: {why}", path.display())]
+    Record { path: PathBuf, line: usize, why: String },
+    #[error("{}: no line is a measurement with its single times, as `bench --json` of this version writes it", path.display())]
+    NoRecords { path: PathBuf },
+    #[error("--json asks for the format jsonl, and --format for {format}: give one of them")]
+    TwoFormats { format: String },
+    #[error("the report could not be made: {why}")]
+    Page { why: String },
     #[error("this system has no cache folder: give --file, or set {variable}")]
     NoFolder { variable: &'static str },
     #[error("{0}")]
     Attention(#[from] wgpu_attention::Error),
+    #[error("{0}")]
+    Bench(#[from] wgpu_attention_bench::Error),
     #[error("{0}")]
     Picture(#[from] wgpu_attention_heatmap::Error),
     #[error("standard output: {0}")]

@@ -13,12 +13,10 @@ mod memory;
 mod operands;
 mod options;
 mod oracle;
-mod probe;
 mod report;
 mod request;
 mod sample;
 mod store;
-mod timer;
 
 use std::process::ExitCode;
 

@@ -42,6 +42,11 @@ fn tensors(shape: &Shape) -> [u64; 2] {
     [dense.into_iter().chain(operands).sum(), shape.out().extent() * shape.problem().element.bytes() + 4 * asked(shape)]
 }
 
+/// The fewest bytes that a call moves through the device's memory: each operand is read once and each result is written once.
+pub fn of_tensors(shape: &Shape) -> u64 {
+    tensors(shape).into_iter().sum()
+}
+
 /// Elements of the results beside `out`.
 fn asked(shape: &Shape) -> u64 {
     let matrices = u64::from(shape.problem().weights) + u64::from(shape.problem().logits.is_some());

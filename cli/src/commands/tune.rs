@@ -8,8 +8,9 @@ use serde::Serialize;
 use wgpu_attention::{
     Causal, Choice, Class, Element, Gpu, Options, Plan, Prepared, Problem, Resident, Row as TunedRow, Tuning,
 };
+use wgpu_attention_bench::{Clock, Timer, Times};
 
-use super::bench::{Subject, call, must_have_work};
+use super::bench::{Subject, must_have_work};
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Label};
 use crate::error::{Error, Result};
@@ -17,7 +18,6 @@ use crate::memory;
 use crate::options::{self, ShapeArg};
 use crate::report::{self, Progress, Report};
 use crate::store;
-use crate::timer::Timer;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
@@ -125,7 +125,7 @@ struct Runner {
     choice: Choice,
     prepared: Prepared,
     resident: Resident,
-    times: Vec<f64>,
+    times: Times,
 }
 
 /// The results for one problem.
@@ -185,15 +185,15 @@ impl Tuner<'_> {
         if runners.len() < 2 && !found.in_time {
             return Ok(found);
         }
-        let best = runners.iter().map(|runner| runner.times[0]).fold(f64::INFINITY, f64::min);
-        runners.retain(|runner| runner.times[0] <= SLOWER * best);
+        let best = runners.iter().map(|runner| runner.times.median()).fold(f64::INFINITY, f64::min);
+        runners.retain(|runner| runner.times.median() <= SLOWER * best);
         let time = |at: usize| {
             let Runner { prepared, resident, .. } = &runners[at];
-            call(&self.timer, prepared, resident, &mut |_, _| {})
+            self.timer.call(prepared, resident, &mut |_, _| {})
         };
         match in_turn(runners.len(), || Instant::now() >= self.deadline, time)? {
-            Some(times) => {
-                runners.iter_mut().zip(times).for_each(|(runner, times)| runner.times = times);
+            Some(all) => {
+                runners.iter_mut().zip(all).for_each(|(runner, ms)| runner.times = times(ms));
                 self.judge(&subject, choices[0], &runners, &mut found);
             }
             None => found.in_time = false,
@@ -242,18 +242,14 @@ impl Tuner<'_> {
             return Ok(None);
         }
         // The shorter of two runs, because something may have delayed one of them.
-        let ms = call(&self.timer, &prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
+        let ms = self.timer.call(&prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
         row.ms = Some(ms);
-        Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
+        Ok(Some(Runner { at: 0, choice, prepared, resident, times: times(vec![ms]) }))
     }
 
     /// Chooses the fastest candidate; `own` is the planner's own choice.
     fn judge(&self, subject: &Subject, own: Choice, runners: &[Runner], found: &mut Found) {
-        let median = |runner: &Runner| {
-            let mut times = runner.times.clone();
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
+        let median = |runner: &Runner| runner.times.median();
         let Some(fastest) = runners.iter().min_by(|a, b| median(a).total_cmp(&median(b))) else { return };
         let stays = |runner: &&Runner| runner.choice == own && median(runner) <= (1.0 + MARGIN) * median(fastest);
         let chosen = runners.iter().find(stays).unwrap_or(fastest);
@@ -272,6 +268,11 @@ impl Tuner<'_> {
         let class = Class::of(&subject.problem.check().expect("it was planned"));
         found.best = Some(TunedRow { class, choice: chosen.choice, ms: median(chosen) });
     }
+}
+
+/// The times of a candidate that was timed at least once.
+fn times(ms: Vec<f64>) -> Times {
+    Times::new(ms).expect("a timer returns times above 0")
 }
 
 /// Times candidates in alternation, so that a busy moment of the machine affects all of them, and returns the times of each. Returns `None`
@@ -338,7 +339,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     }
     let bar = report::progress(work.iter().map(|(_, _, choices)| choices.len()).sum());
     let deadline = start + Duration::from_secs(arguments.seconds);
-    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu, false), deadline, bar };
+    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu, Clock::Timestamps), deadline, bar };
 
     let (mut cells, mut best, mut failed, mut late) = (Vec::new(), Vec::new(), false, 0);
     for (shape, problem, choices) in &work {
