@@ -120,7 +120,11 @@ impl Axis {
         let high = fine.iter().copied().find(|mark| *mark > 1.1 * high).unwrap_or(high);
         let within = |marks: Vec<f64>| marks.into_iter().filter(|x| (low..=high).contains(x)).collect::<Vec<_>>();
         let coarse = within(marks(&[1.0]));
-        let ticks = if coarse.len() > 2 { coarse } else { within(fine) };
+        let ticks = match coarse.len() {
+            0..3 => within(fine),
+            3..5 => coarse,
+            _ => coarse.into_iter().step_by(2).collect(),
+        };
         Axis { log: true, low, high, ticks }
     }
 
@@ -232,7 +236,7 @@ mod tests {
         assert_eq!(Axis::linear(180.0).ticks, [0.0, 50.0, 100.0, 150.0]);
         assert_eq!(Axis::linear(1.0).ticks.len(), 6);
         let axis = Axis::log([1.2e-3, 1e3].into_iter());
-        assert_eq!(axis.ticks.iter().map(f64::to_string).collect::<Vec<_>>().join(" "), "0.001 0.01 0.1 1 10 100 1000");
+        assert_eq!(axis.ticks.iter().map(f64::to_string).collect::<Vec<_>>().join(" "), "0.001 0.1 10 1000");
     }
 
     #[test]

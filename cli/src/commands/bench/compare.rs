@@ -30,17 +30,23 @@ pub fn compare(new: &Record, old: &[Record]) -> Option<Compared> {
     })
 }
 
+/// The most measurements that a remark names.
+const NAMED: usize = 3;
+
 /// What a reader must know of two sets of measurements beside their ratios, a sentence each.
 pub fn remarks(new: &[Record], old: &[Record]) -> Vec<String> {
     let mut remarks = Vec::new();
     let name = |record: &Record| format!("{} with {} on {}", record.case, record.kernel, record.label);
-    let without = |records: &[Record], others: &[Record]| {
-        let alone = records.iter().filter(|record| !others.iter().any(|other| other.matches(record)));
-        alone.map(name).collect::<Vec<_>>().join("; ")
-    };
-    for (when, names) in [("new", without(new, old)), ("old", without(old, new))] {
-        if !names.is_empty() {
-            remarks.push(format!("Measured only in the {when} run, or by another clock: {names}."));
+    for (when, records, others) in [("new", new, old), ("old", old, new)] {
+        let alone: Vec<String> =
+            records.iter().filter(|record| !others.iter().any(|other| other.matches(record))).map(name).collect();
+        let more = match alone.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!("; and {more} more"),
+        };
+        if !alone.is_empty() {
+            let names = alone[..alone.len().min(NAMED)].join("; ");
+            remarks.push(format!("Measured only in the {when} run, or by another clock: {names}{more}."));
         }
     }
     let pairs = || new.iter().filter_map(|new| old.iter().find(|old| old.matches(new)).map(|old| (new, old)));
@@ -67,6 +73,14 @@ mod tests {
             assert!((compared.ratio - ms / 10.0).abs() < 1e-9, "{compared:?}");
             assert!(compared.ratio_low <= compared.ratio && compared.ratio <= compared.ratio_high, "{compared:?}");
         }
+    }
+
+    #[test]
+    fn a_remark_names_some_of_many_measurements() {
+        let new = [64, 128, 256, 512, 1024].map(|n| record("flash", n, 1.0));
+        let [remark] = &remarks(&new, &new[..1])[..] else { panic!("one remark") };
+        assert!(remark.contains("1,8,8,512,512,64") && remark.ends_with("; and 1 more."), "{remark}");
+        assert!(!remark.contains("1024"), "{remark}");
     }
 
     #[test]

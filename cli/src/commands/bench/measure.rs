@@ -159,7 +159,8 @@ impl<'a> Bench<'a> {
         for subject in subjects {
             let plans = self.plans(subject, &mut measured.remarks);
             for (plan, planned) in plans.unwrap_or_else(|error| vec![(Err(error), true)]) {
-                self.bar.set_message(format!("{} on {}", subject.shape, self.label));
+                let kernel = plan.as_ref().map_or_else(|_| String::new(), |plan| format!(" with {}", plan.kernel()));
+                self.bar.set_message(format!("{}{kernel} on {}", subject.shape, self.label));
                 let slices = self.bars.add(report::slices());
                 let mut progress = |done, of| report::advance(&slices, done, of);
                 let result = plan.map_err(Into::into).and_then(|plan| self.one(subject, &plan, planned, &mut progress));

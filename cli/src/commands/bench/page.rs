@@ -33,11 +33,13 @@ struct Page {
     adapters: Vec<Adapter>,
     cases: Vec<Vec<String>>,
     legend: Vec<Chart>,
-    sections: [Section; 4],
-    rows: Vec<Row>,
+    rates: Section,
+    sections: [Section; 3],
+    /// The rows of each adapter.
+    rows: Vec<(String, Vec<Row>)>,
     compared_header: [&'static str; COMPARED.len()],
-    /// `None` where nothing was compared.
-    compared: Option<Vec<Beside>>,
+    /// The rows of each adapter; `None` where nothing was compared.
+    compared: Option<Vec<(String, Vec<Beside>)>>,
     remarks: Option<Vec<String>>,
 }
 
@@ -53,7 +55,6 @@ struct Section {
 #[derive(Serialize)]
 struct Row {
     number: usize,
-    adapter: String,
     kernel: String,
     planned: bool,
     first: String,
@@ -70,7 +71,6 @@ struct Row {
 /// A row of the comparison.
 #[derive(Serialize)]
 struct Beside {
-    adapter: String,
     cells: Vec<String>,
     /// The class of the verdict in the style sheet.
     class: &'static str,
@@ -114,13 +114,16 @@ pub fn page(records: &[Record], old: Option<&[Record]>) -> Result<String> {
         adapters: labels.iter().map(|label| adapter(of(label)[0])).collect(),
         cases: cases.iter().map(problem).collect(),
         legend: charts::legend(records)?,
+        rates: Section { title: "Rate", text: RATE, charts: rates },
         sections: [
-            Section { title: "Rate", text: RATE, charts: rates },
             Section { title: "Roofline", text: ROOFLINE, charts: rooflines },
             Section { title: "Time and length", text: LENGTHS, charts: lengths },
             Section { title: "Error", text: ERROR, charts: budgets },
         ],
-        rows: records.iter().map(|record| row(record, &cases)).collect(),
+        rows: labels
+            .iter()
+            .map(|label| (label.to_string(), of(label).iter().map(|record| row(record, &cases)).collect()))
+            .collect(),
         compared_header: COMPARED,
         compared: old.map(|old| beside(records, old)),
         remarks: old.map(|old| compare::remarks(records, old)),
@@ -137,7 +140,7 @@ const RATE: &str = "Floating-point operations of the two products over the visib
                     bar spans the quartiles. ★ marks the planner's choice.";
 const ROOFLINE: &str = "The rate of each kernel over the operations per byte of the tensors, each of which is read or written once. \
                         The slope is the copy bandwidth of the adapter, the flat part its multiply-add rate. The numbers above are \
-                        those of the problems.";
+                        those of the problems. A point above the slope has its tensors in a cache.";
 const LENGTHS: &str = "Median time of problems that differ in their length N only. Vertical lines span the times from the 5 % to \
                        the 95 % quantile.";
 const ERROR: &str = "The largest share that an element of the output uses of its error budget. The budget is the error that \
@@ -155,12 +158,13 @@ fn once<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
     found
 }
 
-/// From the first measurement to the last.
+/// From the first measurement to the last, in minutes.
 fn dates(records: &[Record]) -> String {
-    let dates = || records.iter().map(|record| record.date.as_str());
+    let minute = |date: &str| date.get(..16).unwrap_or(date).replace('T', " ") + " UTC";
+    let dates = || records.iter().map(|record| minute(&record.date));
     match (dates().min(), dates().max()) {
         (Some(first), Some(last)) if first != last => format!("{first} to {last}"),
-        (first, _) => first.unwrap_or_default().into(),
+        (first, _) => first.unwrap_or_default(),
     }
 }
 
@@ -193,7 +197,6 @@ fn row(record: &Record, cases: &[Case]) -> Row {
     let q = record.times_ms.quantiles();
     Row {
         number: 1 + cases.iter().position(|case| *case == record.case).unwrap_or_default(),
-        adapter: record.label.to_string(),
         kernel: record.kernel.clone(),
         planned: record.planned,
         first: short(record.first_ms),
@@ -207,7 +210,7 @@ fn row(record: &Record, cases: &[Case]) -> Row {
     }
 }
 
-fn beside(records: &[Record], old: &[Record]) -> Vec<Beside> {
+fn beside(records: &[Record], old: &[Record]) -> Vec<(String, Vec<Beside>)> {
     let row = |new: &Record| {
         let compared = compare::compare(new, old)?;
         let class = match compared.verdict {
@@ -215,9 +218,11 @@ fn beside(records: &[Record], old: &[Record]) -> Vec<Beside> {
             Verdict::Slower => "bad",
             Verdict::NoDifference => "",
         };
-        Some(Beside { adapter: new.label.to_string(), cells: compared_cells(new, compared), class })
+        Some(Beside { cells: compared_cells(new, compared), class })
     };
-    records.iter().filter_map(row).collect()
+    let of = |label: &Label| records.iter().filter(|record| record.label == *label).filter_map(row).collect();
+    let rows = adapters(records).into_iter().map(|label| (label.to_string(), of(label)));
+    rows.filter(|(_, rows): &(_, Vec<Beside>)| !rows.is_empty()).collect()
 }
 
 #[cfg(test)]
@@ -258,9 +263,15 @@ mod tests {
         for says in ["1: 1,8,8,512,512,64 f32", "2: 1,8,8,1024,1024,64 f32", "1,8,8,1024,1024,64 f32 causal top-left"] {
             assert!(text.contains(says), "{says}");
         }
-        for says in
-            ["CPU & co", "Card <1>", "driver 1", "2026-01-02T03:04:05Z", "quantum", "slower", "only in the new run"]
-        {
+        for says in [
+            "CPU & co",
+            "Card <1>",
+            "driver 1",
+            "measured 2026-01-02 03:04 UTC",
+            "quantum",
+            "slower",
+            "only in the new run",
+        ] {
             assert!(text.contains(says), "{says}");
         }
     }
