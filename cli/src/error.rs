@@ -14,6 +14,8 @@ pub enum Error {
     File { path: PathBuf, source: std::io::Error },
     #[error("{}: not a {what} of this program: {source}", path.display())]
     Json { path: PathBuf, what: &'static str, source: serde_json::Error },
+    #[error("options describe a problem, but neither --shape nor --problem gives its sizes")]
+    NoShape,
     #[error("{got} problems are given, and this takes one: give one --shape or one --problem")]
     OneProblem { got: usize },
     #[error("--key-lengths has {got} lengths; it must have one, or one for each of the {batch} batches")]
@@ -46,14 +48,24 @@ pub enum Error {
     Batch { path: PathBuf, batch: usize, batches: usize },
     #[error("{}: {source}", path.display())]
     Problem { path: PathBuf, source: wgpu_attention::Error },
-    #[error("shapes {left} and {right} are of one class of problems, which has one row: choose one of them")]
+    #[error("problems {left} and {right} are of one class, which has one row: choose one of them")]
     SameClass { left: String, right: String },
-    #[error("shape {shape}: no query sees a key, so that there is nothing to time")]
+    #[error("problem {shape}: no query sees a key, so that there is nothing to time")]
     NoWork { shape: String },
+    #[error("{}: line {line}: {why}", path.display())]
+    Record { path: PathBuf, line: usize, why: String },
+    #[error("{}: no line is a measurement with its single times, as `bench --json` of this version writes it", path.display())]
+    NoRecords { path: PathBuf },
+    #[error("--json asks for the format jsonl, and --format for {format}: give one of them")]
+    TwoFormats { format: String },
+    #[error("the report could not be made: {why}")]
+    Page { why: String },
     #[error("this system has no cache folder: give --file, or set {variable}")]
     NoFolder { variable: &'static str },
     #[error("{0}")]
     Attention(#[from] wgpu_attention::Error),
+    #[error("{0}")]
+    Bench(#[from] wgpu_attention_bench::Error),
     #[error("{0}")]
     Picture(#[from] wgpu_attention_heatmap::Error),
     #[error("standard output: {0}")]

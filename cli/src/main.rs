@@ -13,13 +13,11 @@ mod memory;
 mod operands;
 mod options;
 mod oracle;
-mod probe;
 mod problem;
 mod report;
 mod request;
 mod sample;
 mod store;
-mod timer;
 
 use std::process::ExitCode;
 

@@ -37,9 +37,21 @@ fn left() -> Option<u64> {
 
 /// Bytes of the tensors that a call reads, and of its results. The small arrays do not count.
 fn tensors(shape: &Shape) -> [u64; 2] {
-    let operands = Operand::of_kind(Kind::Tensor).filter_map(|operand| operand.bytes(shape));
     let dense = [shape.q(), shape.k(), shape.v()].map(|tensor| tensor.extent() * shape.problem().element.bytes());
-    [dense.into_iter().chain(operands).sum(), shape.out().extent() * shape.problem().element.bytes() + 4 * asked(shape)]
+    [
+        dense.into_iter().sum::<u64>() + of_operands(shape),
+        shape.out().extent() * shape.problem().element.bytes() + 4 * asked(shape),
+    ]
+}
+
+/// The fewest bytes that a call moves through the device's memory: each operand is read once and each result is written once.
+pub fn of_tensors(shape: &Shape) -> u64 {
+    tensors(shape).into_iter().sum()
+}
+
+/// Bytes of the tensors beside q, k and v that a call reads.
+pub fn of_operands(shape: &Shape) -> u64 {
+    Operand::of_kind(Kind::Tensor).filter_map(|operand| operand.bytes(shape)).sum()
 }
 
 /// Elements of the results beside `out`.

@@ -31,6 +31,11 @@ impl std::fmt::Display for ShapeArg {
 }
 
 impl ShapeArg {
+    /// The sizes of a problem.
+    pub fn of(p: &Problem) -> Self {
+        ShapeArg([p.batch, p.heads, p.kv_heads, p.seq_q, p.seq_kv, p.head_dim])
+    }
+
     /// The dense problem of this shape, not checked.
     pub fn problem(&self) -> Problem {
         let [batch, heads, kv_heads, seq_q, seq_kv, head_dim] = self.0;
@@ -129,9 +134,14 @@ pub struct TermArgs {
 }
 
 impl TermArgs {
-    /// Sets all fields but the layout, which is needed earlier, to read the tensors.
+    /// Sets all fields but the layout, which is needed earlier, to read the tensors. A causal rule that the problem has stays where none
+    /// is given.
     pub fn apply(&self, problem: &mut Problem) {
-        problem.causal = if self.causal_offset.is_some() { Causal::Offset } else { self.causal };
+        match (self.causal, self.causal_offset) {
+            (_, Some(_)) => problem.causal = Causal::Offset,
+            (Causal::None, None) => (),
+            (causal, None) => problem.causal = causal,
+        }
         (problem.scale, problem.softcap) = (self.score_scale, self.softcap);
         problem.window = Window { left: self.window_left, right: self.window_right };
     }

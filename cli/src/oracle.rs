@@ -1,5 +1,7 @@
 //! The f64 reference and the error budget of one problem, computed once and shared by all engines.
 
+use std::ops::Range;
+
 use wgpu_attention::reference::{self, Budget, Comparison, Tolerance};
 use wgpu_attention::{Inputs, Outputs, Problem, Shape};
 
@@ -21,6 +23,12 @@ pub struct Judgement {
 impl Oracle {
     pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> wgpu_attention::Result<Self> {
         let (truth, budget) = reference::attention_with_budget(problem, inputs)?;
+        Ok(Oracle { shape: problem.check()?, truth, budget })
+    }
+
+    /// Of some rows of each head only; other rows are not judged.
+    pub fn of_rows(problem: &Problem, inputs: &Inputs<'_>, rows: &[Range<u32>]) -> wgpu_attention::Result<Self> {
+        let (truth, budget) = reference::attention_with_budget_of_rows(problem, inputs, rows)?;
         Ok(Oracle { shape: problem.check()?, truth, budget })
     }
 

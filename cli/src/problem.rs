@@ -126,20 +126,19 @@ impl From<Problem> for Given {
 
 impl std::fmt::Display for Given {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&shape(&self.problem))?;
-        match terms(&self.problem).as_str() {
+        let p = &self.problem;
+        write!(f, "{} {}", ShapeArg::of(p), p.element)?;
+        if p.causal != Causal::None {
+            write!(f, " causal {}", p.causal)?;
+        }
+        match terms(p).as_str() {
             "" => Ok(()),
-            terms => write!(f, " {terms}"),
+            terms => write!(f, ", {terms}"),
         }
     }
 }
 
-/// The sizes of a problem in the form of `--shape`.
-pub fn shape(p: &Problem) -> String {
-    format!("{},{},{},{},{},{}", p.batch, p.heads, p.kv_heads, p.seq_q, p.seq_kv, p.head_dim)
-}
-
-/// What a problem has beside sizes and type, in a few words; empty for a plain one.
+/// What a problem has beside sizes, type and causal rule, in a few words; empty for a plain one.
 pub fn terms(p: &Problem) -> String {
     let mut words = Vec::new();
     let mut add = |there: bool, word: String| {
@@ -148,7 +147,6 @@ pub fn terms(p: &Problem) -> String {
         }
     };
     add(p.value_dim != p.head_dim, format!("value dim {}", p.value_dim));
-    add(p.causal != Causal::None, p.causal.name().into());
     let side = |side: Option<u32>| side.map_or("∞".into(), |side| side.to_string());
     let window = p.window.left.is_some() || p.window.right.is_some();
     add(window, format!("window {}:{}", side(p.window.left), side(p.window.right)));
@@ -194,10 +192,12 @@ pub fn boundaries(batch: u32, longest: u32, total: u32) -> Vec<u32> {
 }
 
 impl ProblemArgs {
-    /// The problems, checked. Without a shape and a file there is none.
-    pub fn problems(&self) -> Result<Vec<Given>> {
+    /// The problems, checked. Without a shape and a file they are the default ones with the terms.
+    pub fn problems(&self, default: &[Problem]) -> Result<Vec<Given>> {
         let files = self.problem.iter().map(|path| self.read(path));
-        let shapes = self.shape.iter().map(|shape| self.with_terms(shape.problem()));
+        let default = if self.problem.is_empty() && self.shape.is_empty() { default } else { &[] };
+        let shapes = self.shape.iter().map(ShapeArg::problem).chain(default.iter().cloned());
+        let shapes = shapes.map(|problem| self.with_terms(problem));
         let problems = files.chain(shapes).collect::<Result<Vec<_>>>()?;
         self.save(&problems)?;
         Ok(problems)
@@ -205,7 +205,7 @@ impl ProblemArgs {
 
     /// The one problem that a command takes.
     pub fn one(&self) -> Result<Given> {
-        let mut problems = self.problems()?;
+        let mut problems = self.problems(&[])?;
         match problems.len() {
             1 => Ok(problems.remove(0)),
             got => Err(Error::OneProblem { got }),

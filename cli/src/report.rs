@@ -130,7 +130,10 @@ pub fn count(n: usize, one: &str, many: &str) -> String {
 pub fn short(x: f64) -> String {
     match x.abs() {
         _ if x == 0.0 => "0".into(),
-        0.01..10.0 => format!("{x:.2}"),
+        0.001..0.01 => format!("{x:.5}"),
+        0.01..0.1 => format!("{x:.4}"),
+        0.1..1.0 => format!("{x:.3}"),
+        1.0..10.0 => format!("{x:.2}"),
         10.0..100.0 => format!("{x:.1}"),
         100.0..100_000.0 => format!("{x:.0}"),
         _ => format!("{x:.1e}"),

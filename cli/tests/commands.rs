@@ -84,15 +84,66 @@ fn a_shape_without_work_is_nothing_to_time() {
     }
 }
 
+/// A line of a record: a kernel on one problem, whose times are a little around `ms`.
+fn measurement(kernel: &str, ms: f64) -> String {
+    let times: Vec<f64> = (0..20).map(|run| ms * (1.0 + 0.01 * f64::from(run % 5))).collect();
+    let machine = serde_json::json!({"cpu": "a CPU", "cores": 2, "memory_bytes": 1 << 30, "os": "an OS"});
+    let line = serde_json::json!({
+        "adapter": "a card", "backend": "vulkan", "driver": "a driver", "kernel": kernel, "choice": kernel, "planned": true,
+        "shape": "1,8,8,512,512,64", "dtype": "f32", "causal": "none", "flops": 1e9, "bytes": 1_000_000, "first_ms": 50.0,
+        "ceiling_gflops": 1000.0, "ceiling_gbs": 100.0, "error": 1e-6, "budget": 1e-5, "budget_used": 0.25,
+        "timer": "wall clock", "version": "0.1.0", "date": "2026-01-02T03:04:05Z", "machine": machine, "times_ms": times,
+    });
+    format!("{line}\n")
+}
+
+#[test]
+fn stored_measurements_are_shown_compared_and_drawn_without_an_adapter() {
+    let folder = tempfile::tempdir().unwrap();
+    let [new, old, page] = ["new.jsonl", "old.jsonl", "page.html"].map(|name| folder.path().join(name));
+    let all = ["flash", "rows", "split"].map(|kernel| measurement(kernel, 10.0));
+    std::fs::write(&old, all.concat()).unwrap();
+    let all = [("flash", 8.0), ("rows", 12.0), ("split", 10.02)].map(|(kernel, ms)| measurement(kernel, ms));
+    std::fs::write(&new, all.concat()).unwrap();
+    let [new, old, page] = [&new, &old, &page].map(|path| path.to_str().unwrap());
+
+    let compared = ["bench", "--from", new, "--compare", old];
+    let got = run(&[&compared[..], &["--report", page]].concat());
+    assert!(got.status.success(), "{}", text(&got.stderr));
+    let out = text(&got.stdout);
+    for (kernel, verdict) in [("flash", "faster"), ("rows", "slower"), ("split", "no difference")] {
+        let row = |line: &str| line.contains(kernel) && line.contains(verdict);
+        assert!(out.lines().any(row), "{kernel} {verdict}: {out}");
+    }
+    let html = std::fs::read_to_string(page).unwrap();
+    assert!(html.contains("1,8,8,512,512,64 f32") && html.trim_end().ends_with("</html>"), "{html}");
+
+    let got = run(&[&compared[..], &["--format", "csv"]].concat());
+    assert_eq!(text(&got.stdout).lines().filter(|line| line.ends_with(",faster")).count(), 1);
+    let got = run(&[&compared[..], &["--json"]].concat());
+    let verdict = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["compared"]["verdict"].clone();
+    assert_eq!(text(&got.stdout).lines().map(verdict).collect::<Vec<_>>(), ["faster", "slower", "no-difference"]);
+
+    for (wrong, says) in [
+        (&["--json", "--format", "md"][..], "--json asks for the format jsonl, and --format for md"),
+        (&["--shape", "1,1,1,4,4,4"], "cannot be used with"),
+    ] {
+        let got = run(&[&compared[..], wrong].concat());
+        assert_eq!(got.status.code(), Some(2));
+        assert!(text(&got.stderr).contains(says), "{}", text(&got.stderr));
+    }
+}
+
 #[test]
 fn machines_read_one_object_a_line_errors_too() {
     let file = case(CASE);
     let file = file.to_str().unwrap();
-    let commands: [(&[&str], bool); 9] = [
+    let commands: [(&[&str], bool); 10] = [
         (&[], false),
         (&["adapters"], false),
         (&["bench"], true),
         (&["bench", "--shape", "1,2"], true),
+        (&["bench", "--from", "no-such-file"], true),
         (&["cases", file], true),
         (&["cases", "--cpu", file], false),
         (&["run", "--cpu", "--input", "no-such-file", "--output", "x"], true),

@@ -1,4 +1,4 @@
-//! What `check` and `cases` say on the first adapter to test on, where results are right, wrong or refused, and their exit codes.
+//! What `check`, `cases` and `bench` say on the first adapter to test on, where results are right, wrong or refused, and their exit codes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -107,4 +107,29 @@ fn check_ends_well_only_where_every_result_is_right() {
     let right = verdicts.iter().filter(|verdict| *verdict == "ok").count();
     assert!([(7, 28), (6, 32)].contains(&(refused, right)), "{verdicts:?}");
     assert_eq!((verdicts.len(), code), (refused + right, Some(1)));
+}
+
+#[test]
+fn bench_measures_every_kernel_that_can_run_and_marks_the_choice_of_the_planner() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("page.html");
+    let shape = ["bench", "--json", "--repeats", "3", "--shape", "1,2,2,40,40,16"];
+    let kernels = |options: &[&str]| -> Vec<(String, bool)> {
+        let got = run(&[&shape[..], options].concat());
+        assert!(got.status.success(), "{}", text(&got.stderr));
+        let rows = objects(&got);
+        assert!(rows.iter().all(|row| row["times_ms"].as_array().unwrap().len() == 3), "{rows:?}");
+        rows.iter().map(|row| (row["choice"].as_str().unwrap().into(), row["planned"].as_bool().unwrap())).collect()
+    };
+    let [(own, true)] = &kernels(&[])[..] else { panic!("the planner's choice alone") };
+    let all = kernels(&["--report", path.to_str().unwrap()]);
+    let planned: Vec<&str> = all.iter().filter(|(_, planned)| *planned).map(|(kernel, _)| kernel.as_str()).collect();
+    assert_eq!(planned, [own]);
+    let mut names: Vec<&str> = all.iter().map(|(kernel, _)| kernel.as_str()).collect();
+    names.sort_unstable();
+    // No adapter has matrices of f32.
+    assert_eq!(names, ["flash", "rows", "split", "unfused"]);
+    let page = std::fs::read_to_string(&path).unwrap();
+    assert!(names.iter().all(|name| page.contains(&format!("{name} on "))), "{page}");
+    assert_eq!(kernels(&["--kernel", "flash"]), [("flash".into(), false)]);
 }

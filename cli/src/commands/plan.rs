@@ -9,7 +9,8 @@ use wgpu_attention::Plan;
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
 use crate::error::{Error, Result};
-use crate::problem::{ProblemArgs, shape, terms};
+use crate::options::ShapeArg;
+use crate::problem::{ProblemArgs, terms};
 use crate::report::Report;
 
 #[derive(Args, Debug)]
@@ -63,7 +64,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let label = Label::of(gpu.info());
     report.object(&json!({
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
-        "shape": shape(&problem), "terms": terms(&problem), "dtype": problem.element.to_string(),
+        "shape": ShapeArg::of(&problem).to_string(), "terms": terms(&problem), "dtype": problem.element.to_string(),
         "causal": problem.causal.name(), "kernel": plan.kernel(), "dispatches": plan.dispatches(), "slices": plan.slices(),
         "scratch_bytes": plan.scratch_bytes(), "reasons": plan.reasons(),
     }))?;

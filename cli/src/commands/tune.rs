@@ -7,29 +7,26 @@ use clap::Args;
 use serde::Serialize;
 use wgpu_attention::tuning::{Choice, Class, Row as TunedRow, Tuning};
 use wgpu_attention::{Causal, Element, Gpu, Options, Plan, Prepared, Problem, Resident};
+use wgpu_attention_bench::{Clock, Timer, Times};
 
-use super::bench::{Subject, call, must_have_work};
+use super::bench::{Subject, must_have_work};
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Label};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::options::{self, ShapeArg};
+use crate::options::ShapeArg;
+use crate::problem::{Given, ProblemArgs, terms};
 use crate::report::{self, Progress, Report};
 use crate::store;
-use crate::timer::Timer;
 
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Seconds after which no further candidate is tried or timed
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// B,H,HKV,SQ,SKV,D: an example of its class of problems (repeatable; default: a list of common ones)
-    #[arg(long)]
-    shape: Vec<ShapeArg>,
-    #[arg(long, value_parser = options::causal(), requires = "shape")]
-    causal: Option<Causal>,
-    #[arg(long, value_parser = options::element(), requires = "shape")]
-    dtype: Option<Element>,
+    /// Each problem is an example of its class; without any, a list of common ones is measured
+    #[command(flatten)]
+    problem: ProblemArgs,
     /// Adapter: index, part of its name, or backend:part (default: the best one)
     #[arg(long)]
     adapter: Option<String>,
@@ -50,7 +47,7 @@ const SLOWER: f64 = 3.0;
 const MARGIN: f64 = 0.03;
 
 /// Examples of common classes of problems, the most common first: many queries, then one and few, of each head dimension.
-fn common(cpu: bool) -> Vec<(ShapeArg, Problem)> {
+fn common(cpu: bool) -> Vec<Problem> {
     let [rows, keys] = if cpu { [512, 2048] } else { [2048, 8192] };
     let mut list = Vec::new();
     for operands in [false, true] {
@@ -67,7 +64,7 @@ fn common(cpu: bool) -> Vec<(ShapeArg, Problem)> {
                     let mut problem = shape.problem();
                     (problem.element, problem.causal) = (element, causal);
                     problem.softcap = operands.then_some(30.0);
-                    list.push((shape, problem));
+                    list.push(problem);
                 }
             }
         }
@@ -83,7 +80,7 @@ struct Row {
     shape: String,
     dtype: String,
     causal: &'static str,
-    operands: bool,
+    terms: String,
     candidate: String,
     /// The first call: planning, compiling, running.
     first_ms: Option<f64>,
@@ -104,7 +101,7 @@ impl Row {
             self.shape.clone(),
             self.dtype.clone(),
             self.causal.into(),
-            if self.operands { "yes" } else { "no" }.into(),
+            self.terms.clone(),
             self.candidate.clone(),
             number(self.first_ms),
             number(self.ms),
@@ -115,7 +112,7 @@ impl Row {
 }
 
 const HEADER: [&str; 9] =
-    ["B,H,HKV,SQ,SKV,D", "type", "causal", "operands", "candidate", "first ms", "ms", "speedup", "verdict"];
+    ["B,H,HKV,SQ,SKV,D", "type", "causal", "terms", "candidate", "first ms", "ms", "speedup", "verdict"];
 
 /// A candidate that is right and not far slower than the best.
 struct Runner {
@@ -124,7 +121,7 @@ struct Runner {
     choice: Choice,
     prepared: Prepared,
     resident: Resident,
-    times: Vec<f64>,
+    times: Times,
 }
 
 /// The results for one problem.
@@ -156,10 +153,10 @@ fn plan(gpu: &Gpu, problem: &Problem, choice: Choice) -> wgpu_attention::Result<
 }
 
 impl Tuner<'_> {
-    fn tune(&self, shape: ShapeArg, problem: &Problem, choices: &[Choice]) -> Result<Found> {
+    fn tune(&self, given: &Given, choices: &[Choice]) -> Result<Found> {
         // A problem that the device cannot run is refused before its operands are made.
-        self.gpu.library().plan(problem)?;
-        let subject = Subject::new(shape, problem.clone(), CHECK_FLOPS)?;
+        self.gpu.library().plan(&given.problem)?;
+        let subject = Subject::new(given.clone(), CHECK_FLOPS)?;
         let mut found = Found { rows: Vec::new(), best: None, failed: false, in_time: true };
         let mut runners: Vec<Runner> = Vec::new();
         for &choice in choices {
@@ -184,15 +181,15 @@ impl Tuner<'_> {
         if runners.len() < 2 && !found.in_time {
             return Ok(found);
         }
-        let best = runners.iter().map(|runner| runner.times[0]).fold(f64::INFINITY, f64::min);
-        runners.retain(|runner| runner.times[0] <= SLOWER * best);
+        let best = runners.iter().map(|runner| runner.times.median()).fold(f64::INFINITY, f64::min);
+        runners.retain(|runner| runner.times.median() <= SLOWER * best);
         let time = |at: usize| {
             let Runner { prepared, resident, .. } = &runners[at];
-            call(&self.timer, prepared, resident, &mut |_, _| {})
+            self.timer.call(prepared, resident, &mut |_, _| {})
         };
         match in_turn(runners.len(), || Instant::now() >= self.deadline, time)? {
-            Some(times) => {
-                runners.iter_mut().zip(times).for_each(|(runner, times)| runner.times = times);
+            Some(all) => {
+                runners.iter_mut().zip(all).for_each(|(runner, ms)| runner.times = times(ms));
                 self.judge(&subject, choices[0], &runners, &mut found);
             }
             None => found.in_time = false,
@@ -203,15 +200,15 @@ impl Tuner<'_> {
     fn row(&self, subject: &Subject, choice: Choice) -> Row {
         let candidate = match choice {
             Choice::Unfused => "unfused".into(),
-            _ => plan(self.gpu, &subject.problem, choice)
+            _ => plan(self.gpu, &subject.given.problem, choice)
                 .map_or_else(|_| choice.kernel().name().into(), |plan| plan.steps()[0].variant.to_string()),
         };
         Row {
             label: Label::of(self.gpu.info()),
-            shape: subject.shape.to_string(),
-            dtype: subject.problem.element.to_string(),
-            causal: subject.problem.causal.name(),
-            operands: subject.problem.softcap.is_some(),
+            shape: ShapeArg::of(&subject.given.problem).to_string(),
+            dtype: subject.given.problem.element.to_string(),
+            causal: subject.given.problem.causal.name(),
+            terms: terms(&subject.given.problem),
             candidate,
             first_ms: None,
             ms: None,
@@ -223,7 +220,7 @@ impl Tuner<'_> {
     /// Compiles, runs and checks a candidate; `None` if its result is wrong.
     fn first(&self, subject: &Subject, choice: Choice, row: &mut Row) -> wgpu_attention::Result<Option<Runner>> {
         let start = Instant::now();
-        let plan = plan(self.gpu, &subject.problem, choice)?;
+        let plan = plan(self.gpu, &subject.given.problem, choice)?;
         memory::room("the call", memory::of_call(&plan, self.gpu.library().caps().cpu))?;
         let prepared = self.gpu.library().prepare(&plan)?;
         let compiled = start.elapsed();
@@ -241,18 +238,14 @@ impl Tuner<'_> {
             return Ok(None);
         }
         // The shorter of two runs, because something may have delayed one of them.
-        let ms = call(&self.timer, &prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
+        let ms = self.timer.call(&prepared, &resident, &mut |_, _| {})?.min(ran.as_secs_f64() * 1e3);
         row.ms = Some(ms);
-        Ok(Some(Runner { at: 0, choice, prepared, resident, times: vec![ms] }))
+        Ok(Some(Runner { at: 0, choice, prepared, resident, times: times(vec![ms]) }))
     }
 
     /// Chooses the fastest candidate; `own` is the planner's own choice.
     fn judge(&self, subject: &Subject, own: Choice, runners: &[Runner], found: &mut Found) {
-        let median = |runner: &Runner| {
-            let mut times = runner.times.clone();
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
+        let median = |runner: &Runner| runner.times.median();
         let Some(fastest) = runners.iter().min_by(|a, b| median(a).total_cmp(&median(b))) else { return };
         let stays = |runner: &&Runner| runner.choice == own && median(runner) <= (1.0 + MARGIN) * median(fastest);
         let chosen = runners.iter().find(stays).unwrap_or(fastest);
@@ -268,9 +261,14 @@ impl Tuner<'_> {
             row.speedup = own_ms.zip(row.ms).map(|(own, ms)| own / ms);
         }
         found.rows[chosen.at].verdict = "chosen".into();
-        let class = Class::of(&subject.problem.check().expect("it was planned"));
+        let class = Class::of(&subject.given.problem.check().expect("it was planned"));
         found.best = Some(TunedRow { class, choice: chosen.choice, ms: median(chosen) });
     }
+}
+
+/// The times of a candidate that was timed at least once.
+fn times(ms: Vec<f64>) -> Times {
+    Times::new(ms).expect("a timer returns times above 0")
 }
 
 /// Times candidates in alternation, so that a busy moment of the machine affects all of them, and returns the times of each. Returns `None`
@@ -297,24 +295,25 @@ fn in_turn(
     Ok(Some(times))
 }
 
-/// The problems, with their classes; no class twice.
-fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<(ShapeArg, Problem)>> {
-    if arguments.shape.is_empty() {
-        return Ok(common(cpu));
+/// The problems, no class twice.
+fn subjects(arguments: &Arguments, cpu: bool) -> Result<Vec<Given>> {
+    let given = &arguments.problem;
+    if given.shape.is_empty() && given.problem.is_empty() {
+        let plain = Problem::new(1, 1, 1, 1, 64);
+        if given.with_terms(plain.clone())?.problem != plain || given.save_problem.is_some() {
+            return Err(Error::NoShape);
+        }
+        return Ok(common(cpu).into_iter().map(Given::from).collect());
     }
-    let mut subjects: Vec<(ShapeArg, Problem)> = Vec::new();
-    let mut classes = Vec::new();
-    for &shape in &arguments.shape {
-        let mut problem = shape.problem();
-        problem.causal = arguments.causal.unwrap_or_default();
-        problem.element = arguments.dtype.unwrap_or_default();
-        must_have_work(shape, &problem)?;
-        let class = Class::of(&problem.check()?);
+    let subjects = given.problems(&[])?;
+    let mut classes: Vec<Class> = Vec::new();
+    for given in &subjects {
+        must_have_work(given)?;
+        let class = Class::of(&given.problem.check()?);
         if let Some(at) = classes.iter().position(|other| *other == class) {
-            return Err(Error::SameClass { left: subjects[at].0.to_string(), right: shape.to_string() });
+            return Err(Error::SameClass { left: subjects[at].to_string(), right: given.to_string() });
         }
         classes.push(class);
-        subjects.push((shape, problem));
     }
     Ok(subjects)
 }
@@ -331,26 +330,26 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         (None, None) => return Err(Error::NoFolder { variable: store::FOLDER }),
     };
     let mut work = Vec::new();
-    for (shape, problem) in subjects(arguments, gpu.library().caps().cpu)? {
-        let choices = Tuning::candidates(&problem.check()?, gpu.library().caps())?;
-        work.push((shape, problem, choices));
+    for given in subjects(arguments, gpu.library().caps().cpu)? {
+        let choices = Tuning::candidates(&given.problem.check()?, gpu.library().caps())?;
+        work.push((given, choices));
     }
-    let bar = report::progress(work.iter().map(|(_, _, choices)| choices.len()).sum());
+    let bar = report::progress(work.iter().map(|(_, choices)| choices.len()).sum());
     let deadline = start + Duration::from_secs(arguments.seconds);
-    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu, false), deadline, bar };
+    let tuner = Tuner { gpu: &gpu, timer: Timer::new(&gpu, Clock::Timestamps), deadline, bar };
 
     let (mut cells, mut best, mut failed, mut late) = (Vec::new(), Vec::new(), false, 0);
-    for (shape, problem, choices) in &work {
+    for (given, choices) in &work {
         if Instant::now() >= deadline {
             late += 1;
             continue;
         }
-        tuner.bar.set_message(format!("{shape} {} on {label}", problem.element));
-        let found = match tuner.tune(*shape, problem, choices) {
+        tuner.bar.set_message(format!("{given} on {label}"));
+        let found = match tuner.tune(given, choices) {
             Ok(found) => found,
             Err(error) => {
                 failed = true;
-                tuner.bar.suspend(|| report.error(format!("shape {shape}: {error}")));
+                tuner.bar.suspend(|| report.error(format!("problem {given}: {error}")));
                 continue;
             }
         };

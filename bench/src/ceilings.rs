@@ -1,4 +1,4 @@
-//! Measures the ceilings of an adapter in the same run as the benchmark: the multiply-add rate and the copy bandwidth of plain shaders.
+//! Measures the ceilings of an adapter: the multiply-add rate and the copy bandwidth of plain shaders.
 
 use wgpu_attention::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferDescriptor, BufferUsages, CommandEncoder,
@@ -7,7 +7,7 @@ use wgpu_attention::wgpu::{
 };
 use wgpu_attention::{Gpu, Result};
 
-use crate::timer::Timer;
+use crate::timer::{LEAST_MS, Timer};
 
 /// Operations of one round of either multiply-add probe: 48 multiply-adds of 4 lanes.
 const FLOPS_A_ROUND: f64 = 48.0 * 4.0 * 2.0;
@@ -25,32 +25,49 @@ const COPY_BYTES: u64 = 128 << 20;
 const GROUP_BYTES: u64 = 256 * 4 * 16;
 const REPEATS: usize = 5;
 
-/// What plain shaders reach on this adapter.
-#[derive(Clone, Copy, Debug)]
+/// What plain shaders reach on an adapter, in f32.
+///
+/// Measure them in the same run as what is compared with them: a busy machine or a hot card lowers both.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ceilings {
+    /// Multiply-adds, in 10⁹ operations per second; a multiply-add counts as two.
     pub gflops: f64,
-    /// Bytes read plus bytes written, in 10⁹ bytes per second.
+    /// Bytes read plus bytes written by a copy, in 10⁹ bytes per second.
     pub gbs: f64,
 }
 
-/// Runs both probes.
-pub fn ceilings(gpu: &Gpu, timer: &Timer<'_>) -> Result<Ceilings> {
-    let device = gpu.device();
-    // The error scope returns wgpu's errors; its default handler would panic.
-    let scopes = [ErrorFilter::Validation, ErrorFilter::OutOfMemory].map(|filter| device.push_error_scope(filter));
-    let measured = measure(gpu, timer);
-    for scope in scopes.into_iter().rev() {
-        if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(error.into());
+impl Ceilings {
+    /// Runs both probes, which takes less than a second on most adapters.
+    ///
+    /// # Errors
+    ///
+    /// What the device reports.
+    pub fn measure(gpu: &Gpu, timer: &Timer<'_>) -> Result<Self> {
+        let device = gpu.device();
+        // The error scope returns wgpu's errors; its default handler would panic.
+        let scopes = [ErrorFilter::Validation, ErrorFilter::OutOfMemory].map(|filter| device.push_error_scope(filter));
+        let measured = measure(gpu, timer);
+        for scope in scopes.into_iter().rev() {
+            if let Some(error) = pollster::block_on(scope.pop()) {
+                return Err(error.into());
+            }
         }
+        measured
     }
-    measured
+
+    /// The rate in 10⁹ operations per second that the roofline model (Williams, Waterman and Patterson 2009) allows for work of
+    /// `intensity` operations per byte of memory traffic.
+    pub fn attainable(&self, intensity: f64) -> f64 {
+        self.gflops.min(self.gbs * intensity)
+    }
 }
 
 fn measure(gpu: &Gpu, timer: &Timer<'_>) -> Result<Ceilings> {
-    let description =
-        ShaderModuleDescriptor { label: Some("probe"), source: ShaderSource::Wgsl(include_str!("probe.wgsl").into()) };
-    // SAFETY: every index of probe.wgsl is below the length of its buffer: `Probe::new` sizes both by the dispatch.
+    let description = ShaderModuleDescriptor {
+        label: Some("probe"),
+        source: ShaderSource::Wgsl(include_str!("ceilings.wgsl").into()),
+    };
+    // SAFETY: every index of ceilings.wgsl is below the length of its buffer: `Probe::new` sizes both by the dispatch.
     let module = unsafe { gpu.device().create_shader_module_trusted(description, ShaderRuntimeChecks::unchecked()) };
     let [few, many] = MULTIPLY_ADD.map(|entry| multiply_add(gpu, timer, &module, entry));
     Ok(Ceilings { gflops: few?.max(many?), gbs: copy(gpu, timer, &module)? })
@@ -136,6 +153,17 @@ impl Probe {
             })?);
         }
         // A clock that is too coarse may return 0; the rate must stay finite.
-        Ok(best.max(1e-6))
+        Ok(best.max(LEAST_MS))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_roof_is_flat_right_of_the_ridge_and_falls_with_the_bandwidth_left_of_it() {
+        let ceilings = Ceilings { gflops: 100.0, gbs: 10.0 };
+        assert_eq!([1.0, 5.0, 10.0, 1e6].map(|x| ceilings.attainable(x)), [10.0, 50.0, 100.0, 100.0]);
     }
 }
