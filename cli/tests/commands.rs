@@ -78,7 +78,7 @@ fn a_variable_that_cannot_be_understood_is_named() {
 fn a_shape_without_work_is_nothing_to_time() {
     for shape in ["0,1,1,4,4,4", "1,1,1,0,4,4", "1,1,1,4,0,4"] {
         let got = run(&["bench", "--shape", shape]);
-        let says = format!("shape {shape}: no query sees a key, so that there is nothing to time");
+        let says = format!("problem {shape} f32: no query sees a key, so that there is nothing to time");
         assert!(text(&got.stderr).contains(&says), "{}", text(&got.stderr));
         assert_eq!(got.status.code(), Some(2));
     }

@@ -167,8 +167,8 @@ fn what_the_device_or_the_host_cannot_hold_is_named_and_the_rest_is_measured() {
         let objects: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let errors: Vec<&str> = objects.iter().filter_map(|object| object["error"].as_str()).collect();
         let [device, host] = errors[..] else { panic!("{errors:?}") };
-        assert!(device.starts_with(&format!("shape {}: q ", huge[0])) && device.contains("549755813888"), "{device}");
-        let takes = format!("shape {}: out of memory: the problem with its reference takes about 1", huge[1]);
+        assert!(device.starts_with(&format!("problem {} f32: q ", huge[0])) && device.contains("549755813888"), "{device}");
+        let takes = format!("problem {} f32: out of memory: the problem with its reference takes about 1", huge[1]);
         assert!(host.starts_with(&takes) && host.ends_with(" bytes are left there"), "{host}");
         assert!(objects.iter().any(|object| object["shape"] == "1,1,1,1,8,128"), "{out}");
     }
@@ -205,7 +205,7 @@ fn shapes_without_work_are_planned_but_not_measured() {
             let output = session.run(&format!("{command} --shape {shape}"));
             let err = String::from_utf8(output.stderr).unwrap();
             assert_eq!(output.status.code(), Some(2), "{err}");
-            assert!(err.contains(&format!("shape {shape}: no query sees a key")), "{err}");
+            assert!(err.contains(&format!("problem {shape} f32: no query sees a key")), "{err}");
         }
     }
     assert!(session.files("tuning-").is_empty());
@@ -216,7 +216,14 @@ fn two_problems_of_a_class_are_refused() {
     let output = Session::new().run("tune --shape 1,2,2,64,64,32 --shape 1,2,2,65,65,32");
     let err = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(err.contains("1,2,2,64,64,32 and 1,2,2,65,65,32"), "{err}");
+    assert!(err.contains("1,2,2,64,64,32 f32 and 1,2,2,65,65,32 f32"), "{err}");
+    // Without sizes, options of a problem would change nothing.
+    for option in ["--alibi", "--dtype f16", "--causal top-left", "--key-lengths 1"] {
+        let output = Session::new().run(&format!("tune {option}"));
+        let err = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{option}");
+        assert!(err.contains("neither --shape nor --problem gives its sizes"), "{err}");
+    }
 }
 
 #[test]
