@@ -69,8 +69,13 @@
 //!
 //! # Cargo features
 //!
-//! `safetensors` adds the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and
-//! Hugging Face. No feature is on by default.
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `reference` | yes | [`mod@reference`], [`compare()`] and [`Runner`]: the CPU path, which needs rayon |
+//! | `vulkan`, `metal`, `dx12`, `gles`, `webgpu` | yes | the backends of wgpu; a program needs at least one |
+//! | `safetensors` | no | the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and Hugging Face |
+//!
+//! [`Problem`], [`Options`], [`Caps`] and [`Plan`] implement serde's traits without a feature.
 //!
 //! # Glossary
 //!
@@ -127,6 +132,7 @@ mod layer;
 pub mod load;
 mod ops;
 mod plan;
+#[cfg(feature = "reference")]
 pub mod reference;
 
 pub use contract::caps::Caps;
@@ -141,8 +147,10 @@ pub use contract::problem::{
 pub use contract::shape::Shape;
 pub use device::encode::{Attention, Buffers, Prepared, Recording};
 pub use device::gpu::{DeviceOptions, Gpu, Resident};
+#[cfg(feature = "reference")]
 pub use device::runner::Runner;
 pub use plan::Plan;
+#[cfg(feature = "reference")]
 pub use reference::compare;
 pub use wgpu;
 

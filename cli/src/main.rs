@@ -19,27 +19,40 @@ mod request;
 mod sample;
 mod store;
 
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use wgpu_attention::Gpu;
 
 use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run, tune};
-use error::Error;
-use report::Report;
+use error::{Error, Result};
+use report::{Color, Report};
 
 /// Attention on any GPU: checks, benchmarks and runs it on every adapter of this machine.
 #[derive(Parser)]
-#[command(name = "wgpu-attention", version)]
+#[command(name = "wgpu-attention", version, after_help = EXAMPLES)]
 struct Arguments {
     /// One JSON object a line instead of tables
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Output")]
     json: bool,
+    /// Colours of tables
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Output")]
+    color: Color,
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
     check: check::Arguments,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  wgpu-attention                                     check every adapter
+  wgpu-attention run --shape 1,8,8,77,77,64 --compare
+  wgpu-attention bench --shape 1,8,8,1024,1024,64 --causal top-left
+  wgpu-attention bench --report bench.html           a page with charts
+  wgpu-attention plan --shape 1,32,8,1,4096,128      which kernels, and why";
 
 #[derive(Subcommand)]
 enum Command {
@@ -59,6 +72,31 @@ enum Command {
     Plan(plan::Arguments),
     /// Measure which kernel and tile is fastest on an adapter, and keep that for later plans
     Tune(tune::Arguments),
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+    /// Write the manual pages, one for each command, to a folder
+    Man { folder: PathBuf },
+}
+
+/// Writes the completion script to standard output.
+fn complete(shell: clap_complete::Shell) -> Result<Outcome> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "wgpu-attention", &mut script);
+    std::io::stdout().write_all(&script)?;
+    Ok(Outcome::Right)
+}
+
+/// Writes the manual pages.
+fn man(folder: &Path, report: Report) -> Result<Outcome> {
+    let file = |source| Error::File { path: folder.into(), source };
+    std::fs::create_dir_all(folder).map_err(file)?;
+    clap_mangen::generate_to(Arguments::command(), folder).map_err(file)?;
+    report.line(format!(
+        "manual pages are in {}; read one with man {}/wgpu-attention.1",
+        folder.display(),
+        folder.display()
+    ))?;
+    Ok(Outcome::Right)
 }
 
 /// Whether everything was as it should be.
@@ -68,7 +106,16 @@ enum Outcome {
     Differs,
 }
 
+/// Gives EGL a folder for run-time files where the session has none: Mesa complains on standard error otherwise, and uses none.
+fn quiet_egl() {
+    if cfg!(target_os = "linux") && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: the program has one thread yet, so that nothing reads the environment at the same time.
+        unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
+    }
+}
+
 fn main() -> ExitCode {
+    quiet_egl();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -80,6 +127,7 @@ fn main() -> ExitCode {
             error.exit();
         }
     };
+    arguments.color.apply();
     let report = Report { json: arguments.json };
     if arguments.command.is_some() && arguments.check != check::Arguments::default() {
         // Only --json may come before a subcommand. All other options there belong to `check`, which runs without a subcommand.
@@ -96,6 +144,8 @@ fn main() -> ExitCode {
         Some(Command::Bench(arguments)) => bench::run(arguments, report),
         Some(Command::Plan(arguments)) => plan::run(arguments, report),
         Some(Command::Tune(arguments)) => tune::run(arguments, report),
+        Some(Command::Completions { shell }) => complete(*shell),
+        Some(Command::Man { folder }) => man(folder, report),
     };
     match outcome {
         Ok(Outcome::Right) => ExitCode::SUCCESS,

@@ -5,7 +5,8 @@ use std::ops::Deref;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use comfy_table::{Table, presets};
+use anstream::{AutoStream, ColorChoice};
+use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -53,11 +54,77 @@ impl Report {
 
     /// Writes a table for people.
     pub fn table(&self, header: &[&str], rows: &[Vec<String>]) -> Result<()> {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
-        table.add_rows(rows.iter().cloned());
-        self.line(table.trim_fmt())
+        self.line(table(header, rows))
     }
+}
+
+/// When output has colours.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default)]
+pub enum Color {
+    /// On a terminal, unless NO_COLOR is set
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
+impl Color {
+    /// Sets what [`table`] does.
+    pub fn apply(self) {
+        let choice = match self {
+            Color::Auto => ColorChoice::Auto,
+            Color::Always => ColorChoice::AlwaysAnsi,
+            Color::Never => ColorChoice::Never,
+        };
+        choice.write_global();
+    }
+}
+
+/// Columns of the output: those of the terminal, else of the variable COLUMNS, else 80.
+pub fn width() -> u16 {
+    let columns = || std::env::var("COLUMNS").ok()?.parse().ok().filter(|&columns| columns > 0);
+    terminal_size::terminal_size().map(|(width, _)| width.0).or_else(columns).unwrap_or(80)
+}
+
+/// The colour of a verdict, if it is one.
+fn verdict_color(text: &str) -> Option<comfy_table::Color> {
+    let begins = |words: &[&str]| words.iter().any(|word| text.starts_with(word));
+    match () {
+        () if text == "ok" || text == "chosen" || text == "faster" => Some(comfy_table::Color::Green),
+        () if begins(&["DIFFERS", "WRONG", "error", "failed", "slower"]) || text.ends_with("EXCEEDED") => {
+            Some(comfy_table::Color::Red)
+        }
+        () if begins(&["not run"]) => Some(comfy_table::Color::Yellow),
+        () => None,
+    }
+}
+
+/// A table that fits the width of the output. Columns of numbers are aligned at the right.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    let line = LineStyle::none().fill('─').junction('─');
+    table.load_style(TableStyle::new().header_separator(line)).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_width(width());
+    match AutoStream::choice(&io::stdout()) {
+        ColorChoice::Never => table.force_no_tty(),
+        _ => table.enforce_styling(),
+    };
+    let is_number = |cell: &String| cell.trim_end_matches([' ', '%']).parse::<f64>().is_ok();
+    let numeric = |n: usize| rows.iter().filter_map(|row| row.get(n)).all(|cell| cell.is_empty() || is_number(cell));
+    let aligned = |n: usize, cell: Cell| if numeric(n) { cell.set_alignment(CellAlignment::Right) } else { cell };
+    let header = header.iter().enumerate().map(|(n, name)| aligned(n, Cell::new(name).add_attribute(Attribute::Bold)));
+    table.set_header(header);
+    for row in rows {
+        let cell = |(n, text): (usize, &String)| {
+            let cell = aligned(n, Cell::new(text));
+            verdict_color(text).map_or(cell.clone(), |color| cell.fg(color))
+        };
+        table.add_row(row.iter().enumerate().map(cell));
+    }
+    table.column_iter_mut().for_each(|column| {
+        column.set_padding((0, 1));
+    });
+    table.trim_fmt()
 }
 
 /// Writes the text of an error to standard error.

@@ -167,7 +167,10 @@ fn what_the_device_or_the_host_cannot_hold_is_named_and_the_rest_is_measured() {
         let objects: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let errors: Vec<&str> = objects.iter().filter_map(|object| object["error"].as_str()).collect();
         let [device, host] = errors[..] else { panic!("{errors:?}") };
-        assert!(device.starts_with(&format!("problem {} f32: q ", huge[0])) && device.contains("549755813888"), "{device}");
+        assert!(
+            device.starts_with(&format!("problem {} f32: q ", huge[0])) && device.contains("549755813888"),
+            "{device}"
+        );
         let takes = format!("problem {} f32: out of memory: the problem with its reference takes about 1", huge[1]);
         assert!(host.starts_with(&takes) && host.ends_with(" bytes are left there"), "{host}");
         assert!(objects.iter().any(|object| object["shape"] == "1,1,1,1,8,128"), "{out}");

@@ -14,9 +14,19 @@ use wgpu_attention::Gpu;
 pub use attend::{Attend, CpuAttention, GpuAttention, Heads};
 pub use error::{Error, Result};
 
-/// Where `scripts/models` puts the files of a model.
+/// The environment variable that names the folder of the models.
+pub const FOLDER: &str = "WGPU_ATTENTION_MODELS";
+
+/// The files of a model: in the folder that [`FOLDER`] names, else in `models/files`, where `scripts/models` puts them, of the current
+/// folder or of one above it.
 pub fn folder(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("files").join(model)
+    let below = |folder: &Path| folder.join("models").join("files");
+    let named = || std::env::var_os(FOLDER).map(PathBuf::from);
+    let found = || {
+        let here = std::env::current_dir().ok()?;
+        here.ancestors().map(below).find(|files| files.is_dir())
+    };
+    named().or_else(found).unwrap_or_else(|| below(Path::new(""))).join(model)
 }
 
 /// The values of a tensor, in its own order.

@@ -10,7 +10,7 @@ use super::compare::{self, Compared};
 use super::record::Record;
 use crate::engine::Label;
 use crate::error::Result;
-use crate::report::short;
+use crate::report::{self, short};
 
 /// How measurements are written.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -113,6 +113,11 @@ fn tables(format: Format, records: &[Record], old: Option<&[Record]>) -> String 
     text
 }
 
+/// Whether a column of a table is shown: narrow output leaves out what fewer people look for.
+fn is_shown(column: &str) -> bool {
+    report::width() >= 120 || !["25–75 %", "first ms", "error"].contains(&column)
+}
+
 fn escaped(text: &str) -> String {
     text.replace('|', "\\|")
 }
@@ -124,9 +129,11 @@ fn table(format: Format, header: &[&str], rows: Vec<Vec<String>>) -> String {
         table.add_rows(rows.iter().map(|row| row.iter().map(|cell| escaped(cell)).collect::<Vec<_>>()));
         return format!("\n{table}\n");
     }
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
-    table.add_rows(rows);
-    format!("{}\n", table.trim_fmt())
+    let is_empty = |n: usize| rows.iter().all(|row| row[n].is_empty());
+    let shown: Vec<usize> = (0..header.len()).filter(|&n| is_shown(header[n]) && !is_empty(n)).collect();
+    let header: Vec<&str> = shown.iter().map(|&n| header[n]).collect();
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| shown.iter().map(|&n| row[n].clone()).collect()).collect();
+    format!("{}\n", report::table(&header, &rows))
 }
 
 const HEADER: [&str; 12] = [
@@ -135,13 +142,13 @@ const HEADER: [&str; 12] = [
     "terms",
     "kernel",
     "median ms",
-    "25 to 75 %",
-    "5 to 95 %",
+    "25–75 %",
+    "5–95 %",
     "first ms",
     "GFLOP/s",
-    "of ceiling",
+    "ceiling",
     "error",
-    "of budget",
+    "budget",
 ];
 
 fn named(record: &Record) -> [String; 4] {
@@ -152,7 +159,7 @@ fn named(record: &Record) -> [String; 4] {
 
 fn cells(record: &Record) -> Vec<String> {
     let Quantiles { p5, p25, p50, p75, p95 } = record.times_ms.quantiles();
-    let range = |low, high| format!("{} to {}", short(low), short(high));
+    let range = |low, high| format!("{}–{}", short(low), short(high));
     let used = format!("{:.0} %", 100.0 * record.budget_used);
     let numbers = [
         short(p50),

@@ -1,5 +1,7 @@
 //! `check`: every adapter and the CPU path against the f64 reference, stage by stage.
 
+mod summary;
+
 use std::time::Instant;
 
 use clap::Args;
@@ -21,8 +23,11 @@ use crate::sample::Sample;
 
 #[derive(Args, Debug, Default, PartialEq)]
 pub struct Arguments {
+    /// Show every stage and every kernel, with errors and budgets
+    #[arg(long, help_heading = "Output")]
+    stages: bool,
     /// Adapter to check: index, part of its name, or backend:part (repeatable; default all)
-    #[arg(long)]
+    #[arg(long, help_heading = "Adapter")]
     adapter: Vec<String>,
     #[command(flatten)]
     device: DeviceArgs,
@@ -101,7 +106,7 @@ fn subjects() -> Result<Vec<Subject>> {
         ("odd", odd),
         ("long", Problem::new(1, 4, 512, 512, 64)),
         ("causal", causal),
-        ("grouped heads", grouped),
+        ("grouped", grouped),
         ("masked", Problem::new(2, 2, 33, 65, 32)),
         ("f16", half),
     ];
@@ -384,10 +389,15 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     bar.finish_and_clear();
     for (place, engine) in engines.iter().enumerate() {
         let label = engine.label();
-        let cells: Vec<_> = rows.iter().filter(|(at, _)| *at == place).map(|(_, row)| row.cells()).collect();
-        report.line(format!("\n{label} ({})", label.driver))?;
-        report.table(&HEADER, &cells)?;
+        let rows: Vec<&Row> = rows.iter().filter(|(at, _)| *at == place).map(|(_, row)| row).collect();
+        report.line(format!("\n{label}\n{}", label.driver))?;
+        if arguments.stages {
+            report.table(&HEADER, &rows.iter().map(|row| row.cells()).collect::<Vec<_>>())?;
+        } else {
+            report.table(&summary::HEADER, &summary::cells(&rows))?;
+        }
     }
+    report.line(if arguments.stages { summary::ALL_WORDS } else { summary::WORDS })?;
 
     if adapters.is_empty() {
         report.note(format!(
