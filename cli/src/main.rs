@@ -60,17 +60,46 @@ enum Command {
     Check(check::Arguments),
     /// List the adapters with the features and limits that matter here
     Adapters,
-    /// Run attention on the tensors of a safetensors file
+    /// Run attention on the tensors of a safetensors file, or on made-up ones
+    #[command(after_help = "\
+Examples:
+  wgpu-attention run --input qkv.safetensors --output out.safetensors --causal top-left
+  wgpu-attention run --shape 2,8,2,1,4096,128 --page-size 16 --compare
+  wgpu-attention run --shape 1,8,8,77,77,64 --softcap 30 --save-problem problem.json
+  wgpu-attention run --problem problem.json --kernel flash --compare")]
     Run(run::Arguments),
     /// Draw attention weights, heads side by side, tokens on the axes
+    #[command(after_help = "\
+Examples:
+  wgpu-attention heatmap --input weights.safetensors --output heads.svg
+  wgpu-attention heatmap --input qkv.safetensors --output page.html --tokens words.txt")]
     Heatmap(heatmap::Arguments),
     /// Run case files: what other implementations computed
+    #[command(after_help = "\
+Examples:
+  wgpu-attention cases tests/cases/*/
+  wgpu-attention cases --kernel flash --adapter vulkan: tests/cases/onnx_attention")]
     Cases(case_files::Arguments),
     /// Time problems beside the adapter's own ceilings
+    #[command(after_help = "\
+Examples:
+  wgpu-attention bench --shape 1,8,8,1024,1024,64 --causal top-left --alibi
+  wgpu-attention bench --report bench.html --shape 1,8,8,512,512,64 --shape 1,8,8,1024,1024,64
+  wgpu-attention bench --json > old.jsonl
+  wgpu-attention bench --compare old.jsonl")]
     Bench(bench::Arguments),
     /// Print which kernels would run for a problem, in which order, and why
+    #[command(after_help = "\
+Examples:
+  wgpu-attention plan --shape 1,32,8,1,8192,128 --dtype f16
+  wgpu-attention plan --shape 1,8,8,1024,1024,64 --alibi --save plan.json
+  wgpu-attention plan --read plan.json")]
     Plan(plan::Arguments),
     /// Measure which kernel and tile is fastest on an adapter, and keep that for later plans
+    #[command(after_help = "\
+Examples:
+  wgpu-attention tune
+  wgpu-attention tune --shape 1,32,8,1,8192,128 --dtype f16 --seconds 300")]
     Tune(tune::Arguments),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },

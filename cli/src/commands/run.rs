@@ -26,7 +26,7 @@ pub struct Arguments {
     /// Safetensors file with q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k; without
     /// it, operands of the problem are made up
     #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "problem", "save_problem", "value_dim", "dtype", "alibi", "mask",
-        "bias", "key_lengths", "sinks", "packed", "page_size"])]
+        "bias", "key_lengths", "sinks", "packed", "page_size"], help_heading = "Problem")]
     input: Option<PathBuf>,
     #[command(flatten)]
     problem: ProblemArgs,

@@ -22,16 +22,16 @@ use crate::store;
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Seconds after which no further candidate is tried or timed
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400), help_heading = "Timing")]
     seconds: u64,
     /// Each problem is an example of its class; without any, a list of common ones is measured
     #[command(flatten)]
     problem: ProblemArgs,
     /// Adapter: index, part of its name, or backend:part (default: the best one)
-    #[arg(long)]
+    #[arg(long, help_heading = "Adapter")]
     adapter: Option<String>,
     /// File for the rows (default: in the cache folder of the user, or in WGPU_ATTENTION_CACHE)
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     file: Option<PathBuf>,
 }
 
