@@ -186,6 +186,7 @@ pub mod internal {
     pub use crate::contract::shape::{MAX_DIM, MAX_SIZE};
     pub use crate::contract::tensor::Tensor;
     pub use crate::device::gpu::describe;
+    pub use crate::dispatch::label;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};
 }
