@@ -6,4 +6,5 @@ pub mod gpu;
 pub(crate) mod layer;
 pub(crate) mod operation;
 pub(crate) mod pipelines;
+pub(crate) mod profile;
 pub(crate) mod runner;

@@ -69,8 +69,22 @@
 //!
 //! # Cargo features
 //!
-//! `safetensors` adds the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and
-//! Hugging Face. No feature is on by default.
+//! - `safetensors` adds the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and
+//!   Hugging Face.
+//! - `tracing` adds spans and events for the subscribers of the crate of that name, all with the target `wgpu_attention`. At the level
+//!   debug there are the spans `plan`, `prepare` (inside it one `pipeline` for each pipeline that is compiled, with the field
+//!   `milliseconds`), `encode` and `run`, and an event for each of the reasons of a plan. A pipeline cache that is ignored is a warning.
+//!   Without the feature there is no code for it.
+//!
+//! No feature is on by default.
+//!
+//! # Looking inside
+//!
+//! - [`Prepared::profile`] measures each step of a plan.
+//! - Compute passes, pipelines, bind groups and buffers have labels. Each dispatch is a debug group, such as
+//!   `flash[64×32] b0 h0..8`: the kernel with the rows and keys of its tile, the batches, and the heads. Rows, keys and workgroups follow
+//!   where a dispatch takes only some of them. RenderDoc, Nsight and PIX show these names. On Vulkan the instance needs
+//!   [`wgpu::InstanceFlags::DEBUG`], which `WGPU_DEBUG=1` sets for a [`Gpu`].
 //!
 //! # Glossary
 //!
@@ -128,6 +142,7 @@ pub mod load;
 mod ops;
 mod plan;
 pub mod reference;
+mod trace;
 
 pub use contract::caps::Caps;
 pub use contract::error::{Error, Result};
@@ -141,6 +156,7 @@ pub use contract::problem::{
 pub use contract::shape::Shape;
 pub use device::encode::{Attention, Buffers, Prepared, Recording};
 pub use device::gpu::{DeviceOptions, Gpu, Resident};
+pub use device::profile::{Clock, Profile, StepTime};
 pub use device::runner::Runner;
 pub use plan::Plan;
 pub use reference::compare;
