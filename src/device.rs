@@ -6,5 +6,6 @@ pub mod gpu;
 pub(crate) mod layer;
 pub(crate) mod operation;
 pub(crate) mod pipelines;
+pub(crate) mod profile;
 #[cfg(feature = "reference")]
 pub(crate) mod runner;

@@ -156,6 +156,11 @@ impl Variant {
         each!(self, x => x.threads())
     }
 
+    /// Rows, and keys or columns, of the tile of a workgroup, if it has one.
+    pub fn tile(&self) -> Option<[u32; 2]> {
+        each!(self, x => x.tile())
+    }
+
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
         each!(self, x => x.workgroup_bytes())

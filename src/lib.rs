@@ -74,8 +74,19 @@
 //! | `reference` | yes | [`mod@reference`], [`compare()`] and [`Runner`]: the CPU path, which needs rayon |
 //! | `vulkan`, `metal`, `dx12`, `gles`, `webgpu` | yes | the backends of wgpu; a program needs at least one |
 //! | `safetensors` | no | the module `load`, which reads layers from safetensors files of PyTorch, Keras, TensorFlow's tutorial and Hugging Face |
+//! | `tracing` | no | spans and events for the subscribers of the crate of that name, all with the target `wgpu_attention`; without the feature there is no code for them |
 //!
+//! At the level debug, `tracing` has the spans `plan`, `prepare` (inside it one `pipeline` for each pipeline that is compiled, with the field
+//! `milliseconds`), `encode` and `run`, and an event for each of the reasons of a plan. A pipeline cache that is ignored is a warning.
 //! [`Problem`], [`Options`], [`Caps`] and [`Plan`] implement serde's traits without a feature.
+//!
+//! # Looking inside
+//!
+//! - [`Prepared::profile`] measures each step of a plan.
+//! - Compute passes, pipelines, bind groups and buffers have labels. Each dispatch is a debug group, such as
+//!   `flash[64×32] b0 h0..8`: the kernel with the rows and keys of its tile, the batches, and the heads. Rows, keys and workgroups follow
+//!   where a dispatch takes only some of them. RenderDoc, Nsight and PIX show these names. On Vulkan the instance needs
+//!   [`wgpu::InstanceFlags::DEBUG`], which `WGPU_DEBUG=1` sets for a [`Gpu`].
 //!
 //! # Glossary
 //!
@@ -134,6 +145,7 @@ mod ops;
 mod plan;
 #[cfg(feature = "reference")]
 pub mod reference;
+mod trace;
 
 pub use contract::caps::Caps;
 pub use contract::error::{Error, Result};
@@ -147,6 +159,7 @@ pub use contract::problem::{
 pub use contract::shape::Shape;
 pub use device::encode::{Attention, Buffers, Prepared, Recording};
 pub use device::gpu::{DeviceOptions, Gpu, Resident};
+pub use device::profile::{Clock, Profile, StepTime};
 #[cfg(feature = "reference")]
 pub use device::runner::Runner;
 pub use plan::Plan;
@@ -194,6 +207,7 @@ pub mod internal {
     pub use crate::contract::shape::{MAX_DIM, MAX_SIZE};
     pub use crate::contract::tensor::Tensor;
     pub use crate::device::gpu::describe;
+    pub use crate::dispatch::label;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};
 }

@@ -24,6 +24,7 @@ use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 
 use crate::dispatch::step::Step;
+use crate::trace::{reasons, span};
 use lists::Lists;
 use measured::{Choice, Tuning};
 use planner::Planner;
@@ -66,6 +67,25 @@ impl Plan {
     ///
     /// Those of [`Plan::new`].
     pub fn tuned(shape: &Shape, caps: &Caps, options: &Options, tuning: &Tuning) -> Result<Plan> {
+        let span = span!(
+            "plan",
+            operation = "attention",
+            batch = shape.problem.batch,
+            heads = shape.problem.heads,
+            kv_heads = shape.problem.kv_heads,
+            seq_q = shape.problem.seq_q,
+            seq_kv = shape.problem.seq_kv,
+            head_dim = shape.problem.head_dim,
+            element = %shape.problem.element,
+        );
+        span.within(|| {
+            let plan = Self::planned(shape, caps, options, tuning)?;
+            reasons(&plan.reasons);
+            Ok(plan)
+        })
+    }
+
+    fn planned(shape: &Shape, caps: &Caps, options: &Options, tuning: &Tuning) -> Result<Plan> {
         caps.check()?;
         // What no buffer of the device can hold cannot be there to be bound.
         let limit = caps.limits.max_buffer_size;

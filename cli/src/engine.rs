@@ -7,7 +7,7 @@ use wgpu_attention::multihead::MultiHeadAttention;
 use wgpu_attention::operations::Rotation;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
-    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Plan, Problem, reference, with,
+    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Plan, Problem, Profile, reference, with,
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
@@ -138,19 +138,11 @@ impl Engine {
         inputs: &Inputs<'_>,
         kernels: &KernelArgs,
     ) -> wgpu_attention::Result<Outputs> {
-        self.attention_in_slices(problem, inputs, kernels, &mut |_, _| ())
-    }
-
-    /// Like [`Engine::attention`]; on a GPU `progress(done, of)` is called after each slice.
-    pub fn attention_in_slices(
-        &self,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-        kernels: &KernelArgs,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> wgpu_attention::Result<Outputs> {
         match self {
-            Engine::Gpu(gpu) => run_plan(gpu, &gpu.library().plan_with(problem, &kernels.options())?, inputs, progress),
+            Engine::Gpu(gpu) => {
+                let plan = gpu.library().plan_with(problem, &kernels.options())?;
+                Ok(run_plan(gpu, &plan, inputs, false, &mut |_, _| ())?.0)
+            }
             Engine::Cpu => {
                 memory::room("the call", memory::of_reference(&problem.check()?, 4, false))?;
                 reference::attention::<f32>(problem, inputs)
@@ -159,19 +151,21 @@ impl Engine {
     }
 }
 
-/// Runs a plan; `progress(done, of)` is called after each slice.
+/// Runs a plan; `progress(done, of)` is called after each slice. With `profile`, runs it once more and measures each step.
 pub fn run_plan(
     gpu: &Gpu,
     plan: &Plan,
     inputs: &Inputs<'_>,
+    profile: bool,
     progress: &mut dyn FnMut(usize, usize),
-) -> wgpu_attention::Result<Outputs> {
+) -> wgpu_attention::Result<(Outputs, Option<Profile>)> {
     plan.shape().check_inputs(inputs)?;
     memory::room("the call", memory::of_call(plan, gpu.library().caps().cpu))?;
     let prepared = gpu.library().prepare(plan)?;
     let resident = gpu.upload(plan, inputs)?;
     gpu.run(&prepared, &resident, progress)?;
-    gpu.download(plan, &resident)
+    let profile = profile.then(|| prepared.profile(gpu, &resident.buffers())).transpose()?;
+    Ok((gpu.download(plan, &resident)?, profile))
 }
 
 impl Engine {

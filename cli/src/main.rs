@@ -24,6 +24,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt;
+use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 use wgpu_attention::Gpu;
 
 use commands::{adapters, bench, cases as case_files, check, heatmap, plan, run, tune};
@@ -143,8 +148,21 @@ fn quiet_egl() {
     }
 }
 
+/// Writes spans and events to standard error where `RUST_LOG` asks for them, as `RUST_LOG=wgpu_attention=debug` does.
+fn trace() {
+    let Ok(filter) = std::env::var("RUST_LOG") else { return };
+    match filter.parse::<Targets>() {
+        Ok(targets) => {
+            let lines = fmt::layer().with_writer(std::io::stderr).with_span_events(FmtSpan::CLOSE);
+            tracing_subscriber::registry().with(lines).with(targets).init();
+        }
+        Err(error) => report::warn(format!("RUST_LOG: ignored: {error}")),
+    }
+}
+
 fn main() -> ExitCode {
     quiet_egl();
+    trace();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

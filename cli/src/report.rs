@@ -133,8 +133,9 @@ pub fn complain(message: impl std::fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "error: {message}");
 }
 
-/// Writes a warning to standard error.
+/// Writes a warning to standard error, and tells it as an event to whoever follows them.
 pub fn warn(message: impl std::fmt::Display) {
+    tracing::warn!("{message}");
     // Nothing is left to do where standard error is closed.
     let _ = writeln!(io::stderr().lock(), "warning: {message}");
 }

@@ -116,3 +116,54 @@ fn a_plan_is_saved_printed_without_an_adapter_and_run() {
         );
     }
 }
+
+#[test]
+fn a_profile_lists_each_dispatch_with_its_time() {
+    let options = ["run", "--shape", "1,2,2,9,17,8", "--kernel", "unfused", "--compare", "--profile"];
+    let got = run(&options);
+    let table = text(&got.stdout);
+    assert!(got.status.success(), "{table}{}", text(&got.stderr));
+    let rows: Vec<&str> = table.lines().skip_while(|line| !line.starts_with("time of each step by ")).collect();
+    assert!(rows[1].ends_with("  step") && rows[2].contains("  scores"), "{table}");
+    assert!(rows.iter().any(|row| row.contains(" 100.0 %") && row.contains("  total of 3 steps")), "{table}");
+    let got = run(&[&options[..], &["--json"]].concat());
+    let object: serde_json::Value = serde_json::from_slice(&got.stdout).unwrap();
+    let steps = object["profile"]["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 3, "{object}");
+    for (step, kernel) in steps.iter().zip(["scores", "softmax", "values"]) {
+        assert!(step["label"].as_str().unwrap().starts_with(kernel), "{object}");
+        assert!(step["milliseconds"].as_f64().unwrap() >= 0.0 && step["flops"].as_f64().unwrap() > 0.0, "{object}");
+    }
+    assert!(["timestamps", "wall"].contains(&object["profile"]["clock"].as_str().unwrap()), "{object}");
+    let got = run(&[&options[..], &["--cpu"]].concat());
+    assert_eq!(got.status.code(), Some(2));
+    assert!(text(&got.stderr).contains("'--profile' cannot be used with"), "{}", text(&got.stderr));
+}
+
+#[test]
+fn spans_and_events_go_to_standard_error_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let tuning = folder.path().join("tuning.json");
+    std::fs::write(&tuning, "{}").unwrap();
+    let start = |filter: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+        command.args(["run", "--shape", "1,2,2,9,17,8", "--tuning", tuning.to_str().unwrap()]);
+        command.env("RUST_LOG", filter).env("WGPU_ATTENTION_CACHE", folder.path());
+        if let Ok(adapters) = std::env::var("WGPU_ATTENTION_ADAPTERS") {
+            command.args(["--adapter", adapters.split(',').next().unwrap()]);
+        }
+        let got = command.output().unwrap();
+        assert!(got.status.success(), "{}", text(&got.stderr));
+        text(&got.stderr)
+    };
+    let err = start("wgpu_attention=debug");
+    for told in ["plan{operation=\"attention\"", "prepare{", "pipeline{", "encode{", "run{", "kernel "] {
+        assert!(err.contains(told), "{told:?} is not in\n{err}");
+    }
+    // The warning stays, and is an event too.
+    let ignored = format!("{}: ignored: not tuned rows", tuning.display());
+    assert!(err.contains(&format!("warning: {ignored}")), "{err}");
+    assert!(err.lines().any(|line| line.contains(" WARN ") && line.contains(&ignored)), "{err}");
+    let err = start("wgpu_attention=loud");
+    assert!(err.contains("warning: RUST_LOG: ignored: ") && !err.contains("plan{"), "{err}");
+}

@@ -21,6 +21,7 @@ use crate::dispatch::step::Step;
 use crate::kernel::slot::Slot;
 use crate::plan::Plan;
 use crate::plan::measured::Tuning;
+use crate::trace::span;
 
 /// The device that an object was made for.
 #[derive(Clone, Debug)]
@@ -115,8 +116,8 @@ impl Attention {
         self.pipelines.count()
     }
 
-    pub(crate) async fn program(&self, steps: &[Step]) -> Result<Program> {
-        Program::new(&self.home.device, &self.pipelines, steps).await
+    pub(crate) async fn program(&self, operation: &str, steps: &[Step]) -> Result<Program> {
+        Program::new(&self.home.device, &self.pipelines, operation, steps).await
     }
 
     pub(crate) fn device(&self) -> &wgpu::Device {
@@ -174,9 +175,12 @@ impl Attention {
 
     /// With buffers beside the plan's scratch, for what is recorded around attention.
     pub(crate) async fn prepare_with(&self, plan: &Plan, more: &[(Slot, u64)]) -> Result<Prepared> {
-        let program = self.program(plan.steps()).await?;
-        let sizes = [&[(Slot::Lists, plan.lists().bytes())], plan.scratch(), more].concat();
-        let (plan, home) = (plan.clone(), self.home.clone());
-        Ok(Prepared { plan, program, scratch: Scratch::new(self.device(), sizes).await?, home })
+        let prepare = async {
+            let program = self.program("attention", plan.steps()).await?;
+            let sizes = [&[(Slot::Lists, plan.lists().bytes())], plan.scratch(), more].concat();
+            let scratch = Scratch::new(self.device(), "attention", sizes).await?;
+            Ok(Prepared { plan: plan.clone(), program, scratch, home: self.home.clone() })
+        };
+        span!("prepare", operation = "attention", dispatches = plan.dispatches()).around(prepare).await
     }
 }

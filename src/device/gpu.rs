@@ -17,6 +17,7 @@ use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
 use crate::contract::problem::{Inputs, Outputs, Problem};
 use crate::device::encode::{Attention, Home, Prepared};
+use crate::trace::span;
 
 pub use resident::Resident;
 pub(crate) use resident::whole;
@@ -149,7 +150,7 @@ impl Gpu {
         self.download_async(&plan, &resident).await
     }
 
-    fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {
+    pub(crate) fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {
         if home.is(self.library.home()) { Ok(()) } else { Err(Error::OtherDevice { field }) }
     }
 
@@ -191,19 +192,23 @@ impl Gpu {
         mut record: impl FnMut(usize, &mut wgpu::CommandEncoder) -> Result<()>,
         mut done: impl FnMut(usize),
     ) -> Result<()> {
-        for slice in 0..slices {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            record(slice, &mut encoder)?;
-            self.queue.submit([encoder.finish()]);
-            self.fault()?;
-            self.wait_async().await?;
-            done(slice + 1);
-        }
-        Ok(())
+        let run = async {
+            for slice in 0..slices {
+                let label = Some("wgpu-attention: slice");
+                let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+                record(slice, &mut encoder)?;
+                self.queue.submit([encoder.finish()]);
+                self.fault()?;
+                self.wait_async().await?;
+                done(slice + 1);
+            }
+            Ok(())
+        };
+        span!("run", slices).around(run).await
     }
 
     /// What went wrong on this thread, told once, or that the device is lost, told every time.
-    fn fault(&self) -> Result<()> {
+    pub(crate) fn fault(&self) -> Result<()> {
         let mut faults = lock(&self.faults);
         let own = faults.threads.remove(&thread::current().id());
         faults.lost.clone().or(own).map_or(Ok(()), Err)

@@ -14,6 +14,7 @@ use crate::ops::merge::{Merge, Partials};
 use crate::ops::project::{Projection, Wiring};
 use crate::ops::rotary::{self, Rotation};
 use crate::plan::no_more_slices;
+use crate::trace::span;
 
 /// Compiled dispatches with the scratch that they need, whatever their buffers are called.
 #[derive(Debug)]
@@ -36,16 +37,17 @@ impl Compiled {
     /// Compiles the steps, and allocates buffers of the given bytes for the slots that hold intermediate results.
     pub(crate) async fn new(
         attention: &Attention,
+        operation: &str,
         steps: &[Step],
         slices: Vec<Range<usize>>,
         scratch: &[(Slot, u64)],
     ) -> Result<Self> {
         attention.caps().check()?;
-        let program = attention.program(steps).await?;
+        let program = attention.program(operation, steps).await?;
         let scratch: Vec<_> = scratch.iter().copied().filter(|&(_, bytes)| bytes > 0).collect();
         let mut needs = needs(steps);
         needs.retain(|need| scratch.iter().all(|(slot, _)| *slot != need.slot));
-        let scratch = Scratch::new(attention.device(), scratch).await?;
+        let scratch = Scratch::new(attention.device(), operation, scratch).await?;
         Ok(Compiled { program, slices, needs, scratch, alignment: attention.caps().alignment() })
     }
 
@@ -77,7 +79,7 @@ impl Compiled {
             let slice = buffers.iter().find(|(given, _)| *given == slot).expect("Compiled::check found it").1;
             (slice.buffer(), slice.offset())
         };
-        self.program.record(steps, encoder, buffer, &[])
+        self.program.record(steps, encoder, buffer, &[], None)
     }
 
     /// Checks the buffers and records nothing.
@@ -117,6 +119,10 @@ pub trait Description {
     /// The buffers that the operation reads and writes.
     type Buffers<'a>;
 
+    /// The operation's name in labels and traces.
+    #[doc(hidden)]
+    const NAME: &'static str;
+
     /// The buffers by what the operation calls them.
     #[doc(hidden)]
     fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)>;
@@ -135,7 +141,9 @@ pub struct Operation<D> {
 impl<D: Description> Operation<D> {
     async fn new(attention: &Attention, steps: Steps<'_>, scratch: &[(Slot, u64)]) -> Result<Self> {
         let (steps, slices) = steps.finish();
-        Ok(Operation { compiled: Compiled::new(attention, &steps, slices, scratch).await?, of: PhantomData })
+        let prepare = Compiled::new(attention, D::NAME, &steps, slices, scratch);
+        let span = span!("prepare", operation = D::NAME, dispatches = steps.len());
+        Ok(Operation { compiled: span.around(prepare).await?, of: PhantomData })
     }
 
     /// Each buffer that is read or written, by its field, and its least size in bytes. There is none where the operation has no rows.
@@ -223,6 +231,8 @@ impl<'a> AppendBuffers<'a> {
 impl Description for Append {
     type Buffers<'a> = AppendBuffers<'a>;
 
+    const NAME: &'static str = "append";
+
     fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
         vec![
             (Slot::X, Some(of.x)),
@@ -263,6 +273,8 @@ impl<'a> MergeBuffers<'a> {
 impl Description for Merge {
     type Buffers<'a> = MergeBuffers<'a>;
 
+    const NAME: &'static str = "merge";
+
     fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
         vec![
             (Slot::PartialOut, Some(of.partial_out)),
@@ -298,6 +310,8 @@ impl<'a> ProjectionBuffers<'a> {
 impl Description for Projection {
     type Buffers<'a> = ProjectionBuffers<'a>;
 
+    const NAME: &'static str = "projection";
+
     fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
         vec![
             (Wiring::OWN.x, Some(of.x)),
@@ -332,6 +346,8 @@ impl<'a> RotationBuffers<'a> {
 impl Description for Rotation {
     type Buffers<'a> = RotationBuffers<'a>;
 
+    const NAME: &'static str = "rotation";
+
     fn slots<'a>(of: &Self::Buffers<'a>) -> Vec<(Slot, Option<wgpu::BufferSlice<'a>>)> {
         vec![
             (Slot::X, Some(of.x)),
@@ -359,7 +375,7 @@ impl Attention {
     /// Those of [`Attention::append`].
     pub async fn append_async(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
         let mut steps = Steps::new(self.caps(), options);
-        append.dispatches(append::Slots::OWN, &mut steps)?;
+        span!("plan", operation = Append::NAME).within(|| append.dispatches(append::Slots::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }
 
@@ -380,7 +396,8 @@ impl Attention {
     pub async fn merge_async(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
         self.caps().check()?;
         let mut steps = Steps::new(self.caps(), options);
-        let scratch = merge.dispatches(Partials::LogSumExp, &mut steps)?;
+        let scratch =
+            span!("plan", operation = Merge::NAME).within(|| merge.dispatches(Partials::LogSumExp, &mut steps))?;
         Operation::new(self, steps, &scratch.sizes()).await
     }
 
@@ -400,7 +417,7 @@ impl Attention {
     /// Those of [`Attention::project`].
     pub async fn project_async(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
         let mut steps = Steps::new(self.caps(), options);
-        projection.dispatches(Wiring::OWN, &mut steps)?;
+        span!("plan", operation = Projection::NAME).within(|| projection.dispatches(Wiring::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }
 
@@ -420,7 +437,7 @@ impl Attention {
     /// Those of [`Attention::rotate`].
     pub async fn rotate_async(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
         let mut steps = Steps::new(self.caps(), options);
-        rotation.dispatches(rotary::Slots::OWN, &mut steps)?;
+        span!("plan", operation = Rotation::NAME).within(|| rotation.dispatches(rotary::Slots::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }
 }

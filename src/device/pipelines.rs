@@ -10,6 +10,7 @@ use futures::future::Shared;
 use crate::contract::error::{Error, Result};
 use crate::device::allocation::{ErrorScopes, allocate_at_once};
 use crate::kernel::Variant;
+use crate::trace::{pipeline_cache_ignored, span};
 
 /// A compiled variant and the layout of its bind group.
 #[derive(Debug)]
@@ -52,10 +53,14 @@ impl Pipelines {
     /// `data` must come from [`Pipelines::data`], or have a wrong checksum.
     pub(crate) unsafe fn load(&mut self, data: &[u8]) -> bool {
         let Some((_, data)) = data.split_first_chunk().filter(|(sum, data)| **sum == checksum(data)) else {
+            pipeline_cache_ignored("its data is damaged");
             return false;
         };
         // SAFETY: the caller promises that the data comes from wgpu; the checksum shows that storage did not alter it.
-        let Some(cache) = (unsafe { create_cache(&self.device, Some(data)) }) else { return false };
+        let Some(cache) = (unsafe { create_cache(&self.device, Some(data)) }) else {
+            pipeline_cache_ignored("the device has none, or its data is of another adapter or driver");
+            return false;
+        };
         self.cache = Some(cache);
         true
     }
@@ -95,6 +100,17 @@ impl Pipelines {
 
     /// Compiles at the call on native backends, which takes this thread: wgpu has no other way there.
     fn compile(&self, variant: &Variant) -> Compilation {
+        let span = span!("pipeline", variant = %variant, milliseconds = tracing::field::Empty);
+        let created = span.within(|| self.create(variant));
+        Box::pin(async move {
+            let created = created.await;
+            span.time();
+            created
+        })
+    }
+
+    /// Creates a pipeline at the call. The future gives what wgpu finds wrong with it.
+    fn create(&self, variant: &Variant) -> impl Future<Output = Result<Arc<Pipeline>>> + use<> {
         let label = variant.to_string();
         let scopes = ErrorScopes::open(&self.device);
         let descriptor = wgpu::ShaderModuleDescriptor {
@@ -140,13 +156,13 @@ impl Pipelines {
             cache: self.cache.as_ref(),
         });
         let closed = scopes.close();
-        Box::pin(async move {
+        async move {
             match closed.await {
                 Ok(()) => Ok(Arc::new(Pipeline { compute, layout })),
                 Err(error @ wgpu::Error::OutOfMemory { .. }) => Err(error.into()),
                 Err(error) => Err(Error::Pipeline { variant: label, message: error.to_string() }),
             }
-        })
+        }
     }
 }
 

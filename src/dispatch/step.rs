@@ -1,5 +1,6 @@
 //! One dispatch, as pure data.
 
+use crate::dispatch::part::Part;
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 use crate::kernel::uniform::Uniform;
@@ -20,6 +21,8 @@ pub struct Bound {
 /// One dispatch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
+    /// The part of the work that it belongs to. Several dispatches may share the workgroups of a part.
+    pub(crate) part: Part,
     /// The shader.
     pub variant: Variant,
     /// Its uniform.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
+use crate::dispatch::part::Part;
 use crate::dispatch::step::{Bound, Step};
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
@@ -34,6 +35,7 @@ impl<'a> Steps<'a> {
     /// without any workgroup is no dispatch.
     pub(crate) fn push(
         &mut self,
+        part: &Part,
         variant: Variant,
         uniform: Uniform,
         bindings: Vec<Bound>,
@@ -48,12 +50,14 @@ impl<'a> Steps<'a> {
         check_dispatches(self.list.len() as u64 + u64::from(workgroups.div_ceil(piece)))?;
         let each = flops / f64::from(workgroups);
         let end = |first: u32| workgroups.min(first.saturating_add(piece));
-        self.cut(variant, uniform, bindings, workgroups, end, |n| each * f64::from(n))
+        let whole = Step { part: part.clone(), variant, uniform, bindings, grid: [0; 3], flops };
+        self.cut(&whole, workgroups, end, |n| each * f64::from(n))
     }
 
     /// The same where the first `n` workgroups take `flops(n)` operations.
     pub(crate) fn push_uneven(
         &mut self,
+        part: &Part,
         variant: Variant,
         uniform: Uniform,
         bindings: Vec<Bound>,
@@ -76,7 +80,8 @@ impl<'a> Steps<'a> {
             }
             low
         };
-        self.cut(variant, uniform, bindings, workgroups, end, &flops)
+        let whole = Step { part: part.clone(), variant, uniform, bindings, grid: [0; 3], flops: flops(workgroups) };
+        self.cut(&whole, workgroups, end, &flops)
     }
 
     /// How many work budgets so many operations take.
@@ -89,27 +94,25 @@ impl<'a> Steps<'a> {
         side.saturating_mul(side).saturating_mul(side)
     }
 
+    /// Adds the dispatches of a step whose grid is not known yet.
     fn cut(
         &mut self,
-        variant: Variant,
-        uniform: Uniform,
-        bindings: Vec<Bound>,
+        whole: &Step,
         workgroups: u32,
         end: impl Fn(u32) -> u32,
         flops: impl Fn(u32) -> f64,
     ) -> Result<()> {
-        assert_eq!(uniform.layout(), variant.layout(), "the uniform is another kernel's");
+        assert_eq!(whole.uniform.layout(), whole.variant.layout(), "the uniform is another kernel's");
         let side = self.caps.limits.max_compute_workgroups_per_dimension.into();
         let mut first = 0;
         while first < workgroups {
             let end = end(first);
             check_dispatches(self.list.len() as u64 + 1)?;
             self.list.push(Step {
-                variant,
-                uniform: uniform.cut(first, end),
-                bindings: bindings.clone(),
+                uniform: whole.uniform.cut(first, end),
                 grid: fold(end - first, side),
                 flops: flops(end) - flops(first),
+                ..whole.clone()
             });
             first = end;
         }

@@ -189,6 +189,10 @@ impl Shader for Flash {
         ACROSS * DOWN
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows(), self.tile.tile_keys()])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         let Tile { value_keys, shuffle, .. } = self.tile;
         let weights = 4 * self.tile.tile_rows() * self.tile.tile_keys();

@@ -178,6 +178,10 @@ impl Shader for Matrix {
         THREADS
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows(), KEYS])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();

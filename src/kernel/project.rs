@@ -132,6 +132,10 @@ impl Shader for Project {
         self.tile.threads(self.tile.cols)
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows, self.tile.tile_cols])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         16 * (self.tile.tile_rows + self.tile.tile_cols) * (self.tile.depth / 4 + 1)
     }

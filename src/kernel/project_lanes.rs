@@ -45,6 +45,10 @@ impl Shader for ProjectLanes {
         self.lanes.lanes
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile_rows(), self.tile_cols()])
+    }
+
     fn needs(&self) -> Needs {
         self.lanes.needs(self.matrix.vector)
     }

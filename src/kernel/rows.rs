@@ -134,6 +134,10 @@ impl Shader for Rows {
         self.tile.lanes.lanes
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows(), self.tile.keys])
+    }
+
     fn needs(&self) -> Needs {
         self.tile.lanes.needs(self.format.vector)
     }

@@ -77,6 +77,10 @@ impl Shader for Scores {
         self.tile.threads(self.tile.cols)
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows, self.tile.tile_cols])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         (self.tile.tile_rows + self.tile.tile_cols) * (16 * (self.tile.depth / 4 + 1) + 4)
     }

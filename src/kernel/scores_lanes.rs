@@ -74,6 +74,10 @@ impl Shader for ScoresLanes {
         self.tile.lanes.lanes
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows(), TILE_KEYS])
+    }
+
     fn needs(&self) -> Needs {
         self.tile.lanes.needs(self.format.vector)
     }

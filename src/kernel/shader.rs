@@ -32,6 +32,11 @@ pub(crate) trait Shader: Reads + Copy + Debug + Display + Eq + Hash {
     /// Invocations of a workgroup.
     fn threads(&self) -> u32;
 
+    /// Rows, and keys or columns, of the tile of a workgroup, if it has one.
+    fn tile(&self) -> Option<[u32; 2]> {
+        None
+    }
+
     /// Bytes of workgroup memory.
     fn workgroup_bytes(&self) -> u32 {
         0

@@ -140,6 +140,10 @@ impl Shader for Split {
         ACROSS * self.tile.streams
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.rows, self.tile.streams * self.tile.keys])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, rows, keys, streams, shuffle } = self.tile;
         let pairs = rows * keys;

@@ -76,6 +76,10 @@ impl Shader for Values {
         self.tile.threads(4 * self.tile.cols)
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows, self.tile.tile_cols])
+    }
+
     fn workgroup_bytes(&self) -> u32 {
         let Tile { tile_rows, tile_cols, depth, .. } = self.tile;
         16 * (tile_rows * (depth / 4 + 1) + depth * tile_cols / 4) + 4 * (depth + 1)

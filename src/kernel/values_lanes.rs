@@ -73,6 +73,10 @@ impl Shader for ValuesLanes {
         self.tile.lanes.lanes
     }
 
+    fn tile(&self) -> Option<[u32; 2]> {
+        Some([self.tile.tile_rows(), self.tile.dims])
+    }
+
     fn needs(&self) -> Needs {
         // The weights are whole vectors in any case.
         self.tile.lanes.needs(true)

@@ -17,6 +17,7 @@ use crate::layer::projected::Projected;
 use crate::layer::{Call, Layer};
 use crate::plan::measured::Tuning;
 use crate::plan::{Plan, write_variants};
+use crate::trace::{self, span};
 
 /// The operations on one side of attention, and their dispatches.
 #[derive(Clone, Debug)]
@@ -70,6 +71,22 @@ impl LayerPlan {
 
     /// The same for a layer whose weights may be elsewhere, with rows that were measured on the device's adapter.
     pub(crate) fn tuned(
+        layer: &Layer,
+        parameters: &Parameters,
+        problem: &Problem,
+        call: &Call,
+        caps: &Caps,
+        options: &Options,
+        tuning: &Tuning,
+    ) -> Result<LayerPlan> {
+        span!("plan", operation = "multi-head attention").within(|| {
+            let plan = Self::planned(layer, parameters, problem, call, caps, options, tuning)?;
+            trace::reasons(&plan.reasons);
+            Ok(plan)
+        })
+    }
+
+    fn planned(
         layer: &Layer,
         parameters: &Parameters,
         problem: &Problem,

@@ -316,7 +316,7 @@ impl Planner<'_> {
         });
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * part.planes())?;
         let flops = 16.0 * f64::from(items) * part.planes() as f64;
-        steps.push(Variant::Append(self.variant), uniform, vec![from, starts, table, to], workgroups, flops)
+        steps.push(part, Variant::Append(self.variant), uniform, vec![from, starts, table, to], workgroups, flops)
     }
 }
 

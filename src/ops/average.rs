@@ -2,6 +2,7 @@
 
 use crate::contract::error::Result;
 use crate::contract::shape::Shape;
+use crate::dispatch::part::Part;
 use crate::dispatch::steps::{Steps, bound, checked_u32};
 use crate::kernel::params::{At, Place, flags};
 use crate::kernel::shader::Shader;
@@ -30,6 +31,7 @@ impl Average<'_> {
     fn batch(&self, batch: u32, steps: &mut Steps<'_>) -> Result<()> {
         let (s, caps, threads) = (self.attention, steps.caps, average::Average.threads());
         let heads = if self.mean { 1 } else { s.problem.heads };
+        let part = Part::new(batch..batch + 1, 0..heads, 0..s.problem.seq_q);
         let [h, rows, keys] = [s.problem.heads, s.problem.seq_q, s.problem.seq_kv].map(u64::from);
         let within = |of: u64| (u64::from(batch) * of, u64::from(batch + 1) * of);
         let (lse, _) = bound(caps, Slot::Lse, (0, lse_words(s, self.extra)), 4, 0, false)?;
@@ -42,14 +44,7 @@ impl Average<'_> {
         let (out, y_base) = bound(caps, Slot::Averaged, within(per_batch), 4, 0, true)?;
         let col_tiles = self.columns.div_ceil(threads);
         let uniform = Uniform::new(&average::Params {
-            place: Place {
-                row_tiles: s.problem.seq_q,
-                col_tiles,
-                batch0: batch,
-                heads,
-                row_end: s.problem.seq_q,
-                ..Place::default()
-            },
+            place: Place { row_tiles: s.problem.seq_q, col_tiles, ..part.place() },
             w: At { base: w_base, batch: (h * rows * keys) as u32, head: (rows * keys) as u32, row: s.problem.seq_kv },
             y: At {
                 base: y_base,
@@ -67,6 +62,6 @@ impl Average<'_> {
         });
         let workgroups = checked_u32("workgroups", rows * u64::from(col_tiles) * u64::from(heads))?;
         let flops = 32.0 * (h * rows) as f64 * f64::from(self.columns);
-        steps.push(Variant::Average(average::Average), uniform, vec![weights, lse, out], workgroups, flops)
+        steps.push(&part, Variant::Average(average::Average), uniform, vec![weights, lse, out], workgroups, flops)
     }
 }

@@ -71,6 +71,6 @@ impl Extra<'_> {
             * f64::from(s.problem.heads)
             * f64::from(s.problem.seq_q)
             * f64::from(s.problem.head_dim + s.problem.value_dim);
-        steps.push(Variant::Extra(extra::Extra), uniform, vec![q, biases, lse, out], workgroups, flops)
+        steps.push(&part, Variant::Extra(extra::Extra), uniform, vec![q, biases, lse, out], workgroups, flops)
     }
 }

@@ -373,7 +373,7 @@ impl Planner<'_, '_> {
             }),
         };
         let flops = 16.0 * items as f64 * partials.len() as f64;
-        self.steps.push(variant, uniform, bindings, workgroups, flops)?;
+        self.steps.push(part, variant, uniform, bindings, workgroups, flops)?;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use crate::contract::caps::Caps;
 use crate::contract::error::Result;
 use crate::contract::problem::Element;
 use crate::contract::tensor::Tensor;
+use crate::dispatch::part::Part;
 use crate::dispatch::step::Bound;
 use crate::dispatch::steps::{Steps, checked_u32};
 use crate::kernel::params::Place;
@@ -26,6 +27,8 @@ pub(crate) fn pack(
     let row = if out.sizes[2] > 1 { out.strides.row } else { total };
     // Whole alignment steps of the 16-bit side, so that both sides bind aligned and no word is shared.
     let step = (caps.binding() / 4).min(1 << 28) / caps.alignment() * caps.alignment();
+    let [batch, heads, rows] = out.sizes;
+    let part = Part::new(0..batch, 0..heads, 0..rows);
     let mut first = 0;
     while first < total {
         let elements = step.min(total - first);
@@ -46,7 +49,7 @@ pub(crate) fn pack(
             params.token0 = (first / row % u64::from(of.visible.total_q)) as u32;
             bindings.push(Bound { slot: Slot::Lists, offset: 0, size: lists, written: false });
         }
-        steps.push(variant, Uniform::new(&params), bindings, col_tiles, 32.0 * elements as f64)?;
+        steps.push(&part, variant, Uniform::new(&params), bindings, col_tiles, 32.0 * elements as f64)?;
         first += elements;
     }
     Ok(())

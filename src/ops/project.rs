@@ -411,6 +411,6 @@ impl Planner<'_> {
         let batch = count(&part.batch);
         let workgroups = checked_u32("workgroups", u64::from(row_tiles) * u64::from(col_tiles) * batch)?;
         let flops = 2.0 * batch as f64 * f64::from(rows) * count(&part.inputs) as f64 * f64::from(columns);
-        steps.push(self.variant, uniform, bindings, workgroups, flops)
+        steps.push(part, self.variant, uniform, bindings, workgroups, flops)
     }
 }

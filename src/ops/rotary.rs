@@ -289,6 +289,6 @@ impl Planner<'_> {
         }
         let workgroups = checked_u32("workgroups", row_tiles * part.planes())?;
         let flops = 32.0 * row_tiles as f64 * f64::from(variant.threads()) * part.planes() as f64;
-        steps.push(Variant::Rotary(variant), uniform, bindings, workgroups, flops)
+        steps.push(part, Variant::Rotary(variant), uniform, bindings, workgroups, flops)
     }
 }

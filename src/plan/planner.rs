@@ -181,7 +181,7 @@ impl<'a> Planner<'a> {
             }
         };
         let workgroups = checked_u32("workgroups", row_tiles * col_tiles * planes)?;
-        self.steps.push_uneven(variant, kernel.pick(&params), bindings, workgroups, |n| {
+        self.steps.push_uneven(part, variant, kernel.pick(&params), bindings, workgroups, |n| {
             let (n, cols) = (u64::from(n) / col_tiles, u64::from(n) % col_tiles);
             let (planes, n) = (n / row_tiles, n % row_tiles);
             let whole = tiles(n);

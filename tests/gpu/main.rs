@@ -19,6 +19,7 @@ mod matrix;
 mod nonfinite;
 mod operands;
 mod paged;
+mod profile;
 mod stages;
 mod types;
 mod visible;

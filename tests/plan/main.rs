@@ -4,6 +4,7 @@
 mod address;
 mod coverage;
 mod golden;
+mod labels;
 mod layer;
 mod long;
 mod strategy;

@@ -46,6 +46,9 @@ pub struct Arguments {
     /// Compare every output with the f64 reference on the CPU
     #[arg(long, help_heading = "Output")]
     compare: bool,
+    /// Run once more and print how long each dispatch takes, by the device's timestamps if it has them
+    #[arg(long, conflicts_with = "cpu", help_heading = "Output")]
+    profile: bool,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -107,13 +110,15 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let bar = report::slices();
     let mut progress = |done, of| report::advance(&bar, done, of);
     let inputs = operands.inputs();
-    let outputs = match &arguments.plan {
-        Some(path) => {
-            let plan = read_plan(path)?;
-            let Engine::Gpu(gpu) = &engine else { unreachable!("--plan and --cpu exclude each other") };
-            run_plan(gpu, &plan, &inputs, &mut progress)?
+    let (outputs, profile) = match &engine {
+        Engine::Gpu(gpu) => {
+            let plan = match &arguments.plan {
+                Some(path) => read_plan(path)?,
+                None => gpu.library().plan_with(&problem, &arguments.kernels.options())?,
+            };
+            run_plan(gpu, &plan, &inputs, arguments.profile, &mut progress)?
         }
-        None => engine.attention_in_slices(&problem, &inputs, &arguments.kernels, &mut progress)?,
+        Engine::Cpu => (engine.attention(&problem, &inputs, &arguments.kernels)?, None),
     };
     bar.finish_and_clear();
     let label = engine.label();
@@ -135,13 +140,16 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     report.object(&json!({
         "adapter": label.adapter, "backend": label.backend, "driver": label.driver,
         "output": arguments.output.as_ref().map(|path| path.to_string_lossy()), "tensors": written,
-        "comparisons": judged.collect::<Vec<_>>(),
+        "comparisons": judged.collect::<Vec<_>>(), "profile": profile,
     }))?;
     for (name, tensor) in &tensors {
         report.line(format!("{name} {} {:?}", tensor.data.element(), tensor.shape))?;
     }
     let written = arguments.output.as_ref().map_or(String::new(), |path| format!(", written to {}", path.display()));
     report.line(format!("computed by {label}{written}"))?;
+    if let Some(profile) = profile {
+        report.line(profile.to_string().trim_end())?;
+    }
     let Some(comparisons) = comparisons else { return Ok(Outcome::Right) };
     report.line(&comparisons)?;
     Ok(if comparisons.passed() { Outcome::Right } else { Outcome::Differs })

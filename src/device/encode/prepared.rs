@@ -45,7 +45,7 @@ impl Prepared {
     /// [`wgpu::Instance`]s, wgpu may take one device's buffer for another's.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
         self.check(buffers)?;
-        self.record(0..self.plan.dispatches(), encoder, buffers, &self.scratch.shared()?)
+        self.record(0..self.plan.dispatches(), encoder, buffers, &self.scratch.shared()?, None)
     }
 
     /// Begins a call that is recorded slice by slice.
@@ -60,6 +60,11 @@ impl Prepared {
     /// Checks the buffers and records nothing.
     pub(crate) fn check(&self, buffers: &Buffers<'_>) -> Result<()> {
         buffers.check(&self.plan)
+    }
+
+    /// The name of each dispatch.
+    pub(crate) fn labels(&self) -> &[String] {
+        self.program.labels()
     }
 
     pub(crate) fn home(&self) -> &Home {
@@ -82,6 +87,7 @@ impl Prepared {
         encoder: &mut wgpu::CommandEncoder,
         buffers: &Buffers<'_>,
         set: &[(Slot, wgpu::Buffer)],
+        timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
     ) -> Result<()> {
         let own = |slot: Slot| &set.iter().find(|(own, _)| *own == slot).expect("the plan states its scratch").1;
         let lists = own(Slot::Lists);
@@ -98,7 +104,7 @@ impl Prepared {
             (_, Some(slice)) => (slice.buffer(), slice.offset()),
             (_, None) => (own(slot), 0),
         };
-        self.program.record(steps, encoder, buffer, &copies)
+        self.program.record(steps, encoder, buffer, &copies, timestamps)
     }
 }
 
@@ -109,7 +115,7 @@ impl Recording<'_, Prepared> {
     ///
     /// [`Error::TooLarge`] if there is no such slice, and those of [`Prepared::encode`] for the buffers.
     pub fn encode_slice(&self, slice: usize, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
-        self.record(self.of.slice(slice)?, encoder, buffers)
+        self.record(self.of.slice(slice)?, encoder, buffers, None)
     }
 
     /// Records only some of the dispatches, by their numbers in [`Plan::steps`], to time a stage of its own. The results are whole
@@ -128,12 +134,18 @@ impl Recording<'_, Prepared> {
         if value > limit {
             return Err(Error::TooLarge { field: "steps.end", value, limit });
         }
-        self.record(steps.start.min(steps.end)..steps.end, encoder, buffers)
+        self.record(steps.start.min(steps.end)..steps.end, encoder, buffers, None)
     }
 
-    fn record(&self, steps: Range<usize>, encoder: &mut wgpu::CommandEncoder, buffers: &Buffers<'_>) -> Result<()> {
+    pub(crate) fn record(
+        &self,
+        steps: Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffers: &Buffers<'_>,
+        timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Result<()> {
         self.of.check(buffers)?;
-        self.of.record(steps, encoder, buffers, &self.set)?;
+        self.of.record(steps, encoder, buffers, &self.set, timestamps)?;
         self.hold(encoder);
         Ok(())
     }

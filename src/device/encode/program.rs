@@ -9,20 +9,31 @@ use crate::contract::caps::UNIFORM_STRIDE;
 use crate::contract::error::{Error, Result};
 use crate::device::allocation::{allocate_at_once, constant};
 use crate::device::pipelines::{Pipeline, Pipelines};
+use crate::dispatch::label;
 use crate::dispatch::step::Step;
 use crate::kernel::slot::Slot;
+use crate::trace::span;
 
 /// Compiled steps and their uniforms: what every operation on the GPU records.
 #[derive(Debug)]
 pub(crate) struct Program {
     device: wgpu::Device,
     steps: Vec<(Step, Arc<Pipeline>)>,
+    /// The name of each step, for debuggers. Names are made once: recording is where time counts.
+    labels: Vec<String>,
+    /// The name of a compute pass.
+    pass: String,
     params: wgpu::Buffer,
 }
 
 impl Program {
     /// Compiles the pipelines that are not cached yet and writes the uniforms.
-    pub(crate) async fn new(device: &wgpu::Device, pipelines: &Pipelines, steps: &[Step]) -> Result<Self> {
+    pub(crate) async fn new(
+        device: &wgpu::Device,
+        pipelines: &Pipelines,
+        operation: &str,
+        steps: &[Step],
+    ) -> Result<Self> {
         let mut compiled = Vec::with_capacity(steps.len());
         for step in steps {
             compiled.push((step.clone(), pipelines.get(&step.variant).await?));
@@ -32,12 +43,19 @@ impl Program {
             let source = step.uniform.bytes();
             place[..source.len()].copy_from_slice(source);
         }
-        let params = constant(device, "params", wgpu::BufferUsages::UNIFORM, &bytes).await?;
-        Ok(Program { device: device.clone(), steps: compiled, params })
+        let uniforms = format!("{operation}: uniforms");
+        let params = constant(device, &uniforms, wgpu::BufferUsages::UNIFORM, &bytes).await?;
+        let (labels, pass) = (label::labels(steps), label::pass(operation, steps));
+        Ok(Program { device: device.clone(), steps: compiled, labels, pass, params })
     }
 
     pub(crate) fn steps(&self) -> impl Iterator<Item = &Step> {
         self.steps.iter().map(|(step, _)| step)
+    }
+
+    /// The name of each step.
+    pub(crate) fn labels(&self) -> &[String] {
+        &self.labels
     }
 
     /// Records copies, and a range of the steps in one compute pass. `buffer` gives the buffer of a slot, and where the operand starts
@@ -48,6 +66,19 @@ impl Program {
         encoder: &mut wgpu::CommandEncoder,
         buffer: impl Fn(Slot) -> (&'a wgpu::Buffer, u64),
         copies: &[Copy<'_>],
+        timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Result<()> {
+        let span = span!("encode", pass = self.pass.as_str(), dispatches = steps.len());
+        span.within(|| self.record_pass(steps, encoder, buffer, copies, timestamps))
+    }
+
+    fn record_pass<'a>(
+        &self,
+        steps: Range<usize>,
+        encoder: &mut wgpu::CommandEncoder,
+        buffer: impl Fn(Slot) -> (&'a wgpu::Buffer, u64),
+        copies: &[Copy<'_>],
+        timestamps: Option<wgpu::ComputePassTimestampWrites<'_>>,
     ) -> Result<()> {
         let bind = || {
             // An encoder says what is wrong with a copy when it is finished, and to its own device: this one is only for that.
@@ -70,13 +101,17 @@ impl Program {
         })?;
         let record = || {
             copies.iter().for_each(|copy| copy.record(encoder));
-            let mut pass = encoder
-                .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("attention"), timestamp_writes: None });
-            for ((step, pipeline), group) in self.steps[steps].iter().zip(&groups) {
+            let label = Some(self.pass.as_str());
+            let mut pass =
+                encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: timestamps });
+            let labels = &self.labels[steps.clone()];
+            for (((step, pipeline), group), label) in self.steps[steps].iter().zip(&groups).zip(labels) {
                 let [x, y, z] = step.grid;
+                pass.push_debug_group(label);
                 pass.set_pipeline(&pipeline.compute);
                 pass.set_bind_group(0, group, &[]);
                 pass.dispatch_workgroups(x, y, z);
+                pass.pop_debug_group();
             }
         };
         // No encoder tells its device. One of another instance of wgpu panics where it does not know this one's objects.
@@ -99,7 +134,7 @@ impl Program {
             .map(|(resource, binding)| wgpu::BindGroupEntry { binding, resource })
             .collect();
         self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(step.variant.kernel()),
+            label: Some(&self.labels[index]),
             layout: &pipeline.layout,
             entries: &entries,
         })

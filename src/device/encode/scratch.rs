@@ -13,7 +13,8 @@ pub(crate) type Set = Vec<(Slot, wgpu::Buffer)>;
 #[derive(Debug)]
 pub(crate) struct Scratch {
     device: wgpu::Device,
-    sizes: Vec<(Slot, u64)>,
+    /// The size of each buffer, and its name for debuggers.
+    sizes: Vec<(Slot, u64, String)>,
     sets: Mutex<Sets>,
 }
 
@@ -26,7 +27,9 @@ struct Sets {
 }
 
 impl Scratch {
-    pub(crate) async fn new(device: &wgpu::Device, sizes: Vec<(Slot, u64)>) -> Result<Self> {
+    pub(crate) async fn new(device: &wgpu::Device, operation: &str, sizes: Vec<(Slot, u64)>) -> Result<Self> {
+        let named = |(slot, size): (Slot, u64)| (slot, size, format!("{operation}: {}", slot.name()));
+        let sizes: Vec<_> = sizes.into_iter().map(named).collect();
         let first = allocate(device, || create(device, &sizes)).await?;
         let sets = Sets { shared: None, own: vec![first] };
         Ok(Scratch { device: device.clone(), sizes, sets: Mutex::new(sets) })
@@ -61,11 +64,11 @@ impl Scratch {
     }
 }
 
-fn create(device: &wgpu::Device, sizes: &[(Slot, u64)]) -> Arc<Set> {
+fn create(device: &wgpu::Device, sizes: &[(Slot, u64, String)]) -> Arc<Set> {
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-    let buffer = |&(slot, size): &(Slot, u64)| {
-        let descriptor = wgpu::BufferDescriptor { label: Some(slot.name()), size, usage, mapped_at_creation: false };
-        (slot, device.create_buffer(&descriptor))
+    let buffer = |(slot, size, label): &(Slot, u64, String)| {
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size: *size, usage, mapped_at_creation: false };
+        (*slot, device.create_buffer(&descriptor))
     };
     Arc::new(sizes.iter().map(buffer).collect())
 }

@@ -78,7 +78,9 @@ impl Gpu {
             mapped_at_creation: false,
         };
         let staging = allocate(&self.device, || self.device.create_buffer(&descriptor)).await?;
-        let mut encoder = self.device.create_command_encoder(&Default::default());
+        let mut encoder = self
+            .device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("wgpu-attention: read-back") });
         encoder.copy_buffer_to_buffer(slice.buffer(), slice.offset(), &staging, 0, slice.size());
         self.queue.submit([encoder.finish()]);
         let (send, ready) = oneshot::channel();

@@ -13,6 +13,7 @@ use crate::layer::parameters::Parameters;
 use crate::layer::plan::LayerPlan;
 use crate::layer::{Call, Layer, LayerInputs, LayerOutputs, Weights};
 use crate::ops::rotary::Rotation;
+use crate::trace::span;
 
 /// A [`Layer`] whose weights are on a device.
 #[derive(Debug)]
@@ -66,11 +67,13 @@ impl MultiHeadAttention {
         let (host, biases) = (parameters.weights(layer), parameters.bias_values(layer));
         let (weights, table) = allocate(attention.device(), || {
             let upload = |label, bytes: &[u8]| upload_bytes(attention.device(), queue, label, bytes);
-            let weights =
-                host.iter().map(|(slot, values)| (*slot, upload("weights", &encoded(values, element)))).collect();
-            let table = layer
-                .rotary
-                .map(|r| upload("rotary table", bytemuck::cast_slice(&Rotation::table(r.positions, r.dim, r.base))));
+            let weights = host
+                .iter()
+                .map(|(slot, values)| (*slot, upload("layer: weights", &encoded(values, element))))
+                .collect();
+            let table = layer.rotary.map(|r| {
+                upload("layer: rotary table", bytemuck::cast_slice(&Rotation::table(r.positions, r.dim, r.base)))
+            });
             (weights, table)
         })
         .await?;
@@ -129,7 +132,9 @@ impl MultiHeadAttention {
         if !self.home.is(attention.home()) {
             return Err(Error::OtherDevice { field: "layer" });
         }
-        PreparedLayer::new(self, attention, self.plan(attention, problem, call, options)?).await
+        let plan = self.plan(attention, problem, call, options)?;
+        let span = span!("prepare", operation = "multi-head attention", dispatches = plan.steps().count());
+        span.around(PreparedLayer::new(self, attention, plan)).await
     }
 
     /// Runs the layer on host slices: upload, compute, read back.

@@ -29,19 +29,19 @@ pub struct PreparedLayer {
     zeros: wgpu::Buffer,
 }
 
-async fn compiled(attention: &Attention, stage: &Stage) -> Result<Compiled> {
-    Compiled::new(attention, &stage.steps, stage.slices.clone(), &[]).await
+async fn compiled(attention: &Attention, operation: &str, stage: &Stage) -> Result<Compiled> {
+    Compiled::new(attention, operation, &stage.steps, stage.slices.clone(), &[]).await
 }
 
 impl PreparedLayer {
     /// Compiles and allocates what a plan says.
     pub(crate) async fn new(of: &MultiHeadAttention, attention: &Attention, plan: LayerPlan) -> Result<Self> {
-        let before = compiled(attention, &plan.before).await?;
-        let after = compiled(attention, &plan.after).await?;
+        let before = compiled(attention, "layer, before attention", &plan.before).await?;
+        let after = compiled(attention, "layer, after attention", &plan.after).await?;
         let inner = attention.prepare_with(plan.attention(), plan.scratch()).await?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let biases = constant(attention.device(), "biases", usage, bytemuck::cast_slice(&of.biases)).await?;
-        let zeros = constant(attention.device(), "zeros", usage, &vec![0; plan.zeros() as usize]).await?;
+        let biases = constant(attention.device(), "layer: biases", usage, bytemuck::cast_slice(&of.biases)).await?;
+        let zeros = constant(attention.device(), "layer: zeros", usage, &vec![0; plan.zeros() as usize]).await?;
         let (weights, table) = (of.weights.clone(), of.table.clone());
         Ok(PreparedLayer { plan, before, attention: inner, after, weights, biases, table, zeros })
     }
@@ -110,7 +110,7 @@ impl PreparedLayer {
         if slice < first {
             self.before.record(self.before.slice(slice)?, encoder, &slots, &[])
         } else if slice < second {
-            self.attention.record(self.attention.slice(slice - first)?, encoder, &inner, set)
+            self.attention.record(self.attention.slice(slice - first)?, encoder, &inner, set, None)
         } else {
             self.after.record(self.after.slice(slice - second)?, encoder, &slots, &[])
         }
