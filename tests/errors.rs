@@ -762,6 +762,18 @@ fn names_that_nobody_knows() {
 }
 
 #[test]
+fn a_stored_plan_that_is_planned_in_another_way_now() {
+    let shape = Problem::new(1, 1, 4, 4, 8).check().unwrap();
+    let plan = Plan::new(&shape, &wgpu_attention::Caps::new(wgpu::Limits::default()), &Options::default()).unwrap();
+    let mut stored = serde_json::to_value(&plan).unwrap();
+    stored["slices"] = 7.into();
+    let error = serde_json::from_value::<Plan>(stored).unwrap_err().to_string();
+    let want = Error::StoredPlan { stored: plan.kernel(), made: plan.kernel() };
+    assert_eq!(error, want.to_string());
+    names(&want, &["stored plan", "plan it anew"]);
+}
+
+#[test]
 fn every_error_is_provoked_here() {
     // The enum is non-exhaustive, so that the compiler cannot ask; its source is read instead.
     let names: BTreeSet<&str> = include_str!("../src/contract/error.rs")
