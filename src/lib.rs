@@ -183,7 +183,7 @@ pub mod multihead {
 /// [`Append`](operations::Append) writes new keys or values into a cache, [`Merge`](operations::Merge) joins results over parts of the
 /// keys, [`Projection`](operations::Projection) multiplies rows by a weight matrix, and [`Rotation`](operations::Rotation) applies the
 /// rotary position embedding. Each is made into an [`Operation`](operations::Operation) that is recorded like
-/// [`Prepared`](crate::Prepared), or runs on host slices by a method of [`Gpu`](crate::Gpu).
+/// [`Prepared`], or runs on host slices by a method of [`Gpu`].
 pub mod operations {
     pub use crate::device::operation::{
         AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
