@@ -1,5 +1,6 @@
 //! The kernels: for each shader under `shaders/` the host's side of it, a module of the same noun.
 
+pub mod advance;
 pub mod append;
 pub(crate) mod attention;
 pub mod average;
@@ -122,6 +123,8 @@ kernels! {
     merge: Merge,
     /// New rows of a cache.
     append: Append,
+    /// Lengths that grow.
+    advance: Advance,
 }
 
 impl Variant {

@@ -62,8 +62,8 @@
 //! # Beside attention
 //!
 //! - [`multihead`] is the whole layer: projections, rotary position embedding and a key/value cache.
-//! - [`operations`] are what a model needs beside attention: writing new keys or values into a cache, joining results over parts of the
-//!   keys, projections and rotary embedding.
+//! - [`operations`] are what a model needs beside attention: writing new keys or values into a cache, advancing the lengths of
+//!   sequences, joining results over parts of the keys, projections and rotary embedding.
 //! - [`Runner`] runs problems on the best GPU, or on the CPU reference where there is none and the caller allows that.
 //! - [`tuning`] holds what was measured on an adapter, and plans follow it.
 //!
@@ -180,14 +180,15 @@ pub mod multihead {
 
 /// What models need beside attention, each as an operation of its own on the GPU.
 ///
-/// [`Append`](operations::Append) writes new keys or values into a cache, [`Merge`](operations::Merge) joins results over parts of the
-/// keys, [`Projection`](operations::Projection) multiplies rows by a weight matrix, and [`Rotation`](operations::Rotation) applies the
+/// [`Append`](operations::Append) writes new keys or values into a cache, [`Advance`](operations::Advance) advances the lengths of
+/// sequences, [`Merge`](operations::Merge) joins results over parts of the keys, [`Projection`](operations::Projection) multiplies rows by a weight matrix, and [`Rotation`](operations::Rotation) applies the
 /// rotary position embedding. Each is made into an [`Operation`](operations::Operation) that is recorded like
 /// [`Prepared`], or runs on host slices by a method of [`Gpu`].
 pub mod operations {
     pub use crate::device::operation::{
-        AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
+        AdvanceBuffers, AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
     };
+    pub use crate::ops::advance::{Advance, By};
     pub use crate::ops::append::Append;
     pub use crate::ops::merge::Merge;
     pub use crate::ops::project::{Order, Projection};

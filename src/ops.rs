@@ -1,5 +1,6 @@
 //! The operations beside attention, as pure data: what each is asked for, its check, and its dispatches.
 
+pub(crate) mod advance;
 pub(crate) mod append;
 pub(crate) mod average;
 pub(crate) mod extra;

@@ -4,12 +4,13 @@
 //! once, and [`budget`] for the error that f32 arithmetic may make on a given problem. [`compare()`] judges all outputs of a call with both,
 //! [`compare_layer`], [`compare_merge`] and [`compare_append`] those of the operations. The rules are those of [`Problem`]. With the GPU
 //! path the reference shares the descriptions of what is asked and their checks ([`Problem`], [`Shape`], [`Layer`](crate::multihead::Layer),
-//! [`Append`](crate::operations::Append), [`Merge`](crate::operations::Merge) and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
+//! [`Append`](crate::operations::Append), [`Advance`](crate::operations::Advance), [`Merge`](crate::operations::Merge) and the like), and no arithmetic. Generic over [`Real`]: the f64 instance is the truth, the f32
 //! instance shows what plain f32 loses.
 //!
 //! Below, the *score matrix* is dense [batch, heads, seq_q, seq_kv]. Where packed sequences leave parts of it unused, scores
 //! and logits hold −inf and weights 0; query tokens that no sequence owns have 0 in `out` and `lse`.
 
+mod advance;
 mod append;
 mod average;
 mod budget;
@@ -31,6 +32,7 @@ use std::iter::Sum;
 
 use num_traits::Float;
 
+pub use advance::advance;
 pub use append::append;
 pub use average::average;
 pub use budget::{Budget, Tolerance, attention_with_budget, attention_with_budget_of_rows, budget, regression_limit};

@@ -50,6 +50,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
         "rotary.wgsl",
         "extra.wgsl",
         "append.wgsl",
+        "advance.wgsl",
         "average.wgsl",
         "export.wgsl",
         "pack.wgsl",

@@ -61,6 +61,10 @@ pub enum Slot {
     Starts,
     /// Which pages of a cache each batch has.
     BlockTable,
+    /// Lengths of sequences that grow.
+    Lengths,
+    /// What is added to each of them.
+    By,
     /// The layer's cache of keys.
     KeyCache,
     /// The layer's cache of values.
@@ -116,6 +120,8 @@ impl Slot {
             Slot::Cache => "cache",
             Slot::Starts => "starts",
             Slot::BlockTable => Operand::BlockTable.name(),
+            Slot::Lengths => "lengths",
+            Slot::By => "by",
             Slot::KeyCache => "key cache",
             Slot::ValueCache => "value cache",
             Slot::PartialOut => "partial_out",

@@ -27,15 +27,17 @@ use crate::kernel::{Variant, append};
 /// on host slices it is an error. Pages that receive rows must not be shared: of two rows in one place, either may stay.
 ///
 /// A decoding loop makes one `Append` and one plan, both for the capacity, and records of each step: the new keys and values
-/// appended at `starts` = keys that each sequence has, then attention with `key_lengths` = `starts` + `rows`. When a sequence
-/// needs another page, the caller writes its number into the block table, which both read; nothing is planned or compiled anew.
+/// appended at `starts` = keys that each sequence has, then attention with `key_lengths` = `starts` + `rows`, which
+/// [`Advance`](crate::operations::Advance) computes on the GPU. When a sequence needs another page, the caller writes its number
+/// into the block table, which both read; nothing is planned or compiled anew.
 ///
 /// This is ONNX `TensorScatter`: `past_cache` and `present_cache` are the cache, which changes in place, `update` the new rows,
 /// `write_indices` the starts, and `mode` is `circular`. `axis` is a matter of layout: the axes before it are batch and heads,
 /// those behind it one row.
 ///
 /// ```
-/// use wgpu_attention::{Append, reference};
+/// use wgpu_attention::operations::Append;
+/// use wgpu_attention::{Paged, reference};
 ///
 /// // One new key of two elements for each of two batches; the caches have room for three.
 /// let append = Append::new(2, 1, 1, 3, 2);
@@ -45,7 +47,7 @@ use crate::kernel::{Variant, append};
 ///
 /// // The same in a pool of four pages of two keys: the first batch has pages 3 and 1, the second 2 and 0.
 /// let mut paged = Append::new(2, 1, 1, 4, 2);
-/// paged.paged = Some(wgpu_attention::Paged { pages: 4, page_size: 2 });
+/// paged.paged = Some(Paged { pages: 4, page_size: 2 });
 /// let mut pool = [0.0; 16];
 /// reference::append(&paged, &[1.0, 2.0, 3.0, 4.0], &mut pool, &[1, 2], Some(&[3, 1, 2, 0]))?;
 /// assert_eq!(pool[14..], [1.0, 2.0]); // page 3, row 1

@@ -32,7 +32,8 @@ use crate::ops::pack::pack;
 /// Packed sequences merge as one batch of `total_q` rows.
 ///
 /// ```
-/// use wgpu_attention::{Merge, reference::{self, Partial}};
+/// use wgpu_attention::operations::Merge;
+/// use wgpu_attention::reference::{self, Partial};
 ///
 /// // The same two parts that the GPU would merge, on the CPU reference: weights 3/4 and 1/4.
 /// let parts = [Partial { out: &[1.0], lse: &[3f64.ln()] }, Partial { out: &[5.0], lse: &[0.0] }];

@@ -139,7 +139,7 @@ pub fn compare(problem: &Problem, inputs: &Inputs<'_>, outputs: &Outputs) -> Res
 ///
 /// ```
 /// use wgpu_attention::reference::{self, compare_layer};
-/// use wgpu_attention::{Call, Layer, LayerInputs, Linear};
+/// use wgpu_attention::multihead::{Call, Layer, LayerInputs, Linear};
 ///
 /// let linear = || Linear { inputs: 4, outputs: 4, weight: (0..16).map(|i| (i as f32).cos()).collect(), ..Linear::default() };
 /// let layer = Layer::new(2, 2, [linear(), linear(), linear(), linear()])?;
@@ -190,7 +190,8 @@ pub fn compare_layer(
 ///
 /// ```
 /// use wgpu_attention::reference::compare_merge;
-/// use wgpu_attention::{Merge, Outputs};
+/// use wgpu_attention::Outputs;
+/// use wgpu_attention::operations::Merge;
 ///
 /// // Two partials with the weights 3/4 and 1/4.
 /// let (merge, out, lse) = (Merge::new(2, 1, 1, 1, 1), [1.0, 5.0], [3f32.ln(), 0.0]);
@@ -242,7 +243,7 @@ pub fn compare_merge(
 /// [`crate::Gpu::append`] gives it, widened to f32.
 ///
 /// ```
-/// use wgpu_attention::Append;
+/// use wgpu_attention::operations::Append;
 /// use wgpu_attention::reference::compare_append;
 ///
 /// // One new key of two elements in a cache with room for three.

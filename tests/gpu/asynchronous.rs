@@ -10,7 +10,7 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use wgpu_attention::multihead::{Call, Layer, LayerInputs, Linear, MultiHeadAttention};
-use wgpu_attention::operations::{Append, Merge, Order, Projection, Rotation};
+use wgpu_attention::operations::{Advance, Append, Merge, Order, Projection, Rotation};
 use wgpu_attention::{Attention, DeviceOptions, Element, Error, Gpu, Inputs, Options, Problem, Runner, with};
 
 use crate::device::cases;
@@ -193,6 +193,10 @@ fn operations_and_layers_give_the_same_asynchronously() {
         assert!(want.is_ok());
         let call = gpu.append_async(&append, (&x).into(), (&cache).into(), &[1], None);
         assert_eq!(in_time(|| under_tokio(call)), want);
+        let advance = Advance::new(2, 1, 4);
+        let want = gpu.advance(&advance, &[0, 4], None);
+        assert!(want.is_ok());
+        assert_eq!(in_time(|| under_tokio(gpu.advance_async(&advance, &[0, 4], None))), want);
         let want = gpu.merge(&merge, &out, &lse, None);
         assert!(want.is_ok());
         assert_eq!(in_time(|| under_tokio(gpu.merge_async(&merge, &out, &lse, None))), want);
@@ -253,7 +257,7 @@ fn futures_are_send(
     options: &Options,
     resident: &MultiHeadAttention,
     layer: (&Layer, &Call, &LayerInputs<'_>),
-    operations: (&Append, &Merge, &Projection, &Rotation),
+    operations: (&Append, &Advance, &Merge, &Projection, &Rotation),
 ) {
     fn is_send(_: impl Send) {}
     let (library, (host, call, given)) = (gpu.library(), layer);
@@ -279,12 +283,14 @@ fn futures_are_send(
     is_send(resident.prepare_async(library, problem, call, options));
     is_send(resident.forward_async(gpu, problem, call, given));
     is_send(resident.forward_with_async(gpu, problem, call, given, options));
-    let (append, merge, projection, rotation) = operations;
+    let (append, advance, merge, projection, rotation) = operations;
     is_send(library.append_async(append, options));
+    is_send(library.advance_async(advance, options));
     is_send(library.merge_async(merge, options));
     is_send(library.project_async(projection, options));
     is_send(library.rotate_async(rotation, options));
     is_send(gpu.append_async(append, inputs.q, inputs.k, &[], None));
+    is_send(gpu.advance_async(advance, &[], None));
     is_send(gpu.merge_async(merge, &[], &[], None));
     is_send(gpu.project_async(projection, &[], inputs.k, None));
     is_send(gpu.rotate_async(rotation, inputs.q, &[], &[]));

@@ -7,8 +7,9 @@ use crate::device::allocation::{allocate, upload_bytes};
 use crate::device::gpu::Gpu;
 use crate::device::gpu::resident::unwritten;
 use crate::device::operation::{
-    AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
+    AdvanceBuffers, AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,
 };
+use crate::ops::advance::Advance;
 use crate::ops::append::Append;
 use crate::ops::merge::Merge;
 use crate::ops::project::Projection;
@@ -76,6 +77,35 @@ impl Gpu {
         buffers.block_table = Some(table.slice(..));
         self.perform(&operation, &buffers).await?;
         self.read_widened(&to, append.element, cache.len() as u64).await
+    }
+
+    /// Advances lengths on host slices, and gives the new ones.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the description or a slice, a length beyond the limit, and errors of the device.
+    pub fn advance(&self, advance: &Advance, lengths: &[u32], by: Option<&[u32]>) -> Result<Vec<u32>> {
+        self.block_on(self.advance_async(advance, lengths, by))
+    }
+
+    /// [`Gpu::advance`] without blocking the thread, under any executor; see [`Gpu`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gpu::advance`].
+    pub async fn advance_async(&self, advance: &Advance, lengths: &[u32], by: Option<&[u32]>) -> Result<Vec<u32>> {
+        advance.check_lengths(lengths.len(), by.map(<[u32]>::len))?;
+        advance.check_limit(lengths)?;
+        let operation = self.library.advance_async(advance, &Options::default()).await?;
+        let [grown, each] = self
+            .stage([("lengths", bytemuck::cast_slice(lengths)), ("by", bytemuck::cast_slice(by.unwrap_or(&[])))])
+            .await?;
+        let mut buffers = AdvanceBuffers::new(grown.slice(..));
+        buffers.by = Some(each.slice(..));
+        self.perform(&operation, &buffers).await?;
+        let mut read = bytemuck::pod_collect_to_vec(&self.read_async(grown.slice(..)).await?);
+        read.truncate(lengths.len());
+        Ok(read)
     }
 
     /// Merges partial results on host slices, dense as [`Merge`] says.
