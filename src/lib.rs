@@ -129,7 +129,8 @@
 //! - [`Gpu`]: blocking and asynchronous calls on host slices.
 //! - [`Options`] and [`Kernel`]: what can be asked of the planner.
 //! - [`mod@reference`]: the CPU reference and the error budget.
-//! - The repository: `README.md` for the command line and figures, `shaders/` for the kernels (each begins with its formula),
+//! - The repository: `docs/book` for a chapter on each of the above, with `examples/` whose programs it explains; `README.md` for
+//!   the command line and figures, `shaders/` for the kernels (each begins with its formula),
 //!   `docs/experiments.md` for what was tried.
 #![warn(missing_docs)]
 
@@ -230,6 +231,17 @@ macro_rules! with {
     };
 }
 
+/// The documents whose code is tested.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/book/src/batches.md")]
+    struct Batches;
+    #[doc = include_str!("../docs/book/src/kernels.md")]
+    struct Kernels;
+    #[doc = include_str!("../docs/book/src/numbers.md")]
+    struct Numbers;
+    #[doc = include_str!("../docs/book/src/porting.md")]
+    struct Porting;
+}

@@ -276,6 +276,7 @@ pub enum Logits {
 /// | `use_causal_mask=True` | [`Causal::TopLeft`] |
 /// | `return_attention_scores=True` | [`Problem::weights`], [`Weights::Heads`](crate::multihead::Weights::Heads) |
 /// | `mask` of TensorFlow's tutorial (1 = hidden) | **invert** |
+/// | **Hugging Face** `sliding_window = W`, the query's own key included | [`Window::left`] = `W − 1` |
 /// | **FlashAttention** from 2.1 on | [`Layout::Bshd`] |
 /// | `causal=True` | [`Causal::BottomRight`] |
 /// | `softmax_scale`, `softcap` (0 is none), `alibi_slopes` of each head | [`Problem::scale`], [`Problem::softcap`], [`Problem::alibi`] |
