@@ -40,7 +40,9 @@ fn commands(text: &str) -> Vec<Vec<String>> {
 fn words(line: &str) -> Vec<String> {
     let line = line.split(" #").next().unwrap();
     let words = shlex::split(line).unwrap_or_else(|| panic!("not a command: {line}"));
-    words.into_iter().take_while(|word| !matches!(word.as_str(), ">" | "|")).collect()
+    // Variables of the environment may come before the command.
+    let command = words.into_iter().skip_while(|word| word.contains('='));
+    command.take_while(|word| !matches!(word.as_str(), ">" | "|")).collect()
 }
 
 fn run(arguments: &[String]) -> Output {
@@ -88,6 +90,10 @@ fn check(words: &[String]) -> &'static str {
             "program"
         }
         "cargo" if is("doc") => "documentation",
+        "cargo" if is("install") => {
+            file(format!("{}/Cargo.toml", after(cargo, "--path").expect("which package")));
+            "installation"
+        }
         "cargo" if is("test") => {
             file(format!("tests/{}.rs", after(cargo, "--test").expect("which test")));
             "test"
@@ -108,7 +114,7 @@ fn every_command_of_readme_and_book_is_one_that_there_is() {
         }
     }
     // Each kind was found, so that none is passed over.
-    assert_eq!(kinds, ["documentation", "example", "model", "program", "script", "test"].into());
+    assert_eq!(kinds, ["documentation", "example", "installation", "model", "program", "script", "test"].into());
 }
 
 #[test]
@@ -120,5 +126,6 @@ fn commands_that_there_are_not_fail() {
     for wrong in ["cargo run --release --example no_such_example", "scripts/no_such_script"] {
         assert!(std::panic::catch_unwind(|| check(&words(wrong))).is_err(), "{wrong}");
     }
+    assert_eq!(words("RUST_LOG=debug cargo doc"), ["cargo", "doc"]);
     assert_eq!(words(r#"cargo run -- "two words" > file  # why"#), ["cargo", "run", "--", "two words"]);
 }
