@@ -161,9 +161,9 @@ pub mod multihead {
 /// What models need beside attention, each as an operation of its own on the GPU.
 ///
 /// [`Append`](operations::Append) writes new keys or values into a cache, [`Advance`](operations::Advance) advances the lengths of
-/// sequences, [`Merge`](operations::Merge) joins results over parts of the keys, [`Projection`](operations::Projection) multiplies rows by a weight matrix, and [`Rotation`](operations::Rotation) applies the
-/// rotary position embedding. Each is made into an [`Operation`](operations::Operation) that is recorded like
-/// [`Prepared`](crate::Prepared), or runs on host slices by a method of [`Gpu`](crate::Gpu).
+/// sequences, [`Merge`](operations::Merge) joins results over parts of the keys, [`Projection`](operations::Projection) multiplies rows
+/// by a weight matrix, and [`Rotation`](operations::Rotation) applies the rotary position embedding. Each is made into an
+/// [`Operation`](operations::Operation) that is recorded like [`Prepared`], or runs on host slices by a method of [`Gpu`].
 pub mod operations {
     pub use crate::device::operation::{
         AdvanceBuffers, AppendBuffers, Description, MergeBuffers, Operation, ProjectionBuffers, RotationBuffers,

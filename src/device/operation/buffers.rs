@@ -150,7 +150,7 @@ pub struct RotationBuffers<'a> {
     pub x: wgpu::BufferSlice<'a>,
     /// The cosines and sines, f32 [table_rows, rotary_dim], as [`Rotation::table`] makes them.
     pub table: wgpu::BufferSlice<'a>,
-    /// The positions, u32; [`crate::Positions`] says how many.
+    /// The positions, u32; [`crate::operations::Positions`] says how many.
     pub positions: wgpu::BufferSlice<'a>,
     /// The result, if the rotation is not in place.
     pub y: Option<wgpu::BufferSlice<'a>>,
