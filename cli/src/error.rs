@@ -50,8 +50,8 @@ pub enum Error {
     Problem { path: PathBuf, source: wgpu_attention::Error },
     #[error("problems {left} and {right} are of one class, which has one row: choose one of them")]
     SameClass { left: String, right: String },
-    #[error("problem {shape}: no query sees a key, so that there is nothing to time")]
-    NoWork { shape: String },
+    #[error("problem {problem}: no query sees a key, so that there is nothing to time")]
+    NoWork { problem: String },
     #[error("{}: line {line}: {why}", path.display())]
     Record { path: PathBuf, line: usize, why: String },
     #[error("{}: no line is a measurement with its single times, as `bench --json` of this version writes it", path.display())]

@@ -9,6 +9,7 @@ mod difference;
 mod engine;
 mod error;
 mod floats;
+mod json;
 mod memory;
 mod operands;
 mod options;

@@ -9,10 +9,18 @@ use wgpu_attention::{Bias, Broadcast, Causal, Element, Packed, Paged, Problem};
 use crate::archive::Archive;
 use crate::error::{Error, Result};
 use crate::floats::Floats;
+use crate::json;
 use crate::options::{self, ShapeArg, TermArgs};
 
 /// The share of the keys that a random mask leaves visible where none is given.
 const DENSITY: f64 = 0.75;
+
+/// The options that make a problem up, beside those of [`TermArgs`].
+pub const MADE: [&str; 9] =
+    ["shape", "value_dim", "alibi", "mask", "bias", "key_lengths", "sinks", "packed", "page_size"];
+
+/// The other options of a problem, which one from a file takes too.
+pub const STORED: [&str; 3] = ["problem", "save_problem", "dtype"];
 
 /// What a problem is.
 #[derive(Args, Clone, Debug)]
@@ -22,8 +30,7 @@ pub struct ProblemArgs {
     #[arg(long, value_name = "B,H,HKV,SQ,SKV,D")]
     pub shape: Vec<ShapeArg>,
     /// Read the problem from a JSON file, as --save-problem writes it, instead of from options (repeatable)
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "value_dim", "causal", "causal_offset", "score_scale", "softcap",
-        "window_left", "window_right", "layout", "alibi", "mask", "bias", "key_lengths", "sinks", "packed", "page_size"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = MADE, conflicts_with = "TermArgs")]
     pub problem: Vec<PathBuf>,
     /// Write the problem to a JSON file
     #[arg(long, value_name = "FILE")]
@@ -213,9 +220,7 @@ impl ProblemArgs {
     }
 
     fn read(&self, path: &Path) -> Result<Given> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.into(), source })?;
-        let json = |source| Error::Json { path: path.into(), what: "problem", source };
-        let mut problem: Problem = serde_json::from_str(&text).map_err(json)?;
+        let mut problem: Problem = json::read(path, "problem")?;
         problem.element = self.dtype.unwrap_or(problem.element);
         problem.check().map_err(|source| Error::Problem { path: path.into(), source })?;
         Ok(problem.into())
@@ -292,8 +297,6 @@ impl ProblemArgs {
     fn save(&self, problems: &[Given]) -> Result<()> {
         let Some(path) = &self.save_problem else { return Ok(()) };
         let [given] = problems else { return Err(Error::OneProblem { got: problems.len() }) };
-        let file = |source| Error::File { path: path.clone(), source };
-        let text = serde_json::to_string_pretty(&given.problem).map_err(|error| file(error.into()))? + "\n";
-        wgpu_attention_heatmap::replace(path, text.as_bytes()).map_err(file)
+        json::write(path, &given.problem)
     }
 }

@@ -89,13 +89,14 @@ pub fn width() -> u16 {
 /// The colour of a verdict, if it is one.
 fn verdict_color(text: &str) -> Option<comfy_table::Color> {
     let begins = |words: &[&str]| words.iter().any(|word| text.starts_with(word));
-    match () {
-        () if text == "ok" || text == "chosen" || text == "faster" => Some(comfy_table::Color::Green),
-        () if begins(&["DIFFERS", "WRONG", "error", "failed", "slower"]) || text.ends_with("EXCEEDED") => {
-            Some(comfy_table::Color::Red)
-        }
-        () if begins(&["not run"]) => Some(comfy_table::Color::Yellow),
-        () => None,
+    if ["ok", "chosen", "faster"].contains(&text) {
+        Some(comfy_table::Color::Green)
+    } else if begins(&["DIFFERS", "WRONG", "error", "failed", "slower"]) || text.ends_with("EXCEEDED") {
+        Some(comfy_table::Color::Red)
+    } else if begins(&["not run"]) {
+        Some(comfy_table::Color::Yellow)
+    } else {
+        None
     }
 }
 

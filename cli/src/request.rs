@@ -21,21 +21,19 @@ pub struct Request {
 impl Request {
     /// A problem with operands that were made for it.
     pub fn of(shape: &Shape, operands: OwnedInputs) -> Self {
-        let (problem, extent) = (shape.problem().clone(), shape.out().extent());
-        let sizes = |sizes: &[u32]| sizes.iter().map(|&n| n as usize).collect::<Vec<_>>();
+        let problem = shape.problem().clone();
         let Problem { batch, heads, seq_q, value_dim, .. } = problem;
-        // A packed tensor has one batch, whose rows are all tokens.
-        let (batch, rows) = problem.packed.map_or((batch, seq_q), |packed| (1, packed.total_q));
+        // Packed sequences have no axis of batches, and all tokens as rows.
+        let (batch, rows) = problem.packed.map_or((Some(batch), seq_q), |packed| (None, packed.total_q));
+        let axes = |rest: &[u32]| batch.iter().chain(rest).map(|&n| n as usize).collect::<Vec<_>>();
         let out_shape = match problem.out {
-            Layout::Bhsd => sizes(&[batch, heads, rows, value_dim]),
-            Layout::Bshd => sizes(&[batch, rows, heads, value_dim]),
+            Layout::Bhsd => axes(&[heads, rows, value_dim]),
+            Layout::Bshd => axes(&[rows, heads, value_dim]),
             // With strides, what lies between the rows is part of the output.
-            _ => vec![1, extent as usize],
+            _ => vec![shape.out().extent() as usize],
         };
-        // Tensors of packed sequences have no axis of batches, and those with strides none at all.
-        let packed = usize::from(problem.packed.is_some());
-        let out_shape = out_shape[packed.max(usize::from(out_shape.len() == 2))..].to_vec();
-        Request { problem, operands, out_shape, lse_shape: sizes(&[batch, heads, rows][packed..]) }
+        let lse_shape = axes(&[heads, rows]);
+        Request { problem, operands, out_shape, lse_shape }
     }
 
     /// Sets the terms that follow from no tensor.

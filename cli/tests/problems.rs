@@ -167,3 +167,39 @@ fn spans_and_events_go_to_standard_error_on_request() {
     let err = start("wgpu_attention=loud");
     assert!(err.contains("warning: RUST_LOG: ignored: ") && !err.contains("plan{"), "{err}");
 }
+
+#[test]
+fn options_that_would_change_nothing_are_refused() {
+    let made: [&[&str]; 12] = [
+        &["--shape", "1,1,1,1,1,1"],
+        &["--value-dim", "4"],
+        &["--dtype", "f16"],
+        &["--alibi"],
+        &["--mask", "0.5"],
+        &["--bias", "random"],
+        &["--key-lengths", "1"],
+        &["--sinks"],
+        &["--packed"],
+        &["--page-size", "4"],
+        &["--problem", "x"],
+        &["--save-problem", "x"],
+    ];
+    let terms: [&[&str]; 2] = [&["--causal", "top-left"], &["--softcap", "2"]];
+    let refused = |command: &[&str], option: &[&str]| {
+        let got = run(&[command, option].concat());
+        let err = text(&got.stderr);
+        assert_eq!(got.status.code(), Some(2), "{command:?} {option:?}: {err}");
+        assert!(err.contains("cannot be used with"), "{command:?} {option:?}: {err}");
+    };
+    for option in made {
+        refused(&["run", "--input", "x"], option);
+    }
+    for option in made.into_iter().chain(terms) {
+        refused(&["run", "--plan", "x"], option);
+        refused(&["plan", "--read", "x"], option);
+        refused(&["bench", "--from", "x"], option);
+    }
+    for option in terms {
+        refused(&["run", "--problem", "x"], option);
+    }
+}

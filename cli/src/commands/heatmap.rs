@@ -14,7 +14,6 @@ use crate::options::TermArgs;
 use crate::report::{self, Report};
 use crate::request::Request;
 
-// The --scale of this command is that of the colours.
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Weights as `run --weights` writes them, or q, k and the other tensors that `run` takes, to compute weights from

@@ -8,9 +8,10 @@ use wgpu_attention::Plan;
 
 use crate::Outcome;
 use crate::engine::{self, DeviceArgs, KernelArgs, Label};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::json;
 use crate::options::ShapeArg;
-use crate::problem::{ProblemArgs, terms};
+use crate::problem::{MADE, ProblemArgs, STORED, terms};
 use crate::report::Report;
 
 #[derive(Args, Debug)]
@@ -24,7 +25,8 @@ pub struct Arguments {
     #[arg(long, help_heading = "Problem")]
     weights: bool,
     /// Read the plan from a JSON file, as --save writes it, instead of making one; this needs no adapter
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "problem"], help_heading = "Output")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = MADE, conflicts_with_all = STORED, conflicts_with_all = ["TermArgs", "KernelArgs", "DeviceArgs",
+        "lse", "weights", "save", "adapter"], help_heading = "Output")]
     read: Option<PathBuf>,
     /// Write the plan to a JSON file
     #[arg(long, value_name = "FILE", help_heading = "Output")]
@@ -40,8 +42,7 @@ pub struct Arguments {
 
 /// Reads a plan that was saved.
 pub fn read(path: &Path) -> Result<Plan> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.into(), source })?;
-    serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), what: "plan", source })
+    json::read(path, "plan")
 }
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
@@ -57,9 +58,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let gpu = engine::one(arguments.adapter.as_deref(), &arguments.device)?;
     let plan = gpu.library().plan_with(&problem, &arguments.kernels.options())?;
     if let Some(path) = &arguments.save {
-        let file = |source| Error::File { path: path.clone(), source };
-        let text = serde_json::to_string_pretty(&plan).map_err(|error| file(error.into()))? + "\n";
-        wgpu_attention_heatmap::replace(path, text.as_bytes()).map_err(file)?;
+        json::write(path, &plan)?;
     }
     let label = Label::of(gpu.info());
     report.object(&json!({

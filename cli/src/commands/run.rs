@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use safetensors::{Dtype, View};
 use serde_json::json;
-use wgpu_attention::{Element, Outputs, Problem, compare};
+use wgpu_attention::{Element, Outputs, Plan, Problem, compare};
 use wgpu_attention_heatmap::replace;
 
 use crate::Outcome;
@@ -16,7 +16,7 @@ use crate::commands::plan::read as read_plan;
 use crate::engine::{Engine, EngineArgs, KernelArgs, Label, run_plan};
 use crate::error::{Error, Result};
 use crate::floats::Floats;
-use crate::problem::ProblemArgs;
+use crate::problem::{MADE, ProblemArgs, STORED};
 use crate::report::{self, Report};
 use crate::request::Request;
 use crate::sample::Sample;
@@ -25,14 +25,13 @@ use crate::sample::Sample;
 pub struct Arguments {
     /// Safetensors file with q, k, v and optionally mask, bias, kv_lens, alibi_slopes, sinks, cu_seqlens_q and cu_seqlens_k; without
     /// it, operands of the problem are made up
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "problem", "save_problem", "value_dim", "dtype", "alibi", "mask",
-        "bias", "key_lengths", "sinks", "packed", "page_size"], help_heading = "Problem")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = MADE, conflicts_with_all = STORED, help_heading = "Problem")]
     input: Option<PathBuf>,
     #[command(flatten)]
     problem: ProblemArgs,
     /// Run the plan of a JSON file, as `plan --save` writes it, on made-up operands of its problem
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "shape", "problem", "cpu", "kernel", "form", "f16",
-        "weights", "lse"], help_heading = "Problem")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = MADE, conflicts_with_all = STORED,
+        conflicts_with_all = ["input", "TermArgs", "KernelArgs", "cpu", "weights", "lse"], help_heading = "Problem")]
     plan: Option<PathBuf>,
     /// Also compute the softmax weights, f32
     #[arg(long, help_heading = "Output")]
@@ -84,11 +83,11 @@ impl View for &Written {
     }
 }
 
-/// What is asked, from a file or made up.
-fn request(arguments: &Arguments) -> Result<Request> {
+/// What is asked, from a file or made up; `plan` is the stored one that is to run.
+fn request(arguments: &Arguments, plan: Option<&Plan>) -> Result<Request> {
     let Some(input) = &arguments.input else {
-        let given = match &arguments.plan {
-            Some(path) => read_plan(path)?.shape().problem().clone().into(),
+        let given = match plan {
+            Some(plan) => plan.shape().problem().clone().into(),
             None => arguments.problem.one()?,
         };
         let operands = Sample(1).operands(&given)?;
@@ -103,7 +102,8 @@ fn request(arguments: &Arguments) -> Result<Request> {
 }
 
 pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
-    let Request { mut problem, operands, out_shape, lse_shape } = request(arguments)?;
+    let stored = arguments.plan.as_deref().map(read_plan).transpose()?;
+    let Request { mut problem, operands, out_shape, lse_shape } = request(arguments, stored.as_ref())?;
     problem.weights |= arguments.weights;
     problem.lse |= arguments.lse;
     let engine = arguments.engine.open()?;
@@ -112,8 +112,8 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let inputs = operands.inputs();
     let (outputs, profile) = match &engine {
         Engine::Gpu(gpu) => {
-            let plan = match &arguments.plan {
-                Some(path) => read_plan(path)?,
+            let plan = match stored {
+                Some(plan) => plan,
                 None => gpu.library().plan_with(&problem, &arguments.kernels.options())?,
             };
             run_plan(gpu, &plan, &inputs, arguments.profile, &mut progress)?

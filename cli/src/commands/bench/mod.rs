@@ -8,7 +8,7 @@ use wgpu_attention_heatmap::replace;
 use crate::Outcome;
 use crate::engine::{DeviceArgs, KernelArgs};
 use crate::error::{Error, Result};
-use crate::problem::ProblemArgs;
+use crate::problem::{MADE, ProblemArgs, STORED};
 use crate::report::Report;
 
 mod canvas;
@@ -65,11 +65,10 @@ struct ResultArgs {
     #[arg(
         long,
         value_name = "FILE",
+        conflicts_with_all = MADE,
+        conflicts_with_all = STORED,
         conflicts_with_all = [
-            "shape", "problem", "save_problem", "value_dim", "dtype", "causal", "causal_offset", "score_scale", "softcap",
-            "window_left", "window_right", "layout", "alibi", "mask", "bias", "key_lengths", "sinks", "packed", "page_size",
-            "repeats", "wall_clock", "all_kernels", "adapter", "kernel", "form", "f16", "low_limits", "checked", "untuned",
-            "tuning",
+            "TermArgs", "KernelArgs", "DeviceArgs", "repeats", "wall_clock", "all_kernels", "adapter",
         ]
     )]
     from: Option<PathBuf>,

@@ -35,7 +35,7 @@ pub fn must_have_work(given: &Given) -> Result<()> {
 }
 
 fn no_work(given: &Given) -> Error {
-    Error::NoWork { shape: given.to_string() }
+    Error::NoWork { problem: given.to_string() }
 }
 
 impl Subject {

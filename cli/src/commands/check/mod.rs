@@ -17,6 +17,7 @@ use crate::Outcome;
 use crate::engine::{self, DeviceArgs, Engine, KernelArgs, Label};
 use crate::error::Result;
 use crate::operands::{OwnedInputs, set_key_lengths, set_mask};
+use crate::options::ShapeArg;
 use crate::oracle::{Judgement, Oracle};
 use crate::report::{self, Report};
 use crate::sample::Sample;
@@ -133,11 +134,6 @@ fn subjects() -> Result<Vec<Subject>> {
 }
 
 impl Subject {
-    fn shape(&self) -> String {
-        let p = &self.problem;
-        format!("{},{},{},{},{},{}", p.batch, p.heads, p.kv_heads, p.seq_q, p.seq_kv, p.head_dim)
-    }
-
     /// The same problem with the result of every stage as an output.
     fn staged(&self) -> Problem {
         let mut problem = self.problem.clone();
@@ -220,7 +216,7 @@ impl Subject {
         Row {
             label: engine.label(),
             problem: self.name,
-            shape: self.shape(),
+            shape: ShapeArg::of(&self.problem).to_string(),
             dtype: self.problem.element.to_string(),
             stage,
             max_error: judgement.map(|judgement| judgement.comparison.max_error),
