@@ -23,6 +23,7 @@ use crate::contract::tensor::Tensor;
 use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 
+use crate::dispatch::label::distinct;
 use crate::dispatch::step::Step;
 use crate::trace::{reasons, span};
 use lists::Lists;
@@ -160,12 +161,7 @@ impl Plan {
 
     /// The stages in order, each named once, see [`crate::kernel::Variant::stage`]; `none` where nothing runs.
     pub fn kernel(&self) -> String {
-        let mut names: Vec<&str> = Vec::new();
-        for step in &self.steps {
-            if !names.contains(&step.variant.stage()) {
-                names.push(step.variant.stage());
-            }
-        }
+        let names = distinct(&self.steps, Variant::stage);
         if names.is_empty() { "none".into() } else { names.join("+") }
     }
 

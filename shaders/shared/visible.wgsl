@@ -66,7 +66,8 @@ fn position_range(s: Sequence, row: u32, limit: i32) -> vec2<u32> {
     return vec2<u32>(u32(first), u32(max(first, end)));
 }
 
-// Keys [x, y) that causal rule, window and lengths leave to a row. Where positions are listed, these may be any keys.
+// Keys [x, y) that causal rule, window and lengths leave to a row. Where positions are listed, every key of the length
+// may be visible.
 fn key_range(s: Sequence, row: u32) -> vec2<u32> {
 {% if lists %}
     if ((params.flags & POSITIONS) != 0u) {

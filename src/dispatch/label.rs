@@ -73,11 +73,17 @@ fn kernel(variant: &Variant) -> String {
 
 /// The label of a compute pass: the operation and its kernels, such as `attention: scores, softmax, values`.
 pub fn pass(operation: &str, steps: &[Step]) -> String {
-    let mut kernels: Vec<&str> = Vec::new();
+    format!("{operation}: {}", distinct(steps, Variant::kernel).join(", "))
+}
+
+/// A name of each step's variant in order, each name once.
+pub fn distinct(steps: &[Step], name: impl Fn(&Variant) -> &'static str) -> Vec<&'static str> {
+    let mut names = Vec::new();
     for step in steps {
-        if !kernels.contains(&step.variant.kernel()) {
-            kernels.push(step.variant.kernel());
+        let name = name(&step.variant);
+        if !names.contains(&name) {
+            names.push(name);
         }
     }
-    format!("{operation}: {}", kernels.join(", "))
+    names
 }

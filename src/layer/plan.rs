@@ -80,31 +80,18 @@ impl LayerPlan {
         tuning: &Tuning,
     ) -> Result<LayerPlan> {
         span!("plan", operation = "multi-head attention").within(|| {
-            let plan = Self::planned(layer, parameters, problem, call, caps, options, tuning)?;
-            trace::reasons(&plan.reasons);
-            Ok(plan)
+            layer.check_call_sizes(problem, call)?;
+            let planner = Planner::new(layer, parameters, problem, call, caps)?;
+            let (before, reasons) = planner.before();
+            let before = planner.stage(before, options)?;
+            let after = planner.stage(planner.after(), options)?;
+            let attention = Plan::tuned(&planner.attention, caps, options, tuning)?;
+            let zeros = 4 * u64::from(problem.batch.max(layer.heads));
+            let scratch = planner.scratch(zeros)?;
+            let (call, projected, zero_attn) = (*call, planner.projected, layer.zero_attn);
+            trace::reasons(&reasons);
+            Ok(LayerPlan { call, projected, before, attention, after, scratch, zeros, zero_attn, reasons })
         })
-    }
-
-    fn planned(
-        layer: &Layer,
-        parameters: &Parameters,
-        problem: &Problem,
-        call: &Call,
-        caps: &Caps,
-        options: &Options,
-        tuning: &Tuning,
-    ) -> Result<LayerPlan> {
-        layer.check_call_sizes(problem, call)?;
-        let planner = Planner::new(layer, parameters, problem, call, caps)?;
-        let (before, reasons) = planner.before();
-        let before = planner.stage(before, options)?;
-        let after = planner.stage(planner.after(), options)?;
-        let attention = Plan::tuned(&planner.attention, caps, options, tuning)?;
-        let zeros = 4 * u64::from(problem.batch.max(layer.heads));
-        let scratch = planner.scratch(zeros)?;
-        let (call, projected, zero_attn) = (*call, planner.projected, layer.zero_attn);
-        Ok(LayerPlan { call, projected, before, attention, after, scratch, zeros, zero_attn, reasons })
     }
 
     /// How the layer is called.

@@ -73,7 +73,8 @@ fn create(device: &wgpu::Device, sizes: &[(Slot, u64, String)]) -> Arc<Set> {
     Arc::new(sizes.iter().map(buffer).collect())
 }
 
-/// One call of a [`crate::Prepared`], an [`Operation`](crate::operations::Operation) or a [`PreparedLayer`](crate::multihead::PreparedLayer) that is recorded in parts, for several submissions.
+/// One call of a [`crate::Prepared`], an [`Operation`](crate::operations::Operation) or a
+/// [`PreparedLayer`](crate::multihead::PreparedLayer) that is recorded in parts, for several submissions.
 ///
 /// What such a call leaves in scratch for its next part is its own: other calls of the same object may be in flight, on any thread,
 /// and their submissions may come in between. The first call that is recorded in parts takes the scratch that preparing allocated. One

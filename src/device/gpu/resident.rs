@@ -49,7 +49,7 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// Those of [`Shape::check_inputs`](crate::Shape::check_inputs), [`crate::Error::OutOfMemory`] if there is no memory for the buffers, and those of
+    /// Those of [`crate::Shape::check_inputs`], [`crate::Error::OutOfMemory`] if there is no memory for the buffers, and those of
     /// [`Gpu::wait`].
     pub fn upload(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Resident> {
         pollster::block_on(self.upload_async(plan, inputs))

@@ -13,8 +13,8 @@ use crate::layer::Sources;
 use crate::layer::plan::{LayerPlan, Stage};
 use crate::plan::{Plan, no_more_slices};
 
-/// A layer prepared for one [`crate::Problem`] and [`Call`](crate::multihead::Call), ready to be recorded any number of times, from any number of
-/// threads.
+/// A layer prepared for one [`crate::Problem`] and [`Call`](crate::multihead::Call), ready to be recorded any number of times,
+/// from any number of threads.
 #[derive(Debug)]
 pub struct PreparedLayer {
     plan: LayerPlan,
