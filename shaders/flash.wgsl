@@ -262,14 +262,17 @@ fn main(
 {% for r in range(rows) %}
         sh_p[p_at + {{ r * down }}u] = s_{{ r }};
 {% endfor %}
+{% for j in range(4) %}
+        let position_{{ j }} = key_position(seq, key_own + {{ j }}u);
+{% endfor %}
         for (var r = 0u; r < {{ rows }}u; r++) {
             let row = min(row_first + thread_row + r * DOWN, row_last);
             let x = sh_p[p_at + r * DOWN];
             sh_p[p_at + r * DOWN] = vec4<f32>(
-                logit(batch, head, row, key_own, seq, x.x),
-                logit(batch, head, row, key_own + 1u, seq, x.y),
-                logit(batch, head, row, key_own + 2u, seq, x.z),
-                logit(batch, head, row, key_own + 3u, seq, x.w),
+                logit(batch, head, row, key_own, position_0, seq, x.x),
+                logit(batch, head, row, key_own + 1u, position_1, seq, x.y),
+                logit(batch, head, row, key_own + 2u, position_2, seq, x.z),
+                logit(batch, head, row, key_own + 3u, position_3, seq, x.w),
             );
         }
 {% for r in range(rows) %}

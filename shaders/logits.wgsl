@@ -30,5 +30,6 @@ fn main(
         return;
     }
     let at = {{ row_at("s", "here.batch", "here.head", "row") }} + key;
-    s[at] = logit(here.batch, here.head, row, key, sequence(here.batch), s[at]);
+    let seq = sequence(here.batch);
+    s[at] = logit(here.batch, here.head, row, key, key_position(seq, key), seq, s[at]);
 }

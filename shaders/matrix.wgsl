@@ -391,7 +391,8 @@ fn main(
                 );
             }
             let x = select(scaled(dot_product), scaled_code(dot_product), bad);
-            sh_s[at] = logit(batch, head, row_there, key + column + i * PER_ROW, seq, x);
+            let place = key + column + i * PER_ROW;
+            sh_s[at] = logit(batch, head, row_there, place, key_position(seq, place), seq, x);
         }
 {% for i in range(each) %}
         let s_{{ i }} = sh_s[s_at + {{ i * per_row }}u];

@@ -221,13 +221,18 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% endfor %}
 {% endfor %}
 {% if full %}
+{% for j in range(keys) %}
+            let position_{{ j }} = key_position(seq, key + {{ j }}u);
+{% endfor %}
             for (var r = 0u; r < own_rows; r++) {
                 let row = min(row_first + r * LANES + lane, row_last);
 {% for j in range(keys) %}
 {{ take(rows, "x_%s" | format(j), "s_#_%s" | format(j)) }}
                 x_{{ j }} = select(
                     HIDDEN,
-                    {{ "logit" if careful else "quick_logit" }}(batch, head, row, key + {{ j }}u, seq, x_{{ j }}),
+                    {{ "logit" if careful else "quick_logit" }}(
+                        batch, head, row, key + {{ j }}u, position_{{ j }}, seq, x_{{ j }},
+                    ),
                     key + {{ j }}u < end,
                 );
 {{ put(rows, "s_#_%s" | format(j), "x_%s" | format(j)) }}

@@ -117,7 +117,12 @@ fn main(
                 sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]
             ) != 0u;
             let x = select(scaled(sum_{{ r }}_{{ c }}), scaled_code(sum_{{ r }}_{{ c }}), bad);
-            s[s_row + key_{{ c }}] = {{ "logit(batch, head, row_%s, key_%s, seq, x)" | format(r, c) if full else "x" }};
+{% if full %}
+            let position = key_position(seq, key_{{ c }});
+            s[s_row + key_{{ c }}] = logit(batch, head, row_{{ r }}, key_{{ c }}, position, seq, x);
+{% else %}
+            s[s_row + key_{{ c }}] = x;
+{% endif %}
         }
 {% endfor %}
     }

@@ -235,6 +235,9 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% if full %}
+{% for j in range(keys) %}
+            let position_{{ j }} = key_position(seq, key + {{ j }}u);
+{% endfor %}
             for (var r = 0u; r < own_rows; r++) {
                 let line = line_first + r;
                 let row = line_row(line);
@@ -246,7 +249,7 @@ fn main(
 {% endfor %}
                 x_{{ j }} = select(
                     HIDDEN,
-                    logit(batch, head, row, key + {{ j }}u, seq, x_{{ j }}),
+                    logit(batch, head, row, key + {{ j }}u, position_{{ j }}, seq, x_{{ j }}),
                     key + {{ j }}u < end,
                 );
 {% for r in range(rows) %}

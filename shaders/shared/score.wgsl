@@ -55,9 +55,9 @@ fn sum_of(x: f32, y: f32) -> f32 {
     return select(clamp(x + y, LOWEST, HIGHEST), ended, x_ends | y_ends);
 }
 
-// Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN.
-fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
-    let position = key_position(s, key);
+// Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN. `position` is that of
+// the key, from `key_position`, which may load it; a kernel that meets one key with several rows loads it once.
+fn logit(batch: u32, head: u32, row: u32, key: u32, position: u32, s: Sequence, scaled: f32) -> f32 {
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
         // ± the cap for an infinity, as for all that is large.
@@ -84,8 +84,7 @@ fn logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) ->
 {% if quick is defined %}
 // The same for a number, where nothing but the bias is NaN or an infinity: UNDEFINED tells that it was, and `logit`
 // what comes of it.
-fn quick_logit(batch: u32, head: u32, row: u32, key: u32, s: Sequence, scaled: f32) -> f32 {
-    let position = key_position(s, key);
+fn quick_logit(batch: u32, head: u32, row: u32, key: u32, position: u32, s: Sequence, scaled: f32) -> f32 {
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
         x = params.softcap * tanh_exact(x / params.softcap);
