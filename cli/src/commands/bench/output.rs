@@ -157,7 +157,7 @@ const HEADER: [&str; 12] = [
 
 fn named(record: &Record) -> [String; 4] {
     let case = &record.case;
-    let kernel = format!("{}{}", record.kernel, if record.planned { " *" } else { "" });
+    let kernel = format!("{}{}", record.choice, if record.planned { " *" } else { "" });
     [case.shape.to_string(), case.dtype.to_string(), case.terms(), kernel]
 }
 
