@@ -381,18 +381,18 @@ fn main(
         // Each invocation its own words, so that the transform stands once in the text.
         for (var i = 0u; i < EACH; i++) {
             let at = s_at + i * PER_ROW;
+            let key_there = key + column + i * PER_ROW;
             let bad = q_bad | (sh_k_bad[column + i * PER_ROW] == stage);
             var dot_product = sh_s[at];
             if ((abs(dot_product * params.scale) > LARGE) & !bad) {
-                let k_row = stored_at(seq, batch, min(key + column + i * PER_ROW, key_end - 1u));
+                let k_row = stored_at(seq, batch, min(key_there, key_end - 1u));
                 dot_product = large_dot(
                     q_at + row_there * params.q_row,
                     k_at + k_row.x * params.k_batch + k_row.y * params.k_row,
                 );
             }
             let x = select(scaled(dot_product), scaled_code(dot_product), bad);
-            let place = key + column + i * PER_ROW;
-            sh_s[at] = logit(batch, head, row_there, place, key_position(seq, place), seq, x);
+            sh_s[at] = logit(batch, head, row_there, key_there, key_position(seq, key_there), seq, x);
         }
 {% for i in range(each) %}
         let s_{{ i }} = sh_s[s_at + {{ i * per_row }}u];

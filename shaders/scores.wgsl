@@ -106,23 +106,24 @@ fn main(
 {% endfor %}
         workgroupBarrier();
     }
+{% for c in range(cols) %}
+    let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
+{% if full %}
+    let position_{{ c }} = key_position(seq, key_{{ c }});
+{% endif %}
+{% endfor %}
 {% for r in range(rows) %}
     let row_{{ r }} = row_first + down + {{ r * (tile_rows // rows) }}u;
     if (row_{{ r }} <= row_last) {
         let s_row = s_place(batch, head, row_{{ r }});
 {% for c in range(cols) %}
-        let key_{{ c }} = key_first + across + {{ c * (tile_cols // cols) }}u;
         if (key_{{ c }} < params.key_end) {
             let bad = (
                 sh_q_bad[down + {{ r * (tile_rows // rows) }}u] | sh_k_bad[across + {{ c * (tile_cols // cols) }}u]
             ) != 0u;
             let x = select(scaled(sum_{{ r }}_{{ c }}), scaled_code(sum_{{ r }}_{{ c }}), bad);
-{% if full %}
-            let position = key_position(seq, key_{{ c }});
-            s[s_row + key_{{ c }}] = logit(batch, head, row_{{ r }}, key_{{ c }}, position, seq, x);
-{% else %}
-            s[s_row + key_{{ c }}] = x;
-{% endif %}
+{% set logit = "logit(batch, head, row_%s, key_%s, position_%s, seq, x)" | format(r, c, c) %}
+            s[s_row + key_{{ c }}] = {{ logit if full else "x" }};
         }
 {% endfor %}
     }

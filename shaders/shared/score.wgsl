@@ -55,8 +55,9 @@ fn sum_of(x: f32, y: f32) -> f32 {
     return select(clamp(x + y, LOWEST, HIGHEST), ended, x_ends | y_ends);
 }
 
-// Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN. `position` is that of
-// the key, from `key_position`, which may load it; a kernel that meets one key with several rows loads it once.
+// Steps 2 to 4 of the contract: from scale · q·k, a number or a code, to the logit, or HIDDEN. `position` is the
+// position of the key. It comes from `key_position`, which may load it, so a kernel calls that function once for all
+// rows that meet the key.
 fn logit(batch: u32, head: u32, row: u32, key: u32, position: u32, s: Sequence, scaled: f32) -> f32 {
     var x = scaled;
     if ((params.flags & SOFTCAP) != 0u) {
