@@ -15,7 +15,7 @@ pub(crate) fn main() -> wgpu_attention::Result<()> {
     let mut problem = Problem::new(2, 4, 1, 64, 32);
     (problem.kv_heads, problem.key_lengths) = (2, true);
     let (append, advance) = (Append::new(2, 2, 1, 64, 32), Advance::new(2, 1, 64));
-    let attention = gpu.library().prepare(&gpu.library().plan(&problem)?)?;
+    let attention = gpu.library().prepare(&gpu.plan(&problem)?)?;
     let (appending, advancing) = (gpu.library().append(&append, &options)?, gpu.library().advance(&advance, &options)?);
     // ANCHOR_END: prepare
     // Stands for what a model computes: queries, keys and values of each token; and caches of prompts with 5 and 9 keys.

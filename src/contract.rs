@@ -8,6 +8,7 @@ pub(crate) mod obstacle;
 pub mod operands;
 pub(crate) mod options;
 pub mod problem;
+pub(crate) mod proof;
 pub mod shape;
 pub(crate) mod tensor;
 pub(crate) mod walk;

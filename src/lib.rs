@@ -66,6 +66,8 @@
 //!   sequences, joining results over parts of the keys, projections and rotary embedding.
 //! - [`Runner`] runs problems on the best GPU, or on the CPU reference where there is none and the caller allows that.
 //! - [`tuning`] holds what was measured on an adapter, and plans follow it.
+//! - [`mod@proof`] is what is known of a driver. A [`Gpu`] tries each kernel on a small problem with stored results before it uses the
+//!   kernel for the first time, and plans nothing that gave wrong results.
 //!
 //! # Cargo features
 //!
@@ -117,6 +119,7 @@
 //! | *work budget*, *scratch budget* | the most estimated time of one slice, and the most bytes of scratch, in [`Options`] |
 //! | *error budget* | how far each element may be from the f64 reference by f32 arithmetic, computed from the same data; see [`reference::Budget`] |
 //! | *regression limit* | a bound within the error budget near what kernels reach; beyond it digits were lost, though the result is right |
+//! | *trial*, *proof* | a small problem with stored results that shows whether a driver computes a kernel rightly, and what all trials together showed; see [`mod@proof`] |
 //! | *tuning row* | the fastest kernel and tile that was measured for a class of problems on one adapter; see [`tuning::Row`] |
 //! | *adapter*, *CPU adapter* | what wgpu found to run shaders on, and one that computes on the CPU, such as lavapipe |
 //! | *page*, *block table* | a fixed number of cached keys in a pool, and the list that says which pages hold which keys of a batch |
@@ -201,6 +204,11 @@ pub mod tuning {
     pub use crate::plan::measured::{Choice, Class, Queries, Row, Tuning};
 }
 
+/// What is known of a driver: which kernels gave right results on small problems, and what did not.
+pub mod proof {
+    pub use crate::contract::proof::{Failure, Feature, Proof, Trial};
+}
+
 /// What the command line and the tests of this crate look into. No part of it is stable.
 #[doc(hidden)]
 pub mod internal {
@@ -209,6 +217,7 @@ pub mod internal {
     pub use crate::contract::shape::{MAX_DIM, MAX_SIZE};
     pub use crate::contract::tensor::Tensor;
     pub use crate::device::gpu::describe;
+    pub use crate::device::gpu::proof as trials;
     pub use crate::dispatch::label;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};

@@ -18,6 +18,7 @@ use crate::contract::caps::Caps;
 use crate::contract::error::counted;
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
+use crate::contract::proof::Trial;
 use crate::contract::shape::Shape;
 use crate::contract::tensor::Tensor;
 use crate::kernel::Variant;
@@ -168,6 +169,12 @@ impl Plan {
     /// The kernel with its tile, as a tuned row names it, also where there is no row for it to run on.
     pub fn choice(&self) -> Choice {
         self.choice
+    }
+
+    /// The trial that tells whether the driver computes the plan's kernel rightly; `None` where nothing runs.
+    pub(crate) fn trial(&self) -> Option<Trial> {
+        let trial = || Trial::of(self.choice.kernel(), &self.shape, &self.options);
+        (!self.steps.is_empty()).then(trial)
     }
 
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.

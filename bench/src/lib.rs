@@ -17,7 +17,7 @@
 //! let x = vec![0.5; 8 * 1024 * 64];
 //!
 //! let gpu = Gpu::new()?;
-//! let plan = gpu.library().plan(&problem)?;
+//! let plan = gpu.plan(&problem)?;
 //! let prepared = gpu.library().prepare(&plan)?;
 //! let resident = gpu.upload(&plan, &Inputs::new(&x, &x, &x))?;
 //!

@@ -140,7 +140,7 @@ impl Engine {
     ) -> wgpu_attention::Result<Outputs> {
         match self {
             Engine::Gpu(gpu) => {
-                let plan = gpu.library().plan_with(problem, &kernels.options())?;
+                let plan = gpu.plan_with(problem, &kernels.options())?;
                 Ok(run_plan(gpu, &plan, inputs, false, &mut |_, _| ())?.0)
             }
             Engine::Cpu => {

@@ -64,8 +64,8 @@ Examples:
 enum Command {
     /// Compare every adapter and the CPU path with the f64 reference (what happens without a subcommand)
     Check(check::Arguments),
-    /// List the adapters with the features and limits that matter here
-    Adapters,
+    /// List the adapters with the features and limits that matter here, and what trials showed of their drivers
+    Adapters(adapters::Arguments),
     /// Run attention on the tensors of a safetensors file, or on made-up ones
     #[command(after_help = "\
 Examples:
@@ -185,7 +185,7 @@ fn main() -> ExitCode {
     let outcome = match &arguments.command {
         None => check::run(&arguments.check, report),
         Some(Command::Check(arguments)) => check::run(arguments, report),
-        Some(Command::Adapters) => adapters::run(report),
+        Some(Command::Adapters(arguments)) => adapters::run(arguments, report),
         Some(Command::Run(arguments)) => run::run(arguments, report),
         Some(Command::Heatmap(arguments)) => heatmap::run(arguments, report),
         Some(Command::Cases(arguments)) => case_files::run(arguments, report),

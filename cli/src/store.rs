@@ -1,12 +1,15 @@
-//! The files in the user's cache folder, for each adapter: the tuning rows that `tune` measured, and the driver's compiled pipelines.
+//! The files in the user's cache folder, for each adapter: the tuning rows that `tune` measured, what trials showed of the driver, and
+//! the driver's compiled pipelines.
 //! No file is necessary; one that cannot be used is ignored with a warning.
 
 use std::io;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use wgpu_attention::Gpu;
+use wgpu_attention::proof::Proof;
 use wgpu_attention::tuning::{Row, Tuning};
 use wgpu_attention::wgpu::{AdapterInfo, util::pipeline_cache_key};
 use wgpu_attention_heatmap::replace;
@@ -28,12 +31,16 @@ pub fn folder() -> Option<PathBuf> {
 
 /// The path of the tuning rows of an adapter.
 pub fn tuning_file(folder: &Path, info: &AdapterInfo) -> PathBuf {
-    let name = format!("{} {}", info.backend, info.name).to_lowercase();
-    let words: Vec<_> = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
-    folder.join(format!("tuning-{}.json", words.join("-")))
+    file(folder, "tuning", info)
 }
 
-/// The adapter, driver and version that rows were measured with. Rows of another one are not used.
+fn file(folder: &Path, what: &str, info: &AdapterInfo) -> PathBuf {
+    let name = format!("{} {}", info.backend, info.name).to_lowercase();
+    let words: Vec<_> = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    folder.join(format!("{what}-{}.json", words.join("-")))
+}
+
+/// The adapter, driver and version that a file was written with. A file of another one is not used.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Origin {
     version: String,
@@ -47,28 +54,38 @@ impl Origin {
     }
 }
 
-/// The contents of a file: the origin of the rows, then the rows.
+/// The contents of a file: its origin, then the rest.
 #[derive(Serialize)]
-struct File<'a> {
+struct File<T> {
     #[serde(flatten)]
     origin: Origin,
-    rows: &'a [Row],
+    #[serde(flatten)]
+    contents: T,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Rows {
     rows: Vec<Row>,
 }
 
-/// The rows of a file; `None` if there is no file, and the reason if the rows cannot be used on this adapter.
-pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, String> {
+/// Why a file cannot be used on an adapter.
+enum Unusable {
+    /// It was written with another version, adapter or driver.
+    Origin { field: &'static str, got: String, want: String },
+    /// It cannot be read.
+    Damaged(String),
+}
+
+/// The contents of a file; `None` if there is no file.
+fn read<T: DeserializeOwned>(path: &Path, info: &AdapterInfo) -> Result<Option<T>, Unusable> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(Unusable::Damaged(error.to_string())),
     };
-    // The origin is read first: rows of another version may name kernels that this version does not know.
-    let got: Origin = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
+    // The origin is read first: a file of another version may name kernels that this version does not know.
+    let damaged = |error: serde_json::Error| Unusable::Damaged(error.to_string());
+    let got: Origin = serde_json::from_str(&text).map_err(damaged)?;
     let want = Origin::of(info);
     let fields = [
         ("version", &got.version, &want.version),
@@ -77,16 +94,52 @@ pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, St
         ("driver", &got.label.driver, &want.label.driver),
     ];
     if let Some((field, got, want)) = fields.into_iter().find(|(_, got, want)| got != want) {
-        return Err(format!("measured with {field} {got:?}, this is {want:?}; `wgpu-attention tune` measures again"));
+        return Err(Unusable::Origin { field, got: got.clone(), want: want.clone() });
     }
-    let Rows { rows } = serde_json::from_str(&text).map_err(|error| format!("not tuned rows: {error}"))?;
-    Ok(Some(Tuning { source: path.display().to_string(), rows }))
+    serde_json::from_str(&text).map(Some).map_err(damaged)
+}
+
+/// Stores what was found on an adapter.
+fn write_contents(path: &Path, info: &AdapterInfo, contents: impl Serialize) -> Result<()> {
+    let file = File { origin: Origin::of(info), contents };
+    let text = serde_json::to_string_pretty(&file).map_err(io::Error::from)?;
+    write(path, text.as_bytes())
+}
+
+/// The rows of a file; `None` if there is no file, and the reason if the rows cannot be used on this adapter.
+pub fn read_tuning(path: &Path, info: &AdapterInfo) -> Result<Option<Tuning>, String> {
+    match read::<Rows>(path, info) {
+        Ok(rows) => Ok(rows.map(|Rows { rows }| Tuning { source: path.display().to_string(), rows })),
+        Err(Unusable::Origin { field, got, want }) => {
+            Err(format!("measured with {field} {got:?}, this is {want:?}; `wgpu-attention tune` measures again"))
+        }
+        Err(Unusable::Damaged(why)) => Err(format!("not tuned rows: {why}")),
+    }
 }
 
 /// Stores rows that were measured on an adapter.
 pub fn write_tuning(path: &Path, info: &AdapterInfo, rows: &[Row]) -> Result<()> {
-    let text = serde_json::to_string_pretty(&File { origin: Origin::of(info), rows }).map_err(io::Error::from)?;
-    write(path, text.as_bytes())
+    write_contents(path, info, Rows { rows: rows.to_vec() })
+}
+
+/// What trials showed of an adapter's driver, with the path of the file. A file of another version, adapter or driver is nothing to warn
+/// of: the trials run again.
+fn read_proof(folder: &Path, info: &AdapterInfo) -> (PathBuf, Proof) {
+    let path = file(folder, "proof", info);
+    let proof = match read::<Proof>(&path, info) {
+        Ok(stored) => stored.unwrap_or_default(),
+        Err(Unusable::Origin { .. }) => Proof::default(),
+        Err(Unusable::Damaged(why)) => {
+            report::warn(format!("{}: ignored: {why}; it will be written again", path.display()));
+            Proof::default()
+        }
+    };
+    (path, proof)
+}
+
+/// What trials showed of an adapter's driver in earlier runs.
+pub fn proof(info: &AdapterInfo) -> Proof {
+    folder().map_or_else(Proof::default, |folder| read_proof(&folder, info).1)
 }
 
 /// Replaces a file, or creates it and its folder.
@@ -97,11 +150,20 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(|source| Error::File { path: path.into(), source })
 }
 
-/// A device that plans by the tuning rows of its adapter, and that loads and stores the pipelines that its driver compiles.
+/// A device that plans by the tuning rows of its adapter, and that loads and stores the pipelines that its driver compiles and what trials
+/// showed of the driver.
 #[derive(Debug)]
 pub struct Device {
     gpu: Gpu,
     pipelines: Option<Pipelines>,
+    proof: Option<StoredProof>,
+}
+
+/// What trials showed, on disk.
+#[derive(Debug)]
+struct StoredProof {
+    path: PathBuf,
+    stored: Proof,
 }
 
 /// A pipeline cache on disk.
@@ -115,7 +177,7 @@ struct Pipelines {
 impl Device {
     pub fn new(gpu: Gpu, arguments: &DeviceArgs) -> Self {
         let folder = folder();
-        let mut device = Device { gpu, pipelines: None };
+        let mut device = Device { gpu, pipelines: None, proof: None };
         let tuning = arguments.tuning.clone();
         if let Some(path) = tuning.or_else(|| folder.as_ref().map(|folder| tuning_file(folder, device.gpu.info())))
             && !arguments.untuned
@@ -124,8 +186,18 @@ impl Device {
         }
         if let Some(folder) = folder {
             device.load_pipelines(&folder);
+            // Other limits, features or checks are another device, on which other shaders run.
+            if !arguments.low_limits && !arguments.checked {
+                device.load_proof(&folder);
+            }
         }
         device
+    }
+
+    fn load_proof(&mut self, folder: &Path) {
+        let (path, stored) = read_proof(folder, self.gpu.info());
+        self.gpu.library_mut().set_proof(stored.clone());
+        self.proof = Some(StoredProof { path, stored });
     }
 
     fn tune(&mut self, path: &Path, must_exist: bool) {
@@ -165,13 +237,17 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let Some(Pipelines { path, stored }) = &self.pipelines else { return };
-        let data = self.gpu.library().pipeline_cache_data();
-        if data.is_some()
-            && data != *stored
-            && let Err(error) = write(path, &data.unwrap_or_default())
+        if let Some(Pipelines { path, stored }) = &self.pipelines
+            && let Some(data) = self.gpu.library().pipeline_cache_data()
+            && Some(&data) != stored.as_ref()
         {
-            report::warn(error);
+            write(path, &data).unwrap_or_else(report::warn);
+        }
+        if let Some(StoredProof { path, stored }) = &self.proof {
+            let proof = self.gpu.library().proof();
+            if proof != *stored {
+                write_contents(path, self.gpu.info(), proof).unwrap_or_else(report::warn);
+            }
         }
     }
 }

@@ -259,5 +259,54 @@ fn what_the_driver_compiled_is_kept_and_damage_to_it_does_no_harm() {
         }
     }
     // No temporary file is left.
-    assert_eq!(session.files("").len(), session.files("wgpu_pipeline_cache").len());
+    assert_eq!(session.files("").len(), session.files("wgpu_pipeline_cache").len() + session.files("proof-").len());
+}
+
+#[test]
+fn what_trials_showed_is_kept_and_followed_until_it_does_not_fit() {
+    let session = Session::new();
+    let run = "run --shape 1,2,2,40,40,32 --compare";
+    let (kernel, ..) = session.plan("");
+    assert!(session.files("proof-").is_empty(), "a plan alone tries nothing");
+    session.good(run);
+    let [file] = &session.files("proof-")[..] else { panic!("one file: {:?}", session.files("")) };
+    let text = std::fs::read_to_string(file).unwrap();
+    let proof: Value = serde_json::from_str(&text).unwrap();
+    let trials = proof["right"].as_array().unwrap();
+    assert_eq!(trials.len(), 1, "{text}");
+    let (tried, dims) = (trials[0]["kernel"].as_str().unwrap(), &trials[0]["dims"]);
+    assert!(kernel.contains(tried) || tried == "unfused", "{kernel}, {tried}");
+    assert_eq!(*dims, 32);
+    session.good(run);
+    assert_eq!(std::fs::read_to_string(file).unwrap(), text, "nothing is tried again");
+
+    // A kernel that failed is not planned, and the plan says why. Later runs keep that.
+    let write = |proof: &Value| std::fs::write(file, proof.to_string()).unwrap();
+    let mut failed = proof.clone();
+    failed["right"] = Value::Array(Vec::new());
+    failed["failures"] = serde_json::json!([{"kernel": {"trial": trials[0], "why": "the test says so"}}]);
+    write(&failed);
+    let (other, reasons, err) = session.plan("");
+    assert!(other != kernel && err.is_empty(), "{other}: {err}");
+    let said = format!("not kernel {tried}: it failed its proof on this driver: the test says so");
+    assert!(reasons.contains(&said), "{reasons:?}");
+    session.good(run);
+    assert!(std::fs::read_to_string(file).unwrap().contains("the test says so"));
+    let mut adapters = Command::new(env!("CARGO_BIN_EXE_wgpu-attention"));
+    let listed = adapters.arg("adapters").env("WGPU_ATTENTION_CACHE", session.folder.path()).output().unwrap().stdout;
+    assert!(String::from_utf8(listed).unwrap().contains("the test says so"));
+
+    // Of another driver or version it is worth nothing, and the trials run again.
+    for field in ["driver", "version"] {
+        let mut old = failed.clone();
+        old[field] = "another".into();
+        write(&old);
+        assert_eq!(session.plan("").0, kernel);
+        session.good(run);
+        assert_eq!(std::fs::read_to_string(file).unwrap(), text, "{field}");
+    }
+    std::fs::write(file, "{").unwrap();
+    let (again, _, err) = session.plan("");
+    assert_eq!(again, kernel);
+    warns_once(&err, file, "ignored");
 }

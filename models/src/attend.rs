@@ -157,7 +157,7 @@ impl Step {
         Ok(Step {
             rotate: gpu.library().rotate(&rotation, &Options::default())?,
             append: gpu.library().append(&append, &Options::default())?,
-            attention: gpu.library().prepare(&gpu.library().plan(&problem)?)?,
+            attention: gpu.library().prepare(&gpu.plan(&problem)?)?,
             rows: buffer(gpu, "new rows", rows * (heads.heads + 2 * heads.kv_heads) * heads.head_dim, STORAGE),
             out: buffer(gpu, "out", len, STORAGE),
             read: buffer(gpu, "read-back", len, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST),

@@ -199,7 +199,7 @@ impl MiniLm {
         // What a linear layer gives is [batch, seq, heads · dim] already: no transpose on either side.
         let mut problem = Problem::new(b, heads, s, s, dim).with_layout(Layout::Bshd);
         problem.key_lengths = true;
-        let prepare = |problem: &Problem| gpu.library().prepare(&gpu.library().plan(problem)?);
+        let prepare = |problem: &Problem| gpu.library().prepare(&gpu.plan(problem)?);
         let plain = prepare(&problem)?;
         problem.weights = true;
         let telling = if weights_of.is_empty() { None } else { Some(prepare(&problem)?) };

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::contract::error::{Error, Result};
 use crate::contract::limits::Limits;
 use crate::contract::options::Kernel;
+use crate::contract::proof::{Failure, Feature, Trial};
 
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
 pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
@@ -34,6 +35,9 @@ pub struct Caps {
     /// Sizes of the cooperative matrices (f16 operands, f32 sums) that shaders may use; rows, columns and summed axis have the same
     /// size. Empty where shaders may not use any. Only an adapter knows the sizes: without one the list is empty too.
     pub matrices: Vec<u32>,
+    /// What failed its trial on the device's driver: no plan uses it. See [`crate::Gpu::prove`].
+    #[serde(default)]
+    pub failures: Vec<Failure>,
     /// The device's limits.
     #[serde(with = "Limits")]
     pub limits: wgpu::Limits,
@@ -63,6 +67,7 @@ impl Caps {
             subgroup_min_size: None,
             subgroup_max_size: None,
             matrices: Vec::new(),
+            failures: Vec::new(),
             limits,
         }
     }
@@ -91,7 +96,38 @@ impl Caps {
             subgroup_min_size: subgroups.then_some(info.subgroup_min_size),
             subgroup_max_size: subgroups.then_some(info.subgroup_max_size),
             matrices: adapter.filter(|_| cooperative).map_or(Vec::new(), matrix_sizes),
+            failures: Vec::new(),
             limits: device.limits(),
+        })
+    }
+
+    /// The same device without what failed.
+    pub(crate) fn after(&self, failures: &[Failure]) -> Caps {
+        let features = failures.iter().filter_map(|failure| match failure {
+            Failure::Feature { feature, .. } => Some(*feature),
+            Failure::Kernel { .. } => None,
+        });
+        Caps { failures: failures.to_vec(), ..features.fold(self.clone(), |caps, feature| caps.without(feature)) }
+    }
+
+    /// The same device without a feature.
+    pub(crate) fn without(&self, feature: Feature) -> Caps {
+        let mut caps = self.clone();
+        match feature {
+            Feature::Int64 => caps.int64 = false,
+            Feature::F16 => caps.f16 = false,
+            Feature::Subgroups => {
+                (caps.subgroup_size, caps.subgroup_min_size, caps.subgroup_max_size) = (None, None, None);
+            }
+        }
+        caps
+    }
+
+    /// Why a kernel may not run the problems of a trial.
+    pub(crate) fn failed(&self, trial: &Trial) -> Option<&str> {
+        self.failures.iter().find_map(|failure| match failure {
+            Failure::Kernel { trial: of, why } if of == trial => Some(&why[..]),
+            _ => None,
         })
     }
 

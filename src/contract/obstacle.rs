@@ -99,6 +99,11 @@ pub enum Obstacle {
         /// The most bytes that a binding and the scratch budget allow.
         limit: u64,
     },
+    /// The kernel gave wrong results in a trial on the device's driver, see [`crate::Gpu::prove`].
+    Unproved {
+        /// What was wrong with the results.
+        why: String,
+    },
     /// No kernel at all can run the problem.
     Every {
         /// Why `scores`, `softmax` and `values` cannot.
@@ -150,6 +155,7 @@ impl fmt::Display for Obstacle {
             Obstacle::State { .. } => {
                 f.write_str("what waits between dispatches exceeds a binding or the scratch budget")
             }
+            Obstacle::Unproved { why } => write!(f, "it failed its proof on this driver: {why}"),
             Obstacle::Every { unfused, fused } => {
                 write!(f, "{unfused}")?;
                 fused.iter().try_for_each(|(kernel, why)| write!(f, "; not kernel {}: {why}", kernel.name()))

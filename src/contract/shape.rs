@@ -11,6 +11,9 @@ pub const MAX_DIM: u32 = 512;
 /// Largest sequence length, batch, head count and window: positions and offsets then stay inside i32.
 pub const MAX_SIZE: u32 = 1 << 28;
 
+/// The dimensions that tell classes of problems apart. A class holds the dimensions up to its own and above the one before it.
+pub(crate) const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];
+
 /// A checked problem with the numbers that follow from it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
@@ -96,6 +99,18 @@ impl Shape {
     /// The factor of q·k: that of the problem, or 1/√head_dim where the problem gives none.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// The smallest of [`DIMS`] that holds head_dim and value_dim.
+    pub(crate) fn class_dims(&self) -> u32 {
+        let dim = self.problem.head_dim.max(self.problem.value_dim);
+        DIMS.into_iter().find(|&dims| dim <= dims).expect("a checked problem has no larger dims")
+    }
+
+    /// Whether the score transform is more than the scale and the key range.
+    pub(crate) fn transforms(&self) -> bool {
+        let p = &self.problem;
+        p.key_positions || p.softcap.is_some() || p.alibi || p.mask.is_some() || p.bias.is_some()
     }
 
     /// Elements of the lse output.

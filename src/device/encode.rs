@@ -12,12 +12,17 @@ pub(crate) use program::Program;
 pub use scratch::Recording;
 pub(crate) use scratch::{Scratch, Set};
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use crate::contract::caps::Caps;
 use crate::contract::error::Result;
 use crate::contract::options::Options;
 use crate::contract::problem::Problem;
+use crate::contract::proof::Proof;
+use crate::device::gpu::Gpu;
 use crate::device::pipelines::Pipelines;
 use crate::dispatch::step::Step;
+use crate::kernel::Variant;
 use crate::kernel::slot::Slot;
 use crate::plan::Plan;
 use crate::plan::measured::Tuning;
@@ -37,13 +42,19 @@ impl Home {
     }
 }
 
+fn lock(proof: &Mutex<Proof>) -> MutexGuard<'_, Proof> {
+    proof.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.
 #[derive(Debug)]
 pub struct Attention {
     home: Home,
     caps: Caps,
     tuning: Tuning,
-    pipelines: Pipelines,
+    /// Shared with the trials of a proof, as are the pipelines.
+    proof: Arc<Mutex<Proof>>,
+    pipelines: Arc<Pipelines>,
 }
 
 impl Attention {
@@ -78,8 +89,19 @@ impl Attention {
     }
 
     pub(crate) fn with_caps(home: Home, caps: Caps, checked: bool) -> Self {
-        let pipelines = Pipelines::new(&home.device, checked);
-        Attention { home, caps, tuning: Tuning::default(), pipelines }
+        let pipelines = Arc::new(Pipelines::new(&home.device, checked));
+        Attention { home, caps, tuning: Tuning::default(), proof: Arc::default(), pipelines }
+    }
+
+    /// The same object once more, for a proof that has borrowed this one.
+    pub(crate) fn shared(&self) -> Attention {
+        let Attention { home, caps, tuning, proof, pipelines } = self;
+        let (home, caps, tuning) = (home.clone(), caps.clone(), tuning.clone());
+        Attention { home, caps, tuning, proof: proof.clone(), pipelines: pipelines.clone() }
+    }
+
+    fn pipelines_mut(&mut self) -> &mut Pipelines {
+        Arc::get_mut(&mut self.pipelines).expect("what shares the pipelines borrows this object")
     }
 
     /// Plans from now on by rows that were measured on this device's adapter, as `wgpu-attention tune` does; see [`Plan::tuned`].
@@ -108,7 +130,13 @@ impl Attention {
     /// and drivers trust it. Keep it where only the user writes.
     pub unsafe fn load_pipeline_cache(&mut self, data: &[u8]) -> bool {
         // SAFETY: passed on to the caller.
-        unsafe { self.pipelines.load(data) }
+        unsafe { self.pipelines_mut().load(data) }
+    }
+
+    /// Changes the text of each shader that is compiled from now on: tests break shaders with it.
+    #[doc(hidden)]
+    pub fn edit_shaders(&mut self, edit: fn(&Variant, String) -> String) {
+        self.pipelines_mut().edit = Some(edit);
     }
 
     /// How many pipelines are compiled. [`Attention::prepare`] and the functions that prepare operations add some, recording never does.
@@ -128,9 +156,50 @@ impl Attention {
         &self.home
     }
 
-    /// What the device can do.
+    /// What the device can do, whatever its driver makes of it.
     pub fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    /// What plans are made for: [`Attention::caps`] without what failed a trial.
+    pub fn proven_caps(&self) -> Caps {
+        self.caps.after(&lock(&self.proof).failures)
+    }
+
+    /// What is known of the device's driver; see [`Attention::prove`].
+    pub fn proof(&self) -> Proof {
+        lock(&self.proof).clone()
+    }
+
+    /// Starts from what was found earlier, with the same version of this crate, on the same adapter and driver: its trials do not run
+    /// again, and nothing that failed is planned.
+    pub fn set_proof(&mut self, proof: Proof) {
+        *lock(&self.proof) = proof;
+    }
+
+    pub(crate) fn with_proof<T>(&self, note: impl FnOnce(&mut Proof) -> T) -> T {
+        note(&mut lock(&self.proof))
+    }
+
+    /// Runs each of [`crate::proof::Trial::all`] that has no outcome yet, with the device's queue, and waits for it. No plan uses afterwards what gave
+    /// wrong results, and the reasons of a plan say so. A driver that computes on the CPU may take a minute to compile all their shaders;
+    /// [`Gpu`] runs a trial before the first plan that relies on it instead.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::OutOfMemory`] or [`crate::Error::DeviceLost`]. What a driver makes of a shader is no error here: if it does not
+    /// compile, its trial has failed.
+    pub fn prove(&self, queue: &wgpu::Queue) -> Result<Proof> {
+        Gpu::of(self.shared(), queue).prove()
+    }
+
+    /// [`Attention::prove`] without blocking the thread, as far as [`Attention::prepare_async`] blocks none.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::prove`].
+    pub async fn prove_async(&self, queue: &wgpu::Queue) -> Result<Proof> {
+        Gpu::of(self.shared(), queue).prove_async().await
     }
 
     /// Checks and plans a problem. Pure: touches no device.
@@ -148,7 +217,7 @@ impl Attention {
     ///
     /// Those of [`Problem::check`] and of [`Plan::new`].
     pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
-        Plan::tuned(&problem.check()?, &self.caps, options, &self.tuning)
+        Plan::tuned(&problem.check()?, &self.proven_caps(), options, &self.tuning)
     }
 
     /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:

@@ -5,6 +5,7 @@ mod alarm;
 mod environment;
 mod open;
 mod operations;
+pub mod proof;
 mod read;
 mod resident;
 mod wait;
@@ -32,6 +33,8 @@ pub struct DeviceOptions {
     pub features: Option<wgpu::Features>,
     /// Compile shaders with wgpu's runtime checks; slower.
     pub checked: bool,
+    /// Run no trial before the first use of a kernel: trust the driver. See [`Gpu::prove`].
+    pub unproven: bool,
 }
 
 /// An adapter with a device of its own.
@@ -55,6 +58,7 @@ pub struct Gpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     library: Attention,
+    unproven: bool,
     faults: Arc<Mutex<Faults>>,
 }
 
@@ -108,7 +112,7 @@ impl Gpu {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::plan`], [`Attention::prepare`], [`Gpu::upload`], [`Gpu::run`] and [`Gpu::download`].
+    /// Those of [`Gpu::plan`], [`Attention::prepare`], [`Gpu::upload`], [`Gpu::run`] and [`Gpu::download`].
     pub fn attention(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outputs> {
         self.attention_with(problem, inputs, &Options::default())
     }
@@ -142,12 +146,10 @@ impl Gpu {
         inputs: &Inputs<'_>,
         options: &Options,
     ) -> Result<Outputs> {
-        let plan = self.library.plan_with(problem, options)?;
-        plan.shape().check_inputs(inputs)?;
-        let prepared = self.library.prepare_async(&plan).await?;
-        let resident = self.upload_async(&plan, inputs).await?;
-        self.run_async(&prepared, &resident, |_, _| ()).await?;
-        self.download_async(&plan, &resident).await
+        // What is wrong with the inputs is said before a trial runs.
+        problem.check()?.check_inputs(inputs)?;
+        let plan = self.plan_with_async(problem, options).await?;
+        self.compute(&plan, inputs).await
     }
 
     pub(crate) fn check_home(&self, field: &'static str, home: &Home) -> Result<()> {

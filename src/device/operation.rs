@@ -228,7 +228,8 @@ impl Attention {
     ///
     /// Those of [`Attention::append`].
     pub async fn append_async(&self, append: &Append, options: &Options) -> Result<Operation<Append>> {
-        let mut steps = Steps::new(self.caps(), options);
+        let caps = self.proven_caps();
+        let mut steps = Steps::new(&caps, options);
         span!("plan", operation = Append::NAME).within(|| append.dispatches(append::Slots::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }
@@ -248,7 +249,8 @@ impl Attention {
     ///
     /// Those of [`Attention::advance`].
     pub async fn advance_async(&self, advance: &Advance, options: &Options) -> Result<Operation<Advance>> {
-        let mut steps = Steps::new(self.caps(), options);
+        let caps = self.proven_caps();
+        let mut steps = Steps::new(&caps, options);
         advance.dispatches(&mut steps)?;
         Operation::new(self, steps, &[]).await
     }
@@ -268,8 +270,9 @@ impl Attention {
     ///
     /// Those of [`Attention::merge`].
     pub async fn merge_async(&self, merge: &Merge, options: &Options) -> Result<Operation<Merge>> {
-        self.caps().check()?;
-        let mut steps = Steps::new(self.caps(), options);
+        let caps = self.proven_caps();
+        caps.check()?;
+        let mut steps = Steps::new(&caps, options);
         let scratch =
             span!("plan", operation = Merge::NAME).within(|| merge.dispatches(Partials::LogSumExp, &mut steps))?;
         Operation::new(self, steps, &scratch.sizes()).await
@@ -290,7 +293,8 @@ impl Attention {
     ///
     /// Those of [`Attention::project`].
     pub async fn project_async(&self, projection: &Projection, options: &Options) -> Result<Operation<Projection>> {
-        let mut steps = Steps::new(self.caps(), options);
+        let caps = self.proven_caps();
+        let mut steps = Steps::new(&caps, options);
         span!("plan", operation = Projection::NAME).within(|| projection.dispatches(Wiring::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }
@@ -310,7 +314,8 @@ impl Attention {
     ///
     /// Those of [`Attention::rotate`].
     pub async fn rotate_async(&self, rotation: &Rotation, options: &Options) -> Result<Operation<Rotation>> {
-        let mut steps = Steps::new(self.caps(), options);
+        let caps = self.proven_caps();
+        let mut steps = Steps::new(&caps, options);
         span!("plan", operation = Rotation::NAME).within(|| rotation.dispatches(rotary::Slots::OWN, &mut steps))?;
         Operation::new(self, steps, &[]).await
     }

@@ -27,11 +27,16 @@ type Compilation = Pin<Box<dyn Future<Output = Result<Arc<Pipeline>>>>>;
 
 type Compilations = HashMap<Variant, Shared<Compilation>>;
 
+/// Makes another text of that of a variant's shader.
+pub(crate) type Edit = fn(&Variant, String) -> String;
+
 /// Pipelines of one device, each compiled at its first use.
 #[derive(Debug)]
 pub(crate) struct Pipelines {
     device: wgpu::Device,
     checked: bool,
+    /// Changes the text of each shader: tests break shaders with it.
+    pub(crate) edit: Option<Edit>,
     /// Shared, so that calls at the same time compile a variant once, and any of them that is polled drives it.
     compiled: Mutex<Compilations>,
     /// The backend's cache of compiled pipelines, if it has one.
@@ -42,7 +47,7 @@ impl Pipelines {
     pub(crate) fn new(device: &wgpu::Device, checked: bool) -> Self {
         // SAFETY: there is no data that could be wrong.
         let cache = unsafe { create_cache(device, None) };
-        Pipelines { device: device.clone(), checked, compiled: Mutex::default(), cache }
+        Pipelines { device: device.clone(), checked, edit: None, compiled: Mutex::default(), cache }
     }
 
     /// Starts from data that [`Pipelines::data`] returned earlier. Returns whether the backend accepted the data; if it did not,
@@ -113,10 +118,12 @@ impl Pipelines {
     fn create(&self, variant: &Variant) -> impl Future<Output = Result<Arc<Pipeline>>> + use<> {
         let label = variant.to_string();
         let scopes = ErrorScopes::open(&self.device);
-        let descriptor = wgpu::ShaderModuleDescriptor {
-            label: Some(&label),
-            source: wgpu::ShaderSource::Wgsl(variant.wgsl().into()),
-        };
+        let mut text = variant.wgsl();
+        if let Some(edit) = self.edit {
+            text = edit(variant, text);
+        }
+        let descriptor =
+            wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(text.into()) };
         let module = if self.checked {
             self.device.create_shader_module(descriptor)
         } else {

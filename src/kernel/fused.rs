@@ -40,7 +40,7 @@ impl OperandSet {
             || shape.problem.packed.is_some()
             || shape.problem.paged.is_some()
             || shape.problem.causal == Causal::Offset;
-        match (transforms(shape), small_arrays) {
+        match (shape.transforms(), small_arrays) {
             (true, _) => OperandSet::Full,
             (false, true) => OperandSet::Lists,
             (false, false) => OperandSet::Bare,
@@ -255,13 +255,4 @@ pub(crate) fn check_operands(shape: &Shape, caps: &Caps, operands: OperandSet) -
 pub(crate) fn whole_format(shape: &Shape, native: bool) -> Format {
     let vector = [&shape.q, &shape.k, &shape.v, &shape.out].into_iter().all(whole_vectors);
     Format { element: shape.problem.element, native, vector }
-}
-
-/// Whether the score transform is more than the scale and the key range.
-pub(crate) fn transforms(s: &Shape) -> bool {
-    s.problem.key_positions
-        || s.problem.softcap.is_some()
-        || s.problem.alibi
-        || s.problem.mask.is_some()
-        || s.problem.bias.is_some()
 }

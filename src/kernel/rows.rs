@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attention::AttentionKernel;
 use super::format::Format;
-use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, transforms, whole_format};
+use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, row_loops, whole_format};
 use super::lanes::Lanes;
 use super::params::{At, Keys, LineAt, Lists, Pages, Transform, Visible};
 use super::shader::{Needs, Shader};
@@ -173,7 +173,7 @@ impl Fused for Rows {
     }
 
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Rows>, Obstacle> {
-        let full = transforms(shape);
+        let full = shape.transforms();
         let dims = shape.problem.head_dim.max(shape.problem.value_dim);
         let own = Lanes::of(caps);
         let others = Lanes::all().filter(|&lanes| lanes != own && lanes.run(caps));

@@ -8,9 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::attention::AttentionKernel;
 use super::eligibility::{fits, group_rows};
 use super::format::Format;
-use super::fused::{
-    Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, transforms, whole_format,
-};
+use super::fused::{Fused, OperandSet, Walk, check_operands, key_loop, most_loop_keys, row_loops, whole_format};
 use super::lanes::WIDE_LANES;
 use super::params::{At, Keys, LineAt, Lines, Lists, Pages, Partials, Transform, Visible};
 use super::shader::{Needs, Shader};
@@ -224,7 +222,7 @@ fn longer_partial_bytes(shape: &Shape, partials: u32) -> u64 {
 
 impl Fused for Split {
     fn candidates(shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Split>, Obstacle> {
-        let full = transforms(shape);
+        let full = shape.transforms();
         if shape.problem.packed.is_some() {
             return Err(Obstacle::PackedSequences);
         }

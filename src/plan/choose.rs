@@ -4,6 +4,7 @@ use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result};
 use crate::contract::obstacle::Obstacle;
 use crate::contract::options::{Form, Kernel, Options};
+use crate::contract::proof::{Failure, Trial};
 use crate::contract::shape::Shape;
 use crate::kernel::Variant;
 use crate::kernel::eligibility::{group_rows, key_step};
@@ -31,6 +32,12 @@ pub(crate) fn choose_fused(walk: &Walk<'_>, tuning: &Tuning, reasons: &mut Vec<S
     let options = walk.options;
     if options.form == Some(Form::Emulated) && options.kernel != Some(Kernel::Matrix) {
         return Err(refused(options.kernel.unwrap_or(Kernel::Unfused), Obstacle::NotEmulated));
+    }
+    for failure in &walk.caps.failures {
+        if let Failure::Feature { feature, trial, why } = failure {
+            reasons
+                .push(format!("{feature}: not used, because they failed their proof on this driver ({trial}: {why})"));
+        }
     }
     let tuned = tuned(walk, tuning, reasons);
     let is_tuned = tuned.is_some();
@@ -128,6 +135,9 @@ fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
 fn variants(kernel: Kernel, walk: &Walk<'_>) -> Result<Vec<Variant>, Obstacle> {
     fn of<K: Fused>(walk: &Walk<'_>, variant: fn(K) -> Variant) -> Result<Vec<Variant>, Obstacle> {
         Ok(walk.variants()?.into_iter().map(variant).collect())
+    }
+    if let Some(why) = walk.caps.failed(&Trial::of(kernel, walk.shape, walk.options)) {
+        return Err(Obstacle::Unproved { why: why.into() });
     }
     match kernel {
         Kernel::Unfused if walk.shape.problem.paged.is_some() => Err(Obstacle::Pages),

@@ -5,13 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::contract::options::Kernel;
 use crate::contract::problem::{Causal, Element};
-use crate::contract::shape::{MAX_DIM, Shape};
-use crate::kernel::fused::transforms;
+use crate::contract::shape::Shape;
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{Variant, flash, matrix, rows, split};
-
-/// The head dimensions that tell classes apart. A class holds the dimensions up to its own and above the one before it.
-const DIMS: [u32; 5] = [32, 64, 128, 256, MAX_DIM];
 
 /// The largest number of query rows per head that counts as few. It is below the rows of any workgroup's tile.
 const FEW: u32 = 16;
@@ -47,16 +43,15 @@ pub struct Class {
 impl Class {
     /// The class of a problem.
     pub fn of(shape: &Shape) -> Class {
-        let dim = shape.problem.head_dim.max(shape.problem.value_dim);
         let queries = match shape.problem.seq_q {
             0 | 1 => Queries::One,
             2..=FEW => Queries::Few,
             _ => Queries::Many,
         };
         Class {
-            dims: DIMS.into_iter().find(|&dims| dim <= dims).expect("a checked problem has no larger dims"),
+            dims: shape.class_dims(),
             element: shape.problem.element,
-            operands: transforms(shape),
+            operands: shape.transforms(),
             queries,
             causal: queries == Queries::Many && shape.problem.causal != Causal::None,
         }

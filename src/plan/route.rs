@@ -10,7 +10,7 @@ use crate::contract::tensor::Tensor;
 use crate::kernel::body::Body;
 use crate::kernel::eligibility::{key_step, whole_vectors};
 use crate::kernel::format::Format;
-use crate::kernel::fused::{self, Fused, Walk, transforms};
+use crate::kernel::fused::{self, Fused, Walk};
 use crate::kernel::scores::Scores;
 use crate::kernel::scores_lanes::ScoresLanes;
 use crate::kernel::softmax::Softmax;
@@ -201,7 +201,7 @@ impl Weighing {
     /// Weights in the scratch or, with `output`, in the caller's buffer.
     fn new(walk: &Walk<'_>, body: Body, format: Format, output: bool, reasons: &mut Vec<String>) -> Result<Weighing> {
         let Walk { shape, caps, .. } = *walk;
-        let operands = transforms(shape) || shape.wants(Logits::Masked);
+        let operands = shape.transforms() || shape.wants(Logits::Masked);
         let separate = operands && is_separate(shape, caps, body, reasons);
         let scores = scores(walk, body, format, operands && !separate)?;
         Ok(Weighing { scores, separate, softmax: Softmax::new(shape, caps, output) })

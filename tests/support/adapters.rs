@@ -34,7 +34,8 @@ impl Deref for Adapter {
 impl Adapter {
     fn open(adapter: wgpu::Adapter) -> Self {
         let name = describe(&adapter.get_info());
-        let gpu = Gpu::open(&adapter, &with!(DeviceOptions::default(), checked: checked()));
+        // Trials have tests of their own; here every kernel is compared with the reference anyway.
+        let gpu = Gpu::open(&adapter, &with!(DeviceOptions::default(), checked: checked(), unproven: true));
         Adapter { gpu: gpu.unwrap_or_else(|error| panic!("{name}: {error}")), name, adapter }
     }
 
@@ -45,10 +46,24 @@ impl Adapter {
 
     /// The same with other features, too.
     pub fn limited_to(&self, features: Option<wgpu::Features>, lower: impl FnOnce(&mut wgpu::Limits)) -> Gpu {
+        self.device_of_its_own(true, features, lower)
+    }
+
+    /// A device of its own that tries each kernel before its first use, as devices do unless told otherwise.
+    pub fn proving(&self, features: Option<wgpu::Features>, lower: impl FnOnce(&mut wgpu::Limits)) -> Gpu {
+        self.device_of_its_own(false, features, lower)
+    }
+
+    fn device_of_its_own(
+        &self,
+        unproven: bool,
+        features: Option<wgpu::Features>,
+        lower: impl FnOnce(&mut wgpu::Limits),
+    ) -> Gpu {
         self.take_turn();
         let mut limits = self.adapter.limits();
         lower(&mut limits);
-        let options = with!(DeviceOptions::default(), limits: Some(limits), features, checked: checked());
+        let options = with!(DeviceOptions::default(), limits: Some(limits), features, checked: checked(), unproven);
         Gpu::open(&self.adapter, &options).unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
 

@@ -114,7 +114,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         Engine::Gpu(gpu) => {
             let plan = match stored {
                 Some(plan) => plan,
-                None => gpu.library().plan_with(&problem, &arguments.kernels.options())?,
+                None => gpu.plan_with(&problem, &arguments.kernels.options())?,
             };
             run_plan(gpu, &plan, &inputs, arguments.profile, &mut progress)?
         }

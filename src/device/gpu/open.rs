@@ -195,7 +195,7 @@ impl Gpu {
         static OPENED: AtomicU64 = AtomicU64::new(1);
         let home = Home { device: device.clone(), gpu: OPENED.fetch_add(1, Ordering::Relaxed) };
         let library = Attention::with_caps(home, Caps::of(&device, Some(adapter))?, options.checked);
-        Ok(Gpu { info: adapter.get_info(), device, queue, library, faults })
+        Ok(Gpu { info: adapter.get_info(), device, queue, library, unproven: options.unproven, faults })
     }
 }
 

@@ -95,8 +95,8 @@ impl MultiHeadAttention {
     ///
     /// Whatever is wrong with the call, and what is too large for the device.
     pub fn plan(&self, attention: &Attention, problem: &Problem, call: &Call, options: &Options) -> Result<LayerPlan> {
-        let (caps, tuning) = (attention.caps(), attention.tuning());
-        LayerPlan::tuned(&self.layer, &self.parameters, problem, call, caps, options, tuning)
+        let caps = attention.proven_caps();
+        LayerPlan::tuned(&self.layer, &self.parameters, problem, call, &caps, options, attention.tuning())
     }
 
     /// Plans, compiles what is not cached yet, and allocates the scratch. Blocks while the driver compiles.
@@ -129,12 +129,17 @@ impl MultiHeadAttention {
         call: &Call,
         options: &Options,
     ) -> Result<PreparedLayer> {
-        if !self.home.is(attention.home()) {
-            return Err(Error::OtherDevice { field: "layer" });
-        }
-        let plan = self.plan(attention, problem, call, options)?;
+        self.check_home(attention)?;
+        self.prepare_plan(attention, self.plan(attention, problem, call, options)?).await
+    }
+
+    async fn prepare_plan(&self, attention: &Attention, plan: LayerPlan) -> Result<PreparedLayer> {
         let span = span!("prepare", operation = "multi-head attention", dispatches = plan.steps().count());
         span.around(PreparedLayer::new(self, attention, plan)).await
+    }
+
+    fn check_home(&self, attention: &Attention) -> Result<()> {
+        if self.home.is(attention.home()) { Ok(()) } else { Err(Error::OtherDevice { field: "layer" }) }
     }
 
     /// Runs the layer on host slices: upload, compute, read back.
@@ -199,7 +204,9 @@ impl MultiHeadAttention {
         self.layer.check_call_sizes(problem, call)?;
         self.layer.check_inputs(problem, call, inputs)?;
         problem.check()?.check_operands(&inputs.operands)?;
-        let prepared = self.prepare_async(gpu.library(), problem, call, options).await?;
+        self.check_home(gpu.library())?;
+        let plan = gpu.proven(|| self.plan(gpu.library(), problem, call, options), LayerPlan::attention).await?;
+        let prepared = self.prepare_plan(gpu.library(), plan).await?;
         let columns = u64::from(self.layer.weight_columns(problem.seq_kv));
         let rows = u64::from(problem.batch) * u64::from(problem.seq_q);
         let heads = call.weights.map(|which| if which == Weights::Heads { u64::from(problem.heads) } else { 1 });

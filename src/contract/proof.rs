@@ -1,0 +1,162 @@
+//! What is known of a device's driver from trials: small problems whose results are stored with the crate.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::contract::options::{Form, Kernel, Options};
+use crate::contract::problem::Element;
+use crate::contract::shape::Shape;
+
+/// A trial: a small problem for one kernel. Problems that differ in nothing but what is named here share their trial.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Trial {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The form that [`Options`] ask for.
+    pub form: Option<Form>,
+    /// How [`Options`] ask for f16 to be read; `None` for the other element types.
+    pub native_f16: Option<bool>,
+    /// Type of q, k, v and out.
+    pub element: Element,
+    /// Whether the score transform is more than the scale and the key range, as in [`crate::tuning::Class`]. The trial then has a soft
+    /// cap, ALiBi, a mask, a bias, key lengths, offsets, a window, sinks and lse, and none of these otherwise.
+    pub operands: bool,
+    /// The smallest of 32, 64, 128, 256 and 512 that holds head_dim and value_dim.
+    pub dims: u32,
+}
+
+impl Trial {
+    /// The trial that tells whether a kernel computes a problem rightly.
+    pub(crate) fn of(kernel: Kernel, shape: &Shape, options: &Options) -> Trial {
+        let element = shape.problem.element;
+        Trial {
+            kernel,
+            form: options.form,
+            native_f16: options.native_f16.filter(|_| element == Element::F16),
+            element,
+            operands: shape.transforms(),
+            dims: shape.class_dims(),
+        }
+    }
+
+    /// The trials of [`crate::Gpu::prove`]: every kernel with each element type, with and without operands, at 64 dims, and with f32
+    /// (`matrix` with f16) at 32 and 128 dims.
+    pub fn all() -> impl Iterator<Item = Trial> {
+        let of =
+            |kernel, element, operands, dims| Trial { kernel, form: None, native_f16: None, element, operands, dims };
+        let usual = move |kernel| {
+            let each = move |element| [false, true].map(move |operands| of(kernel, element, operands, 64));
+            [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(each)
+        };
+        let others = move |kernel| {
+            let element = if kernel == Kernel::Matrix { Element::F16 } else { Element::F32 };
+            [32, 128].map(move |dims| of(kernel, element, false, dims))
+        };
+        Kernel::ALL.into_iter().flat_map(move |kernel| usual(kernel).chain(others(kernel)))
+    }
+
+    /// The options of the trial's own plan.
+    pub(crate) fn options(&self) -> Options {
+        Options { kernel: Some(self.kernel), form: self.form, native_f16: self.native_f16, ..Options::default() }
+    }
+}
+
+impl fmt::Display for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Trial { kernel, form, native_f16, element, operands, dims } = self;
+        write!(f, "{kernel}")?;
+        form.map_or(Ok(()), |form| write!(f, " {form}"))?;
+        native_f16.map_or(Ok(()), |native| f.write_str(if native { " native" } else { " packed" }))?;
+        write!(f, " {element}, {dims} dims{}", if *operands { ", operands" } else { "" })
+    }
+}
+
+/// A feature of a device that shaders use where it is there and do without where it is not.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Feature {
+    /// Loads of 64 bits.
+    Int64,
+    /// The adapter's own f16.
+    F16,
+    /// Subgroup operations.
+    Subgroups,
+}
+
+impl Feature {
+    pub(crate) const ALL: [Feature; 3] = [Feature::Int64, Feature::F16, Feature::Subgroups];
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Feature::Int64 => "64-bit loads",
+            Feature::F16 => "shader f16",
+            Feature::Subgroups => "subgroup operations",
+        })
+    }
+}
+
+/// What a trial showed to be wrong. No plan for the device uses it.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Failure {
+    /// A kernel, for the problems that share the trial.
+    Kernel {
+        /// The trial whose results were wrong.
+        trial: Trial,
+        /// What was wrong with them.
+        why: String,
+    },
+    /// A feature: the results of the trial were wrong with it and right without it.
+    Feature {
+        /// The feature.
+        feature: Feature,
+        /// The trial.
+        trial: Trial,
+        /// What was wrong with its results.
+        why: String,
+    },
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Kernel { trial, why } => write!(f, "{trial}: {why}"),
+            Failure::Feature { feature, trial, why } => write!(f, "{trial}, with {feature} alone: {why}"),
+        }
+    }
+}
+
+/// What is known of a device's driver from trials, see [`crate::Gpu::prove`]. It holds for one adapter, with one driver, and for one
+/// version of this crate: whoever stores a proof stores these three with it.
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Proof {
+    /// The trials whose results were right, with all features that plans may still use.
+    pub right: Vec<Trial>,
+    /// The trials that cannot run on the device, so that nothing is known: its limits are too low for them, or it lacks a feature.
+    pub unable: Vec<Trial>,
+    /// What was wrong.
+    pub failures: Vec<Failure>,
+}
+
+impl Proof {
+    /// Whether a trial need not run: its outcome is known.
+    pub fn knows(&self, trial: &Trial) -> bool {
+        let failed = |failure: &Failure| matches!(failure, Failure::Kernel { trial: of, .. } if of == trial);
+        self.right.contains(trial) || self.unable.contains(trial) || self.failures.iter().any(failed)
+    }
+
+    /// Notes that a trial was right only without a feature. What was right with the feature is not known any more, because other shaders
+    /// run from now on.
+    pub(crate) fn drop_feature(&mut self, feature: Feature, trial: Trial, why: String) {
+        self.right.clear();
+        self.unable.clear();
+        self.failures.push(Failure::Feature { feature, trial, why });
+    }
+}

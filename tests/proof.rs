@@ -1,0 +1,323 @@
+//! Trials: small problems that show whether a driver computes the kernels rightly.
+
+mod support;
+
+use std::path::Path;
+use std::time::Instant;
+
+use support::{Adapter, Case, gpus};
+use wgpu_attention::internal::Variant;
+use wgpu_attention::internal::trials::{Data, Expected, RowSummary, factor};
+use wgpu_attention::proof::{Failure, Feature, Proof, Trial};
+use wgpu_attention::reference::attention_with_budget;
+use wgpu_attention::{
+    Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Obstacle, Options, Plan, Problem,
+    wgpu, with,
+};
+
+/// The dims and the operands that tell the stored results of trials apart, in their order.
+fn stored() -> impl Iterator<Item = Trial> {
+    let of = |dims, operands| {
+        let mut trial = Trial::all().next().expect("there are trials");
+        (trial.dims, trial.operands) = (dims, operands);
+        trial
+    };
+    [32, 64, 128, 256, 512].into_iter().flat_map(move |dims| [false, true].map(move |operands| of(dims, operands)))
+}
+
+fn element(trial: Trial, element: Element) -> Data {
+    let mut trial = trial;
+    trial.element = element;
+    Data::of(&trial)
+}
+
+/// What the f64 reference makes of a trial, row by row.
+fn expected(trial: Trial) -> Vec<Expected> {
+    let data = [Element::F32, Element::F16, Element::Bf16].map(|type_| element(trial, type_));
+    let computed = data.each_ref().map(|data| attention_with_budget(data.problem(), &data.inputs()).unwrap());
+    let [plain, half, bf16] = computed.each_ref().map(|(want, _)| data[0].summaries(want));
+    let equal = |other: &[RowSummary]| plain.iter().zip(other).all(|(x, y)| format!("{x:?}") == format!("{y:?}"));
+    assert!(equal(&half) && equal(&bf16), "the operands of {trial} are the same numbers in each type");
+    let (want, dim) = (&computed[0].0, data[0].problem().value_dim as usize);
+    plain
+        .iter()
+        .enumerate()
+        .map(|(row, &summary)| {
+            let out = &want.out[row * dim..][..dim];
+            // What f32 loses of the stored sum.
+            let rounding = f64::from(summary.sum.abs()) * f64::from(f32::EPSILON);
+            let sum_budget = computed.each_ref().map(|(_, budget)| {
+                let of = |(at, x): (usize, &f64)| factor(at) * (budget.out.atol[row] + budget.out.rtol * x.abs());
+                let finite = out.iter().enumerate().filter(|(_, x)| x.is_finite());
+                (finite.map(of).sum::<f64>() + rounding) as f32
+            });
+            let lse_budget = want.lse.as_ref().map_or(0.0, |_| {
+                let rounding = if summary.lse.is_finite() { summary.lse.abs() * f32::EPSILON } else { 0.0 };
+                computed[0].1.lse.atol[row] as f32 + rounding
+            });
+            Expected { row: summary, sum_budget, lse_budget }
+        })
+        .collect()
+}
+
+/// With `WGPU_ATTENTION_WRITE_GOLDEN=1` the file is written. The library holds the file, so build it again afterwards.
+#[test]
+fn the_stored_results_are_those_of_the_reference() {
+    let want: Vec<Expected> = stored().flat_map(expected).collect();
+    if std::env::var_os("WGPU_ATTENTION_WRITE_GOLDEN").is_some() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/device/gpu/proof/expected.bin");
+        std::fs::write(path, want.iter().flat_map(Expected::to_bytes).collect::<Vec<u8>>()).unwrap();
+        return;
+    }
+    let got: Vec<Expected> = stored().flat_map(|trial| Data::of(&trial).expected().collect::<Vec<_>>()).collect();
+    assert_eq!(got.len(), want.len());
+    let numbers =
+        |x: &Expected| x.to_bytes().chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect();
+    for (row, (got, want)) in got.iter().zip(&want).enumerate() {
+        let [got, want]: [Vec<f32>; 2] = [numbers(got), numbers(want)];
+        // The exponential of another C library may differ in the last place.
+        let near = |(x, y): (&f32, &f32)| x == y || (x.is_nan() && y.is_nan()) || (x - y).abs() <= 1e-6 * y.abs();
+        assert!(got.iter().zip(&want).all(near), "row {row}: stored {got:?}, computed {want:?}");
+    }
+    // Some rows are finite, some hold NaN, some infinities, and some see nothing.
+    let kinds = |of: &dyn Fn(&Expected) -> bool| want.iter().filter(|x| of(x)).count();
+    assert!(kinds(&|x| x.row.nonfinite == 0.0) > want.len() / 2);
+    assert!(kinds(&|x| x.row.nonfinite % 1000.0 > 1.0) > 20 && kinds(&|x| x.row.nonfinite >= 1000.0) > 20);
+    // A budget is far below the sum that it is for.
+    assert!(kinds(&|x| x.sum_budget[0] < 1e-2 * x.row.sum.abs().max(1.0)) > want.len() * 9 / 10);
+}
+
+/// Makes another text of that of a shader.
+type Edit = fn(&Variant, String) -> String;
+
+/// A device of its own, on which nothing is known yet.
+fn fresh(gpu: &Adapter, edit: Option<Edit>) -> Gpu {
+    let mut gpu = gpu.proving(None, |_| ());
+    if let Some(edit) = edit {
+        gpu.library_mut().edit_shaders(edit);
+    }
+    gpu
+}
+
+/// The same without optional features.
+fn plain(gpu: &Adapter, edit: Edit) -> Gpu {
+    let mut gpu = gpu.proving(Some(wgpu::Features::empty()), |_| ());
+    gpu.library_mut().edit_shaders(edit);
+    gpu
+}
+
+#[test]
+fn every_kernel_passes_on_every_adapter_and_is_not_tried_again() {
+    for adapter in gpus() {
+        let gpu = fresh(adapter, None);
+        let begun = Instant::now();
+        let proof = gpu.prove().unwrap();
+        let with_compilation = begun.elapsed();
+        assert_eq!(proof.failures, [], "on {}", adapter.name);
+        // The pipelines stay; the trials run again.
+        let mut gpu = gpu;
+        gpu.library_mut().set_proof(Proof::default());
+        let begun = Instant::now();
+        let again = gpu.prove().unwrap();
+        let seconds = begun.elapsed().as_secs_f64();
+        assert_eq!(again, proof);
+        println!(
+            "{}: {} trials right, {} cannot run, {seconds:.2} s, with compilation {:.1} s",
+            adapter.name,
+            proof.right.len(),
+            proof.unable.len(),
+            with_compilation.as_secs_f64()
+        );
+        // Half a second on a quiet machine; tests share theirs.
+        assert!(seconds < 5.0, "on {}: {seconds} s", adapter.name);
+        let tried =
+            |kernel, element| proof.right.iter().any(|trial| trial.kernel == kernel && trial.element == element);
+        for kernel in Kernel::ALL.into_iter().filter(|&kernel| !gpu.library().caps().takes_minutes(kernel)) {
+            let elements = match kernel {
+                Kernel::Matrix if gpu.library().caps().matrices.is_empty() => &[][..],
+                Kernel::Matrix => &[Element::F16],
+                _ => &[Element::F32, Element::F16, Element::Bf16],
+            };
+            assert!(elements.iter().all(|&element| tried(kernel, element)), "{kernel} on {}: {proof:?}", adapter.name);
+        }
+        // What is known is not tried again, also in another process.
+        let mut other = fresh(adapter, None);
+        other.library_mut().set_proof(proof.clone());
+        assert_eq!(other.prove().unwrap(), proof);
+        assert_eq!(other.library().compiled_pipelines(), 0);
+        // The owner of a device proves it, too.
+        other.library_mut().set_proof(with!(Proof::default(), right: proof.right[1..].to_vec(), unable: proof.unable));
+        let library: &Attention = other.library();
+        assert!(library.prove(other.queue()).unwrap().right.contains(&proof.right[0]));
+    }
+}
+
+/// What is broken in a shader, and its text afterwards.
+const BREAKS: [(&str, &str); 3] = [
+    // Scores a hundredth too large.
+    ("params.scale", "(1.01 * params.scale)"),
+    // A causal rule that lets each query see one key too many.
+    ("clamp(position + 1, 0, limit)", "clamp(position + 2, 0, limit)"),
+    // No bits are those of an infinity.
+    ("0x7f800000u", "0x7f900000u"),
+];
+
+/// Kernels that are broken, and the first letters of their shaders.
+const KERNELS: [(Kernel, &[&str]); 4] = [
+    (Kernel::Rows, &["rows"]),
+    (Kernel::Flash, &["flash"]),
+    (Kernel::Split, &["split"]),
+    (Kernel::Unfused, &["scores", "softmax", "values"]),
+];
+
+fn broken<const KERNEL: usize, const BREAK: usize>(variant: &Variant, text: String) -> String {
+    let (from, to) = BREAKS[BREAK];
+    let of = |shader: &&str| variant.kernel().starts_with(*shader);
+    if KERNELS[KERNEL].1.iter().any(of) { text.replace(from, to) } else { text }
+}
+
+const EDITS: [[Edit; 3]; 4] = [
+    [broken::<0, 0>, broken::<0, 1>, broken::<0, 2>],
+    [broken::<1, 0>, broken::<1, 1>, broken::<1, 2>],
+    [broken::<2, 0>, broken::<2, 1>, broken::<2, 2>],
+    [broken::<3, 0>, broken::<3, 1>, broken::<3, 2>],
+];
+
+/// A problem that every kernel runs, and that no trial has the sizes of.
+fn problem() -> Problem {
+    let mut problem = Problem::new(1, 4, 70, 70, 48);
+    problem.causal = Causal::TopLeft;
+    problem
+}
+
+fn unproved(result: wgpu_attention::Result<Plan>) -> bool {
+    matches!(result, Err(Error::Kernel { why: Obstacle::Unproved { .. }, .. }))
+}
+
+#[test]
+fn a_kernel_that_is_wrong_is_planned_no_more() {
+    for adapter in gpus() {
+        for ((kernel, _), edits) in KERNELS.into_iter().zip(EDITS) {
+            if adapter.library().caps().takes_minutes(kernel) {
+                continue;
+            }
+            for (n, (edit, (from, _))) in edits.into_iter().zip(BREAKS).enumerate() {
+                // A kernel that fails is tried without each feature in turn. Once is enough: some drivers compile for seconds.
+                let gpu = if n == 0 { fresh(adapter, Some(edit)) } else { plain(adapter, edit) };
+                let context = format!("{kernel} without {from} on {}", adapter.name);
+                let forced = with!(Options::default(), kernel: Some(kernel));
+                let planned = gpu.plan_with(&problem(), &forced);
+                assert!(unproved(planned), "{context}: {:?}", gpu.library().proof());
+                // The planner goes round it, and says why.
+                let plan = gpu.plan(&problem()).unwrap_or_else(|error| panic!("{context}: {error}"));
+                assert_ne!(plan.choice().kernel(), kernel, "{context}");
+                let said = plan.reasons().iter().any(|why| why.contains("it failed its proof on this driver: the "));
+                assert!(said, "{context}: {plan}");
+                // The other kernels are not suspected.
+                let failures = gpu.library().proof().failures;
+                let of = |failure: &Failure| matches!(failure, Failure::Kernel { trial, .. } if trial.kernel == kernel);
+                assert!(failures.iter().all(of), "{context}: {failures:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn results_are_right_where_the_first_choice_is_wrong() {
+    let case = Case::random(problem(), 7);
+    for adapter in gpus() {
+        let chosen = adapter.library().plan(&problem()).unwrap().choice().kernel();
+        let place = KERNELS.iter().position(|(kernel, _)| *kernel == chosen).unwrap();
+        let gpu = fresh(adapter, Some(EDITS[place][0]));
+        let (_, plan) = case.check(&gpu, &Options::default());
+        // `check` plans before the trial, and runs after it.
+        assert_eq!(plan.choice().kernel(), chosen);
+        assert_ne!(gpu.library().plan(&problem()).unwrap().choice().kernel(), chosen);
+    }
+}
+
+/// Takes what another lane holds where a lane asks for that of lane 1.
+fn no_broadcast(_: &Variant, text: String) -> String {
+    let line =
+        |line: &str| if line.contains("subgroupBroadcast(") { line.replace(", 1u)", ", 0u)") } else { line.into() };
+    text.lines().map(line).collect::<Vec<String>>().join("\n")
+}
+
+#[test]
+fn a_feature_that_is_wrong_is_used_no_more() {
+    let mut tested = 0;
+    for adapter in gpus().iter().filter(|gpu| gpu.library().caps().subgroup_size == Some(8)) {
+        let gpu = fresh(adapter, Some(no_broadcast));
+        let plan = gpu.plan(&problem()).unwrap();
+        assert_eq!(plan.choice().kernel(), Kernel::Rows, "{plan}");
+        let said =
+            plan.reasons().iter().any(|why| why.starts_with("subgroup operations: not used, because they failed"));
+        assert!(said, "{plan}");
+        let failures = gpu.library().proof().failures;
+        let of = |failure: &Failure| matches!(failure, Failure::Feature { feature: Feature::Subgroups, .. });
+        assert!(failures.len() == 1 && of(&failures[0]), "{failures:?}");
+        assert!(gpu.library().caps().subgroup_size.is_some() && gpu.library().proven_caps().subgroup_size.is_none());
+        Case::random(problem(), 8).check(&gpu, &Options::default());
+        tested += 1;
+    }
+    let able = gpus().iter().filter(|gpu| gpu.library().caps().subgroup_size == Some(8)).count();
+    assert_eq!(tested, able);
+}
+
+#[test]
+fn a_shader_that_does_not_compile_has_failed() {
+    fn nonsense(variant: &Variant, text: String) -> String {
+        if variant.kernel() == "flash" { "nonsense".into() } else { text }
+    }
+    for adapter in gpus() {
+        let gpu = fresh(adapter, Some(nonsense));
+        let error = gpu.plan_with(&problem(), &with!(Options::default(), kernel: Some(Kernel::Flash))).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("kernel flash cannot run here: it failed its proof on this driver: ")
+                && text.contains("nonsense"),
+            "{text}"
+        );
+        gpu.plan(&problem()).unwrap();
+    }
+}
+
+/// A device whose limits are too low for a trial is not refused, and not called proven either.
+#[test]
+fn what_cannot_be_tried_runs_unproven() {
+    for adapter in gpus() {
+        let gpu = adapter.proving(Some(wgpu::Features::empty()), |limits| {
+            limits.max_storage_buffers_per_shader_stage = 4;
+            limits.max_compute_workgroup_storage_size = 16352;
+        });
+        let mut with_operands = problem();
+        with_operands.softcap = Some(3.0);
+        let case = Case::random(with_operands, 9);
+        case.check(&gpu, &Options::default());
+        assert_eq!(gpu.library().proof().failures, []);
+    }
+}
+
+#[test]
+fn forms_that_are_asked_for_are_tried_too() {
+    fn tiled(variant: &Variant, text: String) -> String {
+        if variant.kernel() == "scores" { text.replace("params.scale", "(1.01 * params.scale)") } else { text }
+    }
+    for adapter in gpus() {
+        let gpu = fresh(adapter, Some(tiled));
+        let form = |form| with!(Options::default(), kernel: Some(Kernel::Unfused), form: Some(form));
+        assert!(unproved(gpu.plan_with(&problem(), &form(Form::Tiled))), "on {}", adapter.name);
+        assert!(gpu.plan_with(&problem(), &form(Form::Lanes)).is_ok(), "on {}", adapter.name);
+    }
+}
+
+#[test]
+fn nothing_is_tried_where_the_caller_trusts_the_driver() {
+    let adapter = &gpus()[0].adapter;
+    let gpu = Gpu::open(adapter, &with!(DeviceOptions::default(), unproven: true)).unwrap();
+    gpu.plan(&problem()).unwrap();
+    assert_eq!((gpu.library().proof(), gpu.library().compiled_pipelines()), (Proof::default(), 0));
+    let inputs = Inputs::default();
+    assert!(gpu.attention(&problem(), &inputs).is_err(), "what is wrong with the inputs is said first");
+    assert_eq!(gpu.library().compiled_pipelines(), 0);
+}
