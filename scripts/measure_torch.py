@@ -7,8 +7,8 @@ Of the shapes in ROWS, those measured on an adapter with the card's name are tak
 
 What the figures are:
 
-- median_ms, min_ms: CUDA events around each call, calls queued without waiting in between, so that the time to launch
-  from Python is hidden as long as the kernel takes longer than that. Caches are warm.
+- times_ms, median_ms, p5_ms, p25_ms, p75_ms, p95_ms: CUDA events around each call, calls queued without waiting in
+  between, so that the time to launch from Python is hidden as long as the kernel takes longer than that. Caches are warm.
 - first_ms: wall clock of the first call of that backend on that shape, the wait for it included.
 - gflops: the work that the bench row counts (its gflops times its median_ms) over this median.
 - ceiling_gflops: a square matrix product of the same element type. TF32 is off for f32.
@@ -201,6 +201,7 @@ def main():
                 torch.cuda.empty_cache()
                 continue
             median = statistics.median(times)
+            twentieths = statistics.quantiles(times, n=20, method="inclusive")
             measured += 1
             row = {
                 "adapter": card,
@@ -210,8 +211,9 @@ def main():
                 "shape": shape,
                 "dtype": dtype,
                 "causal": causal,
+                "times_ms": times,
                 "median_ms": median,
-                "min_ms": min(times),
+                **{f"p{5 * n}_ms": twentieths[n - 1] for n in (1, 5, 15, 19)},
                 "first_ms": first,
                 "gflops": gflop / median * 1e3,
                 "ceiling_gflops": ceilings[dtype],
