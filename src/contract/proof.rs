@@ -152,11 +152,32 @@ impl Proof {
         self.right.contains(trial) || self.unable.contains(trial) || self.failures.iter().any(failed)
     }
 
-    /// Notes that a trial was right only without a feature. What was right with the feature is not known any more, because other shaders
-    /// run from now on.
-    pub(crate) fn drop_feature(&mut self, feature: Feature, trial: Trial, why: String) {
-        self.right.clear();
-        self.unable.clear();
-        self.failures.push(Failure::Feature { feature, trial, why });
+    /// Notes how a trial ended that began when there were so many failures. Where a trial at the same time noted another failure, it ran
+    /// other shaders than plans use by now, and is worth nothing.
+    pub(crate) fn note(&mut self, trial: Trial, ended: Ended, failures: usize) {
+        if self.failures.len() != failures || self.knows(&trial) {
+            return;
+        }
+        match ended {
+            Ended::Right => self.right.push(trial),
+            Ended::Unable => self.unable.push(trial),
+            Ended::Wrong { why, feature: None } => self.failures.push(Failure::Kernel { trial, why }),
+            Ended::Wrong { why, feature: Some(feature) } => {
+                // What is known of the other trials holds for shaders that use the feature.
+                self.right.clear();
+                self.unable.clear();
+                self.failures.push(Failure::Feature { feature, trial, why });
+            }
+        }
     }
+}
+
+/// How a trial ended.
+pub(crate) enum Ended {
+    /// Its results were right.
+    Right,
+    /// It cannot run on the device.
+    Unable,
+    /// Its results were wrong, and right without a feature, if there is one.
+    Wrong { why: String, feature: Option<Feature> },
 }

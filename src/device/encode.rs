@@ -181,8 +181,8 @@ impl Attention {
         note(&mut lock(&self.proof))
     }
 
-    /// Runs each of [`crate::proof::Trial::all`] that has no outcome yet, with the device's queue, and waits for it. No plan uses afterwards what gave
-    /// wrong results, and the reasons of a plan say so. A driver that computes on the CPU may take a minute to compile all their shaders;
+    /// Runs each of [`Trial::all`](crate::proof::Trial::all) that has no outcome yet, with the device's queue, and waits for it. No plan
+    /// uses afterwards what gave wrong results, and the reasons of a plan say so. A driver that computes on the CPU may take a minute to compile all their shaders;
     /// [`Gpu`] runs a trial before the first plan that relies on it instead.
     ///
     /// # Errors

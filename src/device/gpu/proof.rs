@@ -6,7 +6,7 @@ use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
 use crate::contract::problem::{Inputs, Outputs, Problem};
-use crate::contract::proof::{Failure, Feature, Proof, Trial};
+use crate::contract::proof::{Ended, Feature, Proof, Trial};
 use crate::device::encode::Attention;
 use crate::device::gpu::Gpu;
 use crate::plan::Plan;
@@ -43,7 +43,9 @@ impl Gpu {
     /// Those of [`Attention::prove`].
     pub async fn prove_async(&self) -> Result<Proof> {
         // A driver may take minutes to compile some kernels, which no plan prefers there.
-        for trial in Trial::all().filter(|trial| !self.library.caps().takes_minutes(trial.kernel)) {
+        let quick = |trial: &Trial| !self.library.caps().takes_minutes(trial.kernel);
+        let next = |proof: &mut Proof| Trial::all().filter(quick).find(|trial| !proof.knows(trial));
+        while let Some(trial) = self.library.with_proof(next) {
             self.outcome_of(trial).await?;
         }
         Ok(self.library.proof())
@@ -92,23 +94,16 @@ impl Gpu {
         }
     }
 
-    /// Runs a trial until its outcome is known, and notes what failed.
+    /// Runs a trial until its outcome is known.
     async fn outcome_of(&self, trial: Trial) -> Result<()> {
         while !self.library.with_proof(|proof| proof.knows(&trial)) {
             let caps = self.library.proven_caps();
-            let Some(outcome) = self.try_out(&trial, &caps).await? else {
-                self.library.with_proof(|proof| proof.unable.push(trial));
-                continue;
+            let ended = match self.try_out(&trial, &caps).await? {
+                None => Ended::Unable,
+                Some(Ok(())) => Ended::Right,
+                Some(Err(why)) => Ended::Wrong { why, feature: self.culprit(&trial, &caps).await? },
             };
-            let Err(why) = outcome else {
-                self.library.with_proof(|proof| proof.right.push(trial));
-                continue;
-            };
-            let feature = self.culprit(&trial, &caps).await?;
-            self.library.with_proof(|proof| match feature {
-                Some(feature) => proof.drop_feature(feature, trial, why),
-                None => proof.failures.push(Failure::Kernel { trial, why }),
-            });
+            self.library.with_proof(|proof| proof.note(trial, ended, caps.failures.len()));
         }
         Ok(())
     }
