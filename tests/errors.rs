@@ -284,8 +284,8 @@ fn host_operands_that_do_not_fit_are_refused() {
 
 /// A device like a test's, from an instance of wgpu of its own or from the same one.
 fn stranger(gpu: &support::Adapter, own_instance: bool) -> (wgpu::Device, wgpu::Queue) {
-    let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter.get_info();
-    let adapter = if own_instance { Gpu::adapters().into_iter().find(alike) } else { Some(gpu.adapter.clone()) };
+    let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter().get_info();
+    let adapter = if own_instance { Gpu::adapters().into_iter().find(alike) } else { Some(gpu.adapter().clone()) };
     let limits = gpu.device().limits();
     let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
     pollster::block_on(adapter.expect("the same one again").request_device(&descriptor)).expect("opens once more")
@@ -342,7 +342,7 @@ fn what_belongs_to_another_device_is_refused_and_nothing_is_recorded() {
         gpu.wait().unwrap();
 
         // Two of these are never taken for one another, whatever wgpu's numbers are.
-        let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter.get_info();
+        let alike = |adapter: &wgpu::Adapter| adapter.get_info() == gpu.adapter().get_info();
         let adapter = Gpu::adapters().into_iter().find(alike).unwrap();
         let [one, two] = [(); 2].map(|()| Gpu::open(&adapter, &DeviceOptions::default()).unwrap());
         let third = Gpu::open(&Gpu::adapters().into_iter().find(alike).unwrap(), &DeviceOptions::default()).unwrap();
@@ -577,9 +577,9 @@ fn adapters_that_are_not_there_and_devices_that_cannot_be_are_refused() {
         (other, found) => panic!("{other:?} of {found:?}"),
     }
     for gpu in gpus() {
-        let limits = wgpu::Limits { max_compute_workgroup_size_x: u32::MAX, ..gpu.adapter.limits() };
+        let limits = wgpu::Limits { max_compute_workgroup_size_x: u32::MAX, ..gpu.adapter().limits() };
         let options = with!(DeviceOptions::default(), limits: Some(limits));
-        let error = Gpu::open(&gpu.adapter, &options).unwrap_err();
+        let error = Gpu::open(gpu.adapter(), &options).unwrap_err();
         assert!(matches!(error, Error::RequestDevice(_)), "{error}");
         names(&error, &["max_compute_workgroup_size_x"]);
     }

@@ -225,7 +225,7 @@ fn devices_open_and_pipelines_compile_asynchronously() {
     for gpu in gpus() {
         let [case, _] = cases();
         let options = with!(DeviceOptions::default(), checked: checked());
-        let opened = in_time(|| under_tokio(Gpu::open_async(&gpu.adapter, &options))).unwrap();
+        let opened = in_time(|| under_tokio(Gpu::open_async(gpu.adapter(), &options))).unwrap();
         assert_eq!(opened.info(), gpu.info());
         let (want, plan) = case.check(&opened, &form(None));
         let library = Attention::new(opened.device());

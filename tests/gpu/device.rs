@@ -11,8 +11,8 @@ use crate::{form, lean, problem};
 
 /// A device that the library did not make.
 fn own(gpu: &Adapter) -> (wgpu::Device, wgpu::Queue) {
-    let descriptor = wgpu::DeviceDescriptor { required_limits: gpu.adapter.limits(), ..Default::default() };
-    pollster::block_on(gpu.adapter.request_device(&descriptor)).unwrap()
+    let descriptor = wgpu::DeviceDescriptor { required_limits: gpu.adapter().limits(), ..Default::default() };
+    pollster::block_on(gpu.adapter().request_device(&descriptor)).unwrap()
 }
 
 pub fn cases() -> [Case; 2] {
@@ -71,7 +71,7 @@ fn recording_compiles_nothing_and_needs_no_compiler() {
 #[test]
 fn a_pipeline_cache_is_given_out_and_taken_and_damage_to_it_is_refused() {
     for gpu in gpus() {
-        let offered = gpu.adapter.features().contains(wgpu::Features::PIPELINE_CACHE);
+        let offered = gpu.adapter().features().contains(wgpu::Features::PIPELINE_CACHE);
         let [case, _] = cases();
         let first = gpu.limited(|_| ());
         let (want, _) = case.check(&first, &form(None));

@@ -463,7 +463,7 @@ struct Again<'a> {
 impl Drop for Again<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let info = self.adapter.adapter.get_info();
+            let info = self.adapter.adapter().get_info();
             let name = info.name.split(['(', ',']).next().unwrap_or_default().trim();
             let set = |name: &str| env::var(name).map_or(String::new(), |value| format!("{name}={value} "));
             eprintln!(

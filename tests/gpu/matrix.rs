@@ -232,13 +232,13 @@ fn own(gpu: &Adapter) -> wgpu::Device {
     let wanted =
         wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
     let descriptor = wgpu::DeviceDescriptor {
-        required_features: gpu.adapter.features() & wanted,
-        required_limits: gpu.adapter.limits(),
+        required_features: gpu.adapter().features() & wanted,
+        required_limits: gpu.adapter().limits(),
         // SAFETY: as in src/device/gpu/open.rs.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     };
-    pollster::block_on(gpu.adapter.request_device(&descriptor)).unwrap().0
+    pollster::block_on(gpu.adapter().request_device(&descriptor)).unwrap().0
 }
 
 #[test]
@@ -247,14 +247,14 @@ fn the_sizes_of_matrices_come_with_the_adapter_or_not_at_all() {
     let options = with!(Options::default(), kernel: Some(Kernel::Matrix));
     for gpu in gpus() {
         let device = own(gpu);
-        let (with, without) = (Attention::with_adapter(&device, &gpu.adapter).unwrap(), Attention::new(&device));
+        let (with, without) = (Attention::with_adapter(&device, gpu.adapter()).unwrap(), Attention::new(&device));
         assert_eq!(with.caps().matrices, gpu.library().caps().matrices);
         assert!(without.caps().matrices.is_empty());
         let error = without.plan_with(&p, &options).unwrap_err();
         let why = if without.caps().f16 { Obstacle::NoMatrices } else { Obstacle::NoF16 };
         assert_eq!(error, Error::Kernel { kernel: "matrix", why });
         for other in gpus().iter().filter(|other| other.name != gpu.name) {
-            let error = Attention::with_adapter(&device, &other.adapter).unwrap_err();
+            let error = Attention::with_adapter(&device, other.adapter()).unwrap_err();
             assert!(matches!(error, Error::Conflict { left: "device", right: "adapter", .. }), "{error}");
         }
     }

@@ -19,7 +19,7 @@ const INSTALL: &str = "install a software one with `apt-get install mesa-vulkan-
 /// An adapter and the device that the tests share on it.
 pub struct Adapter {
     pub name: String,
-    pub adapter: wgpu::Adapter,
+    adapter: wgpu::Adapter,
     gpu: Gpu,
 }
 
@@ -37,6 +37,11 @@ impl Adapter {
         // Trials have tests of their own; here every kernel is compared with the reference anyway.
         let gpu = Gpu::open(&adapter, &with!(DeviceOptions::default(), checked: checked(), unproven: true));
         Adapter { gpu: gpu.unwrap_or_else(|error| panic!("{name}: {error}")), name, adapter }
+    }
+
+    pub fn adapter(&self) -> &wgpu::Adapter {
+        self.take_turn();
+        &self.adapter
     }
 
     /// A device of its own with other limits than the adapter's.
@@ -68,7 +73,7 @@ impl Adapter {
     }
 
     /// Lets the tests of a binary use OpenGL one after the other, each from its first use until its thread ends: wgpu panics
-    /// where a thread waits a second for another that compiles.
+    /// where a thread waits some seconds for another that compiles. Opening another device on the adapter counts, too.
     fn take_turn(&self) {
         static ROTATE: Mutex<()> = Mutex::new(());
         thread_local!(static MINE: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) });

@@ -17,6 +17,11 @@ pub enum Error {
         "no Vulkan driver here reports what its compiler made (VK_KHR_pipeline_executable_properties); see benches/isa/run"
     )]
     NoDevice,
+    #[error(
+        "the Vulkan driver gives no list of devices: {0}. Without a card AMD's driver has a device only in Mesa 25 and older, where \
+         RADV_FORCE_FAMILY names its chip: Mesa 26 removed that. `scripts/drivers trixie COMMAND...` runs this program on Mesa 25.0"
+    )]
+    NoList(vk::Result),
     #[error("Vulkan: {0}")]
     Vulkan(#[from] vk::Result),
     #[error("not valid WGSL: {0}")]
@@ -105,7 +110,7 @@ impl Compiler {
                 let extensions = instance.enumerate_device_extension_properties(physical).unwrap_or_default();
                 extensions.iter().any(|extension| extension.extension_name_as_c_str() == Ok(name))
             };
-            let mut devices = instance.enumerate_physical_devices()?.into_iter();
+            let mut devices = instance.enumerate_physical_devices().map_err(Error::NoList)?.into_iter();
             let physical = devices.find(|&physical| has(physical, wanted)).ok_or(Error::NoDevice)?;
 
             let mut driver = vk::PhysicalDeviceDriverProperties::default();
