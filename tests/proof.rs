@@ -313,7 +313,7 @@ fn forms_that_are_asked_for_are_tried_too() {
 
 #[test]
 fn nothing_is_tried_where_the_caller_trusts_the_driver() {
-    let adapter = &gpus()[0].adapter;
+    let adapter = &gpus()[0].adapter();
     let gpu = Gpu::open(adapter, &with!(DeviceOptions::default(), unproven: true)).unwrap();
     gpu.plan(&problem()).unwrap();
     assert_eq!((gpu.library().proof(), gpu.library().compiled_pipelines()), (Proof::default(), 0));
