@@ -11,7 +11,7 @@ use wgpu_attention::internal::kernel::fused::OperandSet;
 
 use crate::work::Work;
 
-/// Lanes of a subgroup in the bounds: what all five classes have or can have.
+/// Lanes of a subgroup in the columns that are the same for all cards.
 const LANES: u32 = 32;
 
 /// Instructions a product outside of matrices: four products are a multiplication, three multiply-adds and the addition of their sum,
@@ -30,6 +30,8 @@ struct Class {
     fma: f64,
     /// Size of cooperative matrices, and their multiply-adds, f16 operands and f32 sums.
     matrix: Option<(u32, f64)>,
+    /// Lanes of a subgroup.
+    lanes: u32,
     /// How often each element of an operand of cooperative matrices is loaded by a subgroup.
     copies: f64,
     /// Bytes of workgroup memory.
@@ -53,6 +55,7 @@ const CLASSES: [Class; 5] = [
         ghz: 1.35,
         fma: 128.0,
         matrix: None,
+        lanes: 32,
         copies: 1.0,
         shared: 128.0,
         exps: 32.0,
@@ -68,13 +71,16 @@ const CLASSES: [Class; 5] = [
         ghz: 2.5,
         fma: 128.0,
         matrix: Some((16, 256.0)),
-        copies: 2.0,
+        // What AMD's compiler takes where it has the choice.
+        lanes: 64,
+        copies: 4.0,
         shared: 128.0,
         exps: 16.0,
         cache: Some(5300.0),
         memory: 960.0,
         sources: "AMD's product page: 61 TFLOP/s f32 with two instructions at once, 123 f16, 960 GB/s; AMD's launch of RDNA 3: 5.3 TB/s \
-                  to the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a quarter of 64 lanes; RDNA 3 ISA guide: both halves of 32 lanes hold the same A and B",
+                  to the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a quarter of 64 lanes; \
+                  RDNA 3 ISA guide: each 16 of 64 lanes hold the same A and B",
     },
     Class {
         name: "Ada",
@@ -83,6 +89,7 @@ const CLASSES: [Class; 5] = [
         ghz: 2.52,
         fma: 128.0,
         matrix: Some((16, 256.0)),
+        lanes: 32,
         copies: 1.0,
         shared: 128.0,
         exps: 16.0,
@@ -98,6 +105,7 @@ const CLASSES: [Class; 5] = [
         ghz: 1.83,
         fma: 128.0,
         matrix: Some((16, 2048.0)),
+        lanes: 32,
         copies: 1.0,
         shared: 128.0,
         exps: 16.0,
@@ -115,6 +123,7 @@ const CLASSES: [Class; 5] = [
         ghz: 1.296,
         fma: 128.0,
         matrix: Some((8, 128.0)),
+        lanes: 32,
         copies: 1.0,
         shared: 128.0,
         exps: 32.0,
@@ -212,6 +221,7 @@ pub fn document(records: &[PathBuf]) -> Result<String, Box<dyn std::error::Error
             }
         }
         for class in &CLASSES {
+            let work = Work::of(&variant, class.lanes).unwrap_or(work);
             match class.bound(&variant, &work) {
                 Some((share, by)) => write!(text, " {:.0} % {by} |", 100.0 * share)?,
                 None => write!(text, " – |")?,
@@ -232,10 +242,11 @@ fn model() -> Result<String, std::fmt::Error> {
     );
     let known = |number: Option<f64>| number.map_or("–".to_owned(), |number| format!("{number:.1}"));
     for class in &CLASSES {
-        let Class { name, card, units, ghz, fma, matrix, copies, shared, exps, cache, memory, sources } = *class;
+        let Class { name, card, units, ghz, fma, matrix, lanes, copies, shared, exps, cache, memory, sources } = *class;
         let (cache, memory) = (known(cache.map(|cache| class.per_clock(cache))), class.per_clock(memory));
-        let matrix =
-            matrix.map_or("–".to_owned(), |(size, rate)| format!("{rate}, {size}×{size}, loaded {copies} ×"));
+        let matrix = matrix.map_or("–".to_owned(), |(size, rate)| {
+            format!("{rate}, {size}×{size} by {lanes} lanes, loaded {copies} ×")
+        });
         write!(
             text,
             "| {name} | {card} | {units} | {ghz} | {fma} | {matrix} | {shared} | {exps} | {cache} | {memory:.1} | "
