@@ -32,6 +32,9 @@ pub enum Error {
     Statistic(&'static str, Vec<String>),
 }
 
+/// Lanes of a subgroup of the variants of `matrix` that need a fixed number of them.
+const FIXED_LANES: u32 = 32;
+
 /// Workgroup memory is given out in units of 512 or 1024 bytes.
 const GRANULE: u64 = 1024;
 
@@ -41,6 +44,8 @@ pub struct Compiler {
     properties: ash::khr::pipeline_executable_properties::Device,
     pub adapter: String,
     pub driver: String,
+    /// Sizes of the square cooperative matrices that the driver has, f16 operands and f32 sums.
+    matrices: Vec<u32>,
     // The library has to stay loaded.
     _entry: ash::Entry,
 }
@@ -90,6 +95,14 @@ impl Statistics {
     }
 }
 
+/// The size of matrices that `matrix` can use: the same in all three dimensions, as wgpu wants it.
+fn square_size(found: &vk::CooperativeMatrixPropertiesKHR<'_>) -> Option<u32> {
+    let (half, single) = (vk::ComponentTypeKHR::FLOAT16, vk::ComponentTypeKHR::FLOAT32);
+    let square = found.m_size == found.n_size && found.n_size == found.k_size;
+    let types = [found.a_type, found.b_type, found.c_type, found.result_type] == [half, half, single, single];
+    (square && types && found.scope == vk::ScopeKHR::SUBGROUP).then_some(found.m_size)
+}
+
 fn text(chars: &[c_char]) -> String {
     // SAFETY: Vulkan ends its fixed arrays of characters with a zero.
     unsafe { CStr::from_ptr(chars.as_ptr()) }.to_string_lossy().into_owned()
@@ -136,13 +149,33 @@ impl Compiler {
                 extensions.push(ash::ext::robustness2::NAME.as_ptr());
                 create = create.push_next(&mut robust);
             }
+            // With cooperative matrices naga writes SPIR-V for Vulkan's memory model.
+            let mut matrix = vk::PhysicalDeviceCooperativeMatrixFeaturesKHR::default().cooperative_matrix(true);
+            let mut model = vk::PhysicalDeviceVulkanMemoryModelFeatures::default()
+                .vulkan_memory_model(true)
+                .vulkan_memory_model_device_scope(true);
+            let mut matrices = Vec::new();
+            if has(physical, ash::khr::cooperative_matrix::NAME) {
+                extensions.push(ash::khr::cooperative_matrix::NAME.as_ptr());
+                create = create.push_next(&mut matrix).push_next(&mut model);
+                let of = ash::khr::cooperative_matrix::Instance::new(&entry, &instance);
+                let found = of.get_physical_device_cooperative_matrix_properties(physical)?;
+                matrices.extend(found.iter().filter_map(square_size));
+                matrices.sort_unstable();
+                matrices.dedup();
+            }
             let create =
                 create.enabled_extension_names(&extensions).push_next(&mut executables).push_next(&mut memory16);
             let create = create.push_next(&mut float16).push_next(&mut subgroups);
             let device = instance.create_device(physical, &create, None)?;
             let properties = ash::khr::pipeline_executable_properties::Device::new(&instance, &device);
-            Ok(Compiler { device, properties, adapter, driver, _entry: entry })
+            Ok(Compiler { device, properties, adapter, driver, matrices, _entry: entry })
         }
+    }
+
+    /// Whether the driver has the cooperative matrices that a variant needs, if it needs any.
+    pub fn has_matrices(&self, variant: &Variant) -> bool {
+        variant.needs().matrices.is_none_or(|size| self.matrices.contains(&size))
     }
 
     /// Compiles a variant.
@@ -164,12 +197,18 @@ impl Compiler {
             let layout = vk::PipelineLayoutCreateInfo::default().set_layouts(&sets);
             let layout = self.device.create_pipeline_layout(&layout, None)?;
             let module = self.device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&code), None)?;
-            // As wgpu does for devices with subgroups: the compiler chooses their size.
-            let stage = vk::PipelineShaderStageCreateInfo::default()
-                .flags(vk::PipelineShaderStageCreateFlags::ALLOW_VARYING_SUBGROUP_SIZE)
+            let mut stage = vk::PipelineShaderStageCreateInfo::default()
                 .stage(vk::ShaderStageFlags::COMPUTE)
                 .module(module)
                 .name(c"main");
+            let mut fixed =
+                vk::PipelineShaderStageRequiredSubgroupSizeCreateInfo::default().required_subgroup_size(FIXED_LANES);
+            if matches!(variant, Variant::Matrix(x) if !x.varying) {
+                stage = stage.push_next(&mut fixed);
+            } else {
+                // As wgpu does for devices with subgroups: the compiler chooses their size.
+                stage = stage.flags(vk::PipelineShaderStageCreateFlags::ALLOW_VARYING_SUBGROUP_SIZE);
+            }
             let create = vk::ComputePipelineCreateInfo::default()
                 .flags(vk::PipelineCreateFlags::CAPTURE_STATISTICS_KHR)
                 .stage(stage)

@@ -1,9 +1,11 @@
 //! Compiles every shader variant meant for GPUs by the Vulkan driver's own compiler and prints what it made of it: registers,
 //! spills, workgroup memory, occupancy. Nothing runs, so RADV's null device will do: AMD's compiler on a machine without a GPU
-//! (`benches/isa/run`). Ends with 1 if a variant spills vector registers, is
-//! not compiled, or takes other workgroup memory than stated.
+//! (`benches/isa/run`). Ends with 1 if a variant spills vector registers, is not compiled, or takes other workgroup memory than
+//! stated. From the records of such runs it writes the table of `docs/book/src/gpu-kernels.md`.
 
 mod compiler;
+mod numbers;
+mod work;
 
 use std::fs;
 use std::io::{self, Write};
@@ -30,6 +32,9 @@ struct Arguments {
     /// No table, only the summary and what is wrong
     #[arg(long)]
     quiet: bool,
+    /// Compile nothing: print loads, barriers and bounds of each kernel, with registers and occupancy from these records
+    #[arg(long, num_args = 1.., value_name = "RECORD", conflicts_with_all = ["record", "only", "quiet"])]
+    numbers: Vec<PathBuf>,
 }
 
 /// A row of the record.
@@ -47,8 +52,8 @@ struct Row {
 fn for_gpus(variant: &Variant) -> bool {
     match variant {
         Variant::ScoresLanes(_) | Variant::ValuesLanes(_) | Variant::ProjectLanes(_) | Variant::Rows(_) => false,
-        // Mesa 22.3 has no cooperative matrices, and the emulated ones are for tests.
-        Variant::Matrix(_) => false,
+        // Emulated matrices are for tests.
+        Variant::Matrix(x) => !x.emulated,
         Variant::Split(x) => !x.tile.wide(),
         _ => true,
     }
@@ -66,14 +71,17 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<bool, Box<dyn std::error::Error>> {
+    if !arguments.numbers.is_empty() {
+        io::stdout().lock().write_all(numbers::document(&arguments.numbers)?.as_bytes())?;
+        return Ok(true);
+    }
     let compiler = Compiler::new()?;
-    let variants: Vec<Variant> = Variant::all()
-        .into_iter()
-        .filter(|variant| for_gpus(variant) && variant.to_string().contains(&arguments.only))
-        .collect();
-    if variants.is_empty() {
+    let asked = |variant: &Variant| for_gpus(variant) && variant.to_string().contains(&arguments.only);
+    let asked: Vec<Variant> = Variant::all().into_iter().filter(asked).collect();
+    if asked.is_empty() {
         return Err(format!("no variant for GPUs has {:?} in its name", arguments.only).into());
     }
+    let (variants, left_out): (Vec<_>, Vec<_>) = asked.into_iter().partition(|variant| compiler.has_matrices(variant));
     let compiled: Vec<_> = variants.par_iter().map(|variant| compiler.compile(variant)).collect();
 
     let mut table = Table::new();
@@ -114,6 +122,13 @@ fn run(arguments: &Arguments) -> Result<bool, Box<dyn std::error::Error>> {
         writeln!(out, "{}", table.trim_fmt())?;
     }
     writeln!(out, "{}, {}: {} variants", compiler.adapter, compiler.driver, variants.len())?;
+    if !left_out.is_empty() {
+        let mut sizes: Vec<_> = left_out.iter().filter_map(|variant| variant.needs().matrices).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        let sizes = sizes.iter().map(|size| format!("{size}×{size}")).collect::<Vec<_>>().join(" and ");
+        writeln!(out, "{} left out: this driver has no cooperative matrices of {sizes}", left_out.len())?;
+    }
     let scalar = rows.iter().filter(|row| row.statistics.spilled_sgprs > 0).count();
     writeln!(out, "{scalar} keep scalar registers in lanes of vector registers; {} faults", wrong.len())?;
     for fault in &wrong {
