@@ -12,7 +12,7 @@ pub(crate) use program::Program;
 pub use scratch::Recording;
 pub(crate) use scratch::{Scratch, Set};
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::contract::caps::Caps;
 use crate::contract::error::Result;
@@ -20,6 +20,7 @@ use crate::contract::options::Options;
 use crate::contract::problem::Problem;
 use crate::contract::proof::Proof;
 use crate::device::gpu::Gpu;
+use crate::device::lock;
 use crate::device::pipelines::Pipelines;
 use crate::dispatch::step::Step;
 use crate::kernel::Variant;
@@ -40,10 +41,6 @@ impl Home {
     pub(crate) fn is(&self, other: &Home) -> bool {
         self.device == other.device && (self.gpu == other.gpu || self.gpu == 0 || other.gpu == 0)
     }
-}
-
-fn lock(proof: &Mutex<Proof>) -> MutexGuard<'_, Proof> {
-    proof.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Attention on the caller's device: planner and pipeline cache. Make one per device and keep it.

@@ -11,13 +11,14 @@ mod resident;
 mod wait;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
 
 use crate::contract::error::{Error, Result};
 use crate::contract::options::Options;
 use crate::contract::problem::{Inputs, Outputs, Problem};
 use crate::device::encode::{Attention, Home, Prepared};
+use crate::device::lock;
 use crate::trace::span;
 
 pub use resident::Resident;
@@ -70,10 +71,6 @@ struct Faults {
     /// The first error of each thread that no call has returned yet. wgpu reports on the thread whose command is wrong, so that no
     /// other thread's call gets it.
     threads: HashMap<ThreadId, Error>,
-}
-
-fn lock(faults: &Mutex<Faults>) -> MutexGuard<'_, Faults> {
-    faults.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An adapter in a line: name, backend, driver.

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures::FutureExt;
 use futures::future::Shared;
 
 use crate::contract::error::{Error, Result};
 use crate::device::allocation::{ErrorScopes, allocate_at_once};
+use crate::device::lock;
 use crate::kernel::Variant;
 use crate::trace::{pipeline_cache_ignored, span};
 
@@ -100,7 +101,7 @@ impl Pipelines {
     }
 
     fn lock(&self) -> MutexGuard<'_, Compilations> {
-        self.compiled.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.compiled)
     }
 
     /// Compiles at the call on native backends, which takes this thread: wgpu has no other way there.

@@ -1,9 +1,10 @@
 //! Scratch buffers, and the calls that hold them while they are recorded in parts.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::contract::error::Result;
 use crate::device::allocation::{allocate, allocate_at_once};
+use crate::device::lock;
 use crate::kernel::slot::Slot;
 
 /// The buffers in which one call keeps its intermediate results.
@@ -37,7 +38,7 @@ impl Scratch {
 
     /// For a call that one encoder records as a whole.
     pub(crate) fn shared(&self) -> Result<Arc<Set>> {
-        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sets = lock(&self.sets);
         if let Some(set) = &sets.shared {
             return Ok(set.clone());
         }
@@ -50,7 +51,7 @@ impl Scratch {
 
     /// For a call in several submissions, until the last reference is gone.
     pub(crate) fn own(&self) -> Result<Arc<Set>> {
-        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sets = lock(&self.sets);
         if let Some(free) = sets.own.iter().find(|set| Arc::strong_count(set) == 1) {
             return Ok(free.clone());
         }

@@ -8,7 +8,8 @@ use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result, counted};
 use crate::device::encode::{Attention, Home};
 use crate::device::gpu::environment::variable;
-use crate::device::gpu::{DeviceOptions, Faults, Gpu, describe, lock};
+use crate::device::gpu::{DeviceOptions, Faults, Gpu, describe};
+use crate::device::lock;
 
 fn instance() -> wgpu::Instance {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();

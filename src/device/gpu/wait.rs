@@ -8,9 +8,10 @@ use futures::FutureExt;
 use futures::channel::oneshot;
 
 use crate::contract::error::{Error, Result};
+use crate::device::gpu::Gpu;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::device::gpu::alarm::Alarm;
-use crate::device::gpu::{Gpu, lock};
+use crate::device::lock;
 
 impl Gpu {
     /// Waits until the device is idle.
