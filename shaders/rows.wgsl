@@ -21,7 +21,8 @@
 // How to read the text: `main` stands at the end, and the steps that it names stand before it, in the order in which
 // they run. A step is a macro, because drivers do not keep arrays in registers: each row r, key j of a block and vector
 // c of four dims has variables of its own, such as q_r_c, s_r_j, p_r_j and o_r_c, and loops over these numbers are
-// written out. Loops over rows that do run have the counter r, and `take` and `put` connect it with the variables.
+// written out. Loops over rows that do run have the counter r, and `take` and `put` connect it with the variables. The
+// variables of the row of such a loop have `row` for the number.
 {% if subgroup %}
 //
 // Loads are the cost on CPU adapters. So each vector of a block is loaded by one lane of the subgroup and broadcast to
@@ -32,8 +33,9 @@
 {% endif %}
 //
 // NaN and infinities take a second pass. The quick pass over the keys only notes whether there are any, by the bits of
-// what it loads. Only if there are, the careful pass starts again: it takes one key at a time, with codes for logits
-// (shared/code.wgsl) and classes for the values that a row sees (shared/value.wgsl).
+// what it loads. Only if there are, the careful pass starts again, with codes for logits (shared/code.wgsl) and classes
+// for the values that a row sees (shared/value.wgsl). It takes one row at a time and as few keys as the lanes can share
+// the loads of, because the time that a driver takes to compile the text grows with its length.
 {% if carry %}
 //
 // The keys come in several dispatches; params.key0 .. params.key_end are those of this one. In between, m, l and o of
@@ -68,6 +70,8 @@ const KEYS: u32 = {{ keys }}u;
 {% set words = vectors // 4 %}
 {# Vectors of a block that each lane loads for the subgroup. #}
 {% set loads = keys * vectors // lanes %}
+{# Keys of a block of the careful pass. #}
+{% set careful_keys = [1, lanes // vectors] | max if subgroup else 1 %}
 {# From one vector of a row to its next one in `state`, and from one row of a lane to its next one. #}
 {% set state_vector, state_row = lanes, (1 + vectors) * lanes %}
 
@@ -82,9 +86,11 @@ const KEYS: u32 = {{ keys }}u;
 {% endif %}
     var m_{{ r }} = HIDDEN;
     var l_{{ r }} = 0.0;
+{% if carry %}
 {% for w in range(words) %}
     var class_{{ r }}_{{ w }} = 0u;
 {% endfor %}
+{% endif %}
 {% for c in range(vectors) %}
     var q_{{ r }}_{{ c }} = vec4<f32>();
     var o_{{ r }}_{{ c }} = vec4<f32>();
@@ -111,37 +117,27 @@ const KEYS: u32 = {{ keys }}u;
     }
 {% endmacro %}
 
-{# Step 3: m, l and o as they are before the first key of this dispatch. The careful pass takes this step again. #}
+{# Step 3, where earlier dispatches had keys: m, l and o of row r as they left them. #}
 {% macro restore() %}
-{% for r in range(rows) %}
-    m_{{ r }} = HIDDEN;
-    l_{{ r }} = 0.0;
-{% for c in range(vectors) %}
-    o_{{ r }}_{{ c }} = vec4<f32>();
-{% endfor %}
-{% endfor %}
-{% if carry %}
-    for (var r = 0u; r < select(0u, own_rows, (params.flags & CARRIED) != 0u); r++) {
         let from_place = state_at + r * {{ state_row }}u;
         let kept = bitcast<vec4<f32>>(state[from_place]);
 {% for c in range(vectors) %}
         let kept_{{ c }} = bitcast<vec4<f32>>(state[from_place + {{ (1 + c) * state_vector }}u]);
 {% endfor %}
+{% endmacro %}
+{% macro restore_rows() %}
+    for (var r = 0u; r < select(0u, own_rows, (params.flags & CARRIED) != 0u); r++) {
+{{ restore() }}
+{{ put(rows, "m_#", "kept.x") }}
+{{ put(rows, "l_#", "kept.y") }}
 {% for w in range(words) %}
         let class_of_{{ w }} = {{ classes_word("kept", w * 4) }};
-{% endfor %}
-{% for r in range(rows) %}
-        m_{{ r }} = select(m_{{ r }}, kept.x, r == {{ r }}u);
-        l_{{ r }} = select(l_{{ r }}, kept.y, r == {{ r }}u);
-{% for w in range(words) %}
-        class_{{ r }}_{{ w }} = select(class_{{ r }}_{{ w }}, class_of_{{ w }}, r == {{ r }}u);
+{{ put(rows, "class_#_%s" | format(w), "class_of_%s" | format(w)) }}
 {% endfor %}
 {% for c in range(vectors) %}
-        o_{{ r }}_{{ c }} = select(o_{{ r }}_{{ c }}, finite_or_zero(kept_{{ c }}), r == {{ r }}u);
-{% endfor %}
+{{ put(rows, "o_#_%s" | format(c), "finite_or_zero(kept_%s)" | format(c)) }}
 {% endfor %}
     }
-{% endif %}
 {% endmacro %}
 
 {# Four dims of a key and of a value, from memory. Dims of k beyond the last are 0. #}
@@ -168,32 +164,38 @@ load_v(
 subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {%- endmacro %}
 
-{# Step 4: the dot products s_r_j of all rows with all keys of a block. The dims are outermost, so that a q that the
-   compiler keeps in memory is read once for all keys. Products of four vectors are added up before they join the sum:
-   that is exact where a long chain of equal terms would round, such as those of the largest numbers of f16. #}
-{% macro dot_products(keys, careful) %}
-{% set spread = subgroup and not careful %}
-{% if spread %}
-{% for t in range(loads) %}
+{# Steps 4 to 7 take the rows of `those`, and all keys of a block. Step 4: the dot products s_r_j. The dims are outermost,
+   so that a q that the compiler keeps in memory is read once for all keys. Products of four vectors are added up before
+   they join the sum: that is exact where a long chain of equal terms would round, such as those of the largest numbers
+   of f16. #}
+{% macro dot_products(those, keys, careful) %}
+{% if subgroup %}
+{% for t in range(keys * vectors // lanes) %}
             let k_{{ t }} = {{ key_vector("key + key_%s" | format(t), "dim_%s" | format(t)) }};
+{% if not careful %}
             sizes = larger(sizes, k_{{ t }});
+{% endif %}
 {% endfor %}
-{% elif careful %}
-            var k_bad = false;
+{% endif %}
+{% if careful %}
+{% for j in range(keys) %}
+            var bad_{{ j }} = (q_bad & (1u << r)) != 0u;
+{% endfor %}
 {% endif %}
 {% for c in range(vectors) %}
 {% for j in range(keys) %}
-{% if spread %}
+{% if subgroup %}
             let k_{{ j }}_{{ c }} = {{ broadcast("k", j, c) }};
 {% else %}
             let k_{{ j }}_{{ c }} = {{ key_vector("key + %su" | format(j), "%su" | format(c * 4)) }};
-{% if careful %}
-            k_bad |= !finite(k_{{ j }}_{{ c }});
-{% else %}
+{% if not careful %}
             sizes = larger(sizes, k_{{ j }}_{{ c }});
 {% endif %}
 {% endif %}
-{% for r in range(rows) %}
+{% if careful %}
+            bad_{{ j }} |= !finite(k_{{ j }}_{{ c }});
+{% endif %}
+{% for r in those %}
             let d_{{ r }}_{{ j }}_{{ c }} = dot(q_{{ r }}_{{ c }}, k_{{ j }}_{{ c }});
 {% if c % 4 == 3 %}
 {% set d = "d_%s_%s" | format(r, j) %}
@@ -206,14 +208,14 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% endmacro %}
 
 {# Step 5: the logits, in the same variables; HIDDEN where a row does not see a key. #}
-{% macro logits(keys, careful) %}
-{% for r in range(rows) %}
+{% macro logits(those, keys, careful) %}
+{% for r in those %}
 {% for j in range(keys) %}
 {% if careful %}
             s_{{ r }}_{{ j }} = select(
                 scaled(s_{{ r }}_{{ j }}),
                 scaled_code(s_{{ r }}_{{ j }}),
-                k_bad | ((q_bad & {{ 2 ** r }}u) != 0u),
+                bad_{{ j }},
             );
 {% else %}
             s_{{ r }}_{{ j }} = scaled(s_{{ r }}_{{ j }});
@@ -224,22 +226,30 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% for j in range(keys) %}
             let position_{{ j }} = key_position(seq, key + {{ j }}u);
 {% endfor %}
+{% if careful %}
+{% for j in range(keys) %}
+            s_row_{{ j }} = select(
+                HIDDEN,
+                logit(batch, head, min(row, row_last), key + {{ j }}u, position_{{ j }}, seq, s_row_{{ j }}),
+                key + {{ j }}u < end,
+            );
+{% endfor %}
+{% else %}
             for (var r = 0u; r < own_rows; r++) {
                 let row = min(row_first + r * LANES + lane, row_last);
 {% for j in range(keys) %}
 {{ take(rows, "x_%s" | format(j), "s_#_%s" | format(j)) }}
                 x_{{ j }} = select(
                     HIDDEN,
-                    {{ "logit" if careful else "quick_logit" }}(
-                        batch, head, row, key + {{ j }}u, position_{{ j }}, seq, x_{{ j }},
-                    ),
+                    quick_logit(batch, head, row, key + {{ j }}u, position_{{ j }}, seq, x_{{ j }}),
                     key + {{ j }}u < end,
                 );
 {{ put(rows, "s_#_%s" | format(j), "x_%s" | format(j)) }}
 {% endfor %}
             }
+{% endif %}
 {% else %}
-{% for r in range(rows) %}
+{% for r in those %}
 {% for j in range(keys) %}
             s_{{ r }}_{{ j }} = select(
                 HIDDEN,
@@ -252,8 +262,8 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% endmacro %}
 
 {# Step 6: m and l with the block, its weights p_r_j, and the factor shrink_r of what was summed before. #}
-{% macro online_softmax(keys) %}
-{% for r in range(rows) %}
+{% macro online_softmax(those, keys) %}
+{% for r in those %}
             let higher_{{ r }} = {{ maximum(keys, "s_%s" | format(r), "m_%s" | format(r)) }};
             let shrink_{{ r }} = weigh(m_{{ r }}, higher_{{ r }});
             m_{{ r }} = higher_{{ r }};
@@ -265,43 +275,48 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {% endmacro %}
 
 {# Step 7: o with the values of the block. #}
-{% macro add_values(keys, careful) %}
-{% set spread = subgroup and not careful %}
-{% if spread %}
-{% for t in range(loads) %}
+{% macro add_values(those, keys, careful) %}
+{% if subgroup %}
+{% for t in range(keys * vectors // lanes) %}
             let v_{{ t }} = {{ value_vector("key + key_%s" | format(t), "dim_%s" | format(t)) }};
+{% if not careful %}
             sizes = larger(sizes, v_{{ t }});
+{% endif %}
 {% endfor %}
 {% endif %}
 {% for c in range(vectors) %}
 {% for j in range(keys) %}
-{% if spread %}
-            let v_{{ j }}_{{ c }} = {{ broadcast("v", j, c) }};
-{% elif careful %}
-            let raw_{{ j }}_{{ c }} = {{ value_vector("key + %su" | format(j), "%su" | format(c * 4)) }};
-            let v_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
+{% set loaded = "raw" if careful else "v" %}
+{% if subgroup %}
+            let {{ loaded }}_{{ j }}_{{ c }} = {{ broadcast("v", j, c) }};
 {% else %}
-            let v_{{ j }}_{{ c }} = {{ value_vector("key + %su" | format(j), "%su" | format(c * 4)) }};
+            let {{ loaded }}_{{ j }}_{{ c }} = {{ value_vector("key + %su" | format(j), "%su" | format(c * 4)) }};
+{% if not careful %}
             sizes = larger(sizes, v_{{ j }}_{{ c }});
 {% endif %}
+{% endif %}
+{% if careful %}
+            let v_{{ j }}_{{ c }} = finite_or_zero(raw_{{ j }}_{{ c }});
+{% endif %}
 {% endfor %}
-{% for r in range(rows) %}
+{% for r in those %}
             o_{{ r }}_{{ c }} =
                 o_{{ r }}_{{ c }} * shrink_{{ r }} + {{ joined(keys, " + ", "p_%s_# * v_#_%s" | format(r, c)) }};
 {% endfor %}
 {% endfor %}
 {% if careful %}
+{% for j in range(keys) %}
 {% for w in range(words) %}
-            let class_of_{{ w }} = {{ classes_word("raw_0", w * 4) }};
-{% for r in range(rows) %}
-            class_{{ r }}_{{ w }} |= classes_seen(class_of_{{ w }}, s_{{ r }}_0 > HIDDEN, s_{{ r }}_0 == MINUS);
+            class_row_{{ w }} |= classes_seen(
+                {{ classes_word("raw_%s" | format(j), w * 4) }}, s_row_{{ j }} > HIDDEN, s_row_{{ j }} == MINUS,
+            );
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% endmacro %}
 
 {# Steps 4 to 7 for all keys, page by page. Without pages all keys are in one. #}
-{% macro pass_over_keys(keys, careful) %}
+{% macro pass_over_keys(those, keys, careful) %}
     var first = key_first;
     while (first < key_end) {
         let end = page_end(first, key_end);
@@ -309,56 +324,75 @@ subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
         let k_at = {{ row_at("k", "at.x", "(head / params.group)", "(at.y - first)") }};
         let v_at = {{ row_at("v", "at.x", "(head / params.group)", "(at.y - first)") }};
 {% if not full %}
-{% for r in range(rows) %}
+{% for r in those %}
         let end_{{ r }} = min(range_{{ r }}.y, end);
 {% endfor %}
 {% endif %}
         for (var key = first; key < end; key += {{ keys }}u) {
-{{ dot_products(keys, careful) }}
-{{ logits(keys, careful) }}
-{{ online_softmax(keys) }}
-{{ add_values(keys, careful) }}
+{{ dot_products(those, keys, careful) }}
+{{ logits(those, keys, careful) }}
+{{ online_softmax(those, keys) }}
+{{ add_values(those, keys, careful) }}
         }
         first = end;
     }
 {% endmacro %}
 
-{# Step 8: the state of row r, but for o. #}
-{% macro take_state() %}
-        var m = m_0;
-        var l = l_0;
-{% for w in range(words) %}
-        var class_{{ w }} = class_0_{{ w }};
+{# Step 8: the variables of row r. #}
+{% macro take_row() %}
+{% for name in ("m", "l") %}
+{{ take(rows, name ~ "_row", name ~ "_#") }}
 {% endfor %}
-{% for r in range(1, rows) %}
-        m = select(m, m_{{ r }}, r == {{ r }}u);
-        l = select(l, l_{{ r }}, r == {{ r }}u);
 {% for w in range(words) %}
-        class_{{ w }} = select(class_{{ w }}, class_{{ r }}_{{ w }}, r == {{ r }}u);
+{% if carry %}
+{{ take(rows, "class_row_%s" | format(w), "class_#_%s" | format(w)) }}
+{% else %}
+        var class_row_{{ w }} = 0u;
+{% endif %}
 {% endfor %}
+{% for c in range(vectors) %}
+{{ take(rows, "o_row_%s" | format(c), "o_#_%s" | format(c)) }}
 {% endfor %}
 {% endmacro %}
 
-{# Step 9, where more keys come in a later dispatch: the state of row r waits for it. #}
+{# Step 9, where NaN or an infinity was met: the row once more, by the careful pass. #}
+{% macro start_again() %}
+            m_row = HIDDEN;
+            l_row = 0.0;
+{% for c in range(vectors) %}
+            o_row_{{ c }} = vec4<f32>();
+{{ take(rows, "q_row_%s" | format(c), "q_#_%s" | format(c)) }}
+{% endfor %}
+{% if carry %}
+            if ((params.flags & CARRIED) != 0u) {
+{{ restore() }}
+                m_row = kept.x;
+                l_row = kept.y;
+{% for c in range(vectors) %}
+                o_row_{{ c }} = finite_or_zero(kept_{{ c }});
+{% endfor %}
+            }
+{% endif %}
+{% endmacro %}
+
+{# Step 10, where more keys come in a later dispatch: the state of row r waits for it. #}
 {% macro keep_state() %}
             let to_place = state_at + r * {{ state_row }}u;
             state[to_place] = vec4<u32>(bitcast<u32>(m), bitcast<u32>(l), 0u, 0u);
 {% for c in range(vectors) %}
-{{ take(rows, "kept_%s" | format(c), "o_#_%s" | format(c)) }}
             state[to_place + {{ (1 + c) * state_vector }}u] =
-                result_bits(kept_{{ c }}, {{ classes_of_vector("class", c) }});
+                result_bits(o_row_{{ c }}, {{ classes_of_vector("class_row", c) }});
 {% endfor %}
 {% endmacro %}
 
-{# Step 10: the output of row r. #}
+{# Step 11: the output of row r. #}
 {% macro store_output() %}
 {% for c in range(vectors) %}
             if ({{ c * 4 }}u < params.value_dim) {
-{{ take(rows, "y", "o_#_%s" | format(c)) }}
                 store_out(
                     at + {{ c * 4 }}u,
                     params.value_dim - {{ c * 4 }}u,
-                    result_bits(y * factor, all_nan | ({{ classes_of_vector("class", c) }})),
+                    result_bits(o_row_{{ c }} * factor, all_nan | ({{ classes_of_vector("class_row", c) }})),
                 );
             }
 {% endfor %}
@@ -409,16 +443,15 @@ fn main(
 {% endfor %}
 {% endif %}
 {% if carry %}
-{{ restore() }}
+{{ restore_rows() }}
 {% endif %}
 
     // The quick pass. In `sizes` it leaves the largest magnitudes, as bits, of the keys and values that this lane
     // loaded.
     var sizes = vec4<u32>();
-{{ pass_over_keys(keys, false) }}
+{{ pass_over_keys(range(rows), keys, false) }}
 
-    // The careful pass, where any lane has met NaN or an infinity. It is a loop of one iteration or none: unlike a
-    // branch, drivers on the CPU skip it.
+    // Whether the careful pass is needed, because a lane has met NaN or an infinity.
 {% if full %}
     let own = u32(
         any_ends(sizes) | (q_bad != 0u) | slope_ends(head) | {{ joined(rows, " | ", "(m_# == UNDEFINED)") }},
@@ -427,14 +460,21 @@ fn main(
     let own = u32(any_ends(sizes) | (q_bad != 0u));
 {% endif %}
     let again = {{ joined(lanes, " | ", "subgroupBroadcast(own, #u)") if subgroup else "own" }};
-    for (var once = again; once > 0u; once--) {
-{{ restore() }}
-{{ pass_over_keys(1, true) }}
-    }
 
     // What the rows leave, one row after the other.
     for (var r = 0u; r < own_rows; r++) {
-{{ take_state() }}
+        let row = row_first + r * LANES + lane;
+{{ take_row() }}
+        // A loop of one iteration or none: unlike a branch, drivers on the CPU skip it.
+        for (var once = again; once > 0u; once--) {
+{% if not full %}
+            let range_row = key_range(seq, min(row, row_last));
+{% endif %}
+{{ start_again() }}
+{{ pass_over_keys(["row"], careful_keys, true) }}
+        }
+        var m = m_row;
+        var l = l_row;
 {% if carry %}
         let more = params.key_end < params.seq_kv;
         if (more) {
@@ -444,7 +484,6 @@ fn main(
 {{ join_sinks("head") }}
         let all_nan = select(0u, 0xffu, broken(m));
         let factor = {{ over_sum("shrink") }};
-        let row = row_first + r * LANES + lane;
         if (row < row_end{{ " && !more" if carry }}) {
 {{ leave_lse(lse_at("batch_of(batch)", "head", "seq.token_q + row")) }}
             let at = {{ row_at("out", "batch_of(batch)", "head", "(seq.token_q + row)") }};

@@ -1,5 +1,5 @@
 {% from "shared/lines.wgsl" import lines_until %}
-{% from "shared/unroll.wgsl" import joined, four_dots %}
+{% from "shared/unroll.wgsl" import joined, four_dots, put %}
 // Scores, lanes:  s = scale · q kᵀ, in f32, into the score scratch. This is the body of `scores` for CPU adapters,
 // where loads are the cost.
 //
@@ -67,7 +67,6 @@ fn main(
 {% for r in range(rows) %}
     let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
     let line_{{ r }} = min(line_first + {{ r * lanes }}u + lane, line_last);
-    let q_{{ r }} = q_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }}));
     let s_{{ r }} = s_place(batch, line_head(here.head, line_{{ r }}), line_row(line_{{ r }}));
 {% endfor %}
 {% if subgroup %}
@@ -86,10 +85,19 @@ fn main(
         let at_{{ c }} = dim + min({{ c * 4 }}u, last);
         let left_{{ c }} = valid - min({{ c * 4 }}u, last);
 {% for r in range(rows) %}
-        let q_{{ r }}_{{ c }} = select(vec4<f32>(), load_q(q_{{ r }} + at_{{ c }}, left_{{ c }}), held_{{ c }});
-        q_bad |= select({{ 2 ** r }}u, 0u, finite(q_{{ r }}_{{ c }}));
+        var q_{{ r }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
+        // The loop over rows is not written out, because drivers that compile on the CPU take long over each load.
+        for (var r = 0u; r < ROWS; r++) {
+            let line = min(line_first + r * LANES + lane, line_last);
+            let place = q_place(batch, line_head(here.head, line), seq, line_row(line));
+{% for c in range(dims // 4) %}
+            let x_{{ c }} = select(vec4<f32>(), load_q(place + at_{{ c }}, left_{{ c }}), held_{{ c }});
+{{ put(rows, "q_#_%s" | format(c), "x_%s" | format(c)) }}
+{% endfor %}
+            q_bad |= select(1u << r, 0u, {{ joined(dims // 4, " & ", "finite(x_#)") }});
+        }
 {% if subgroup %}
 {% for t in range(dims // lanes) %}
         let in_{{ t }} = min(dim_{{ t }}, last);

@@ -1,5 +1,5 @@
 {% from "shared/lines.wgsl" import lines_until %}
-{% from "shared/unroll.wgsl" import joined, all_good %}
+{% from "shared/unroll.wgsl" import joined, all_good, take %}
 {% from "shared/value.wgsl" import classes_word, classes_of_vector %}
 // Values, lanes:  out = w v, with the weights w in the score scratch. Where the keys come in several dispatches, the
 // later ones add to what `out` holds. This is the body of `values` for CPU adapters, where loads are the cost.
@@ -67,7 +67,6 @@ fn main(
     let valid = params.value_dim - dim;
     let last = (valid - 1u) & ~3u;
 {% for r in range(rows) %}
-    let owned_{{ r }} = line_first + {{ r * lanes }}u + lane <= line_last;
     let line_{{ r }} = min(line_first + {{ r * lanes }}u + lane, line_last);
     let s_{{ r }} = s_place(batch, line_head(here.head, line_{{ r }}), line_row(line_{{ r }}));
     var broken_{{ r }} = false;
@@ -161,19 +160,28 @@ fn main(
         }
 {% endif %}
     }
-{% for r in range(rows) %}
-    if (owned_{{ r }}) {
-        let at = out_place(batch, line_head(here.head, line_{{ r }}), seq, line_row(line_{{ r }})) + dim;
+    // The loop over rows is not written out, because drivers that compile on the CPU take long over each store.
+    for (var r = 0u; r < ROWS; r++) {
+        let line = line_first + r * LANES + lane;
+{{ take(rows, "broken", "broken_#") }}
+{% for g in range(groups) %}
+{{ take(rows, "class_%s" | format(g), "class_#_%s" | format(g)) }}
+{% endfor %}
 {% for c in range(dims // 4) %}
-        if ({{ c * 4 }}u < valid) {
-            give(
-                at + {{ c * 4 }}u,
-                valid - {{ c * 4 }}u,
-                sum_{{ r }}_{{ c }},
-                select({{ classes_of_vector("class_%s" | format(r), c) }}, 0xffu, broken_{{ r }}),
-            );
+{{ take(rows, "sum_%s" | format(c), "sum_#_%s" | format(c)) }}
+{% endfor %}
+        if (line <= line_last) {
+            let at = out_place(batch, line_head(here.head, line), seq, line_row(line)) + dim;
+{% for c in range(dims // 4) %}
+            if ({{ c * 4 }}u < valid) {
+                give(
+                    at + {{ c * 4 }}u,
+                    valid - {{ c * 4 }}u,
+                    sum_{{ c }},
+                    select({{ classes_of_vector("class", c) }}, 0xffu, broken),
+                );
+            }
+{% endfor %}
         }
-{% endfor %}
     }
-{% endfor %}
 }

@@ -54,10 +54,10 @@ impl Tile {
 }
 
 /// The entries of the table: dims, rows per lane and keys per step with subgroups, and without. More rows share each load and
-/// broadcast: with subgroups q and o of a workgroup take 32 KiB, and 16 dot products a step are as many as compile in two seconds
-/// with 128 dims; without, every load feeds as many rows as compile in a second.
+/// broadcast: with subgroups q and o of a workgroup take 32 KiB, and 16 dot products a step are as many as compile in three seconds
+/// with 128 dims; without, every load feeds as many rows as compile in three seconds.
 const TILES: [(u32, [u32; 2], [u32; 2]); 4] =
-    [(32, [8, 4], [8, 2]), (64, [8, 4], [8, 1]), (128, [4, 2], [4, 1]), (256, [2, 2], [2, 1])];
+    [(32, [8, 4], [8, 2]), (64, [8, 4], [8, 1]), (128, [4, 4], [4, 1]), (256, [2, 2], [2, 1])];
 
 /// The tiles of these lanes, fewest dims first.
 pub(crate) fn tiles(lanes: Lanes) -> impl Iterator<Item = Tile> {
@@ -201,10 +201,10 @@ impl Fused for Rows {
     }
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
-        // A second walk, key by key, where there are NaN or infinities, with its loops over rows.
+        // Where there are NaN or infinities, each row walks over the keys once more, a key at a time or a few.
         let Tile { rows, keys: step, .. } = self.tile;
-        let walks = key_loop(shape, keys, step) + key_loop(shape, keys, 1);
-        walks * row_loops(self.full, rows) + 2 * u64::from(rows) + 1
+        let careful = u64::from(rows) * key_loop(shape, keys, 1);
+        key_loop(shape, keys, step) * row_loops(self.full, rows) + careful + 3 * u64::from(rows) + 1
     }
 
     fn writes_element(&self) -> bool {
