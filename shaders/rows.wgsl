@@ -164,10 +164,10 @@ load_v(
 subgroupBroadcast({{ name }}_{{ number // lanes }}, {{ number % lanes }}u)
 {%- endmacro %}
 
-{# Steps 4 to 7 take the rows of `those`, and all keys of a block. Step 4: the dot products s_r_j. The dims are outermost,
-   so that a q that the compiler keeps in memory is read once for all keys. Products of four vectors are added up before
-   they join the sum: that is exact where a long chain of equal terms would round, such as those of the largest numbers
-   of f16. #}
+{# Steps 4 to 7 take the rows of `those`, and all keys of a block. Step 4: the dot products s_r_j. The dims are
+   outermost, so that a q that the compiler keeps in memory is read once for all keys. Products of four vectors are
+   added up before they join the sum: that is exact where a long chain of equal terms would round, such as those of the
+   largest numbers of f16. #}
 {% macro dot_products(those, keys, careful) %}
 {% if subgroup %}
 {% for t in range(keys * vectors // lanes) %}
