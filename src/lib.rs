@@ -221,6 +221,7 @@ pub mod internal {
     pub use crate::dispatch::label;
     pub use crate::dispatch::step::{Bound, Step};
     pub use crate::kernel::{self, Slot, Variant};
+    pub use crate::plan::model;
 }
 
 /// Sets fields of a value of a type that may grow: `with!(Options::default(), kernel: Some(kernel))`.

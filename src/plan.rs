@@ -4,9 +4,11 @@
 pub(crate) mod choose;
 pub(crate) mod lists;
 pub(crate) mod measured;
+pub mod model;
 pub(crate) mod planner;
 pub(crate) mod route;
 mod stored;
+pub mod work;
 
 use std::fmt;
 use std::ops::Range;
@@ -17,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::contract::caps::Caps;
 use crate::contract::error::counted;
 use crate::contract::error::{Error, Result};
-use crate::contract::options::Options;
+use crate::contract::options::{Kernel, Options};
 use crate::contract::proof::Trial;
 use crate::contract::shape::Shape;
 use crate::contract::tensor::Tensor;
@@ -177,6 +179,17 @@ impl Plan {
         (!self.steps.is_empty()).then(trial)
     }
 
+    /// The trial of `matrix`, if it is asked for by `unknown`, and if the planner would take that kernel for this problem once it is proved.
+    pub(crate) fn hoped(&self, tuning: &Tuning, unknown: impl Fn(&Trial) -> bool) -> Option<Trial> {
+        let trial = Trial::of(Kernel::Matrix, &self.shape, &self.options);
+        if self.caps.matrices.is_empty() || !unknown(&trial) {
+            return None;
+        }
+        let caps = Caps { proved: vec![trial], ..self.caps.clone() };
+        let other = Plan::planned(&self.shape, &caps, &self.options, tuning).ok()?;
+        other.trial().filter(|taken| *taken == trial)
+    }
+
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
     pub fn reasons(&self) -> &[String] {
         &self.reasons
@@ -257,7 +270,48 @@ impl fmt::Display for Plan {
 mod tests {
     use super::*;
     use crate::contract::operands::{Kind, Operand};
-    use crate::contract::problem::Problem;
+    use crate::contract::problem::{Element, Problem};
+    use crate::contract::proof::{Failure, Proof};
+    use crate::plan::measured::{Class, Row};
+
+    /// A GPU with matrices that are faster than plain arithmetic.
+    fn matrix_gpu() -> Caps {
+        let lanes = Some(32);
+        let limits = wgpu::Limits { max_compute_workgroup_storage_size: 49_152, ..wgpu::Limits::default() };
+        let sizes =
+            Caps { subgroup_size: lanes, subgroup_min_size: lanes, subgroup_max_size: lanes, ..Caps::new(limits) };
+        Caps { f16: true, matrices: vec![16], ..sizes }
+    }
+
+    #[test]
+    fn matrix_is_tried_before_the_first_plan_that_would_take_it() {
+        let problem = Problem { element: Element::F16, ..Problem::new(1, 8, 512, 512, 64) };
+        let shape = problem.check().unwrap();
+        let plan =
+            |caps: &Caps, options: &Options, tuning: &Tuning| Plan::tuned(&shape, caps, options, tuning).unwrap();
+        let (own, none) = (Options::default(), Tuning::default());
+        let trial = Trial::of(Kernel::Matrix, &shape, &own);
+        let caps = matrix_gpu();
+        let first = plan(&caps, &own, &none);
+        assert_eq!((first.choice.kernel(), first.hoped(&none, |_| true)), (Kernel::Flash, Some(trial)));
+        assert_eq!(first.hoped(&none, |_| false), None, "its outcome is known");
+        // Proved, it is taken, and relied on.
+        let proved = caps.after(&Proof { right: vec![trial], ..Proof::default() });
+        let second = plan(&proved, &own, &none);
+        assert_eq!((second.choice.kernel(), second.trial()), (Kernel::Matrix, Some(trial)));
+        // Where it failed, where another kernel is tuned or asked for, and where it would lose, nobody hopes for it.
+        let failure = Failure::Kernel { trial, why: "the test says so".into() };
+        let failed = plan(&caps.after(&Proof { failures: vec![failure], ..Proof::default() }), &own, &none);
+        assert_eq!((failed.choice.kernel(), failed.hoped(&none, |_| true)), (Kernel::Flash, None));
+        let row = Row { class: Class::of(&shape), choice: first.choice, ms: 1.0 };
+        let tuning = Tuning { source: "a file".into(), rows: vec![row] };
+        assert_eq!(plan(&caps, &own, &tuning).hoped(&tuning, |_| true), None);
+        let forced = Options { kernel: Some(Kernel::Flash), ..Options::default() };
+        assert_eq!(plan(&caps, &forced, &none).hoped(&none, |_| true), None);
+        for other in [Caps { matrices: vec![8], ..matrix_gpu() }, Caps { cpu: true, ..matrix_gpu() }] {
+            assert_eq!(plan(&other, &own, &none).hoped(&none, |_| true), None);
+        }
+    }
 
     #[test]
     fn every_operand_that_is_a_tensor_is_bound() {

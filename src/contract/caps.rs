@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::contract::error::{Error, Result};
 use crate::contract::limits::Limits;
 use crate::contract::options::Kernel;
-use crate::contract::proof::{Failure, Feature, Trial};
+use crate::contract::proof::{Failure, Feature, Proof, Trial};
 
 /// Subgroup sizes for which lane-per-row forms are rendered; other sizes take the body without subgroups.
 pub const SUBGROUP_SIZES: [u32; 2] = [4, 8];
@@ -38,6 +38,10 @@ pub struct Caps {
     /// What failed its trial on the device's driver: no plan uses it. See [`crate::Gpu::prove`].
     #[serde(default)]
     pub failures: Vec<Failure>,
+    /// The trials of [`Kernel::Matrix`] whose results were right on the device's driver. The planner takes that kernel by itself for the
+    /// problems of these trials alone.
+    #[serde(default)]
+    pub proved: Vec<Trial>,
     /// The device's limits.
     #[serde(with = "Limits")]
     pub limits: wgpu::Limits,
@@ -68,6 +72,7 @@ impl Caps {
             subgroup_max_size: None,
             matrices: Vec::new(),
             failures: Vec::new(),
+            proved: Vec::new(),
             limits,
         }
     }
@@ -97,17 +102,20 @@ impl Caps {
             subgroup_max_size: subgroups.then_some(info.subgroup_max_size),
             matrices: adapter.filter(|_| cooperative).map_or(Vec::new(), matrix_sizes),
             failures: Vec::new(),
+            proved: Vec::new(),
             limits: device.limits(),
         })
     }
 
-    /// The same device without what failed.
-    pub(crate) fn after(&self, failures: &[Failure]) -> Caps {
-        let features = failures.iter().filter_map(|failure| match failure {
+    /// The same device without what failed in trials, and with what these proved.
+    pub(crate) fn after(&self, proof: &Proof) -> Caps {
+        let features = proof.failures.iter().filter_map(|failure| match failure {
             Failure::Feature { feature, .. } => Some(*feature),
             Failure::Kernel { .. } => None,
         });
-        Caps { failures: failures.to_vec(), ..features.fold(self.clone(), |caps, feature| caps.without(feature)) }
+        let proved = proof.right.iter().filter(|trial| trial.kernel == Kernel::Matrix).copied().collect();
+        let caps = features.fold(self.clone(), |caps, feature| caps.without(feature));
+        Caps { failures: proof.failures.clone(), proved, ..caps }
     }
 
     /// The same device without a feature.

@@ -18,7 +18,7 @@ use crate::contract::caps::Caps;
 use crate::contract::error::Result;
 use crate::contract::options::Options;
 use crate::contract::problem::Problem;
-use crate::contract::proof::Proof;
+use crate::contract::proof::{Proof, Trial};
 use crate::device::gpu::Gpu;
 use crate::device::lock;
 use crate::device::pipelines::Pipelines;
@@ -158,9 +158,9 @@ impl Attention {
         &self.caps
     }
 
-    /// What plans are made for: [`Attention::caps`] without what failed a trial.
+    /// What plans are made for: [`Attention::caps`] without what failed a trial, and with what trials proved.
     pub fn proven_caps(&self) -> Caps {
-        self.caps.after(&lock(&self.proof).failures)
+        self.caps.after(&lock(&self.proof))
     }
 
     /// What is known of the device's driver; see [`Attention::prove`].
@@ -215,6 +215,14 @@ impl Attention {
     /// Those of [`Problem::check`] and of [`Plan::new`].
     pub fn plan_with(&self, problem: &Problem, options: &Options) -> Result<Plan> {
         Plan::tuned(&problem.check()?, &self.proven_caps(), options, &self.tuning)
+    }
+
+    /// The trial that has to have an outcome before a plan is used: that of `matrix`, where the planner would take it if it were proved,
+    /// then that of the plan's own kernel.
+    pub(crate) fn due(&self, plan: &Plan) -> Option<Trial> {
+        let unknown = |trial: &Trial| !lock(&self.proof).knows(trial);
+        let own = || plan.trial().filter(unknown);
+        plan.hoped(&self.tuning, unknown).or_else(own)
     }
 
     /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:

@@ -4,20 +4,21 @@ use crate::contract::caps::Caps;
 use crate::contract::error::{Error, Result};
 use crate::contract::obstacle::Obstacle;
 use crate::contract::options::{Form, Kernel, Options};
+use crate::contract::problem::Element;
 use crate::contract::proof::{Failure, Trial};
 use crate::contract::shape::Shape;
 use crate::kernel::Variant;
-use crate::kernel::eligibility::{group_rows, key_step};
-use crate::kernel::fused::{Fused, Walk};
+use crate::kernel::eligibility::key_step;
+use crate::kernel::fused::{Fused, Walk, whole_format};
 use crate::kernel::lanes::Lanes;
+use crate::kernel::scores::Scores;
+use crate::kernel::softmax::Softmax;
+use crate::kernel::values::Values;
 use crate::plan::measured::{Choice, Class, Tuning};
+use crate::plan::model::Unit;
 
-/// The fused kernels in the order in which the planner prefers them.
+/// The fused kernels in the order in which the planner prefers them, on a GPU where the [model](Unit) finds them equal.
 const FUSED: [Kernel; 4] = [Kernel::Rows, Kernel::Split, Kernel::Matrix, Kernel::Flash];
-
-/// Most rows for which `split` is preferred on a GPU, all query heads of a key/value head together: a tile of `flash` would be
-/// mostly empty.
-const SPLIT_ROWS: u32 = 16;
 
 /// A kernel, its variant if it is fused, and why it was chosen.
 struct Chosen {
@@ -56,12 +57,13 @@ pub(crate) fn choose_fused(walk: &Walk<'_>, tuning: &Tuning, reasons: &mut Vec<S
     };
     reasons.push(format!("kernel {}: {}", chosen.kernel.name(), chosen.why));
     for kernel in Kernel::ALL.into_iter().filter(|&kernel| kernel != chosen.kernel) {
-        reasons.push(format!("not kernel {}: {}", kernel.name(), against(kernel, chosen.kernel, is_tuned, walk)));
+        reasons.push(format!("not kernel {}: {}", kernel.name(), against(kernel, &chosen, is_tuned, walk)));
     }
     Ok(chosen.variant)
 }
 
-/// The first kernel that can run and is not expected to be slower than another one.
+/// On a CPU adapter the first kernel that can run and is not expected to be slower than another one; on a GPU the one that the
+/// [model](Unit) expects to be fastest.
 fn fastest(walk: &Walk<'_>) -> Result<Chosen> {
     let mut able = Vec::new();
     let mut fused = Vec::new();
@@ -71,9 +73,20 @@ fn fastest(walk: &Walk<'_>) -> Result<Chosen> {
             Err(why) => fused.push((kernel, why)),
         }
     }
-    let fast = able.iter().find(|&&(kernel, _)| slower(kernel, walk).is_none());
+    let unfused = variants(Kernel::Unfused, walk);
+    let mut fast: Vec<_> = able.iter().copied().filter(|&(kernel, _)| slower(kernel, walk).is_none()).collect();
+    if !walk.caps.cpu {
+        if unfused.is_ok() && slower(Kernel::Unfused, walk).is_none() {
+            fast.push((Kernel::Unfused, None));
+        }
+        let clocks = |&(_, variant): &(Kernel, Option<Variant>)| clocks(variant, walk);
+        fast = fast.into_iter().min_by(|one, other| clocks(one).total_cmp(&clocks(other))).into_iter().collect();
+    }
     let chosen = |kernel, variant, why| Ok(Chosen { kernel, variant, why });
-    match (fast, variants(Kernel::Unfused, walk), able.last()) {
+    match (fast.first(), unfused, able.last()) {
+        (Some(&(Kernel::Unfused, _)), ..) => {
+            chosen(Kernel::Unfused, None, "products of tiles of a score matrix".into())
+        }
         (Some(&(kernel, variant)), ..) => chosen(kernel, variant, "one pass over the keys, no score matrix".into()),
         (None, Ok(_), _) => {
             let why = "it runs on every device, and every problem but one whose keys are in pages";
@@ -84,25 +97,48 @@ fn fastest(walk: &Walk<'_>) -> Result<Chosen> {
     }
 }
 
+/// Clocks of a unit of the GPU that are expected for each pair of a query row and a key, by a fused kernel, or without one by `scores`,
+/// `softmax` and `values`. Weights that are asked for take the first two of these after a fused kernel.
+fn clocks(fused: Option<Variant>, walk: &Walk<'_>) -> f64 {
+    let Walk { shape, caps, .. } = *walk;
+    let format = whole_format(shape, false);
+    let known = "their smallest tiles fit every device";
+    let mut kernels: Vec<Variant> = fused.into_iter().collect();
+    if fused.is_none() || shape.problem.weights {
+        kernels.push(Scores::new(shape, caps, format, false).expect(known).into());
+        kernels.push(Softmax::new(shape, caps, false).into());
+    }
+    if fused.is_none() {
+        kernels.push(Values::new(shape, caps, format, Element::F32).expect(known).into());
+    }
+    Unit::of(caps).of_pair(&kernels, shape)
+}
+
 fn refused(kernel: Kernel, why: Obstacle) -> Error {
     Error::Kernel { kernel: kernel.name(), why }
 }
 
 /// Why a kernel was not chosen.
-fn against(kernel: Kernel, chosen: Kernel, is_tuned: bool, walk: &Walk<'_>) -> String {
-    let chosen = chosen.name();
+fn against(kernel: Kernel, chosen: &Chosen, is_tuned: bool, walk: &Walk<'_>) -> String {
+    let name = chosen.kernel.name();
     match (variants(kernel, walk), slower(kernel, walk)) {
-        _ if walk.options.kernel.is_some() => format!("{chosen} is asked for"),
+        _ if walk.options.kernel.is_some() => format!("{name} is asked for"),
         _ if walk.options.form.is_some() => "a form of scores and values is asked for".into(),
         (Err(why), _) => why.to_string(),
-        _ if is_tuned => format!("a tuned row prefers {chosen}"),
+        _ if is_tuned => format!("a tuned row prefers {name}"),
         (Ok(_), Some(why)) => why.into(),
+        (Ok(variants), None) if !walk.caps.cpu => {
+            let [own, of_chosen] = [variants.first().copied(), chosen.variant].map(|variant| clocks(variant, walk));
+            format!(
+                "{own:.2} clocks of a unit are expected for each pair of a query and a key, and {of_chosen:.2} of {name}"
+            )
+        }
         (Ok(_), None) if kernel == Kernel::Unfused => "the scores would pass through memory".into(),
-        (Ok(_), None) => format!("{chosen} is expected to be faster"),
+        (Ok(_), None) => format!("{name} is expected to be faster"),
     }
 }
 
-/// Why a kernel that can run is expected to be slower than another one.
+/// Why a kernel that can run is expected to be slower than another one, whatever the model of a GPU says.
 fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
     let Walk { shape, caps, options, .. } = *walk;
     let more_queries_than_lanes = || shape.problem.seq_q > Lanes::of(caps).lanes;
@@ -113,18 +149,20 @@ fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
         Kernel::Rows | Kernel::Flash | Kernel::Matrix if shape.problem.weights && !scores_again => {
             Some("for the weights the scores would be formed twice")
         }
+        Kernel::Unfused if shape.problem.weights && scores_again => {
+            Some("the scores would pass through memory in parts")
+        }
         Kernel::Rows if !caps.cpu => Some("a GPU: a row per lane keeps too few lanes busy"),
         Kernel::Rows if caps.takes_minutes(kernel) => Some("a driver of four lanes takes minutes to compile it"),
         Kernel::Rows if !more_queries_than_lanes() => Some("so few queries leave its lanes idle"),
         Kernel::Split if caps.cpu && more_queries_than_lanes() => {
             Some("so many queries would read the keys again and again")
         }
-        Kernel::Split if !caps.cpu && group_rows(shape) > SPLIT_ROWS.into() => {
-            Some("so many rows fill the tiles of flash")
+        Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
+        Kernel::Matrix if !Unit::of(caps).has_fast_matrices() => Some("matrices of this size are plain arithmetic"),
+        Kernel::Matrix if !caps.proved.contains(&Trial::of(kernel, shape, options)) => {
+            Some("no trial has proved it on this driver: a tuned row takes it, or who asks for it")
         }
-        // Emulated matrices show that the shader is right, but not that a driver compiles cooperative matrices rightly. `tune` checks the
-        // results of the kernel before it stores it.
-        Kernel::Matrix => Some("no graphics card is known to run it rightly: a tuned row takes it, or who asks for it"),
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
         _ => None,
     }

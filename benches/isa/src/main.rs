@@ -5,6 +5,7 @@
 
 mod compiler;
 mod numbers;
+#[cfg(test)]
 mod work;
 
 use std::fs;

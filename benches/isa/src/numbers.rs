@@ -8,15 +8,26 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use wgpu_attention::internal::Variant;
 use wgpu_attention::internal::kernel::fused::OperandSet;
-
-use crate::work::Work;
+use wgpu_attention::internal::model::{Unit, Work};
+#[cfg(test)]
+use wgpu_attention::proof::Trial;
+#[cfg(test)]
+use wgpu_attention::{Caps, Element, Kernel, Options, Plan, Problem, wgpu, with};
 
 /// Lanes of a subgroup in the columns that are the same for all cards.
 const LANES: u32 = 32;
 
-/// Instructions a product outside of matrices: four products are a multiplication, three multiply-adds and the addition of their sum,
-/// which is what keeps sums of equal terms exact.
-const OF_FOUR: f64 = 1.25;
+/// Dims of q and k for `scores`, which has no bucket of dims of its own. In the other kernels all dims of the tile are used.
+pub const HEAD_DIM: u32 = 64;
+
+/// Dims of q and k that a variant is counted for.
+pub fn head_dim(variant: &Variant) -> u32 {
+    match variant {
+        Variant::Flash(x) => x.tile.dims,
+        Variant::Matrix(x) => x.tile.dims,
+        _ => HEAD_DIM,
+    }
+}
 
 /// A class of cards: what one unit (compute unit, streaming multiprocessor, core, dual subslice) does a clock.
 ///
@@ -78,8 +89,8 @@ const CLASSES: [Class; 5] = [
         exps: 16.0,
         cache: Some(5300.0),
         memory: 960.0,
-        sources: "AMD's product page: 61 TFLOP/s f32 with two instructions at once, 123 f16, 960 GB/s; AMD's launch of RDNA 3: 5.3 TB/s \
-                  to the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a quarter of 64 lanes; \
+        sources: "AMD's product page: 61 TFLOP/s f32 with two instructions at once, 123 f16, 960 GB/s; AMD's launch of RDNA 3: links \
+                  of 5.3 TB/s at peak to the dies of the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a quarter of 64 lanes; \
                   RDNA 3 ISA guide: each 16 of 64 lanes hold the same A and B",
     },
     Class {
@@ -113,7 +124,7 @@ const CLASSES: [Class; 5] = [
         cache: Some(9370.0),
         memory: 3350.0,
         sources: "Hopper whitepaper: 989 TFLOP/s f16, dense (by instructions that Vulkan cannot reach: cooperative matrices get less); \
-                  CUDA programming guide, compute capability 9.0; A100 whitepaper for the second-level cache: 5120 bytes a clock, assumed \
+                  data sheet of the H100: 3.35 TB/s; CUDA programming guide, compute capability 9.0; A100 whitepaper for the second-level cache: 5120 bytes a clock, assumed \
                   to be no less here",
     },
     Class {
@@ -130,7 +141,8 @@ const CLASSES: [Class; 5] = [
         cache: None,
         memory: 400.0,
         sources: "Apple's launch of M1 Max: 10.4 TFLOP/s, 400 GB/s; philipturner/metal-benchmarks: 128 lanes a core, f16 no faster than f32; \
-                  threadgroup memory and exponentials are assumed, Apple states neither",
+                  threadgroup memory and exponentials are assumed, Apple states neither, and measurements by others have 64 or \
+                  128 bytes",
     },
 ];
 
@@ -140,26 +152,29 @@ impl Class {
         bytes / (self.units * self.ghz)
     }
 
+    /// What the library's model knows of a unit.
+    fn unit(&self) -> Unit {
+        let &Class { fma, matrix, lanes, copies, shared, exps, .. } = self;
+        let (cache, memory) = (self.cache.map_or(f64::INFINITY, |of| self.per_clock(of)), self.per_clock(self.memory));
+        Unit { fma, matrix, lanes, copies, shared, exps, cache, memory }
+    }
+
     /// The share of the peak rate of the arithmetic that a kernel uses which it can reach if all else overlaps perfectly, and what
     /// bounds it; `None` where the class has no such arithmetic.
     fn bound(&self, variant: &Variant, work: &Work) -> Option<(f64, &'static str)> {
-        let (rate, issued) = match variant {
-            Variant::Matrix(x) => {
-                let (_, rate) = self.matrix.filter(|&(size, _)| size == x.tile.size)?;
-                (rate, work.products)
-            }
-            _ => (self.fma, OF_FOUR * work.products),
+        let unit = self.unit();
+        let rate = match variant {
+            Variant::Matrix(x) => self.matrix.filter(|&(size, _)| size == x.tile.size)?.1,
+            _ => self.fma,
         };
-        let shared = work.shared_bytes + (self.copies - 1.0) * work.fragment_bytes;
-        let clocks = [
-            (issued / rate, "a"),
-            (shared / self.shared, "w"),
-            (work.exps / self.exps, "e"),
-            (self.cache.map_or(0.0, |cache| work.cached_bytes / self.per_clock(cache)), "c"),
-            (work.streamed_bytes / self.per_clock(self.memory), "m"),
-        ];
+        // The few rows of `split` are those of a workgroup: no other one reads the keys.
+        let work = match variant {
+            Variant::Split(_) => Work { cached_bytes: 0.0, streamed_bytes: work.cached_bytes, ..*work },
+            _ => *work,
+        };
+        let clocks = unit.clocks(variant, &work).into_iter().zip(["a", "w", "e", "c", "m"]);
         // The first of equals: arithmetic, if it is as slow as anything else.
-        let (clocks, by) = clocks.into_iter().reduce(|most, next| if next.0 > most.0 { next } else { most })?;
+        let (clocks, by) = clocks.reduce(|most, next| if next.0 > most.0 { next } else { most })?;
         Some((work.madds / rate / clocks, by))
     }
 }
@@ -210,7 +225,7 @@ pub fn document(records: &[PathBuf]) -> Result<String, Box<dyn std::error::Error
     let head: Vec<_> = head.into_iter().chain(names).chain(classes).collect();
     writeln!(text, "| {} |\n|{}", head.join(" | "), "---|".repeat(head.len()))?;
     for variant in representatives() {
-        let work = Work::of(&variant, LANES).ok_or_else(|| format!("{variant} is not counted"))?;
+        let work = Work::of(&variant, head_dim(&variant), LANES).ok_or_else(|| format!("{variant} is not counted"))?;
         write!(text, "| {variant} | {} | {} | ", work.madds, work.keys)?;
         write!(text, "{:.3} | {:.3} | ", work.shared_loads / work.madds, work.buffer_loads / work.madds)?;
         write!(text, "{} | {} |", work.barriers, variant.workgroup_bytes())?;
@@ -221,7 +236,7 @@ pub fn document(records: &[PathBuf]) -> Result<String, Box<dyn std::error::Error
             }
         }
         for class in &CLASSES {
-            let work = Work::of(&variant, class.lanes).unwrap_or(work);
+            let work = Work::of(&variant, head_dim(&variant), class.lanes).unwrap_or(work);
             match class.bound(&variant, &work) {
                 Some((share, by)) => write!(text, " {:.0} % {by} |", 100.0 * share)?,
                 None => write!(text, " – |")?,
@@ -301,4 +316,93 @@ fn a_bound_names_what_takes_longest() {
     assert_eq!(ada.bound(&variant, &Work { shared_bytes: 512.0, ..work }), Some((0.25, "w")));
     // 1008 GB/s are 3.125 bytes a clock for each of 128 units at 2.52 GHz.
     assert_eq!(ada.bound(&variant, &Work { streamed_bytes: 31.25, ..work }), Some((0.1, "m")));
+}
+
+/// A device of the class, as the planner sees it.
+#[cfg(test)]
+fn caps(class: &Class) -> Caps {
+    let limits = wgpu::Limits { max_compute_workgroup_storage_size: 49_152, ..wgpu::Limits::default() };
+    let [least, most] = [Some(32), Some(class.lanes)];
+    let matrices = class.matrix.map(|(size, _)| size).into_iter().collect();
+    let proved = [32, 64, 128, 256, 512].map(|dims| {
+        let of_matrix =
+            |trial: &Trial| trial.kernel == Kernel::Matrix && trial.element == Element::F16 && !trial.operands;
+        let mut trial = Trial::all().find(of_matrix).expect("matrix has a trial");
+        trial.dims = dims;
+        trial
+    });
+    let size = most.filter(|_| least == most);
+    let lanes = with!(Caps::new(limits), subgroup_size: size, subgroup_min_size: least, subgroup_max_size: most);
+    with!(lanes, f16: true, matrices: matrices, proved: proved.to_vec())
+}
+
+#[test]
+fn the_planner_expects_the_slowest_unit_of_the_classes() {
+    for class in &CLASSES {
+        let (own, planned) = (class.unit(), Unit::of(&caps(class)));
+        let rates = |unit: &Unit| [unit.fma, unit.shared, unit.exps, unit.cache, unit.memory];
+        for (own, planned) in rates(&own).into_iter().zip(rates(&planned)) {
+            assert!(planned <= own, "{}: {planned} of {own}", class.name);
+        }
+        assert_eq!((planned.lanes, planned.copies), (own.lanes, own.copies), "{}", class.name);
+        assert_eq!(planned.matrix.map(|(size, _)| size), own.matrix.map(|(size, _)| size), "{}", class.name);
+        assert!(planned.matrix.map(|(_, rate)| rate) <= own.matrix.map(|(_, rate)| rate), "{}", class.name);
+        assert_eq!(planned.has_fast_matrices(), own.has_fast_matrices(), "{}", class.name);
+    }
+    // Each rate is that of one of them, rounded down.
+    let planned = Unit::of(&caps(&CLASSES[0]));
+    let least = |rate: fn(&Unit) -> f64| CLASSES.iter().map(|class| rate(&class.unit())).fold(f64::INFINITY, f64::min);
+    for (planned, least) in [
+        (planned.fma, least(|unit| unit.fma)),
+        (planned.shared, least(|unit| unit.shared)),
+        (planned.exps, least(|unit| unit.exps)),
+        (planned.cache, least(|unit| unit.cache)),
+        (planned.memory, least(|unit| unit.memory)),
+    ] {
+        assert!(planned <= least && planned > 0.99 * least, "{planned} of {least}");
+    }
+}
+
+/// What the planner chooses on a device, and the clocks of each kernel that can run there by a class of cards.
+#[cfg(test)]
+fn compared(problem: &Problem, class: &Class) -> (Kernel, Vec<(Kernel, f64)>) {
+    let (shape, caps) = (problem.check().expect("a problem"), caps(class));
+    let own = Plan::new(&shape, &caps, &Options::default()).expect("a kernel runs it").choice().kernel();
+    // A cache of which nothing is known counts as the slowest one.
+    let unit = class.unit();
+    let unit = Unit { cache: if unit.cache.is_finite() { unit.cache } else { Unit::of(&caps).cache }, ..unit };
+    let kernels = [Kernel::Split, Kernel::Matrix, Kernel::Flash, Kernel::Unfused].into_iter();
+    let of = |kernel| {
+        let options = with!(Options::default(), kernel: Some(kernel));
+        let plan = Plan::new(&shape, &caps, &options).ok()?;
+        let mut variants: Vec<Variant> = Vec::new();
+        for variant in plan.steps().iter().map(|step| step.variant) {
+            // What joins the parts of the keys is done once for a row.
+            if !variants.contains(&variant) && Work::of(&variant, 1, 1).is_some() {
+                variants.push(variant);
+            }
+        }
+        Some((kernel, unit.of_pair(&variants, &shape)))
+    };
+    (own, kernels.filter_map(of).collect())
+}
+
+/// Between these numbers of rows tiles are partly empty, and the classes differ.
+#[test]
+fn the_planner_chooses_what_each_class_of_cards_would() {
+    let many = [32, 64, 96, 128, 129, 160, 192, 256, 512].map(|dim| (dim, [48, 64, 512], 1.05));
+    let few = [32, 64, 96, 128].map(|dim| (dim, [1, 4, 8], 1.1));
+    for (class, (dim, rows, most)) in
+        CLASSES.iter().flat_map(|class| many.iter().chain(&few).map(move |of| (class, *of)))
+    {
+        for (element, rows) in
+            [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(|of| rows.map(|n| (of, n)))
+        {
+            let (own, all) = compared(&with!(Problem::new(1, 8, rows, 4096, dim), element: element), class);
+            let of = |kernel| all.iter().find(|(of, _)| *of == kernel).map(|(_, clocks)| *clocks).expect("it can run");
+            let least = all.iter().map(|(_, clocks)| *clocks).fold(f64::INFINITY, f64::min);
+            let what = format!("{}, {dim} dims {element}, {rows} rows: {own} of {all:?}", class.name);
+            assert!(of(own) <= most * least, "{what}");
+        }
+    }
 }

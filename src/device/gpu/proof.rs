@@ -84,10 +84,7 @@ impl Gpu {
     pub(crate) async fn proven<T>(&self, make: impl Fn() -> Result<T>, attention: impl Fn(&T) -> &Plan) -> Result<T> {
         loop {
             let made = make()?;
-            match attention(&made)
-                .trial()
-                .filter(|trial| !self.unproven && !self.library.with_proof(|proof| proof.knows(trial)))
-            {
+            match self.library.due(attention(&made)).filter(|_| !self.unproven) {
                 Some(trial) => self.outcome_of(trial).await?,
                 None => return Ok(made),
             }
