@@ -16,12 +16,16 @@
 // every rise.
 //
 // Numbers: q, k and v are f16 as they stand (q is scaled after the product, in f32), products of f16 are exact in f32,
+{% if fast %}
+// sums are f32. p is f16, too: hi = f16({{ p_scale }} p), whose rounding costs 2⁻¹¹ Σ p |v|. l is the sum of p itself.
+{% else %}
 // sums are f32. p is not f16: rounded, it would cost 2⁻¹¹ Σ p |v|, which exceeds the 2⁻¹¹ |out| of the final rounding
 // wherever values cancel. So p goes in as two matrices, hi = the leading 11 bits of {{ p_scale }} p and
 // lo = f16({{ p_scale }} p − hi), which leave 2⁻²² p: 4u, within what the sum of the contract's budget allows
-// ((8 + √keys) u max |v|, u = 2⁻²⁴). At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's
-// largest number, and what is too small for f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes
-// subnormals of f16 leaves u for each key.)
+// ((8 + √keys) u max |v|, u = 2⁻²⁴).
+{% endif %}
+// At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's largest number, and what is too small
+// for f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each key.)
 //
 // Who:       a subgroup owns {{ size }} rows for both products, and its o stays in registers.
 {% if varying %}
@@ -96,7 +100,9 @@ var<workgroup> sh_kv: array<f16, {{ keys * (dims + 8) }}>;
 // Scores; then, as wide, a part of o on its way to the rows' owners.
 var<workgroup> sh_s: array<f32, {{ tile_rows * (keys + 4) }}>;
 var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
+{% if not fast %}
 var<workgroup> sh_lo: array<f16, {{ tile_rows * (keys + 8) }}>;
+{% endif %}
 // Of each invocation f32 numbers, as bits, and in the end classes.
 var<workgroup> sh_row: array<u32, {{ threads }}>;
 // The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no
@@ -119,7 +125,7 @@ var<private> own_column: u32;
 var<private> size: u32;
 var<private> own_size: u32;
 
-{% for array, row in [("sh_q", "Q_ROW"), ("sh_hi", "P_ROW"), ("sh_lo", "P_ROW")] %}
+{% for array, row in [("sh_q", "Q_ROW"), ("sh_hi", "P_ROW")] + ([] if fast else [("sh_lo", "P_ROW")]) %}
 fn a_{{ array }}(at: u32) -> MatrixA {
     var a: MatrixA;
     for (var i = 0u; i < size; i++) {
@@ -442,10 +448,14 @@ fn main(
 {% for i in range(each) %}
         let visible_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN);
         let p_{{ i }} = select(visible_{{ i }}, NOTHING, s_{{ i }} == MINUS);
+{% if fast %}
+        sh_hi[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE);
+{% else %}
         // The bits that f16 has: compilers take f32(f16(x)) for x, and x − x for 0, but they cannot see through a mask.
         let hi_{{ i }} = bitcast<f32>(bitcast<u32>(p_{{ i }} * P_SCALE) & 0xffffe000u);
         sh_hi[p_at + {{ i * per_row }}u] = f16(hi_{{ i }});
         sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
+{% endif %}
         sum += p_{{ i }};
 {% endfor %}
         l += sum;
@@ -477,11 +487,15 @@ fn main(
 {% for n in range(per) %}
             {{ for_block(n) }}{
                 let hi = {{ load_a("sh_hi", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+{% if not fast %}
                 let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+{% endif %}
 {% for t in range(dims // size) %}
                 let v_{{ t }} = {{ load_v("j * KV_ROW + %su" | format(t * size)) }};
                 o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+{% if not fast %}
                 o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
+{% endif %}
 {% endfor %}
             }
 {% endfor %}

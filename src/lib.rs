@@ -155,7 +155,7 @@ pub use contract::caps::Caps;
 pub use contract::error::{Error, Result};
 pub use contract::obstacle::Obstacle;
 pub use contract::operands::{HostSlice, Operand, Operands};
-pub use contract::options::{Form, Kernel, Options};
+pub use contract::options::{Form, Kernel, Options, Precision};
 pub use contract::problem::{
     Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
     Window,

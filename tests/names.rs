@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use wgpu_attention::tuning::{Class, Row, Tuning};
 use wgpu_attention::{
     Bias, Broadcast, Caps, Causal, Element, Elements, Error, Form, HostSlice, Kernel, Layout, Logits, Options, Packed,
-    Paged, Plan, Problem, Strides, Window, wgpu, with,
+    Paged, Plan, Precision, Problem, Strides, Window, wgpu, with,
 };
 
 /// Every value is read by its name, also in JSON, and a wrong name is refused by an error that says `refusal`.
@@ -36,6 +36,7 @@ fn small_enums_are_read_by_their_names() {
         &["unfused", "rows", "flash", "matrix", "split"],
         "kernel is \"{}\"; it must be one of unfused, rows, flash, matrix, split",
     );
+    named(&Precision::ALL, &["strict", "fast"], "precision is \"{}\"; it must be one of strict, fast");
     named(&Form::ALL, &["tiled", "lanes", "emulated"], "form is \"{}\"; it must be one of tiled, lanes, emulated");
     named(&Element::ALL, &["f32", "f16", "bf16"], "element is \"{}\"; it must be one of f32, f16, bf16");
     named(
@@ -104,7 +105,7 @@ fn problems_are_the_same_after_json() {
 
 #[test]
 fn options_and_devices_are_the_same_after_json() {
-    let options = with!(Options::default(), kernel: Some(Kernel::Split), form: Some(Form::Emulated), native_f16: Some(false), batch_invariant: true, scratch_budget: 1 << 40, work_budget: Duration::from_micros(1_500_001));
+    let options = with!(Options::default(), kernel: Some(Kernel::Split), form: Some(Form::Emulated), native_f16: Some(false), precision: Precision::Fast, batch_invariant: true, scratch_budget: 1 << 40, work_budget: Duration::from_micros(1_500_001));
     for options in [options, Options::default()] {
         assert_eq!(again(&options), options);
     }

@@ -11,8 +11,8 @@ use wgpu_attention::internal::trials::{Data, Expected, RowSummary, factor};
 use wgpu_attention::proof::{Failure, Feature, Proof, Trial};
 use wgpu_attention::reference::attention_with_budget;
 use wgpu_attention::{
-    Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Obstacle, Options, Plan, Problem,
-    wgpu, with,
+    Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Obstacle, Options, Plan, Precision,
+    Problem, wgpu, with,
 };
 
 /// The dims and the operands that tell the stored results of trials apart, in their order.
@@ -308,6 +308,30 @@ fn forms_that_are_asked_for_are_tried_too() {
         let form = |form| with!(Options::default(), kernel: Some(Kernel::Unfused), form: Some(form));
         assert!(unproved(gpu.plan_with(&problem(), &form(Form::Tiled))), "on {}", adapter.name);
         assert!(gpu.plan_with(&problem(), &form(Form::Lanes)).is_ok(), "on {}", adapter.name);
+    }
+}
+
+#[test]
+fn precisions_that_are_asked_for_are_tried_too() {
+    fn heavy(variant: &Variant, text: String) -> String {
+        let fast = matches!(variant, Variant::Matrix(x) if x.precision == Precision::Fast);
+        if fast { text.replace("* P_SCALE)", "* 1.05 * P_SCALE)") } else { text }
+    }
+    let mut p = problem();
+    (p.element, p.head_dim, p.value_dim) = (Element::F16, 32, 32);
+    let options =
+        |precision| with!(Options::default(), kernel: Some(Kernel::Matrix), form: Some(Form::Emulated), precision);
+    for adapter in gpus().iter().filter(|adapter| adapter.library().caps().f16) {
+        let gpu = fresh(adapter, None);
+        gpu.plan_with(&p, &options(Precision::Fast)).unwrap();
+        let right = gpu.library().proof().right;
+        assert_eq!(right.iter().map(|trial| trial.precision).collect::<Vec<_>>(), [Precision::Fast]);
+        assert_eq!(right[0].to_string(), "matrix emulated fast f16, 32 dims");
+
+        let gpu = fresh(adapter, Some(heavy));
+        assert!(unproved(gpu.plan_with(&p, &options(Precision::Fast))), "on {}", adapter.name);
+        let strict = gpu.library().plan_with(&p, &options(Precision::Strict));
+        assert!(strict.is_ok(), "on {}: {strict:?}", adapter.name);
     }
 }
 

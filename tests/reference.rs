@@ -3,11 +3,11 @@
 use half::{bf16, f16};
 use wgpu_attention::Strides;
 use wgpu_attention::reference::{
-    Partial, Tolerance, attention, attention_with_budget, budget, logits, merge, scores, softmax, values,
+    Budget, Partial, Tolerance, attention, attention_with_budget, budget, logits, merge, scores, softmax, values,
 };
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Elements, Error, HostSlice, Inputs, Layout, Logits, Operands, Outputs, Packed,
-    Problem, Window, with,
+    Precision, Problem, Window, with,
 };
 
 /// Signed numbers, roughly normal.
@@ -514,7 +514,32 @@ fn the_budget_of_two_equal_keys_is_what_its_formulas_say() {
         close(&budget.logits.atol, 4.0 * u);
         close(&[budget.weights.rtol, 4.0 * budget.logits.rtol], 4.0 * u);
         assert_eq!(budget.lse.rtol, 0.0);
+        // Weights of f16 move out by 2⁻¹¹ Σ p |v| more; nothing else moves, and no other type.
+        let rounding = if element == Element::F16 { 2f64.powi(-11) } else { 0.0 };
+        let fast = budget.clone().with_precision(Precision::Fast);
+        close(&fast.out.atol, e + sum * u + tiny + rounding);
+        assert_eq!(Budget { out: budget.out.clone(), fast: budget.fast.clone(), ..fast }, budget);
+        assert_eq!(budget.clone().with_precision(Precision::Strict), budget);
     }
+}
+
+#[test]
+fn the_budget_of_f16_weights_is_their_rounding_times_the_values() {
+    // Weights 2/3 and 1/3: the larger sum of |v| of the two dims counts, and the infinity has no share.
+    let p = problem([1, 1, 1, 2, 1], |p| {
+        (p.scale, p.value_dim, p.element) = (Some(1.0), 3, Element::F16);
+        p.bias = Some(Bias { shape: Broadcast([1, 1, 1, 2]), element: Element::F32 });
+    });
+    let half = |x: &[f32]| -> Vec<f16> { x.iter().map(|&x| f16::from_f32(x)).collect() };
+    let (q, v) = (half(&[0.0, 0.0]), half(&[1.0, -3.0, f32::INFINITY, -2.0, 6.0, 0.0]));
+    let inputs = Inputs::new(Elements::F16(&q[..1]), Elements::F16(&q), Elements::F16(&v));
+    let bias = [0.0, -(2f32.ln())];
+    let got = budget(&p, &given(inputs, |o| o.bias = Some((&bias).into()))).unwrap().fast[0];
+    assert!((got / (4.0 / 2048.0) - 1.0).abs() < 1e-5, "{got:e}");
+    // Where f32 cannot tell which key is largest, the largest value counts.
+    let p = with(&p, |p| p.softcap = Some(1e9));
+    let got = budget(&p, &given(inputs, |o| o.bias = Some((&[0.0, 0.0]).into()))).unwrap().fast;
+    assert_eq!(got, [6.0 / 2048.0]);
 }
 
 #[test]

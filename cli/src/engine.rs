@@ -7,7 +7,8 @@ use wgpu_attention::multihead::MultiHeadAttention;
 use wgpu_attention::operations::Rotation;
 use wgpu_attention::wgpu::{Adapter, AdapterInfo, Features, Limits};
 use wgpu_attention::{
-    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Plan, Problem, Profile, reference, with,
+    DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Options, Outputs, Plan, Precision, Problem, Profile,
+    reference, with,
 };
 
 use crate::cases::{AppendWork, LayerWork, RotationWork};
@@ -69,6 +70,9 @@ pub struct KernelArgs {
     /// Arithmetic access to f16 tensors: the adapter's f16 type, or pairs packed in 32 bits
     #[arg(long, value_enum)]
     pub f16: Option<F16Arg>,
+    /// Exactness of f16 weights in the matrix kernel; the others are always strict
+    #[arg(long, value_parser = options::precision(), default_value_t)]
+    pub precision: Precision,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
@@ -85,7 +89,7 @@ impl KernelArgs {
 
     pub fn options(&self) -> Options {
         let native_f16 = self.f16.map(|f16| matches!(f16, F16Arg::Native));
-        with!(Options::default(), kernel: self.kernel, form: self.form, native_f16)
+        with!(Options::default(), kernel: self.kernel, form: self.form, native_f16, precision: self.precision)
     }
 }
 

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use wgpu_attention::{Causal, Element, Form, Kernel, Layout, Problem, Window};
+use wgpu_attention::{Causal, Element, Form, Kernel, Layout, Precision, Problem, Window};
 
 /// `B,H,HKV,SQ,SKV,D`: batch, query heads, key/value heads, queries, keys and head dimension.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,6 +73,13 @@ pub fn form() -> impl TypedValueParser<Value = Form> {
         ("tiled", "Tiles shared by a workgroup: for GPUs"),
         ("lanes", "One row per invocation: for adapters that run on a CPU"),
         ("emulated", "The matrix kernel on plain arithmetic, without hardware for matrices (slow)"),
+    ])
+}
+
+pub fn precision() -> impl TypedValueParser<Value = Precision> {
+    named(&[
+        ("strict", "The sum has the digits of f32"),
+        ("fast", "Each weight may be rounded to f16 once: the budget of f16 outputs is larger by that"),
     ])
 }
 
@@ -176,6 +183,7 @@ mod tests {
         }
         check(kernel(), &Kernel::ALL.map(Kernel::name));
         check(form(), &Form::ALL.map(Form::name));
+        check(precision(), &Precision::ALL.map(Precision::name));
         check(element(), &Element::ALL.map(Element::name));
         check(causal(), &Causal::ALL.map(Causal::name)[..3]);
     }

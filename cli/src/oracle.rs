@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use wgpu_attention::reference::{self, Budget, Comparison, Tolerance};
-use wgpu_attention::{Inputs, Outputs, Problem, Shape};
+use wgpu_attention::{Inputs, Outputs, Precision, Problem, Shape};
 
-/// The expected outputs, and how far an f32 kernel may be from them.
+/// The expected outputs, and how far a kernel of some precision may be from them.
 #[derive(Debug)]
 pub struct Oracle {
     shape: Shape,
@@ -21,15 +21,20 @@ pub struct Judgement {
 }
 
 impl Oracle {
-    pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> wgpu_attention::Result<Self> {
+    pub fn new(problem: &Problem, inputs: &Inputs<'_>, precision: Precision) -> wgpu_attention::Result<Self> {
         let (truth, budget) = reference::attention_with_budget(problem, inputs)?;
-        Ok(Oracle { shape: problem.check()?, truth, budget })
+        Ok(Oracle { shape: problem.check()?, truth, budget: budget.with_precision(precision) })
     }
 
     /// Of some rows of each head only; other rows are not judged.
-    pub fn of_rows(problem: &Problem, inputs: &Inputs<'_>, rows: &[Range<u32>]) -> wgpu_attention::Result<Self> {
+    pub fn of_rows(
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        precision: Precision,
+        rows: &[Range<u32>],
+    ) -> wgpu_attention::Result<Self> {
         let (truth, budget) = reference::attention_with_budget_of_rows(problem, inputs, rows)?;
-        Ok(Oracle { shape: problem.check()?, truth, budget })
+        Ok(Oracle { shape: problem.check()?, truth, budget: budget.with_precision(precision) })
     }
 
     pub fn out(&self, got: &[f32]) -> Judgement {

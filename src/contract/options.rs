@@ -53,6 +53,24 @@ names! { Form, "form":
     Emulated = "emulated",
 }
 
+/// How exact the weights are with which `matrix` sums the values of f16. Other kernels and element types are always [`Precision::Strict`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// The sum has the digits of f32: two f16 matrices hold each weight, and are multiplied one after the other.
+    #[default]
+    Strict,
+    /// Each weight may be rounded to f16 once, so that one matrix holds it. An output may then be off by 2⁻¹¹ Σ_j p_j |v_j| more, as in
+    /// most other libraries; see [`crate::reference::Budget::fast`]. The log-sum-exp stays as it is.
+    Fast,
+}
+
+names! { Precision, "precision":
+    Strict = "strict",
+    Fast = "fast",
+}
+
 /// How to plan. The default lets the planner choose.
 ///
 /// With serde, fields that are missing have their defaults, and unknown ones are an error.
@@ -67,6 +85,8 @@ pub struct Options {
     pub form: Option<Form>,
     /// Forces f16 to be read with the adapter's own type (`true`) or unpacked from u32 (`false`).
     pub native_f16: Option<bool>,
+    /// How exact weights of f16 are. It is not part of how a kernel is chosen.
+    pub precision: Precision,
     /// How many parts `split` makes of the keys does not depend on the batch size, so that a sequence gives the same bits in any
     /// company.
     pub batch_invariant: bool,
@@ -83,6 +103,7 @@ impl Default for Options {
             kernel: None,
             form: None,
             native_f16: None,
+            precision: Precision::default(),
             batch_invariant: false,
             scratch_budget: 256 << 20,
             work_budget: Duration::from_millis(50),

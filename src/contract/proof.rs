@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::contract::options::{Form, Kernel, Options};
+use crate::contract::options::{Form, Kernel, Options, Precision};
 use crate::contract::problem::Element;
 use crate::contract::shape::Shape;
 
@@ -18,6 +18,9 @@ pub struct Trial {
     pub form: Option<Form>,
     /// How [`Options`] ask for f16 to be read; `None` for the other element types.
     pub native_f16: Option<bool>,
+    /// The precision that [`Options`] ask for; strict for what is always strict.
+    #[serde(default)]
+    pub precision: Precision,
     /// Type of q, k, v and out.
     pub element: Element,
     /// Whether the score transform is more than the scale and the key range, as in [`crate::tuning::Class`]. The trial then has a soft
@@ -35,6 +38,7 @@ impl Trial {
             kernel,
             form: options.form,
             native_f16: options.native_f16.filter(|_| element == Element::F16),
+            precision: if kernel == Kernel::Matrix { options.precision } else { Precision::Strict },
             element,
             operands: shape.transforms(),
             dims: shape.class_dims(),
@@ -44,8 +48,15 @@ impl Trial {
     /// The trials of [`crate::Gpu::prove`]: every kernel with each element type, with and without operands, at 64 dims, and with f32
     /// (`matrix` with f16) at 32 and 128 dims.
     pub fn all() -> impl Iterator<Item = Trial> {
-        let of =
-            |kernel, element, operands, dims| Trial { kernel, form: None, native_f16: None, element, operands, dims };
+        let of = |kernel, element, operands, dims| Trial {
+            kernel,
+            form: None,
+            native_f16: None,
+            precision: Precision::Strict,
+            element,
+            operands,
+            dims,
+        };
         let usual = move |kernel| {
             let each = move |element| [false, true].map(move |operands| of(kernel, element, operands, 64));
             [Element::F32, Element::F16, Element::Bf16].into_iter().flat_map(each)
@@ -59,16 +70,18 @@ impl Trial {
 
     /// The options of the trial's own plan.
     pub(crate) fn options(&self) -> Options {
-        Options { kernel: Some(self.kernel), form: self.form, native_f16: self.native_f16, ..Options::default() }
+        let Trial { kernel, form, native_f16, precision, .. } = *self;
+        Options { kernel: Some(kernel), form, native_f16, precision, ..Options::default() }
     }
 }
 
 impl fmt::Display for Trial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Trial { kernel, form, native_f16, element, operands, dims } = self;
+        let Trial { kernel, form, native_f16, precision, element, operands, dims } = self;
         write!(f, "{kernel}")?;
         form.map_or(Ok(()), |form| write!(f, " {form}"))?;
         native_f16.map_or(Ok(()), |native| f.write_str(if native { " native" } else { " packed" }))?;
+        f.write_str(if *precision == Precision::Fast { " fast" } else { "" })?;
         write!(f, " {element}, {dims} dims{}", if *operands { ", operands" } else { "" })
     }
 }

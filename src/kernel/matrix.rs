@@ -15,7 +15,7 @@ use super::slot::Slot;
 use super::uniform::params;
 use crate::contract::caps::{Caps, MATRIX_SIZES};
 use crate::contract::obstacle::Obstacle;
-use crate::contract::options::{Form, Options};
+use crate::contract::options::{Form, Options, Precision};
 use crate::contract::problem::Element;
 use crate::contract::shape::Shape;
 
@@ -28,6 +28,8 @@ pub struct Matrix {
     pub varying: bool,
     /// Matrices are emulated by plain arithmetic, see [`crate::Form::Emulated`].
     pub emulated: bool,
+    /// Whether one matrix holds the weights, or two of them.
+    pub precision: Precision,
     /// Every row of q, k, v and out starts at a multiple of four elements and has a multiple of four of them.
     pub vector: bool,
     /// OperandSet bound.
@@ -133,6 +135,11 @@ impl Matrix {
         if self.vector { Element::F16 } else { Element::F32 }
     }
 
+    /// Matrices that hold the weights of the same rows and keys.
+    pub fn weight_matrices(&self) -> u32 {
+        if self.precision == Precision::Fast { 1 } else { 2 }
+    }
+
     /// Iterations that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
     pub(crate) fn iterations(&self, head_dim: u32) -> u32 {
         let Tile { size, dims, depth, .. } = self.tile;
@@ -162,10 +169,11 @@ impl Shader for Matrix {
         let forms = tiles().flat_map(|tile| [true, false].map(|varying| (tile, varying)));
         let forms = forms.flat_map(|(tile, varying)| [false, true].map(|emulated| (tile, varying, emulated)));
         let forms = forms.filter(|&(tile, _, emulated)| !emulated || emulates(&tile));
-        forms.flat_map(|(tile, varying, emulated)| {
+        let forms = forms.flat_map(|form| Precision::ALL.map(|precision| (form, precision)));
+        forms.flat_map(|((tile, varying, emulated), precision)| {
             let vectors = [true, false].into_iter();
             vectors.flat_map(move |vector| {
-                OperandSet::all().map(|operands| Matrix { tile, varying, emulated, vector, operands })
+                OperandSet::all().map(move |operands| Matrix { tile, varying, emulated, precision, vector, operands })
             })
         })
     }
@@ -185,7 +193,7 @@ impl Shader for Matrix {
     fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();
-        let halves = rows * (depth + 8) + KEYS * (dims + 8) + 2 * rows * (KEYS + 8);
+        let halves = rows * (depth + 8) + KEYS * (dims + 8) + self.weight_matrices() * rows * (KEYS + 8);
         2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
     }
 
@@ -206,7 +214,7 @@ impl Shader for Matrix {
             per_row, each => KEYS / per_row, lazy => format!("{LAZY:?}"), p_scale => format!("{P_SCALE:?}"),
             // Blocks of a subgroup, at the fewest subgroups that there may be.
             varying => self.varying, per => if self.varying { BLOCKS * MOST_LANES / THREADS } else { 1 },
-            emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
+            fast => self.precision == Precision::Fast, emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
         }
     }
 
@@ -221,13 +229,17 @@ impl fmt::Display for Matrix {
         let resident = if resident { ", q resident" } else { "" };
         let lanes = if self.varying { "any lanes" } else { "32 lanes" };
         let emulated = if self.emulated { ", emulated" } else { "" };
+        let weights = if self.precision == Precision::Fast { ", f16 weights" } else { "" };
         let operands = match self.operands {
             OperandSet::Bare => " bare",
             OperandSet::Lists => "",
             OperandSet::Full => " full",
         };
         let rows = self.tile.tile_rows();
-        write!(f, "matrix[{rows}×{KEYS}×{depth} by {size}×{size}, {dims} dims{resident}, {lanes}{emulated}; ")?;
+        write!(
+            f,
+            "matrix[{rows}×{KEYS}×{depth} by {size}×{size}, {dims} dims{resident}, {lanes}{emulated}{weights}; "
+        )?;
         write!(f, "{}{operands}]", self.format())
     }
 }
@@ -262,7 +274,7 @@ impl Fused for Matrix {
         };
         let mut found: Vec<_> = tiles()
             .filter(|tile| has(tile) && (shape.problem.head_dim <= tile.depth || !tile.resident))
-            .map(|tile| Matrix { tile, varying, emulated, vector, operands })
+            .map(|tile| Matrix { tile, varying, emulated, precision: options.precision, vector, operands })
             .filter(|x| fits(caps, x))
             .collect();
         // Tiles that hold the value dims, else those of the most: further dims are further workgroups.

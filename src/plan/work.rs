@@ -161,7 +161,7 @@ fn flash(x: &Flash, head_dim: u32) -> Work {
     }
 }
 
-/// A subgroup loads a matrix of k once for all its blocks of rows, a matrix of v once for each. The weights are two matrices, so that
+/// A subgroup loads a matrix of k once for all its blocks of rows, a matrix of v once for each. Where the weights are two matrices,
 /// their products are carried out twice. Scores go through workgroup memory as f32. The barriers are those that every tile takes:
 /// that a maximum rises by more than the lazy rule allows is rare.
 fn matrix(x: &Matrix, head_dim: u32, lanes: u32) -> Work {
@@ -171,15 +171,16 @@ fn matrix(x: &Matrix, head_dim: u32, lanes: u32) -> Work {
     let (keys, threads) = (f64::from(KEYS), f64::from(THREADS));
     let (blocks, subgroups) = (rows / size, f64::from(THREADS / lanes));
     let (deep, wide) = (head / size, keys / size);
-    let matrices = deep * (subgroups * wide + blocks) + wide * blocks * (2.0 + dims / size);
+    let weights = f64::from(x.weight_matrices());
+    let matrices = deep * (subgroups * wide + blocks) + wide * blocks * (weights + dims / size);
     let staged = keys * (head + dims) + if tile.resident { 0.0 } else { rows * head };
     let maxima = threads / rows * threads;
-    let halves = matrices * size * size + staged + 2.0 * rows * keys;
+    let halves = matrices * size * size + staged + weights * rows * keys;
     let singles = 2.0 * rows * keys + threads + maxima;
     Work {
         keys: KEYS,
         madds: rows * keys * (head + dims) / threads,
-        products: rows * keys * (head + 2.0 * dims) / threads,
+        products: rows * keys * (head + weights * dims) / threads,
         shared_loads: (matrices * size * size + rows * keys + maxima) / threads,
         shared_bytes: (2.0 * halves + F32 * singles) / threads,
         fragment_bytes: 2.0 * matrices * size * size / threads,

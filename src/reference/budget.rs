@@ -7,6 +7,7 @@ use super::scores::dot;
 use super::values::Values;
 use super::{Evaluated, Head, collect, evaluate, logits};
 use crate::contract::error::Result;
+use crate::contract::options::Precision;
 use crate::contract::problem::{Element, Inputs, Logits, Outputs, Problem};
 
 /// Unit roundoff of f32.
@@ -38,6 +39,9 @@ pub(super) const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 /// | `weights` | `\|Δp_j\| + (8 + √seq_kv) u p_j + 2⁻¹²⁶`; hidden: 0 | `4u` |
 /// | `logits` | `4u` times the terms of `A_j` that are in so far (masked: `δ_j`) `+ 2⁻¹²⁶`; hidden: 0 | `u` |
 ///
+/// With [`Precision::Fast`], weights that are rounded to f16 add `2⁻¹¹ (1 + g) Σ_j p_j exp(e_j) |v_jd|` to `|Δo_d|`, the maximum over d
+/// again, or `2⁻¹¹ vmax` if `g ≥ 1`: [`Budget::fast`].
+///
 /// `u16` is the unit roundoff of the element type: 2⁻¹¹ for f16, 2⁻⁸ for bf16, 0 for f32.
 /// (Sums: Higham, "Accuracy and Stability of Numerical Algorithms", chapter 4; exp: WGSL, section "Floating Point Accuracy".)
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -50,6 +54,20 @@ pub struct Budget {
     pub weights: Tolerance,
     /// Of `logits`, one bound each; empty unless the problem asks for them.
     pub logits: Tolerance,
+    /// What [`Precision::Fast`] may add to each bound of `out`. It is empty unless the element type is f16: nothing is added to others.
+    pub fast: Vec<f64>,
+}
+
+impl Budget {
+    /// The budget of results that were computed with this precision, from that of [`Precision::Strict`], which all functions give.
+    pub fn with_precision(mut self, precision: Precision) -> Budget {
+        if precision == Precision::Fast {
+            for (bound, more) in self.out.atol.iter_mut().zip(std::mem::take(&mut self.fast)) {
+                *bound += more;
+            }
+        }
+        self
+    }
 }
 
 /// `|got − want| ≤ atol + rtol · |want|`.
@@ -137,6 +155,7 @@ pub(super) fn attention_with_errors(
         lse: Tolerance { atol: per_row(), rtol: 0.0 },
         weights: Tolerance { atol: per_score(shape.problem.weights), rtol: 4.0 * U },
         logits: Tolerance { atol: per_score(shape.problem.logits.is_some()), rtol: U },
+        fast: if shape.problem.element == Element::F16 { per_row() } else { Vec::new() },
     };
     for (row, ()) in query::map_rows(&shape, inputs, &|row| !wanted(row), |_, _| (), |_, _| ()) {
         budget.out.atol[row.place()] = Tolerance::NOT_JUDGED;
@@ -152,6 +171,9 @@ pub(super) fn attention_with_errors(
     for (row, (bounds, of)) in rows {
         budget.out.atol[row.place()] = bounds.out;
         budget.lse.atol[row.place()] = bounds.lse;
+        if let Some(fast) = budget.fast.get_mut(row.place()) {
+            *fast = bounds.fast;
+        }
         if shape.problem.weights {
             budget.weights.atol[row.matrix()..][..bounds.weights.len()].copy_from_slice(&bounds.weights);
         }
@@ -206,6 +228,7 @@ pub fn regression_limit(
         lse: limit(&budget.lse, plain.lse.as_ref(), want.lse.as_ref(), &flushed),
         weights: limit(&budget.weights, plain.weights.as_ref(), want.weights.as_ref(), &flushed),
         logits: limit(&budget.logits, plain.logits.as_ref(), want.logits.as_ref(), &flushed),
+        fast: budget.fast.clone(),
     })
 }
 
@@ -223,6 +246,7 @@ struct Bounds {
     lse: f64,
     weights: Vec<f64>,
     logits: Vec<f64>,
+    fast: f64,
 }
 
 /// Magnitude of the terms of one logit, stage by stage, and what f32 may make of the last.
@@ -316,7 +340,28 @@ fn row(row: &Row<'_>, loaded: &Loaded, query_errors: Option<&[f64]>, of: &Evalua
         lse: shift + U * (2.0 * lse + 16.0 + 2.0 * keys.sqrt()),
         weights,
         logits: if shape.problem.logits.is_some() { terms.iter().zip(logits).map(logit).collect() } else { Vec::new() },
+        fast: rounded_weights(row, &head.values, &growths, g, &of.weights),
     }
+}
+
+/// How far weights that are rounded to f16 move any element of the output; 0 for other types.
+fn rounded_weights(row: &Row<'_>, values: &Values<f64>, growths: &[(usize, f64)], g: f64, weights: &[f64]) -> f64 {
+    if row.shape.problem.element != Element::F16 {
+        return 0.0;
+    }
+    let (unit, _) = element_rounding(Element::F16);
+    if g >= 1.0 {
+        return unit * peak(growths.iter().map(|&(j, _)| j), values);
+    }
+    let mut sums = vec![0.0; row.shape.problem.value_dim as usize];
+    for &(j, growth) in growths {
+        let weight = weights[j] + growth;
+        let v = &values.dense[j * sums.len()..][..sums.len()];
+        for (sum, v) in sums.iter_mut().zip(v).filter(|(_, v)| v.is_finite()) {
+            *sum += weight * v.abs();
+        }
+    }
+    unit * (1.0 + g) * sums.into_iter().fold(0.0, f64::max)
 }
 
 /// How far errors of the values at the visible keys move any element of the output: their mean with weights of at most

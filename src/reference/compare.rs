@@ -82,7 +82,7 @@ impl Budget {
 }
 
 /// Compares every output of a call with the f64 reference: each element with its own error budget ([`Budget`]), and with the regression
-/// limit below it ([`regression_limit`]).
+/// limit below it ([`regression_limit`]). Results of [`crate::Precision::Fast`] have a larger budget, see [`Budget::with_precision`].
 ///
 /// ```
 /// use wgpu_attention::{Inputs, Problem, compare, reference};

@@ -14,7 +14,7 @@ use wgpu_attention::internal::describe;
 use wgpu_attention::reference::{Budget, attention_with_budget, regression_limit};
 use wgpu_attention::{
     Bias, Broadcast, Causal, Element, Error, Form, Gpu, Kernel, Layout, Logits, Obstacle, Options, Outputs, Packed,
-    Paged, Plan, Problem, Window, with,
+    Paged, Plan, Precision, Problem, Window, with,
 };
 
 use crate::composed::strided;
@@ -182,6 +182,7 @@ impl Family {
     fn options(&self, p: &Problem, r: &mut Random) -> Options {
         let mut options = with!(Options::default(), batch_invariant: r.once_in(4));
         (options.kernel, options.form) = self.kernel.map_or((None, None), |(kernel, form)| (Some(kernel), form));
+        options.precision = r.pick(&Precision::ALL);
         options.native_f16 = (p.element == Element::F16).then_some(self.native_f16);
         if r.once_in(4) {
             options.scratch_budget = 4 * u64::from(p.seq_kv.next_multiple_of(4)) * (1 + u64::from(r.below(40)));

@@ -1,8 +1,8 @@
 //! `matrix`: by cooperative matrices where an adapter has them, and everywhere else by the same text with plain numbers for matrices.
 
 use wgpu_attention::{
-    Attention, Bias, Broadcast, Caps, Causal, Element, Error, Form, Gpu, Kernel, Layout, Obstacle, Options, Packed,
-    Plan, Problem, Window, wgpu, with,
+    Attention, Bias, Broadcast, Caps, Causal, Element, Error, Form, Gpu, Kernel, Layout, Obstacle, Options, Outputs,
+    Packed, Plan, Precision, Problem, Window, wgpu, with,
 };
 
 use crate::support::staged::Staged;
@@ -24,11 +24,13 @@ fn device(gpu: &Gpu, (size, lanes): (u32, Option<u32>)) -> Caps {
 
 /// Runs a case on an adapter by a plan and compares.
 #[track_caller]
-fn check(gpu: &Gpu, case: &Case, plan: &Plan) {
+fn check(gpu: &Gpu, case: &Case, plan: &Plan) -> Outputs {
     let prepared = gpu.library().prepare(plan).unwrap();
     let resident = gpu.upload(plan, &case.operands.inputs()).unwrap();
     gpu.run(&prepared, &resident, &mut |_, _| ()).unwrap();
-    case.compare(&gpu.download(plan, &resident).unwrap(), plan);
+    let got = gpu.download(plan, &resident).unwrap();
+    case.compare(&got, plan);
+    got
 }
 
 /// The adapters that can read f16; without one nothing of the kernel is tested.
@@ -183,6 +185,50 @@ fn values_that_cancel_keep_the_digits_of_f32() {
     // Weights that are all alike, and values of both signs.
     let p = halves([1, 2, 40, 500, 16], |p| p.scale = Some(0.01));
     everywhere(&Case::random(p, 12));
+}
+
+#[test]
+fn weights_of_f16_cost_no_more_than_their_own_budget() {
+    // Weights that are all alike, values of both signs: the sum is small, and the roundings of the weights are not.
+    let p = halves([1, 2, 40, 500, 16], |p| (p.scale, p.lse) = (Some(0.01), true));
+    let case = Case::random(p, 12);
+    let shape = case.problem.check().unwrap();
+    for gpu in able() {
+        for form in FORMS {
+            let [strict, fast] = Precision::ALL.map(|precision| {
+                let plan = Plan::new(&shape, &device(gpu, form), &with!(emulated(), precision)).unwrap();
+                check(gpu, &case, &plan)
+            });
+            let beyond = case.budget.compare(&shape, &fast, &case.want).unwrap();
+            assert!(
+                beyond.get("out").unwrap().budget.failures > 20,
+                "the rounding does not show on {}: {beyond}",
+                gpu.name
+            );
+            assert_eq!(strict.lse, fast.lse);
+        }
+        if !gpu.library().caps().matrices.is_empty() {
+            let (_, plan) = case.check(gpu, &with!(emulated(), form: None, precision: Precision::Fast));
+            assert!(plan.steps()[0].variant.needs().matrices.is_some(), "{plan}");
+        }
+    }
+    // What is not finite, a maximum that moves, and every operand.
+    let mut problems = vec![halves([2, 2, 65, 130, 20], |p| p.causal = Causal::BottomRight)];
+    problems.push(halves([2, 4, 67, 70, 20], |p| {
+        (p.kv_heads, p.sinks, p.alibi, p.softcap, p.scale) = (2, true, true, Some(9.0), Some(3.0));
+        p.bias = Some(Bias { shape: Broadcast([2, 1, 67, 70]), element: Element::Bf16 });
+    }));
+    for (n, p) in problems.into_iter().enumerate() {
+        let mut operands = Data::random(&p, 17, 1.0);
+        operands.v.set(p.check().unwrap().v().at(0, 0, 69) as usize, [f32::NAN, f32::INFINITY][n]);
+        let case = Case::new(p, operands);
+        for gpu in able() {
+            let plan = case.problem.check().unwrap();
+            let plan =
+                Plan::new(&plan, &device(gpu, FORMS[n]), &with!(emulated(), precision: Precision::Fast)).unwrap();
+            check(gpu, &case, &plan);
+        }
+    }
 }
 
 #[test]

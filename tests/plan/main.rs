@@ -21,7 +21,8 @@ use wgpu_attention::internal::kernel::matrix::Matrix;
 use wgpu_attention::internal::kernel::{Lanes, Slot, Variant};
 use wgpu_attention::tuning::Tuning;
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Problem, wgpu, with,
+    Bias, Broadcast, Caps, Element, Error, Form, Kernel, Logits, Obstacle, Options, Plan, Precision, Problem, wgpu,
+    with,
 };
 
 use strategy::{caps, options, problem};
@@ -591,6 +592,20 @@ fn matrix_runs_f16_where_it_is_asked_for_or_proved() {
         let refused = Plan::new(&p.check().unwrap(), caps, &forced).unwrap_err();
         assert_eq!(refused, Error::Kernel { kernel: "matrix", why });
     }
+}
+
+#[test]
+fn only_matrix_heeds_the_precision() {
+    let p = halves(512, 64);
+    let [strict, fast] = [Precision::Strict, Precision::Fast].map(|precision| {
+        let of = |kernel| planned(&p, &matrix_gpu(), &with!(Options::default(), kernel, precision));
+        let plans = [None, Some(Kernel::Flash), Some(Kernel::Unfused), Some(Kernel::Matrix)].map(of);
+        plans.map(|plan| plan.steps().iter().map(|step| step.variant).collect::<Vec<_>>())
+    });
+    assert_eq!(strict[..3], fast[..3]);
+    let bytes = |variants: &[Variant]| variants[0].workgroup_bytes();
+    // 64 rows × 32 keys and 8 halves between rows.
+    assert_eq!(bytes(&strict[3]) - bytes(&fast[3]), 2 * 64 * 40);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use wgpu_attention::{
-    Bias, Broadcast, Caps, Causal, Element, Form, Kernel, Layout, Logits, Options, Packed, Paged, Problem, Strides,
-    wgpu, with,
+    Bias, Broadcast, Caps, Causal, Element, Form, Kernel, Layout, Logits, Options, Packed, Paged, Precision, Problem,
+    Strides, wgpu, with,
 };
 
 prop_compose! {
@@ -138,8 +138,9 @@ prop_compose! {
         native_f16 in prop_oneof![4 => Just(None), 1 => Just(Some(true)), 1 => Just(Some(false))],
         scratch_budget in prop_oneof![Just(1500u64), Just(16_384), Just(256 << 20)],
         batch_invariant in any::<bool>(),
+        precision in prop_oneof![Just(Precision::Strict), Just(Precision::Fast)],
         micros in prop_oneof![Just(2u64), Just(100), Just(50_000)],
     ) -> Options {
-        with!(Options::default(), kernel, form, native_f16, batch_invariant, scratch_budget, work_budget: Duration::from_micros(micros))
+        with!(Options::default(), kernel, form, native_f16, batch_invariant, precision, scratch_budget, work_budget: Duration::from_micros(micros))
     }
 }

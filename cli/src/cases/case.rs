@@ -2,7 +2,8 @@
 
 use wgpu_attention::multihead::{Call as LayerCall, Layer, LayerInputs};
 use wgpu_attention::operations::{Append, Rotation};
-use wgpu_attention::{Element, Operands, Outputs, Problem, with};
+use wgpu_attention::reference::budget;
+use wgpu_attention::{Element, Operands, Outputs, Precision, Problem, with};
 
 use super::minilm::Projection;
 use crate::difference::{self, Difference, Rule};
@@ -128,7 +129,7 @@ impl Expectation {
         Expectation { name: name.into(), quantity, want, rule, element: Element::F32, rows: None }
     }
 
-    fn verdict(&self, label: &str, outputs: &Outputs) -> Verdict {
+    fn verdict(&self, label: &str, outputs: &Outputs, rounding: &[f64]) -> Verdict {
         let asked = "the loader asks for each output that it compares";
         let projected;
         let got = match &self.quantity {
@@ -144,7 +145,10 @@ impl Expectation {
         };
         let rounded: Vec<f32> = got.iter().map(|&x| floats::round(x, self.element)).collect();
         let keep = |index: usize| self.rows.as_ref().is_none_or(|rows| rows.keep[index / rows.width]);
-        let difference = difference::compare(&rounded, &self.want, self.rule, keep);
+        let rounding = if matches!(self.quantity, Quantity::Out) { rounding } else { &[] };
+        let rule =
+            |index: usize| Rule { atol: self.rule.atol + rounding.get(index).unwrap_or(&0.0), rtol: self.rule.rtol };
+        let difference = difference::compare(&rounded, &self.want, rule, keep);
         let name = if label.is_empty() { self.name.clone() } else { format!("{} ({label})", self.name) };
         Verdict { name, difference }
     }
@@ -163,8 +167,54 @@ impl Call {
         }
     }
 
-    /// Compares the outputs with what is expected.
-    pub fn verdicts(&self, outputs: &Outputs) -> Vec<Verdict> {
-        self.expectations.iter().map(|expectation| expectation.verdict(self.label, outputs)).collect()
+    /// How far each element of `out` may be off beyond its rule at this precision; empty where that is nothing.
+    pub fn rounding(&self, precision: Precision) -> wgpu_attention::Result<Vec<f64>> {
+        match &self.work {
+            Work::Attention { problem, operands }
+                if precision == Precision::Fast && problem.element == Element::F16 =>
+            {
+                let (tensor, fast) = (*problem.check()?.out(), budget(problem, &operands.inputs())?.fast);
+                let mut rounding = vec![0.0; tensor.extent() as usize];
+                let [_, heads, rows] = tensor.sizes.map(u64::from);
+                for (n, fast) in (0..).zip(fast) {
+                    let [batch, head, row] = [n / (heads * rows), n / rows % heads, n % rows].map(|n| n as u32);
+                    rounding[tensor.at(batch, head, row) as usize..][..tensor.dim as usize].fill(fast);
+                }
+                Ok(rounding)
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Compares the outputs with what is expected, where each element of `out` may be off by its `rounding` beyond the rule.
+    pub fn verdicts(&self, outputs: &Outputs, rounding: &[f64]) -> Vec<Verdict> {
+        self.expectations.iter().map(|expectation| expectation.verdict(self.label, outputs, rounding)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wgpu_attention::Layout;
+
+    use super::*;
+    use crate::sample::Sample;
+
+    #[test]
+    fn rounded_weights_widen_the_rule_of_each_row_of_out() {
+        let problem = with!(Problem::new(1, 2, 3, 5, 4).with_layout(Layout::Bshd), element: Element::F16);
+        let operands = Sample(1).operands(&problem.clone().into()).unwrap();
+        let fast = budget(&problem, &operands.inputs()).unwrap().fast;
+        let expectations = vec![Expectation::new("out", Quantity::Out, vec![0.0; 24], Rule::default())];
+        let work = Work::Attention { problem: problem.into(), operands: operands.into() };
+        let call = Call { label: "", work, expectations };
+        assert!(call.rounding(Precision::Strict).unwrap().is_empty());
+        let rounding = call.rounding(Precision::Fast).unwrap();
+        for (n, x) in rounding.iter().enumerate() {
+            let (row, head) = (n / 8, n / 4 % 2);
+            assert_eq!(*x, fast[head * 3 + row]);
+        }
+        let outputs = |factor| Outputs::new(rounding.iter().map(|x| (factor * x) as f32).collect());
+        let passes = |outputs: Outputs, rounding: &[f64]| call.verdicts(&outputs, rounding)[0].difference.passes();
+        assert!(passes(outputs(0.99), &rounding) && !passes(outputs(1.01), &rounding) && !passes(outputs(0.99), &[]));
     }
 }

@@ -95,7 +95,7 @@ mod tests {
         let call = &cases[0].calls[0];
         let Work::Scores { problem, operands } = &call.work else { panic!("not a score matrix") };
         let outputs = reference::attention::<f32>(problem, &operands.inputs()).unwrap();
-        call.verdicts(&outputs).iter().all(|verdict| verdict.difference.passes())
+        call.verdicts(&outputs, &[]).iter().all(|verdict| verdict.difference.passes())
     }
 
     #[test]

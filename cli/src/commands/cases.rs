@@ -70,7 +70,7 @@ fn verdicts(case: &Case, engine: &Engine, kernels: &KernelArgs) -> wgpu_attentio
             Work::Append(work) => engine.append(work)?,
             Work::Scores { problem, operands } => engine.attention(problem, &operands.inputs(), &kernels.staged())?,
         };
-        verdicts.extend(call.verdicts(&outputs));
+        verdicts.extend(call.verdicts(&outputs, &call.rounding(kernels.precision)?));
     }
     Ok(verdicts)
 }
@@ -239,7 +239,7 @@ mod tests {
 
     /// A comparison of `got` with 1, with a tolerance of 0.5.
     fn verdict(got: f32) -> Verdict {
-        let difference = compare(&[got], &[1.0], Rule { atol: 0.5, rtol: 0.0 }, |_| true);
+        let difference = compare(&[got], &[1.0], |_| Rule { atol: 0.5, rtol: 0.0 }, |_| true);
         Verdict { name: "out".into(), difference }
     }
 

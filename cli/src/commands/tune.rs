@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde::Serialize;
 use wgpu_attention::tuning::{Choice, Class, Row as TunedRow, Tuning};
-use wgpu_attention::{Causal, Element, Gpu, Options, Plan, Prepared, Problem, Resident};
+use wgpu_attention::{Causal, Element, Gpu, Options, Plan, Precision, Prepared, Problem, Resident};
 use wgpu_attention_bench::{Clock, Timer, Times};
 
 use super::bench::{Subject, must_have_work};
@@ -156,7 +156,7 @@ impl Tuner<'_> {
     fn tune(&self, given: &Given, choices: &[Choice]) -> Result<Found> {
         // A problem that the device cannot run is refused before its operands are made.
         self.gpu.library().plan(&given.problem)?;
-        let subject = Subject::new(given.clone(), CHECK_FLOPS)?;
+        let subject = Subject::new(given.clone(), Precision::Strict, CHECK_FLOPS)?;
         let mut found = Found { rows: Vec::new(), best: None, failed: false, in_time: true };
         let mut runners: Vec<Runner> = Vec::new();
         for &choice in choices {

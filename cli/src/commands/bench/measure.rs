@@ -95,7 +95,7 @@ fn subject(gpus: &[Device], options: &Options, given: Given) -> Result<Subject> 
     let refused: Vec<_> = gpus.iter().filter_map(|gpu| plan(gpu).err()).collect();
     match &refused[..] {
         [error, ..] if refused.len() == gpus.len() => Err(error.clone().into()),
-        _ => Subject::new(given, CHECK_FLOPS),
+        _ => Subject::new(given, options.precision, CHECK_FLOPS),
     }
 }
 
@@ -229,6 +229,7 @@ impl<'a> Bench<'a> {
             kernel: plan.kernel(),
             choice: plan.choice().kernel().name().into(),
             planned,
+            precision: self.options.precision,
             case: Case::of(&subject.given.problem),
             flops: subject.flops,
             bytes: memory::of_tensors(plan.shape()),

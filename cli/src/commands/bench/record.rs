@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sysinfo::System;
-use wgpu_attention::{Causal, Element, Problem};
+use wgpu_attention::{Causal, Element, Precision, Problem};
 use wgpu_attention_bench::Times;
 
 use crate::engine::Label;
@@ -89,6 +89,9 @@ pub struct Record {
     pub choice: String,
     /// Whether the planner chose the kernel by itself.
     pub planned: bool,
+    /// The precision that was asked for.
+    #[serde(default)]
+    pub precision: Precision,
     #[serde(flatten)]
     pub case: Case,
     pub flops: f64,
@@ -137,7 +140,8 @@ impl Record {
     pub fn matches(&self, other: &Record) -> bool {
         let adapter = |record: &Record| (record.label.adapter.clone(), record.label.backend.clone());
         adapter(self) == adapter(other)
-            && (&self.kernel, &self.case, &self.timer) == (&other.kernel, &other.case, &other.timer)
+            && (&self.kernel, self.precision) == (&other.kernel, other.precision)
+            && (&self.case, &self.timer) == (&other.case, &other.timer)
     }
 
     /// Refuses numbers that no measurement gives, and that no chart can show.
@@ -228,6 +232,7 @@ pub mod sample {
             kernel: kernel.into(),
             choice: kernel.into(),
             planned: kernel == "flash",
+            precision: Precision::Strict,
             case: Case::of(&shape.problem()),
             flops: checked.flops(),
             bytes: crate::memory::of_tensors(&checked),

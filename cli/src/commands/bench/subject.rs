@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use wgpu_attention::{Shape, reference};
+use wgpu_attention::{Precision, Shape, reference};
 
 use crate::error::{Error, Result};
 use crate::memory;
@@ -39,8 +39,8 @@ fn no_work(given: &Given) -> Error {
 }
 
 impl Subject {
-    /// Makes up operands and computes the reference. The check may take at most `check_flops` operations.
-    pub fn new(given: Given, check_flops: f64) -> Result<Self> {
+    /// Makes up operands and computes the reference, for results of some precision. The check may take at most `check_flops` operations.
+    pub fn new(given: Given, precision: Precision, check_flops: f64) -> Result<Self> {
         let problem = &given.problem;
         let shape = problem.check()?;
         let all = 4.0 * shape.scores_len() as f64 * f64::from(problem.head_dim);
@@ -58,7 +58,7 @@ impl Subject {
         }
         let flops = pairs as f64 * 2.0 * f64::from(problem.head_dim + problem.value_dim);
         let checked = runs(problem.seq_q, rows);
-        let oracle = Oracle::of_rows(problem, &inputs, &checked)?;
+        let oracle = Oracle::of_rows(problem, &inputs, precision, &checked)?;
         Ok(Subject { given, operands, flops, checked, oracle })
     }
 
@@ -128,7 +128,9 @@ mod tests {
             let shape: ShapeArg = "2,4,2,33,47,8".parse().unwrap();
             let mut problem = with!(shape.problem(), causal, element: Element::F16, alibi: true);
             problem.mask = Some(Broadcast([1, 1, 33, 47]));
-            let subject = Subject::new(problem.into(), 12.0 / 33.0 * 4.0 * 2.0 * 4.0 * 33.0 * 47.0 * 8.0).unwrap();
+            let subject =
+                Subject::new(problem.into(), Precision::Strict, 12.0 / 33.0 * 4.0 * 2.0 * 4.0 * 33.0 * 47.0 * 8.0)
+                    .unwrap();
             assert!(subject.sampled().unwrap().contains("10 of 33 query rows: 0 to 1, 7 to 8,"));
             let problem = &subject.given.problem;
             let all = problem.check().unwrap().flops();
@@ -151,6 +153,6 @@ mod tests {
         let mut given = Given::from(problem);
         given.values.density = -1.0;
         must_have_work(&given).unwrap();
-        assert!(matches!(Subject::new(given, 1e9), Err(Error::NoWork { .. })));
+        assert!(matches!(Subject::new(given, Precision::Strict, 1e9), Err(Error::NoWork { .. })));
     }
 }

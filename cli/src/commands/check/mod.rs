@@ -373,7 +373,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     let mut rows = Vec::new();
     for subject in &subjects {
         bar.set_message(subject.name);
-        let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs())?;
+        let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs(), arguments.kernels.precision)?;
         for (place, engine) in engines.iter().enumerate() {
             for row in subject.rows(engine, &oracle, &arguments.kernels) {
                 bar.suspend(|| report.object(&row))?;
@@ -418,6 +418,8 @@ fn tally<'a>(rows: impl Iterator<Item = &'a Row>) -> (usize, usize) {
 
 #[cfg(test)]
 mod tests {
+    use wgpu_attention::Precision;
+
     use super::*;
 
     #[test]
@@ -425,7 +427,7 @@ mod tests {
         let subjects = subjects().unwrap();
         for name in ["small", "masked", "f16"] {
             let subject = subjects.iter().find(|subject| subject.name == name).unwrap();
-            let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs()).unwrap();
+            let oracle = Oracle::new(&subject.staged(), &subject.operands.inputs(), Precision::Strict).unwrap();
             let computed = || subject.compute(&Engine::Cpu, &KernelArgs::default()).unwrap();
             let verdicts = |(staged, whole): (Staged, Whole)| -> Vec<(&str, String)> {
                 let rows = subject.judged(&Engine::Cpu, &oracle, &staged, &whole);

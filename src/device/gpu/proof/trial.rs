@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::contract::operands::{HostSlice, Operands};
+use crate::contract::options::Precision;
 use crate::contract::problem::{Bias, Broadcast, Causal, Element, Elements, Inputs, Outputs, Problem, Window};
 use crate::contract::proof::Trial;
 use crate::contract::shape::DIMS;
@@ -123,6 +124,8 @@ pub struct Data {
     v: Tensor,
     mask: Vec<u8>,
     bias: Tensor,
+    /// How exact the weights are.
+    precision: Precision,
     /// The place of the expected results among those of all trials.
     place: usize,
 }
@@ -161,7 +164,16 @@ impl Data {
         let bias = p.bias.map_or(Vec::new(), |bias| (0..bias.shape.len()).map(|at| number(5, at)).collect());
         let dims = DIMS.into_iter().position(|dims| dims == trial.dims).expect("a trial has the dims of a class");
         let place = 2 * dims + usize::from(trial.operands);
-        Data { q: tensor(q), k: tensor(k), v: tensor(v), mask, bias: tensor(bias), place, problem }
+        Data {
+            q: tensor(q),
+            k: tensor(k),
+            v: tensor(v),
+            mask,
+            bias: tensor(bias),
+            precision: trial.precision,
+            place,
+            problem,
+        }
     }
 
     /// The problem.
@@ -197,6 +209,13 @@ impl Data {
         rows.map(|(row, out)| RowSummary::new(out, outputs.lse.as_ref().map(|lse| lse[row]))).collect()
     }
 
+    /// How much weights rounded to f16 move the sum of a row, at most: 2⁻¹¹ Σ p |v| in each element, where no finite value is beyond 2
+    /// and the weights add up to 1.
+    fn rounded_weights(&self) -> f32 {
+        let factors: f64 = (0..self.problem.value_dim as usize).map(factor).sum();
+        (2.0 * factors / 2048.0) as f32
+    }
+
     /// Whether outputs are right, or what is wrong with the first row that is not.
     pub(super) fn judge(&self, outputs: &Outputs) -> Result<(), String> {
         let element = match self.problem.element {
@@ -204,10 +223,14 @@ impl Data {
             Element::F16 => 1,
             Element::Bf16 => 2,
         };
+        let rounded = match self.precision {
+            Precision::Strict => 0.0,
+            Precision::Fast => self.rounded_weights(),
+        };
         for ((n, got), expected) in self.summaries(outputs).into_iter().enumerate().zip(self.expected()) {
             let want = expected.row;
             let difference = [
-                ("sum of the outputs", got.sum, want.sum, expected.sum_budget[element]),
+                ("sum of the outputs", got.sum, want.sum, expected.sum_budget[element] + rounded),
                 ("code of the NaN and infinities", got.nonfinite, want.nonfinite, 0.0),
                 ("lse", got.lse, want.lse, expected.lse_budget),
             ]
