@@ -12,7 +12,7 @@ use wgpu_attention::proof::{Failure, Feature, Proof, Trial};
 use wgpu_attention::reference::attention_with_budget;
 use wgpu_attention::{
     Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Obstacle, Options, Plan, Problem,
-    wgpu, with,
+    Runner, compare, wgpu, with,
 };
 
 /// The dims and the operands that tell the stored results of trials apart, in their order.
@@ -279,6 +279,26 @@ fn a_shader_that_does_not_compile_has_failed() {
             "{text}"
         );
         gpu.plan(&problem()).unwrap();
+    }
+}
+
+#[test]
+fn a_driver_that_computes_nothing_rightly_is_left_for_the_cpu() {
+    fn wrong(_: &Variant, text: String) -> String {
+        text.replace("params.scale", "(1.01 * params.scale)")
+    }
+    let case = Case::random(problem(), 10);
+    for adapter in gpus() {
+        let runner = Runner::proven(plain(adapter, wrong)).unwrap();
+        let Runner::Cpu { why } = &runner else { panic!("{}", runner.name()) };
+        assert!(
+            why.contains("computes nothing rightly") && why.contains("it failed its proof on this driver"),
+            "{why}"
+        );
+        assert_eq!(runner.name(), format!("CPU reference ({why})"));
+        let outputs = runner.attention(&case.problem, &case.operands.inputs()).unwrap();
+        assert!(compare(&case.problem, &case.operands.inputs(), &outputs).unwrap().passed());
+        assert!(matches!(Runner::proven(fresh(adapter, None)).unwrap(), Runner::Gpu(_)));
     }
 }
 
