@@ -206,7 +206,7 @@ pub mod tuning {
 
 /// What is known of a driver: which kernels gave right results on small problems, and what did not.
 pub mod proof {
-    pub use crate::contract::proof::{Failure, Feature, Proof, Trial};
+    pub use crate::contract::proof::{Case, Failure, Feature, Proof, Trial};
 }
 
 /// What the command line and the tests of this crate look into. No part of it is stable.

@@ -48,6 +48,8 @@ pub struct Plan {
     pub(crate) slices: Vec<Range<usize>>,
     pub(crate) scratch: Vec<(Slot, u64)>,
     pub(crate) choice: Choice,
+    /// The trials that tell whether the driver computes the plan rightly; none where nothing runs.
+    pub(crate) trials: Vec<Trial>,
     pub(crate) lists: Lists,
     pub(crate) reasons: Vec<String>,
 }
@@ -173,21 +175,16 @@ impl Plan {
         self.choice
     }
 
-    /// The trial that tells whether the driver computes the plan's kernel rightly; `None` where nothing runs.
-    pub(crate) fn trial(&self) -> Option<Trial> {
-        let trial = || Trial::of(self.choice.kernel(), &self.shape, &self.options);
-        (!self.steps.is_empty()).then(trial)
-    }
-
-    /// The trial of `matrix`, if it is asked for by `unknown`, and if the planner would take that kernel for this problem once it is proved.
-    pub(crate) fn hoped(&self, tuning: &Tuning, unknown: impl Fn(&Trial) -> bool) -> Option<Trial> {
-        let trial = Trial::of(Kernel::Matrix, &self.shape, &self.options);
-        if self.caps.matrices.is_empty() || !unknown(&trial) {
-            return None;
-        }
-        let caps = Caps { proved: vec![trial], ..self.caps.clone() };
-        let other = Plan::planned(&self.shape, &caps, &self.options, tuning).ok()?;
-        other.trial().filter(|taken| *taken == trial)
+    /// The trials of `matrix`, if the planner would take that kernel for this problem once they have proved it.
+    pub(crate) fn hoped(&self, tuning: &Tuning) -> Vec<Trial> {
+        let taken = self.choice.kernel() == Kernel::Matrix;
+        let none = taken || self.caps.matrices.is_empty() || self.options.kernel.is_some();
+        let planned = |caps: &Caps, options: &Options| {
+            let plan = (!none).then(|| Plan::planned(&self.shape, caps, options, tuning).ok()).flatten();
+            plan.filter(|plan| plan.choice.kernel() == Kernel::Matrix).map_or(Vec::new(), |plan| plan.trials)
+        };
+        let proved = planned(&self.caps, &Options { kernel: Some(Kernel::Matrix), ..self.options.clone() });
+        planned(&Caps { proved, ..self.caps.clone() }, &self.options)
     }
 
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.
@@ -293,23 +290,22 @@ mod tests {
         let trial = Trial::of(Kernel::Matrix, &shape, &own);
         let caps = matrix_gpu();
         let first = plan(&caps, &own, &none);
-        assert_eq!((first.choice.kernel(), first.hoped(&none, |_| true)), (Kernel::Flash, Some(trial)));
-        assert_eq!(first.hoped(&none, |_| false), None, "its outcome is known");
+        assert_eq!((first.choice.kernel(), first.hoped(&none)), (Kernel::Flash, vec![trial]));
         // Proved, it is taken, and relied on.
         let proved = caps.after(&Proof { right: vec![trial], ..Proof::default() });
         let second = plan(&proved, &own, &none);
-        assert_eq!((second.choice.kernel(), second.trial()), (Kernel::Matrix, Some(trial)));
+        assert_eq!((second.choice.kernel(), &second.trials), (Kernel::Matrix, &vec![trial]));
         // Where it failed, where another kernel is tuned or asked for, and where it would lose, nobody hopes for it.
         let failure = Failure::Kernel { trial, why: "the test says so".into() };
         let failed = plan(&caps.after(&Proof { failures: vec![failure], ..Proof::default() }), &own, &none);
-        assert_eq!((failed.choice.kernel(), failed.hoped(&none, |_| true)), (Kernel::Flash, None));
+        assert_eq!((failed.choice.kernel(), failed.hoped(&none)), (Kernel::Flash, Vec::new()));
         let row = Row { class: Class::of(&shape), choice: first.choice, ms: 1.0 };
         let tuning = Tuning { source: "a file".into(), rows: vec![row] };
-        assert_eq!(plan(&caps, &own, &tuning).hoped(&tuning, |_| true), None);
+        assert_eq!(plan(&caps, &own, &tuning).hoped(&tuning), []);
         let forced = Options { kernel: Some(Kernel::Flash), ..Options::default() };
-        assert_eq!(plan(&caps, &forced, &none).hoped(&none, |_| true), None);
+        assert_eq!(plan(&caps, &forced, &none).hoped(&none), []);
         for other in [Caps { matrices: vec![8], ..matrix_gpu() }, Caps { cpu: true, ..matrix_gpu() }] {
-            assert_eq!(plan(&other, &own, &none).hoped(&none, |_| true), None);
+            assert_eq!(plan(&other, &own, &none).hoped(&none), []);
         }
     }
 

@@ -8,11 +8,11 @@ use std::time::Instant;
 use support::{Adapter, Case, gpus};
 use wgpu_attention::internal::Variant;
 use wgpu_attention::internal::trials::{Data, Expected, RowSummary, factor};
-use wgpu_attention::proof::{Failure, Feature, Proof, Trial};
+use wgpu_attention::proof::{Case as TrialCase, Failure, Feature, Proof, Trial};
 use wgpu_attention::reference::attention_with_budget;
 use wgpu_attention::{
-    Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Obstacle, Options, Plan, Precision,
-    Problem, wgpu, with,
+    Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Logits, Obstacle, Options, Packed,
+    Paged, Plan, Precision, Problem, Runner, compare, wgpu, with,
 };
 
 /// The dims and the operands that tell the stored results of trials apart, in their order.
@@ -222,6 +222,77 @@ fn a_kernel_that_is_wrong_is_planned_no_more() {
     }
 }
 
+/// What is wrong where a problem has more than the usual.
+fn broken_case<const CASE: usize>(variant: &Variant, text: String) -> String {
+    let of = |shaders: &[&str]| shaders.iter().any(|shader| variant.kernel().starts_with(shader));
+    match CASE {
+        // A driver that ends loops early.
+        0 => text
+            .replace("key < end; key +=", "key < min(end, 100000u); key +=")
+            .replace("step < end; step +=", "step < min(end, 60000u); step +=")
+            .replace("key < key_end; key +=", "key < min(key_end, 20000u); key +="),
+        // What the dispatches before left.
+        1 if of(&["rows", "flash"]) => text.replace("(state[", "(0u * state["),
+        1 if of(&["values"]) => text.replace("& ADD)", "& 0u)"),
+        1 if of(&["merge"]) => text.replace("inverse * part", "1.01 * inverse * part"),
+        // Other pages.
+        2 => text.replace("min(page, params.pages - 1u)", "min(page ^ 1u, params.pages - 1u)"),
+        // Sequences that end a key early.
+        3 => text.replace("s.stored = s.keys;", "s.stored = s.keys; s.keys = max(s.keys, 1u) - 1u;"),
+        4 | 5 if of(&["export"]) => text.replace("= bits;", "= select(bits, bits ^ 65536u, key % 8u == 3u);"),
+        4 => text.replace("weigh_codes(x, m) * inverse);", "weigh_codes(x, m) * (1.01 * inverse));"),
+        _ => text,
+    }
+}
+
+/// A problem of each case, an edit that breaks it, and the kernels that have it.
+fn cases() -> [(TrialCase, Problem, Edit, &'static [Kernel]); 6] {
+    use Kernel::{Flash, Rows, Split, Unfused};
+    let many = |keys| Problem::new(2, 2, 9, keys, 48);
+    let packed = Some(Packed { total_q: 18, total_kv: 150 });
+    [
+        (TrialCase::Long, many(5000), broken_case::<0>, &[Rows, Flash, Split, Unfused]),
+        (TrialCase::Several, many(2000), broken_case::<1>, &[Rows, Flash, Split, Unfused]),
+        (
+            TrialCase::Paged,
+            with!(many(100), paged: Some(Paged { pages: 14, page_size: 16 })),
+            broken_case::<2>,
+            &[Rows, Flash, Split],
+        ),
+        (TrialCase::Packed, with!(many(100), packed), broken_case::<3>, &[Rows, Flash, Unfused]),
+        (TrialCase::Weights, with!(many(100), weights: true), broken_case::<4>, &[Rows, Flash, Split, Unfused]),
+        (TrialCase::Logits, with!(many(100), logits: Some(Logits::Masked)), broken_case::<5>, &[Unfused]),
+    ]
+}
+
+#[test]
+fn what_is_wrong_beside_the_usual_rules_out_the_problems_that_need_it() {
+    for adapter in gpus() {
+        for (case, problem, edit, kernels) in cases() {
+            for &kernel in kernels.iter().filter(|&&kernel| !adapter.library().caps().takes_minutes(kernel)) {
+                let context = format!("{kernel}, {case:?} on {}", adapter.name);
+                // Bindings that hold a part of the keys.
+                let mut gpu = adapter.proving(Some(wgpu::Features::empty()), |limits| {
+                    if case == TrialCase::Several {
+                        limits.max_storage_buffer_binding_size = 192 << 10;
+                    }
+                });
+                gpu.library_mut().edit_shaders(edit);
+                let forced = with!(Options::default(), kernel: Some(kernel));
+                let planned = gpu.plan_with(&problem, &forced);
+                let proof = gpu.library().proof();
+                assert!(unproved(planned), "{context}: {proof:?}");
+                let of = |failure: &Failure| matches!(failure, Failure::Kernel { trial, .. } if trial.case == case);
+                assert!(proof.failures.len() == 1 && proof.failures.iter().all(of), "{context}: {proof:?}");
+                // Problems without it are computed as before.
+                let usual =
+                    with!(problem.clone(), seq_kv: 100, paged: None, packed: None, weights: false, logits: None);
+                gpu.plan_with(&usual, &forced).unwrap_or_else(|error| panic!("{context}: {error}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn results_are_right_where_the_first_choice_is_wrong() {
     let case = Case::random(problem(), 7);
@@ -279,6 +350,26 @@ fn a_shader_that_does_not_compile_has_failed() {
             "{text}"
         );
         gpu.plan(&problem()).unwrap();
+    }
+}
+
+#[test]
+fn a_driver_that_computes_nothing_rightly_is_left_for_the_cpu() {
+    fn wrong(_: &Variant, text: String) -> String {
+        text.replace("params.scale", "(1.01 * params.scale)")
+    }
+    let case = Case::random(problem(), 10);
+    for adapter in gpus() {
+        let runner = Runner::proven(plain(adapter, wrong)).unwrap();
+        let Runner::Cpu { why } = &runner else { panic!("{}", runner.name()) };
+        assert!(
+            why.contains("computes nothing rightly") && why.contains("it failed its proof on this driver"),
+            "{why}"
+        );
+        assert_eq!(runner.name(), format!("CPU reference ({why})"));
+        let outputs = runner.attention(&case.problem, &case.operands.inputs()).unwrap();
+        assert!(compare(&case.problem, &case.operands.inputs(), &outputs).unwrap().passed());
+        assert!(matches!(Runner::proven(fresh(adapter, None)).unwrap(), Runner::Gpu(_)));
     }
 }
 

@@ -74,6 +74,12 @@ fn cases_counts_what_passes_fails_is_refused_and_is_skipped() {
 
     let (last, code, out) = ends(&["--kernel", "flash"]);
     assert_eq!((last.as_str(), code), ("1 passed, 1 failed, 2 skipped", Some(1)), "{out}");
+    // What a kernel refuses is told by its reason, once, however many cases there are.
+    std::fs::copy(place("staged"), place("staged2")).unwrap();
+    let (_, _, out) = ends(&["--kernel", "flash"]);
+    std::fs::remove_file(place("staged2")).unwrap();
+    let refusals: Vec<_> = out.lines().filter(|line| line.contains("kernel flash cannot run here")).collect();
+    assert!(matches!(refusals[..], [line] if line.starts_with("skip 2 cases on ")), "{out}");
     let got = run(&["cases", path, "--kernel", "flash", "--json"]);
     let verdict = |object: &Value| object["verdict"].as_str().map(String::from);
     let mut verdicts: Vec<String> = objects(&got).iter().filter_map(verdict).collect();

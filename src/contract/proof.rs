@@ -8,6 +8,71 @@ use crate::contract::options::{Form, Kernel, Options, Precision};
 use crate::contract::problem::Element;
 use crate::contract::shape::Shape;
 
+/// What a problem has of a kernel beside the usual: each has shaders, or parts of them, of its own.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Case {
+    /// None of the others.
+    #[default]
+    Usual,
+    /// More keys than 4096: loops of tens of thousands of iterations, which some drivers end early.
+    Long,
+    /// The keys are walked in several dispatches, or by several workgroups whose results are merged.
+    Several,
+    /// Keys in pages.
+    Paged,
+    /// Packed sequences.
+    Packed,
+    /// Weights as an output.
+    Weights,
+    /// Logits as an output.
+    Logits,
+}
+
+/// Most keys of a problem that needs no trial of [`Case::Long`]: no loop takes more than a few iterations a key.
+const SHORT: u32 = 4096;
+
+impl Case {
+    /// Those of a problem that tell it from the usual one.
+    pub(crate) fn of(shape: &Shape) -> impl Iterator<Item = Case> {
+        let p = &shape.problem;
+        let cases = [
+            (Case::Paged, p.paged.is_some()),
+            (Case::Packed, p.packed.is_some()),
+            (Case::Weights, p.weights),
+            (Case::Logits, p.logits.is_some()),
+            (Case::Long, p.seq_kv > SHORT),
+        ];
+        cases.into_iter().filter_map(|(case, is)| is.then_some(case))
+    }
+
+    /// Whether a kernel has shaders for it.
+    fn suits(self, kernel: Kernel) -> bool {
+        match self {
+            Case::Usual | Case::Long | Case::Weights => true,
+            Case::Several => kernel != Kernel::Matrix,
+            Case::Paged => kernel != Kernel::Unfused,
+            Case::Packed => kernel != Kernel::Split,
+            Case::Logits => kernel == Kernel::Unfused,
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Case::Usual => "",
+            Case::Long => ", many keys",
+            Case::Several => ", keys in parts",
+            Case::Paged => ", pages",
+            Case::Packed => ", packed sequences",
+            Case::Weights => ", weights",
+            Case::Logits => ", logits",
+        })
+    }
+}
+
 /// A trial: a small problem for one kernel. Problems that differ in nothing but what is named here share their trial.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,10 +93,13 @@ pub struct Trial {
     pub operands: bool,
     /// The smallest of 32, 64, 128, 256 and 512 that holds head_dim and value_dim.
     pub dims: u32,
+    /// What else the problem has.
+    #[serde(default)]
+    pub case: Case,
 }
 
 impl Trial {
-    /// The trial that tells whether a kernel computes a problem rightly.
+    /// The trial that tells whether a kernel computes a problem rightly, as far as it is a usual one.
     pub(crate) fn of(kernel: Kernel, shape: &Shape, options: &Options) -> Trial {
         let element = shape.problem.element;
         Trial {
@@ -42,11 +110,23 @@ impl Trial {
             element,
             operands: shape.transforms(),
             dims: shape.class_dims(),
+            case: Case::Usual,
+        }
+    }
+
+    /// The same for another case. Whether a driver ends loops early does not depend on the problem: all of the kernel's share that trial.
+    pub(crate) fn with(self, case: Case) -> Trial {
+        match case {
+            Case::Long => {
+                let element = if self.kernel == Kernel::Matrix { Element::F16 } else { Element::F32 };
+                Trial { native_f16: None, element, operands: false, dims: 32, case, ..self }
+            }
+            _ => Trial { case, ..self },
         }
     }
 
     /// The trials of [`crate::Gpu::prove`]: every kernel with each element type, with and without operands, at 64 dims, and with f32
-    /// (`matrix` with f16) at 32 and 128 dims.
+    /// (`matrix` with f16) at 32 and 128 dims and in each [`Case`].
     pub fn all() -> impl Iterator<Item = Trial> {
         let of = |kernel, element, operands, dims| Trial {
             kernel,
@@ -56,6 +136,7 @@ impl Trial {
             element,
             operands,
             dims,
+            case: Case::Usual,
         };
         let usual = move |kernel| {
             let each = move |element| [false, true].map(move |operands| of(kernel, element, operands, 64));
@@ -63,26 +144,32 @@ impl Trial {
         };
         let others = move |kernel| {
             let element = if kernel == Kernel::Matrix { Element::F16 } else { Element::F32 };
-            [32, 128].map(move |dims| of(kernel, element, false, dims))
+            let cases = [Case::Long, Case::Several, Case::Paged, Case::Packed, Case::Weights, Case::Logits];
+            let cases = cases.into_iter().filter(move |case| case.suits(kernel));
+            let cases = cases.map(move |case| of(kernel, element, false, 64).with(case));
+            [32, 128].map(|dims| of(kernel, element, false, dims)).into_iter().chain(cases)
         };
         Kernel::ALL.into_iter().flat_map(move |kernel| usual(kernel).chain(others(kernel)))
     }
 
     /// The options of the trial's own plan.
     pub(crate) fn options(&self) -> Options {
-        let Trial { kernel, form, native_f16, precision, .. } = *self;
-        Options { kernel: Some(kernel), form, native_f16, precision, ..Options::default() }
+        let Trial { kernel, form, native_f16, precision, case, .. } = *self;
+        let options = Options { kernel: Some(kernel), form, native_f16, precision, ..Options::default() };
+        // `split` would share out the keys to so many workgroups that each has few; without room for their results it does not.
+        let few = case == Case::Long && kernel == Kernel::Split;
+        Options { scratch_budget: if few { 1024 } else { options.scratch_budget }, ..options }
     }
 }
 
 impl fmt::Display for Trial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Trial { kernel, form, native_f16, precision, element, operands, dims } = self;
+        let Trial { kernel, form, native_f16, precision, element, operands, dims, case } = self;
         write!(f, "{kernel}")?;
         form.map_or(Ok(()), |form| write!(f, " {form}"))?;
         native_f16.map_or(Ok(()), |native| f.write_str(if native { " native" } else { " packed" }))?;
         f.write_str(if *precision == Precision::Fast { " fast" } else { "" })?;
-        write!(f, " {element}, {dims} dims{}", if *operands { ", operands" } else { "" })
+        write!(f, " {element}, {dims} dims{}{case}", if *operands { ", operands" } else { "" })
     }
 }
 
@@ -101,6 +188,14 @@ pub enum Feature {
 
 impl Feature {
     pub(crate) const ALL: [Feature; 3] = [Feature::Int64, Feature::F16, Feature::Subgroups];
+
+    /// Why plans do without it, after a trial failed.
+    pub(crate) fn dropped(self) -> &'static str {
+        match self {
+            Feature::F16 => "not used, because it failed its proof on this driver",
+            Feature::Int64 | Feature::Subgroups => "not used, because they failed their proof on this driver",
+        }
+    }
 }
 
 impl fmt::Display for Feature {

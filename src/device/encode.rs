@@ -217,12 +217,11 @@ impl Attention {
         Plan::tuned(&problem.check()?, &self.proven_caps(), options, &self.tuning)
     }
 
-    /// The trial that has to have an outcome before a plan is used: that of `matrix`, where the planner would take it if it were proved,
-    /// then that of the plan's own kernel.
+    /// The next trial that has to have an outcome before a plan is used: those of `matrix`, where the planner would take it if it were
+    /// proved, then those of the plan's own kernel.
     pub(crate) fn due(&self, plan: &Plan) -> Option<Trial> {
-        let unknown = |trial: &Trial| !lock(&self.proof).knows(trial);
-        let own = || plan.trial().filter(unknown);
-        plan.hoped(&self.tuning, unknown).or_else(own)
+        let trials = plan.hoped(&self.tuning).into_iter().chain(plan.trials.iter().copied());
+        trials.into_iter().find(|trial| !lock(&self.proof).knows(trial))
     }
 
     /// Compiles the pipelines that no earlier call compiled, and allocates the plan's scratch. Blocks while the driver compiles:

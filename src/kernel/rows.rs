@@ -202,7 +202,8 @@ impl Fused for Rows {
 
     fn loop_iterations(&self, shape: &Shape, keys: u64) -> u64 {
         // Where there are NaN or infinities, each row walks over the keys once more, a key at a time or a few.
-        let Tile { rows, keys: step, .. } = self.tile;
+        let Tile { lanes, rows, keys: step, .. } = self.tile;
+        let rows = rows.min(shape.problem.seq_q.div_ceil(lanes.lanes));
         let careful = u64::from(rows) * key_loop(shape, keys, 1);
         key_loop(shape, keys, step) * row_loops(self.full, rows) + careful + 3 * u64::from(rows) + 1
     }

@@ -5,7 +5,7 @@ use crate::contract::error::{Error, Result};
 use crate::contract::obstacle::Obstacle;
 use crate::contract::options::{Form, Kernel, Options};
 use crate::contract::problem::Element;
-use crate::contract::proof::{Failure, Trial};
+use crate::contract::proof::{Case, Failure, Trial};
 use crate::contract::shape::Shape;
 use crate::kernel::Variant;
 use crate::kernel::eligibility::key_step;
@@ -13,7 +13,7 @@ use crate::kernel::fused::{Fused, Walk, whole_format};
 use crate::kernel::lanes::Lanes;
 use crate::kernel::scores::Scores;
 use crate::kernel::softmax::Softmax;
-use crate::kernel::values::Values;
+use crate::kernel::values::{self, Values};
 use crate::plan::measured::{Choice, Class, Tuning};
 use crate::plan::model::Unit;
 
@@ -36,8 +36,7 @@ pub(crate) fn choose_fused(walk: &Walk<'_>, tuning: &Tuning, reasons: &mut Vec<S
     }
     for failure in &walk.caps.failures {
         if let Failure::Feature { feature, trial, why } = failure {
-            reasons
-                .push(format!("{feature}: not used, because they failed their proof on this driver ({trial}: {why})"));
+            reasons.push(format!("{feature}: {} ({trial}: {why})", feature.dropped()));
         }
     }
     let tuned = tuned(walk, tuning, reasons);
@@ -160,7 +159,7 @@ fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
         }
         Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
         Kernel::Matrix if !Unit::of(caps).has_fast_matrices() => Some("matrices of this size are plain arithmetic"),
-        Kernel::Matrix if !caps.proved.contains(&Trial::of(kernel, shape, options)) => {
+        Kernel::Matrix if !trials(kernel, None, walk).iter().all(|trial| caps.proved.contains(trial)) => {
             Some("no trial has proved it on this driver: a tuned row takes it, or who asks for it")
         }
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
@@ -174,17 +173,38 @@ fn variants(kernel: Kernel, walk: &Walk<'_>) -> Result<Vec<Variant>, Obstacle> {
     fn of<K: Fused>(walk: &Walk<'_>, variant: fn(K) -> Variant) -> Result<Vec<Variant>, Obstacle> {
         Ok(walk.variants()?.into_iter().map(variant).collect())
     }
-    if let Some(why) = walk.caps.failed(&Trial::of(kernel, walk.shape, walk.options)) {
-        return Err(Obstacle::Unproved { why: why.into() });
-    }
-    match kernel {
+    let found = match kernel {
         Kernel::Unfused if walk.shape.problem.paged.is_some() => Err(Obstacle::Pages),
         Kernel::Unfused => Ok(Vec::new()),
         Kernel::Rows => of(walk, Variant::Rows),
         Kernel::Split => of(walk, Variant::Split),
         Kernel::Flash => of(walk, Variant::Flash),
         Kernel::Matrix => of(walk, Variant::Matrix),
+    }?;
+    let failed = |variant| trials(kernel, variant, walk).iter().find_map(|trial| walk.caps.failed(trial));
+    match failed(found.first()) {
+        Some(why) => Err(Obstacle::Unproved { why: why.into() }),
+        None => Ok(found),
     }
+}
+
+/// The trials that tell whether a kernel, in this variant if it is fused, computes a problem rightly.
+pub(crate) fn trials(kernel: Kernel, variant: Option<&Variant>, walk: &Walk<'_>) -> Vec<Trial> {
+    let Walk { shape, caps, options, key_step } = *walk;
+    let several = match variant {
+        Some(Variant::Rows(rows)) => rows.carry,
+        Some(Variant::Flash(flash)) => flash.carry,
+        Some(Variant::Split(split)) => split.partials(walk) > 1,
+        _ => kernel == Kernel::Unfused && values::loop_step(shape, caps, key_step) < shape.problem.seq_kv,
+    };
+    let usual = Trial::of(kernel, shape, options);
+    let mut trials: Vec<_> =
+        Case::of(shape).chain(several.then_some(Case::Several)).map(|case| usual.with(case)).collect();
+    // Each of the others shows what a usual one does, but for long loops.
+    if trials.iter().all(|trial| trial.case == Case::Long) {
+        trials.insert(0, usual);
+    }
+    trials
 }
 
 /// The first tuned row that fits the problem and what is asked for; with the reasons for and against each.

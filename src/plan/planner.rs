@@ -68,12 +68,15 @@ impl<'a> Planner<'a> {
         scratch.push((Slot::Spare, if spare { SPARE } else { 0 }));
         scratch.retain(|(_, bytes)| *bytes > 0);
         let (steps, slices) = self.steps.finish();
+        let trials =
+            if steps.is_empty() { Vec::new() } else { self.route.trials(self.shape, self.caps, self.options)? };
         Ok(Plan {
             shape: self.shape.clone(),
             steps,
             slices,
             scratch,
             choice: self.route.choice(),
+            trials,
             lists: self.lists,
             caps: self.caps.clone(),
             options: self.options.clone(),

@@ -5,6 +5,7 @@ use crate::contract::error::{Error, Result};
 use crate::contract::obstacle::Obstacle;
 use crate::contract::options::Options;
 use crate::contract::problem::{Element, Logits};
+use crate::contract::proof::Trial;
 use crate::contract::shape::Shape;
 use crate::contract::tensor::Tensor;
 use crate::kernel::body::Body;
@@ -17,7 +18,7 @@ use crate::kernel::softmax::Softmax;
 use crate::kernel::values::{self, Values};
 use crate::kernel::values_lanes::ValuesLanes;
 use crate::kernel::{Variant, split};
-use crate::plan::choose::choose_fused;
+use crate::plan::choose::{choose_fused, trials};
 use crate::plan::measured::{Choice, Tuning};
 
 /// How a problem is computed.
@@ -123,6 +124,16 @@ impl Route {
         }
         let values = values(walk, body, vo, if unpacked { Element::F32 } else { shape.problem.element })?;
         Ok(Route::Staged { weights, values, unpacked, key_step })
+    }
+
+    /// The trials that tell whether the kernels compute a problem rightly.
+    pub(crate) fn trials(&self, shape: &Shape, caps: &Caps, options: &Options) -> Result<Vec<Trial>> {
+        let walk = Walk { shape, caps, options, key_step: key_step(shape, caps)? };
+        let variant = match self {
+            Route::Fused { kernel, .. } => Some(kernel),
+            Route::Staged { .. } => None,
+        };
+        Ok(trials(self.choice().kernel(), variant, &walk))
     }
 
     pub(crate) fn choice(&self) -> Choice {

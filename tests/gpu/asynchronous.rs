@@ -267,6 +267,7 @@ fn futures_are_send(
     is_send(Gpu::find_async(""));
     is_send(async { Gpu::open_async(&Gpu::find_async("").await?, &DeviceOptions::default()).await });
     is_send(Runner::gpu_or_cpu_async());
+    is_send(async { Runner::proven_async(Gpu::new_async().await?).await });
     is_send(runner.attention_async(problem, inputs));
     is_send(gpu.attention_async(problem, inputs));
     is_send(gpu.attention_with_async(problem, inputs, options));

@@ -1,6 +1,6 @@
 //! What the planner chooses on GPUs by the model of what a unit does a clock.
 
-use wgpu_attention::proof::{Failure, Trial};
+use wgpu_attention::proof::{Failure, Feature, Trial};
 use wgpu_attention::{Caps, Element, Kernel, Options, Plan, Problem, with};
 
 use crate::{gpu, halves, matrix_gpu, planned, says};
@@ -114,4 +114,17 @@ fn weights_are_formed_once_unless_the_scores_would_go_through_memory_in_parts() 
     let plan = planned(&weights(512, 256), &gpu(), &little);
     assert_eq!(plan.choice().kernel(), Kernel::Flash, "{plan}");
     says(&plan, "not kernel unfused: the scores would pass through memory in parts");
+}
+
+#[test]
+fn a_feature_that_was_dropped_is_named_with_its_trial() {
+    for (feature, said) in [
+        (Feature::Int64, "64-bit loads: not used, because they failed their proof on this driver"),
+        (Feature::F16, "shader f16: not used, because it failed its proof on this driver"),
+        (Feature::Subgroups, "subgroup operations: not used, because they failed their proof on this driver"),
+    ] {
+        let failure = Failure::Feature { feature, trial: matrix_trial(64), why: "the test says so".into() };
+        let (_, plan) = chosen(&Problem::new(1, 8, 64, 64, 64), &with!(gpu(), failures: vec![failure]));
+        says(&plan, &format!("{said} (matrix f16, 64 dims: the test says so)"));
+    }
 }

@@ -34,8 +34,8 @@ pub struct Arguments {
 struct Count {
     passed: usize,
     failed: usize,
-    /// Number of cases that the forced kernel cannot run.
-    refused: usize,
+    /// Why the forced kernel cannot run cases, and how many.
+    refused: BTreeMap<String, usize>,
     /// Largest ratio of an error to its tolerance, over all cases that passed.
     worst: f64,
     worst_case: String,
@@ -83,8 +83,8 @@ fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::R
     });
     match result {
         Err(error) if refuses(error) => {
+            // At the end there is a line for each reason.
             (object["verdict"], object["why"]) = ("skipped".into(), error.to_string().into());
-            report.line(format!("skip {} on {label}: {error}", case.name))?;
         }
         Err(error) => {
             object["verdict"] = "failed".into();
@@ -124,11 +124,16 @@ fn tell(report: Report, case: &Case, engine: &Engine, result: &wgpu_attention::R
 }
 
 impl Count {
+    /// The number of cases that the forced kernel cannot run.
+    fn refused(&self) -> usize {
+        self.refused.values().sum()
+    }
+
     fn add(&mut self, case: &Case, result: &wgpu_attention::Result<Vec<Verdict>>) {
         let verdicts = match result {
             Ok(verdicts) => verdicts,
             Err(error) if refuses(error) => {
-                self.refused += 1;
+                *self.refused.entry(error.to_string()).or_default() += 1;
                 return;
             }
             Err(_) => {
@@ -192,6 +197,12 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
     }
     bar.finish_and_clear();
 
+    for (engine, count) in engines.iter().zip(&counts) {
+        for (why, cases) in &count.refused {
+            let cases = report::count(*cases, "case", "cases");
+            report.line(format!("skip {cases} on {}: {why}", engine.label()))?;
+        }
+    }
     for (note, cases) in &notes {
         report.line(format!("{}: {note}", report::count(*cases, "case", "cases")))?;
     }
@@ -206,7 +217,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
                 engine.label().to_string(),
                 count.passed.to_string(),
                 count.failed.to_string(),
-                count.refused.to_string(),
+                count.refused().to_string(),
                 format!("{:.0} % ({})", count.worst * 100.0, count.worst_case),
             ]
         };
@@ -214,7 +225,7 @@ pub fn run(arguments: &Arguments, report: Report) -> Result<Outcome> {
         report.table(&["adapter", "passed", "failed", "refused", "closest to its tolerance"], &rows)?;
     }
     let passed: usize = counts.iter().map(|count| count.passed).sum();
-    skipped += counts.iter().map(|count| count.refused).sum::<usize>();
+    skipped += counts.iter().map(Count::refused).sum::<usize>();
     let failed = counts.iter().map(|count| count.failed).sum::<usize>() + unreadable;
     if passed + failed == 0 && !engines.is_empty() {
         report.error("no case ran: all were skipped");
@@ -255,7 +266,7 @@ mod tests {
             (Err(Error::DeviceLost("gone".into())), [0, 1, 0]),
             (Err(Error::OutOfMemory("none".into())), [0, 1, 0]),
         ];
-        let counted = |count: &Count| [count.passed, count.failed, count.refused];
+        let counted = |count: &Count| [count.passed, count.failed, count.refused()];
         let mut all = Count::default();
         for (result, want) in &results {
             let mut count = Count::default();

@@ -1,12 +1,19 @@
-//! The problem, the operands and the stored results of a trial.
+//! The problem and the operands of a trial, and whether its results are right.
 
 use half::{bf16, f16};
 
+use super::expected::{Expected, RowSummary, factor, near};
+use super::long;
+use crate::contract::caps::Caps;
 use crate::contract::operands::{HostSlice, Operands};
 use crate::contract::options::Precision;
-use crate::contract::problem::{Bias, Broadcast, Causal, Element, Elements, Inputs, Outputs, Problem, Window};
-use crate::contract::proof::Trial;
-use crate::contract::shape::DIMS;
+use crate::contract::problem::{
+    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
+    Window,
+};
+use crate::contract::proof::{Case, Trial};
+use crate::contract::shape::{DIMS, Shape};
+use crate::contract::tensor;
 
 const BATCH: u32 = 2;
 const HEADS: u32 = 2;
@@ -16,71 +23,13 @@ const SEQ_Q: u32 = 33;
 const SEQ_KV: u32 = 130;
 const ROWS: usize = (BATCH * HEADS * SEQ_Q) as usize;
 
-/// The expected results of a row of out, and of its lse.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Expected {
-    /// The results themselves.
-    pub row: RowSummary,
-    /// How far [`RowSummary::sum`] may be off, for f32, f16 and bf16.
-    pub sum_budget: [f32; 3],
-    /// How far lse may be off.
-    pub lse_budget: f32,
-}
+const PAGE_SIZE: u32 = 16;
+const PAGES_EACH: u32 = SEQ_KV.div_ceil(PAGE_SIZE);
+/// A prime number, and more than the pages of all batches.
+const PAGES: u32 = 19;
 
-/// What is compared of a row of out and of its lse.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RowSummary {
-    /// The sum of the finite elements of out, each times its [`factor`].
-    pub sum: f32,
-    /// The number of NaN among the elements of out, plus 1000 times the number of infinities.
-    pub nonfinite: f32,
-    /// The lse; 0 where the problem has none.
-    pub lse: f32,
-}
-
-/// The factor of an element of a row in the sum of the row: elements that change places change the sum.
-pub fn factor(dim: usize) -> f64 {
-    1.0 + (dim % 7) as f64
-}
-
-impl RowSummary {
-    /// Of a row of out with its lse.
-    pub fn new<T: Copy + Into<f64>>(out: &[T], lse: Option<T>) -> RowSummary {
-        let (mut sum, mut nonfinite) = (0.0, 0.0);
-        for (dim, &x) in out.iter().enumerate() {
-            match x.into() {
-                x if x.is_nan() => nonfinite += 1.0,
-                x if x.is_infinite() => nonfinite += 1000.0,
-                x => sum += factor(dim) * x,
-            }
-        }
-        RowSummary { sum: sum as f32, nonfinite, lse: lse.map_or(0.0, |lse| lse.into() as f32) }
-    }
-}
-
-/// The numbers of a row in the file of expected results, in the order of the fields of [`Expected`].
-const NUMBERS: usize = 7;
-
-impl Expected {
-    /// The bytes of a row in the file of expected results.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let Expected { row: RowSummary { sum, nonfinite, lse }, sum_budget: [f32, f16, bf16], lse_budget } = *self;
-        [sum, nonfinite, lse, f32, f16, bf16, lse_budget].into_iter().flat_map(f32::to_le_bytes).collect()
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Expected {
-        let number = |n: usize| f32::from_le_bytes(bytes[4 * n..][..4].try_into().expect("four bytes"));
-        Expected {
-            row: RowSummary { sum: number(0), nonfinite: number(1), lse: number(2) },
-            sum_budget: [number(3), number(4), number(5)],
-            lse_budget: number(6),
-        }
-    }
-}
-
-/// The expected results of every trial: for each of the dims without and with operands, row by row. A test computes them with the f64
-/// reference, and compares.
-static EXPECTED: &[u8] = include_bytes!("expected.bin");
+/// Keys of a dispatch where there are several.
+const KEYS_EACH: u64 = 64;
 
 /// Numbers in one of the element types.
 enum Tensor {
@@ -118,14 +67,19 @@ fn number(seed: u64, at: usize) -> f32 {
 
 /// Everything that a trial reads, and what it must give.
 pub struct Data {
-    problem: Problem,
+    shape: Shape,
+    case: Case,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    /// The values, [batch, keys, value_dim].
+    values: Vec<f32>,
     mask: Vec<u8>,
     bias: Tensor,
     /// How exact the weights are.
     precision: Precision,
+    block_table: Vec<u32>,
+    cu_seqlens: [[u32; 3]; 2],
     /// The place of the expected results among those of all trials.
     place: usize,
 }
@@ -138,6 +92,11 @@ const SINKS: [f32; 2] = [0.5, -1.25];
 impl Data {
     /// Of a trial.
     pub fn of(trial: &Trial) -> Data {
+        if trial.case == Case::Long {
+            let one = |of: &[f32]| Tensor::new(trial.element, of.to_vec());
+            let nothing = one(&[0.0; long::DIMS]);
+            return Data::new(trial, &long::problem(trial), [one(&[0.0; long::DIMS]), nothing, one(&long::VALUE)]);
+        }
         let problem = problem(trial);
         let p = &problem;
         let values = |seed, heads: u32, rows: u32, dim: u32| -> Vec<f32> {
@@ -159,86 +118,169 @@ impl Data {
             set(&mut k, SEQ_KV + 129, p.head_dim, 3, f32::NAN);
             set(&mut v, SEQ_KV + 129, p.value_dim, 3, f32::NAN);
         }
-        let tensor = |values| Tensor::new(trial.element, values);
-        let mask = p.mask.map_or(Vec::new(), |mask| (0..mask.len()).map(|at| u8::from(number(4, at) > -1.0)).collect());
+        let shape = problem.check().expect("a trial has a problem that is right");
+        let case = trial.case;
+        let buffer = |of: &tensor::Tensor, rows: &[f32], place: &dyn Fn(u32, u32, u32) -> Option<u64>| {
+            Tensor::new(trial.element, placed(of, rows, place))
+        };
+        let key = |of: tensor::Tensor| move |batch, head, key| key_at(case, trial.operands, &of, batch, head, key);
+        let tensors = [
+            buffer(&shape.q, &q, &|batch, head, row| Some(row_at(case, &shape.q, batch, head, row))),
+            buffer(&shape.k, &k, &key(shape.k)),
+            buffer(&shape.v, &v, &key(shape.v)),
+        ];
+        Data { values: v, ..Data::new(trial, &problem, tensors) }
+    }
+
+    /// Of q, k and v; the rest follows from the trial.
+    fn new(trial: &Trial, p: &Problem, [q, k, v]: [Tensor; 3]) -> Data {
         let bias = p.bias.map_or(Vec::new(), |bias| (0..bias.shape.len()).map(|at| number(5, at)).collect());
         let dims = DIMS.into_iter().position(|dims| dims == trial.dims).expect("a trial has the dims of a class");
-        let place = 2 * dims + usize::from(trial.operands);
         Data {
-            q: tensor(q),
-            k: tensor(k),
-            v: tensor(v),
-            mask,
-            bias: tensor(bias),
+            shape: p.check().expect("a trial has a problem that is right"),
+            case: trial.case,
             precision: trial.precision,
-            place,
-            problem,
+            q,
+            k,
+            v,
+            values: Vec::new(),
+            mask: p.mask.map_or(Vec::new(), |mask| (0..mask.len()).map(|at| u8::from(number(4, at) > -1.0)).collect()),
+            bias: Tensor::new(trial.element, bias),
+            block_table: (0..BATCH * PAGES_EACH).map(page).collect(),
+            cu_seqlens: [[0, SEQ_Q, 2 * SEQ_Q], [0, SEQ_KV, total_keys(trial.operands)]],
+            place: 2 * dims + usize::from(trial.operands),
         }
     }
 
     /// The problem.
     pub fn problem(&self) -> &Problem {
-        &self.problem
+        &self.shape.problem
+    }
+
+    /// The device, as far as the trial uses it: bindings so small that they hold a part of the keys, where there are to be several.
+    pub(super) fn caps(&self, caps: &Caps) -> Caps {
+        let mut caps = caps.clone();
+        if self.case == Case::Several {
+            let row = self.shape.k.strides.row * self.problem().element.bytes();
+            let limit = &mut caps.limits.max_storage_buffer_binding_size;
+            *limit = (KEYS_EACH * row + 256).min(*limit);
+        }
+        caps
     }
 
     /// The operands.
     pub fn inputs(&self) -> Inputs<'_> {
         let mut inputs = Inputs::new(self.q.elements(), self.k.elements(), self.v.elements());
-        if self.problem.mask.is_some() {
-            inputs.operands = Operands {
+        let p = self.problem();
+        let operands = &mut inputs.operands;
+        if p.mask.is_some() {
+            *operands = Operands {
                 mask: Some(HostSlice::from(&self.mask)),
                 bias: Some(self.bias.elements().into()),
-                key_lengths: Some(HostSlice::from(&KEY_LENGTHS)),
                 offsets: Some(HostSlice::from(&OFFSETS)),
                 alibi_slopes: Some(HostSlice::from(&SLOPES)),
                 sinks: Some(HostSlice::from(&SINKS)),
                 ..Operands::default()
             };
         }
+        operands.key_lengths = p.key_lengths.then(|| HostSlice::from(&KEY_LENGTHS));
+        operands.block_table = p.paged.map(|_| HostSlice::from(&self.block_table));
+        if p.packed.is_some() {
+            [operands.cu_seqlens_q, operands.cu_seqlens_kv] =
+                self.cu_seqlens.each_ref().map(|of| Some(HostSlice::from(of)));
+        }
         inputs
     }
 
-    /// The expected results, row by row.
+    /// The expected results, row by row; none are stored of [`Case::Long`].
     pub fn expected(&self) -> impl Iterator<Item = Expected> {
-        EXPECTED.chunks_exact(4 * NUMBERS).skip(self.place * ROWS).take(ROWS).map(Expected::from_bytes)
+        Expected::stored(self.place, ROWS)
     }
 
     /// Each row of outputs.
     pub fn summaries<T: Copy + Into<f64>>(&self, outputs: &Outputs<T>) -> Vec<RowSummary> {
-        let rows = outputs.out.chunks_exact(self.problem.value_dim as usize).enumerate();
-        rows.map(|(row, out)| RowSummary::new(out, outputs.lse.as_ref().map(|lse| lse[row]))).collect()
+        let dim = self.problem().value_dim as usize;
+        let row = |(batch, head, row)| {
+            let at = row_at(self.case, &self.shape.out, batch, head, row) as usize;
+            let line = match self.case {
+                Case::Packed => (head * BATCH + batch) * SEQ_Q + row,
+                _ => (batch * HEADS + head) * SEQ_Q + row,
+            };
+            RowSummary::new(&outputs.out[at..][..dim], outputs.lse.as_ref().map(|lse| lse[line as usize]))
+        };
+        each_row(HEADS, SEQ_Q).map(row).collect()
+    }
+
+    /// The same by the weights that were given, or that follow from the logits.
+    fn weighed(&self, outputs: &Outputs) -> Option<Vec<RowSummary>> {
+        let p = self.problem();
+        let weights = match (&outputs.weights, &outputs.logits) {
+            (Some(weights), _) => weights.iter().copied().map(f64::from).collect(),
+            (None, Some(logits)) => softmax(logits, p.sinks),
+            (None, None) => return None,
+        };
+        let (keys, dim) = (SEQ_KV as usize, p.value_dim as usize);
+        let row = |(n, weights): (usize, &[f64])| {
+            let values = self.values.chunks_exact(keys * dim).nth(n / (HEADS * SEQ_Q) as usize).expect("a batch");
+            let mut out = vec![0.0; dim];
+            // Hidden keys weigh 0, and hold what must not show.
+            for (weight, value) in weights.iter().zip(values.chunks_exact(dim)).filter(|(weight, _)| **weight != 0.0) {
+                out.iter_mut().zip(value).for_each(|(sum, &x)| *sum += weight * f64::from(x));
+            }
+            RowSummary::new(&out, None)
+        };
+        Some(weights.chunks_exact(keys).enumerate().map(row).collect())
     }
 
     /// How much weights rounded to f16 move the sum of a row, at most: 2⁻¹¹ Σ p |v| in each element, where no finite value is beyond 2
     /// and the weights add up to 1.
     fn rounded_weights(&self) -> f32 {
-        let factors: f64 = (0..self.problem.value_dim as usize).map(factor).sum();
+        let factors: f64 = (0..self.problem().value_dim as usize).map(factor).sum();
         (2.0 * factors / 2048.0) as f32
     }
 
     /// Whether outputs are right, or what is wrong with the first row that is not.
     pub(super) fn judge(&self, outputs: &Outputs) -> Result<(), String> {
-        let element = match self.problem.element {
+        if self.case == Case::Long {
+            return long::judge(self.problem(), outputs);
+        }
+        let element = match self.problem().element {
             Element::F32 => 0,
             Element::F16 => 1,
             Element::Bf16 => 2,
         };
+        // Weights that are rounded to f16 are off by more, but no weight that is given is rounded.
         let rounded = match self.precision {
             Precision::Strict => 0.0,
             Precision::Fast => self.rounded_weights(),
         };
-        for ((n, got), expected) in self.summaries(outputs).into_iter().enumerate().zip(self.expected()) {
+        let budgets = |expected: &Expected| expected.sum_budget[element] + rounded;
+        self.compare("outputs", self.summaries(outputs), budgets, true)?;
+        // Weights are f32, whatever the type of the outputs is.
+        let budgets = |expected: &Expected| expected.sum_budget[0];
+        self.weighed(outputs).map_or(Ok(()), |rows| self.compare("values by weights or logits", rows, budgets, false))
+    }
+
+    fn compare(
+        &self,
+        sum: &str,
+        rows: Vec<RowSummary>,
+        sum_budget: impl Fn(&Expected) -> f32,
+        lse: bool,
+    ) -> Result<(), String> {
+        for ((n, got), expected) in rows.into_iter().enumerate().zip(self.expected()) {
             let want = expected.row;
             let difference = [
-                ("sum of the outputs", got.sum, want.sum, expected.sum_budget[element] + rounded),
+                ("sum", got.sum, want.sum, sum_budget(&expected)),
                 ("code of the NaN and infinities", got.nonfinite, want.nonfinite, 0.0),
-                ("lse", got.lse, want.lse, expected.lse_budget),
+                ("lse", if lse { got.lse } else { want.lse }, want.lse, expected.lse_budget),
             ]
             .into_iter()
             .find(|&(_, got, want, budget)| !near(got, want, budget));
             if let Some((what, got, want, budget)) = difference {
                 let (row, heads) = (n as u32 % SEQ_Q, n as u32 / SEQ_Q);
                 let (head, batch) = (heads % HEADS, heads / HEADS);
+                let what = if what == "lse" { what.into() } else { format!("{what} of the {sum}") };
                 return Err(format!(
                     "the {what} of query {row} of head {head} of batch {batch} is {got} and must be {want} ± {budget:e}"
                 ));
@@ -248,9 +290,61 @@ impl Data {
     }
 }
 
-/// Whether two numbers differ by no more than a budget, or are the same infinity, or both NaN.
-fn near(got: f32, want: f32, budget: f32) -> bool {
-    got == want || (got.is_nan() && want.is_nan()) || (got - want).abs() <= budget
+/// Batch, head and row of each row of a tensor.
+fn each_row(heads: u32, rows: u32) -> impl Iterator<Item = (u32, u32, u32)> {
+    (0..BATCH * heads * rows).map(move |n| (n / rows / heads, n / rows % heads, n % rows))
+}
+
+/// The elements of a buffer with these rows in their places; NaN in between.
+fn placed(of: &tensor::Tensor, rows: &[f32], place: &dyn Fn(u32, u32, u32) -> Option<u64>) -> Vec<f32> {
+    let mut buffer = vec![f32::NAN; of.extent() as usize];
+    let (heads, dim) = (of.sizes[1], of.dim as usize);
+    let each = (rows.len() / dim) as u32 / BATCH / heads;
+    for ((batch, head, row), values) in each_row(heads, each).zip(rows.chunks_exact(dim)) {
+        if let Some(at) = place(batch, head, row) {
+            buffer[at as usize..][..dim].copy_from_slice(values);
+        }
+    }
+    buffer
+}
+
+/// Where a row of q or out is.
+fn row_at(case: Case, of: &tensor::Tensor, batch: u32, head: u32, row: u32) -> u64 {
+    if case == Case::Packed { of.at(0, head, batch * SEQ_Q + row) } else { of.at(batch, head, row) }
+}
+
+/// Where a row of k or v is, unless its sequence has no such key.
+fn key_at(case: Case, operands: bool, of: &tensor::Tensor, batch: u32, head: u32, key: u32) -> Option<u64> {
+    let row = batch * SEQ_KV + key;
+    match case {
+        Case::Packed => (row < total_keys(operands)).then(|| of.at(0, head, row)),
+        Case::Paged => Some(of.at(page(batch * PAGES_EACH + key / PAGE_SIZE), head, key % PAGE_SIZE)),
+        _ => Some(of.at(batch, head, key)),
+    }
+}
+
+/// The page of the pool at a place of the block table: each once, in no order.
+fn page(place: u32) -> u32 {
+    (7 * place + 3) % PAGES
+}
+
+/// The keys of packed sequences; with operands the second one lacks the key that key lengths hide elsewhere.
+fn total_keys(operands: bool) -> u32 {
+    BATCH * SEQ_KV - u32::from(operands)
+}
+
+/// The weights that follow from the logits of each row.
+fn softmax(logits: &[f32], sinks: bool) -> Vec<f64> {
+    let rows = logits.chunks_exact(SEQ_KV as usize).enumerate();
+    let row = |(n, row): (usize, &[f32])| {
+        let sink = sinks.then(|| f64::from(SINKS[n / SEQ_Q as usize % HEADS as usize]));
+        let all = || row.iter().copied().map(f64::from).chain(sink);
+        let top = all().fold(f64::NEG_INFINITY, |top, x| if x.is_nan() || x > top { x } else { top });
+        let weigh = move |x: f64| if top == f64::NEG_INFINITY { 0.0 } else { (x - top).exp() };
+        let total: f64 = all().map(weigh).sum();
+        row.iter().map(move |&x| if total == 0.0 { 0.0 } else { weigh(x.into()) / total }).collect::<Vec<_>>()
+    };
+    rows.flat_map(row).collect()
 }
 
 fn problem(trial: &Trial) -> Problem {
@@ -265,6 +359,22 @@ fn problem(trial: &Trial) -> Problem {
         p.window = Window { left: Some(100), right: None };
         p.softcap = Some(5.0);
         (p.key_lengths, p.alibi, p.sinks, p.lse) = (true, true, true, true);
+    }
+    match trial.case {
+        Case::Usual | Case::Long => {}
+        Case::Several => {
+            // Rows so far apart that all other bindings, also those of partial results, are no larger than those of the keys.
+            let row = u64::from(32 * trial.dims) / p.element.bytes();
+            let apart = Layout::Strided(Strides { offset: 0, batch: u64::from(SEQ_KV) * row, head: 0, row });
+            (p.k, p.v) = (apart, apart);
+        }
+        Case::Paged => p.paged = Some(Paged { pages: PAGES, page_size: PAGE_SIZE }),
+        Case::Packed => {
+            p.packed = Some(Packed { total_q: BATCH * SEQ_Q, total_kv: total_keys(trial.operands) });
+            p.key_lengths = false;
+        }
+        Case::Weights => p.weights = true,
+        Case::Logits => p.logits = Some(Logits::Masked),
     }
     p
 }
