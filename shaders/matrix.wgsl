@@ -25,7 +25,8 @@
 // ((8 + √keys) u max |v|, u = 2⁻²⁴).
 {% endif %}
 // At 1 ≤ l and p ≤ exp({{ lazy }}) the factor {{ p_scale }} keeps hi below f16's largest number, and what is too small
-// for f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each key.)
+// for f16 at 2⁻³⁵, a 2048th of u; it leaves with 1 / l. (A driver that flushes subnormals of f16 leaves u for each
+// key.)
 //
 // Who:       a subgroup owns {{ size }} rows for both products, and its o stays in registers.
 {% if varying %}
