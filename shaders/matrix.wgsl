@@ -77,7 +77,8 @@ diagnostic(off, derivative_uniformity);
 const TILE_Q: u32 = {{ tile_rows }}u;
 const TILE_KV: u32 = {{ keys }}u;
 const THREADS: u32 = {{ threads }}u;
-// Invocations that share a row in softmax, and how many of its keys each has: neighbours take neighbouring keys.
+// Invocations that share a row in softmax, and how many of its keys each has: those that follow each other, so that
+// scores and weights are loaded and stored by whole vectors.
 const PER_ROW: u32 = {{ per_row }}u;
 const EACH: u32 = {{ each }}u;
 // Rows and columns of a matrix, and matrices that lie below each other in a tile of rows.
@@ -86,9 +87,10 @@ const BLOCKS: u32 = {{ blocks }}u;
 // Dims of q and k that are staged at once, value dims of this workgroup.
 const DEPTH: u32 = {{ depth }}u;
 const DIMS: u32 = {{ dims }}u;
-// From one row to the next of q; of k, then v; of the scores; of the weights.
+// From one row to the next of q; of k; of v, whose rows there are its columns; of the scores; of the weights.
 const Q_ROW: u32 = {{ depth + 8 }}u;
-const KV_ROW: u32 = {{ dims + 8 }}u;
+const K_ROW: u32 = {{ depth + 8 }}u;
+const V_ROW: u32 = {{ keys + 8 }}u;
 const S_ROW: u32 = {{ keys + 4 }}u;
 const P_ROW: u32 = {{ keys + 8 }}u;
 // Scores beyond this are formed again, see `large_dot`.
@@ -97,7 +99,8 @@ const LAZY: f32 = {{ lazy }};
 const P_SCALE: f32 = {{ p_scale }};
 
 var<workgroup> sh_q: array<f16, {{ tile_rows * (depth + 8) }}>;
-var<workgroup> sh_kv: array<f16, {{ keys * (dims + 8) }}>;
+// k, then v.
+var<workgroup> sh_kv: array<f16, {{ [keys * (depth + 8), dims * (keys + 8)] | max }}>;
 // Scores; then, as wide, a part of o on its way to the rows' owners.
 var<workgroup> sh_s: array<f32, {{ tile_rows * (keys + 4) }}>;
 var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
@@ -110,8 +113,10 @@ var<workgroup> sh_row: array<u32, {{ threads }}>;
 // reset, so no further barrier.
 var<workgroup> sh_bad: array<u32, {{ keys }}>;
 var<workgroup> sh_any: u32;
-// The last tile of keys, counted from 1, in which key j held NaN or an infinity in k; not 0: the row does in q.
+// The last tile of keys, counted from 1, in which key j (or any key) held NaN or an infinity in k; not 0: the row does
+// in q.
 var<workgroup> sh_k_bad: array<u32, {{ keys }}>;
+var<workgroup> sh_k_any: u32;
 var<workgroup> sh_q_bad: array<u32, {{ tile_rows }}>;
 var<workgroup> sh_moved: u32;
 
@@ -136,13 +141,13 @@ fn a_{{ array }}(at: u32) -> MatrixA {
 }
 
 {% endfor %}
-{% for of, place in [("k", "(own_column + j) * KV_ROW + i"), ("v", "i * KV_ROW + own_column + j")] %}
+{% for of, row in [("k", "K_ROW"), ("v", "V_ROW")] %}
 fn multiply_{{ of }}(a: MatrixA, at: u32, c: MatrixC) -> MatrixC {
     var row = a;
     var sum = c;
     for (var i = 0u; i < size; i++) {
         for (var j = 0u; j < own_size; j++) {
-            sum[j] += row[i] * f32(sh_kv[at + {{ place }}]);
+            sum[j] += row[i] * f32(sh_kv[at + (own_column + j) * {{ row }} + i]);
         }
     }
     return sum;
@@ -168,15 +173,13 @@ alias MatrixA = coop_mat{{ size }}x{{ size }}<f16, A>;
 alias MatrixB = coop_mat{{ size }}x{{ size }}<f16, B>;
 alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
 {% endif %}
-{# The operations, in both forms. A load without T takes the other order: rows of k are columns of kᵀ. #}
+{# The operations, in both forms. A load without T takes the other order: rows of k are columns of kᵀ, rows of vᵀ those
+   of v. #}
 {% macro load_a(array, at, row) -%}
 {{ "a_%s(%s)" | format(array, at) if emulated else "coopLoadT<MatrixA>(&%s[%s], %s)" | format(array, at, row) }}
 {%- endmacro %}
-{% macro load_k(at) -%}
-{{ at if emulated else "coopLoad<MatrixB>(&sh_kv[%s], KV_ROW)" | format(at) }}
-{%- endmacro %}
-{% macro load_v(at) -%}
-{{ at if emulated else "coopLoadT<MatrixB>(&sh_kv[%s], KV_ROW)" | format(at) }}
+{% macro load_b(at, row) -%}
+{{ at if emulated else "coopLoad<MatrixB>(&sh_kv[%s], %s)" | format(at, row) }}
 {%- endmacro %}
 {% macro multiply(of, a, b, c) -%}
 {{ "multiply_" ~ of if emulated else "coopMultiplyAdd" }}({{ a }}, {{ b }}, {{ c }})
@@ -228,13 +231,14 @@ fn main(
     let k_at = params.k_base + (head / params.group) * params.k_head;
     let v_at = params.v_base + (head / params.group) * params.v_head;
 
-    // This invocation's row, and its first key or dim there.
+    // This invocation's row, its place there, and its first key of a tile.
     let tile_row = thread / PER_ROW;
     let column = thread % PER_ROW;
+    let own = column * EACH;
     let row = row_first + tile_row;
     let row_there = min(row, row_last);
-    let s_at = tile_row * S_ROW + column;
-    let p_at = tile_row * P_ROW + column;
+    let s_at = tile_row * S_ROW + own;
+    let p_at = tile_row * P_ROW + own;
 {% if emulated %}
     let subgroup = thread / {{ lanes }}u;
     let subgroups = {{ threads // lanes }}u;
@@ -256,6 +260,7 @@ fn main(
     }
     if (thread == 0u) {
         sh_any = 0u;
+        sh_k_any = 0u;
         sh_moved = 0u;
     }
     if (thread < TILE_KV) {
@@ -330,8 +335,9 @@ fn main(
                 }
                 if (!finite(x)) {
                     sh_k_bad[j] = stage;
+                    sh_k_any = stage;
                 }
-                let at = j * KV_ROW + d;
+                let at = j * K_ROW + d;
 {% for c in "xyzw" %}
                 sh_kv[at + {{ loop.index0 }}u] = f16(x.{{ c }});
 {% endfor %}
@@ -341,7 +347,7 @@ fn main(
             let depth = min(DEPTH, params.head_dim - dim);
             for (var d = 0u; d < depth; d += SIZE) {
 {% for t in range(keys // size) %}
-                let k_{{ t }} = {{ load_k("%su * KV_ROW + d" | format(t * size)) }};
+                let k_{{ t }} = {{ load_b("%su * K_ROW + d" | format(t * size), "K_ROW") }};
 {% endfor %}
 {% for n in range(per) %}
                 {{ for_block(n) }}{
@@ -362,34 +368,40 @@ fn main(
 {% endfor %}
         workgroupBarrier();
         let q_bad = sh_q_bad[tile_row] != 0u;
-        // k was read: v takes its place.
-        for (var part = thread; part < TILE_KV * (DIMS / 4u); part += THREADS) {
-            let j = part / (DIMS / 4u);
-            let d = part % (DIMS / 4u) * 4u;
-            var x = vec4<f32>();
-            if (key + j < key_end && dim_first + d < params.value_dim) {
-                let at = stored_at(seq, batch, key + j);
-                x = load_v(
+        // k was read: v takes its place, transposed, so that what an invocation needs of a matrix is a row there. Each
+        // stages four dims of four keys at a time.
+        for (var part = thread; part < (TILE_KV / 4u) * (DIMS / 4u); part += THREADS) {
+            let j = part % (TILE_KV / 4u) * 4u;
+            let d = part / (TILE_KV / 4u) * 4u;
+{% for i in range(4) %}
+            var x_{{ i }} = vec4<f32>();
+            if (key + j + {{ i }}u < key_end && dim_first + d < params.value_dim) {
+                let at = stored_at(seq, batch, key + j + {{ i }}u);
+                x_{{ i }} = load_v(
                     v_at + at.x * params.v_batch + at.y * params.v_row + dim_first + d,
                     params.value_dim - dim_first - d,
                 );
             }
-            if (!finite(x)) {
-                x = finite_or_zero(x);
-                sh_bad[j] = stage;
+            if (!finite(x_{{ i }})) {
+                x_{{ i }} = finite_or_zero(x_{{ i }});
+                sh_bad[j + {{ i }}u] = stage;
                 sh_any = stage;
             }
-            let at = j * KV_ROW + d;
+{% endfor %}
+            let at = d * V_ROW + j;
 {% for c in "xyzw" %}
-            sh_kv[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+{% set row = loop.index0 %}
+{% for i in range(4) %}
+            sh_kv[at + {{ row }}u * V_ROW + {{ i }}u] = f16(x_{{ i }}.{{ c }});
+{% endfor %}
 {% endfor %}
         }
 {% if full %}
         // Each invocation its own words, so that the transform stands once in the text.
         for (var i = 0u; i < EACH; i++) {
-            let at = s_at + i * PER_ROW;
-            let key_there = key + column + i * PER_ROW;
-            let bad = q_bad | (sh_k_bad[column + i * PER_ROW] == stage);
+            let at = s_at + i;
+            let key_there = key + own + i;
+            let bad = q_bad | (sh_k_bad[own + i] == stage);
             var dot_product = sh_s[at];
             if ((abs(dot_product * params.scale) > LARGE) & !bad) {
                 let k_row = stored_at(seq, batch, min(key_there, key_end - 1u));
@@ -402,25 +414,40 @@ fn main(
             sh_s[at] = logit(batch, head, row_there, key_there, key_position(seq, key_there), seq, x);
         }
 {% for i in range(each) %}
-        let s_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
+        let s_{{ i }} = sh_s[s_at + {{ i }}u];
 {% endfor %}
 {% else %}
 {% for i in range(each) %}
-        var dot_{{ i }} = sh_s[s_at + {{ i * per_row }}u];
-        let bad_{{ i }} = q_bad | (sh_k_bad[column + {{ i * per_row }}u] == stage);
-        if ((abs(dot_{{ i }} * params.scale) > LARGE) & !bad_{{ i }}) {
-            let k_row = stored_at(seq, batch, min(key + column + {{ i * per_row }}u, key_end - 1u));
-            dot_{{ i }} = large_dot(
-                q_at + row_there * params.q_row,
-                k_at + k_row.x * params.k_batch + k_row.y * params.k_row,
-            );
-        }
-        var s_{{ i }} = select(scaled(dot_{{ i }}), scaled_code(dot_{{ i }}), bad_{{ i }});
+        var s_{{ i }} = sh_s[s_at + {{ i }}u] * params.scale;
 {% endfor %}
+        var largest = abs(s_0);
+{% for i in range(1, each) %}
+        largest = max(largest, abs(s_{{ i }}));
+{% endfor %}
+        // What is not finite shows in the flags alone: arithmetic may make anything of it.
+        let bad_there = q_bad | (sh_k_any == stage);
+        if (bad_there | (largest > LARGE)) {
+            for (var i = 0u; i < EACH; i++) {
+                let at = s_at + i;
+                let bad = q_bad | (sh_k_bad[own + i] == stage);
+                var dot_product = sh_s[at];
+                if ((abs(dot_product * params.scale) > LARGE) & !bad) {
+                    let k_row = stored_at(seq, batch, min(key + own + i, key_end - 1u));
+                    dot_product = large_dot(
+                        q_at + row_there * params.q_row,
+                        k_at + k_row.x * params.k_batch + k_row.y * params.k_row,
+                    );
+                }
+                sh_s[at] = select(scaled(dot_product), scaled_code(dot_product), bad);
+            }
+{% for i in range(each) %}
+            s_{{ i }} = sh_s[s_at + {{ i }}u];
+{% endfor %}
+        }
         if ((key < all_first) | (key + TILE_KV > all_end)) {
             let seen = key_range(seq, row_there);
 {% for i in range(each) %}
-            let j_{{ i }} = key + column + {{ i * per_row }}u;
+            let j_{{ i }} = key + own + {{ i }}u;
             s_{{ i }} = select(HIDDEN, s_{{ i }}, (j_{{ i }} >= seen.x) & (j_{{ i }} < seen.y));
 {% endfor %}
         }
@@ -450,12 +477,12 @@ fn main(
         let visible_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN);
         let p_{{ i }} = select(visible_{{ i }}, NOTHING, s_{{ i }} == MINUS);
 {% if fast %}
-        sh_hi[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE);
+        sh_hi[p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE);
 {% else %}
         // The bits that f16 has: compilers take f32(f16(x)) for x, and x − x for 0, but they cannot see through a mask.
         let hi_{{ i }} = bitcast<f32>(bitcast<u32>(p_{{ i }} * P_SCALE) & 0xffffe000u);
-        sh_hi[p_at + {{ i * per_row }}u] = f16(hi_{{ i }});
-        sh_lo[p_at + {{ i * per_row }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
+        sh_hi[p_at + {{ i }}u] = f16(hi_{{ i }});
+        sh_lo[p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
 {% endif %}
         sum += p_{{ i }};
 {% endfor %}
@@ -472,7 +499,7 @@ fn main(
 {% endfor %}
             workgroupBarrier();
             for (var i = 0u; i < EACH; i++) {
-                sh_s[s_at + i * PER_ROW] *= shrink;
+                sh_s[s_at + i] *= shrink;
             }
             workgroupBarrier();
 {% for n in range(per) %}
@@ -492,7 +519,7 @@ fn main(
                 let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
 {% endif %}
 {% for t in range(dims // size) %}
-                let v_{{ t }} = {{ load_v("j * KV_ROW + %su" | format(t * size)) }};
+                let v_{{ t }} = {{ load_b("%su * V_ROW + j" | format(t * size), "V_ROW") }};
                 o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
 {% if not fast %}
                 o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
@@ -502,16 +529,24 @@ fn main(
 {% endfor %}
         }
         if (sh_any == stage) {
+            // A bit each: the row sees the key, with a weight of 0 because the logit is −∞.
+            var sees = 0u;
+            var nothing = 0u;
 {% for i in range(each) %}
-            if ((p_{{ i }} != 0.0) & (sh_bad[column + {{ i * per_row }}u] == stage)) {
-                let at = stored_at(seq, batch, key + column + {{ i * per_row }}u);
-                let v_row = v_at + at.x * params.v_batch + at.y * params.v_row + dim_first;
-                for (var d = 0u; d < min(DIMS, params.value_dim - dim_first); d += 4u) {
-                    let all = classes(load_v(v_row + d, params.value_dim - dim_first - d));
-                    seen[d / 16u] |= select(all, classes_of_zero(all), p_{{ i }} == NOTHING) << (d / 4u % 4u * 8u);
+            sees |= select(0u, {{ 2 ** i }}u, p_{{ i }} != 0.0);
+            nothing |= select(0u, {{ 2 ** i }}u, p_{{ i }} == NOTHING);
+{% endfor %}
+            for (var i = 0u; i < EACH; i++) {
+                if ((((sees >> i) & 1u) != 0u) & (sh_bad[own + i] == stage)) {
+                    let at = stored_at(seq, batch, key + own + i);
+                    let v_row = v_at + at.x * params.v_batch + at.y * params.v_row + dim_first;
+                    for (var d = 0u; d < min(DIMS, params.value_dim - dim_first); d += 4u) {
+                        let all = classes(load_v(v_row + d, params.value_dim - dim_first - d));
+                        let there = select(all, classes_of_zero(all), ((nothing >> i) & 1u) != 0u);
+                        seen[d / 16u] |= there << (d / 4u % 4u * 8u);
+                    }
                 }
             }
-{% endfor %}
         }
     }
 

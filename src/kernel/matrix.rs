@@ -148,7 +148,7 @@ impl Matrix {
             + KEYS * (dims / 4 + 2) / THREADS
             + KEYS
             // Values of NaN and infinities, and very large scores, of all keys that an invocation has.
-            + KEYS * self.tile.tile_rows() / THREADS * (dims / 4 + 1 + 5 * head_dim.div_ceil(16))
+            + KEYS * self.tile.tile_rows() / THREADS * (dims / 4 + 2 + 5 * head_dim.div_ceil(16))
     }
 
     /// Invocations that stand for a subgroup: so many that with one size of matrices a subgroup owns two blocks, with the other
@@ -193,8 +193,9 @@ impl Shader for Matrix {
     fn workgroup_bytes(&self) -> u32 {
         let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();
-        let halves = rows * (depth + 8) + KEYS * (dims + 8) + self.weight_matrices() * rows * (KEYS + 8);
-        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 2)
+        let kv = (KEYS * (depth + 8)).max(dims * (KEYS + 8));
+        let halves = rows * (depth + 8) + kv + self.weight_matrices() * rows * (KEYS + 8);
+        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 3)
     }
 
     fn needs(&self) -> Needs {

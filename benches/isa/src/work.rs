@@ -157,7 +157,9 @@ fn matrix_as_in_its_text() {
             ("d < depth", f64::from(tile.depth / tile.size)),
             ("part < TILE_Q ", staged(tile.tile_rows(), tile.depth)),
             ("part < TILE_KV * (DEPTH", staged(KEYS, tile.depth)),
-            ("part < TILE_KV * (DIMS", staged(KEYS, tile.dims)),
+            // Four vectors at once.
+            ("part < (TILE_KV / 4u)", staged(KEYS, tile.dims) / 4.0),
+            ("if (bad_there", 0.0),
             ("var j ", f64::from(KEYS / tile.size)),
             ("d < min(DIMS", 0.0),
             ("var i ", 0.0),
