@@ -135,7 +135,8 @@ fn flash(x: &Flash) -> Work {
     }
 }
 
-/// A subgroup loads a matrix of k once for all its blocks of rows, a matrix of v once for each. Where the weights are two matrices, their
+/// A subgroup loads a matrix of k or v once for all its blocks of rows, and one of q for each tile of keys,
+/// if it does not hold that. Matrices of the weights are loaded again for each group of matrices of v. Where the weights are two matrices, their
 /// products are carried out twice. Scores go through workgroup memory as f32. The barriers are those that every tile takes:
 /// that a maximum rises by more than the lazy rule allows is rare.
 fn matrix(x: &Matrix, lanes: u32) -> Work {
@@ -144,8 +145,9 @@ fn matrix(x: &Matrix, lanes: u32) -> Work {
     let (keys, threads) = (f64::from(KEYS), f64::from(THREADS));
     let (blocks, subgroups) = (rows / size, f64::from(THREADS / lanes));
     let (deep, wide) = (dims / size, keys / size);
-    let weights = f64::from(x.weight_matrices());
-    let matrices = deep * (subgroups * wide + blocks) + wide * blocks * (weights + deep);
+    let (weights, times) = (f64::from(x.weight_matrices()), deep / f64::from(x.together()));
+    let queries = if x.holds_q() { 0.0 } else { deep * blocks };
+    let matrices = queries + deep * subgroups * wide + wide * (blocks * weights * times + subgroups * deep);
     let staged = 2.0 * keys * dims + if tile.resident { 0.0 } else { rows * dims };
     let maxima = threads / rows * threads;
     let halves = matrices * size * size + staged + weights * rows * keys;
