@@ -98,15 +98,19 @@ const LARGE: f32 = 4096.0;
 const LAZY: f32 = {{ lazy }};
 const P_SCALE: f32 = {{ p_scale }};
 
-var<workgroup> sh_q: array<f16, {{ tile_rows * (depth + 8) }}>;
-// k, then v.
-var<workgroup> sh_kv: array<f16, {{ [keys * (depth + 8), dims * (keys + 8)] | max }}>;
+// q; k, then v; the leading bits of the weights{{ "" if fast else "; the rest of them" }}.
+{% if held %}
+// q leaves before k comes.
+{% endif %}
+const Q_AT: u32 = 0u;
+const KV_AT: u32 = {{ kv_at }}u;
+const HI_AT: u32 = {{ hi_at }}u;
+{% if not fast %}
+const LO_AT: u32 = {{ hi_at + tile_rows * (keys + 8) }}u;
+{% endif %}
+var<workgroup> sh_halves: array<f16, {{ halves }}>;
 // Scores; then, as wide, a part of o on its way to the rows' owners.
 var<workgroup> sh_s: array<f32, {{ tile_rows * (keys + 4) }}>;
-var<workgroup> sh_hi: array<f16, {{ tile_rows * (keys + 8) }}>;
-{% if not fast %}
-var<workgroup> sh_lo: array<f16, {{ tile_rows * (keys + 8) }}>;
-{% endif %}
 // Of each invocation f32 numbers, as bits, and in the end classes.
 var<workgroup> sh_row: array<u32, {{ threads }}>;
 // The last tile, counted from 1, in which key j (or any key) held a non-finite value, and in which a row's m moved: no
@@ -131,23 +135,21 @@ var<private> own_column: u32;
 var<private> size: u32;
 var<private> own_size: u32;
 
-{% for array, row in [("sh_q", "Q_ROW"), ("sh_hi", "P_ROW")] + ([] if fast else [("sh_lo", "P_ROW")]) %}
-fn a_{{ array }}(at: u32) -> MatrixA {
+fn load_a(at: u32, row: u32) -> MatrixA {
     var a: MatrixA;
     for (var i = 0u; i < size; i++) {
-        a[i] = f32({{ array }}[at + own_row * {{ row }} + i]);
+        a[i] = f32(sh_halves[at + own_row * row + i]);
     }
     return a;
 }
 
-{% endfor %}
 {% for of, row in [("k", "K_ROW"), ("v", "V_ROW")] %}
 fn multiply_{{ of }}(a: MatrixA, at: u32, c: MatrixC) -> MatrixC {
     var row = a;
     var sum = c;
     for (var i = 0u; i < size; i++) {
         for (var j = 0u; j < own_size; j++) {
-            sum[j] += row[i] * f32(sh_kv[at + (own_column + j) * {{ row }} + i]);
+            sum[j] += row[i] * f32(sh_halves[at + (own_column + j) * {{ row }} + i]);
         }
     }
     return sum;
@@ -175,11 +177,11 @@ alias MatrixC = coop_mat{{ size }}x{{ size }}<f32, C>;
 {% endif %}
 {# The operations, in both forms. A load without T takes the other order: rows of k are columns of kᵀ, rows of vᵀ those
    of v. #}
-{% macro load_a(array, at, row) -%}
-{{ "a_%s(%s)" | format(array, at) if emulated else "coopLoadT<MatrixA>(&%s[%s], %s)" | format(array, at, row) }}
+{% macro load_a(at, row) -%}
+{{ "load_a(%s, %s)" | format(at, row) if emulated else "coopLoadT<MatrixA>(&sh_halves[%s], %s)" | format(at, row) }}
 {%- endmacro %}
 {% macro load_b(at, row) -%}
-{{ at if emulated else "coopLoad<MatrixB>(&sh_kv[%s], %s)" | format(at, row) }}
+{{ at if emulated else "coopLoad<MatrixB>(&sh_halves[%s], %s)" | format(at, row) }}
 {%- endmacro %}
 {% macro multiply(of, a, b, c) -%}
 {{ "multiply_" ~ of if emulated else "coopMultiplyAdd" }}({{ a }}, {{ b }}, {{ c }})
@@ -281,14 +283,23 @@ fn main(
         if (!finite(x)) {
             sh_q_bad[i] = 1u;
         }
-        let at = i * Q_ROW + d;
+        let at = Q_AT + i * Q_ROW + d;
 {% for c in "xyzw" %}
-        sh_q[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+        sh_halves[at + {{ loop.index0 }}u] = f16(x.{{ c }});
 {% endfor %}
     }
 {% endif %}
     workgroupBarrier();
     let zero = {{ load_c("0u") }};
+{% if held %}
+    // A block that is not there loads the last one.
+{% for n in range(per) %}
+{% for d in range(0, depth, size) %}
+{% set at = "Q_AT + min(block_%s, BLOCKS - 1u) * (SIZE * Q_ROW) + %su" | format(n, d) %}
+    let q_{{ n }}_{{ d }} = {{ load_a(at, "Q_ROW") }};
+{% endfor %}
+{% endfor %}
+{% endif %}
 {% for n in range(per) %}
 {% for t in range(dims // size) %}
     var o_{{ n }}_{{ t }} = zero;
@@ -319,9 +330,9 @@ fn main(
                 if (!finite(x)) {
                     sh_q_bad[i] = 1u;
                 }
-                let at = i * Q_ROW + d;
+                let at = Q_AT + i * Q_ROW + d;
 {% for c in "xyzw" %}
-                sh_q[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+                sh_halves[at + {{ loop.index0 }}u] = f16(x.{{ c }});
 {% endfor %}
             }
 {% endif %}
@@ -337,27 +348,45 @@ fn main(
                     sh_k_bad[j] = stage;
                     sh_k_any = stage;
                 }
-                let at = j * K_ROW + d;
+                let at = KV_AT + j * K_ROW + d;
 {% for c in "xyzw" %}
-                sh_kv[at + {{ loop.index0 }}u] = f16(x.{{ c }});
+                sh_halves[at + {{ loop.index0 }}u] = f16(x.{{ c }});
 {% endfor %}
             }
             workgroupBarrier();
             // Dims beyond the last were staged as 0, so that the last matrices are whole.
-            let depth = min(DEPTH, params.head_dim - dim);
-            for (var d = 0u; d < depth; d += SIZE) {
+{% if held %}
+{% for d in range(0, depth, size) %}
+            if ({{ d }}u < params.head_dim) {
 {% for t in range(keys // size) %}
-                let k_{{ t }} = {{ load_b("%su * K_ROW + d" | format(t * size), "K_ROW") }};
+                let k_{{ t }} = {{ load_b("KV_AT + %su * K_ROW + %su" | format(t * size, d), "K_ROW") }};
 {% endfor %}
 {% for n in range(per) %}
                 {{ for_block(n) }}{
-                    let a = {{ load_a("sh_q", "block_%s * (SIZE * Q_ROW) + d" | format(n), "Q_ROW") }};
+{% for t in range(keys // size) %}
+{% set s = "s_%s_%s" | format(n, t) %}
+                    {{ s }} = {{ multiply("k", "q_%s_%s" | format(n, d), "k_%s" | format(t), s) }};
+{% endfor %}
+                }
+{% endfor %}
+            }
+{% endfor %}
+{% else %}
+            let depth = min(DEPTH, params.head_dim - dim);
+            for (var d = 0u; d < depth; d += SIZE) {
+{% for t in range(keys // size) %}
+                let k_{{ t }} = {{ load_b("KV_AT + %su * K_ROW + d" | format(t * size), "K_ROW") }};
+{% endfor %}
+{% for n in range(per) %}
+                {{ for_block(n) }}{
+                    let a = {{ load_a("Q_AT + block_%s * (SIZE * Q_ROW) + d" | format(n), "Q_ROW") }};
 {% for t in range(keys // size) %}
                     s_{{ n }}_{{ t }} = {{ multiply("k", "a", "k_%s" | format(t), "s_%s_%s" | format(n, t)) }};
 {% endfor %}
                 }
 {% endfor %}
             }
+{% endif %}
         }
 {% for n in range(per) %}
         {{ for_block(n) }}{
@@ -388,11 +417,11 @@ fn main(
                 sh_any = stage;
             }
 {% endfor %}
-            let at = d * V_ROW + j;
+            let at = KV_AT + d * V_ROW + j;
 {% for c in "xyzw" %}
 {% set row = loop.index0 %}
 {% for i in range(4) %}
-            sh_kv[at + {{ row }}u * V_ROW + {{ i }}u] = f16(x_{{ i }}.{{ c }});
+            sh_halves[at + {{ row }}u * V_ROW + {{ i }}u] = f16(x_{{ i }}.{{ c }});
 {% endfor %}
 {% endfor %}
         }
@@ -477,12 +506,12 @@ fn main(
         let visible_{{ i }} = select(0.0, exp(max(s_{{ i }} - m, -87.0)), s_{{ i }} > HIDDEN);
         let p_{{ i }} = select(visible_{{ i }}, NOTHING, s_{{ i }} == MINUS);
 {% if fast %}
-        sh_hi[p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE);
+        sh_halves[HI_AT + p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE);
 {% else %}
         // The bits that f16 has: compilers take f32(f16(x)) for x, and x − x for 0, but they cannot see through a mask.
         let hi_{{ i }} = bitcast<f32>(bitcast<u32>(p_{{ i }} * P_SCALE) & 0xffffe000u);
-        sh_hi[p_at + {{ i }}u] = f16(hi_{{ i }});
-        sh_lo[p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
+        sh_halves[HI_AT + p_at + {{ i }}u] = f16(hi_{{ i }});
+        sh_halves[LO_AT + p_at + {{ i }}u] = f16(p_{{ i }} * P_SCALE - hi_{{ i }});
 {% endif %}
         sum += p_{{ i }};
 {% endfor %}
@@ -512,20 +541,24 @@ fn main(
 {% endfor %}
         }
         for (var j = 0u; j < TILE_KV; j += SIZE) {
+{% for first in range(0, dims // size, together) %}
+{% for t in range(first, first + together) %}
+            let v_{{ t }} = {{ load_b("KV_AT + %su * V_ROW + j" | format(t * size), "V_ROW") }};
+{% endfor %}
 {% for n in range(per) %}
             {{ for_block(n) }}{
-                let hi = {{ load_a("sh_hi", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+                let hi = {{ load_a("HI_AT + block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
 {% if not fast %}
-                let lo = {{ load_a("sh_lo", "block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
+                let lo = {{ load_a("LO_AT + block_%s * (SIZE * P_ROW) + j" | format(n), "P_ROW") }};
 {% endif %}
-{% for t in range(dims // size) %}
-                let v_{{ t }} = {{ load_b("%su * V_ROW + j" | format(t * size), "V_ROW") }};
+{% for t in range(first, first + together) %}
                 o_{{ n }}_{{ t }} = {{ multiply("v", "hi", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
 {% if not fast %}
                 o_{{ n }}_{{ t }} = {{ multiply("v", "lo", "v_%s" | format(t), "o_%s_%s" | format(n, t)) }};
 {% endif %}
 {% endfor %}
             }
+{% endfor %}
 {% endfor %}
         }
         if (sh_any == stage) {

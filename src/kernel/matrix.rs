@@ -64,6 +64,12 @@ pub const LANES: u32 = 32;
 /// Most lanes of a subgroup.
 pub const MOST_LANES: u32 = 64;
 
+/// Most elements of q that a subgroup holds as matrices.
+const MOST_HELD: u32 = 1024;
+
+/// Most value dims whose matrices of v a subgroup loads at once for several blocks.
+const MOST_TOGETHER: u32 = 64;
+
 /// How far a row's maximum may rise before its sums are rescaled.
 const LAZY: f32 = 4.0;
 
@@ -140,6 +146,33 @@ impl Matrix {
         if self.precision == Precision::Fast { 1 } else { 2 }
     }
 
+    /// Blocks of rows of a subgroup, at the fewest subgroups that there may be.
+    fn per(&self) -> u32 {
+        if self.varying { BLOCKS * MOST_LANES / THREADS } else { 1 }
+    }
+
+    /// Whether a subgroup holds q of its rows as matrices through the whole walk, instead of loading them for each tile of keys: where
+    /// AMD's compiler has the registers for it.
+    pub fn holds_q(&self) -> bool {
+        self.tile.resident && !self.emulated && self.per() * self.tile.depth * self.tile.size <= MOST_HELD
+    }
+
+    /// Matrices of v that a subgroup loads at once for all its blocks: all of them if it has one block, else what fits the registers.
+    pub fn together(&self) -> u32 {
+        let Tile { size, dims, .. } = self.tile;
+        if self.per() == 1 { dims / size } else { dims.min(MOST_TOGETHER) / size }
+    }
+
+    /// In the workgroup memory for f16: where k and v begin, where the weights do, and the end. q is first.
+    fn places(&self) -> (u32, u32, u32) {
+        let Tile { dims, depth, .. } = self.tile;
+        let rows = self.tile.tile_rows();
+        let q = rows * (depth + 8);
+        let kv_at = if self.holds_q() { 0 } else { q };
+        let hi_at = kv_at + (KEYS * (depth + 8)).max(dims * (KEYS + 8));
+        (kv_at, hi_at, q.max(hi_at + self.weight_matrices() * rows * (KEYS + 8)))
+    }
+
     /// Iterations that the loops of an invocation take together for a tile of keys: of its own text, not of emulated matrices.
     pub(crate) fn iterations(&self, head_dim: u32) -> u32 {
         let Tile { size, dims, depth, .. } = self.tile;
@@ -191,11 +224,8 @@ impl Shader for Matrix {
     }
 
     fn workgroup_bytes(&self) -> u32 {
-        let Tile { dims, depth, .. } = self.tile;
         let rows = self.tile.tile_rows();
-        let kv = (KEYS * (depth + 8)).max(dims * (KEYS + 8));
-        let halves = rows * (depth + 8) + kv + self.weight_matrices() * rows * (KEYS + 8);
-        2 * halves + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 3)
+        2 * self.places().2 + 4 * (rows * (KEYS + 4) + THREADS + 2 * KEYS + rows + 3)
     }
 
     fn needs(&self) -> Needs {
@@ -207,14 +237,14 @@ impl Shader for Matrix {
         let Tile { size, dims, depth, resident } = self.tile;
         let Format { element, native, vector } = self.format();
         let (rows, lanes) = (self.tile.tile_rows(), self.emulated_lanes());
+        let (kv_at, hi_at, halves) = self.places();
         let per_row = THREADS / rows;
         context! {
             element => element.to_string(), native, vector, out => self.out().to_string(),
             lists => self.operands != OperandSet::Bare, full => self.operands == OperandSet::Full,
             size, dims, depth, resident, keys => KEYS, blocks => BLOCKS, threads => THREADS, tile_rows => rows,
             per_row, each => KEYS / per_row, lazy => format!("{LAZY:?}"), p_scale => format!("{P_SCALE:?}"),
-            // Blocks of a subgroup, at the fewest subgroups that there may be.
-            varying => self.varying, per => if self.varying { BLOCKS * MOST_LANES / THREADS } else { 1 },
+            varying => self.varying, per => self.per(), held => self.holds_q(), together => self.together(), kv_at, hi_at, halves,
             fast => self.precision == Precision::Fast, emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
         }
     }

@@ -161,8 +161,9 @@ fn flash(x: &Flash, head_dim: u32) -> Work {
     }
 }
 
-/// A subgroup loads a matrix of k once for all its blocks of rows, a matrix of v once for each. Where the weights are two matrices,
-/// their products are carried out twice. Scores go through workgroup memory as f32. The barriers are those that every tile takes:
+/// A subgroup loads a matrix of k or v once for all its blocks of rows, and one of q for each tile of keys unless it holds that. Matrices
+/// of the weights are loaded again for each group of matrices of v. Where the weights are two matrices, their products are carried out
+/// twice. Scores go through workgroup memory as f32. The barriers are those that every tile takes:
 /// that a maximum rises by more than the lazy rule allows is rare.
 fn matrix(x: &Matrix, head_dim: u32, lanes: u32) -> Work {
     let tile = x.tile;
@@ -171,8 +172,9 @@ fn matrix(x: &Matrix, head_dim: u32, lanes: u32) -> Work {
     let (keys, threads) = (f64::from(KEYS), f64::from(THREADS));
     let (blocks, subgroups) = (rows / size, f64::from(THREADS / lanes));
     let (deep, wide) = (head / size, keys / size);
-    let weights = f64::from(x.weight_matrices());
-    let matrices = deep * (subgroups * wide + blocks) + wide * blocks * (weights + dims / size);
+    let (weights, times) = (f64::from(x.weight_matrices()), dims / size / f64::from(x.together()));
+    let queries = if x.holds_q() { 0.0 } else { deep * blocks };
+    let matrices = queries + deep * subgroups * wide + wide * (blocks * weights * times + subgroups * dims / size);
     let staged = keys * (head + dims) + if tile.resident { 0.0 } else { rows * head };
     let maxima = threads / rows * threads;
     let halves = matrices * size * size + staged + weights * rows * keys;
