@@ -10,6 +10,7 @@ use wgpu_attention::internal::Variant;
 use wgpu_attention::internal::trials::{Data, Expected, RowSummary, factor};
 use wgpu_attention::proof::{Case as TrialCase, Failure, Feature, Proof, Trial};
 use wgpu_attention::reference::attention_with_budget;
+use wgpu_attention::tuning::{Choice, Class, Row, Tuning};
 use wgpu_attention::{
     Attention, Causal, DeviceOptions, Element, Error, Form, Gpu, Inputs, Kernel, Logits, Obstacle, Options, Packed,
     Paged, Plan, Precision, Problem, Runner, compare, wgpu, with,
@@ -399,6 +400,47 @@ fn forms_that_are_asked_for_are_tried_too() {
         let form = |form| with!(Options::default(), kernel: Some(Kernel::Unfused), form: Some(form));
         assert!(unproved(gpu.plan_with(&problem(), &form(Form::Tiled))), "on {}", adapter.name);
         assert!(gpu.plan_with(&problem(), &form(Form::Lanes)).is_ok(), "on {}", adapter.name);
+    }
+}
+
+/// Scores a hundredth too large where a workgroup has one row.
+fn broken_row(variant: &Variant, text: String) -> String {
+    match variant {
+        Variant::Split(split) if split.tile.rows == 1 => text.replace("params.scale", "(1.01 * params.scale)"),
+        _ => text,
+    }
+}
+
+#[test]
+fn a_tile_that_the_usual_trial_does_not_have_is_tried_by_itself() {
+    let decoding = Problem::new(2, 2, 1, 300, 48);
+    let forced = with!(Options::default(), kernel: Some(Kernel::Split));
+    let rows = |plan: &Plan| match plan.choice() {
+        Choice::Split(tile) => tile.rows,
+        other => panic!("{other:?}"),
+    };
+    for adapter in gpus() {
+        let gpu = fresh(adapter, None);
+        assert_eq!(rows(&gpu.plan_with(&decoding, &forced).unwrap()), 1);
+        let tried = gpu.library().proof().right;
+        assert!(matches!(tried[..], [Trial { kernel: Kernel::Split, tile: Some(_), .. }]), "{tried:?}");
+        // A wrong tile rules out itself, and no other one of the kernel.
+        let gpu = plain(adapter, broken_row);
+        let plan = gpu.plan_with(&decoding, &forced).unwrap();
+        assert_eq!(rows(&plan), 4, "{plan}");
+        let failures = gpu.library().proof().failures;
+        let of = |failure: &Failure| matches!(failure, Failure::Kernel { trial: Trial { tile: Some(_), .. }, .. });
+        assert!(failures.len() == 1 && failures.iter().all(of), "{failures:?}");
+        Case::random(decoding.clone(), 11).check(&gpu, &forced);
+        // So does one that a tuned row names, for a problem of many queries.
+        let mut gpu = plain(adapter, broken_row);
+        let class = Class::of(&problem().check().unwrap());
+        let choice = gpu.library().plan_with(&decoding, &forced).unwrap().choice();
+        let rows = vec![Row { class, choice, ms: 1.0 }];
+        gpu.library_mut().set_tuning(Tuning { source: "the test".into(), rows });
+        let plan = gpu.plan(&problem()).unwrap();
+        assert_ne!(plan.choice(), choice, "{plan}");
+        Case::random(problem(), 12).check(&gpu, &Options::default());
     }
 }
 

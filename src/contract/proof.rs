@@ -1,5 +1,7 @@
 //! What is known of a device's driver from trials: small problems whose results are stored with the crate.
 
+pub(crate) mod problem;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -96,6 +98,9 @@ pub struct Trial {
     /// What else the problem has.
     #[serde(default)]
     pub case: Case,
+    /// The place of the tile in the kernel's table; `None` for the tile that the planner takes for the trial by itself.
+    #[serde(default)]
+    pub tile: Option<u32>,
 }
 
 impl Trial {
@@ -111,6 +116,7 @@ impl Trial {
             operands: shape.transforms(),
             dims: shape.class_dims(),
             case: Case::Usual,
+            tile: None,
         }
     }
 
@@ -119,7 +125,7 @@ impl Trial {
         match case {
             Case::Long => {
                 let element = if self.kernel == Kernel::Matrix { Element::F16 } else { Element::F32 };
-                Trial { native_f16: None, element, operands: false, dims: 32, case, ..self }
+                Trial { native_f16: None, element, operands: false, dims: 32, case, tile: None, ..self }
             }
             _ => Trial { case, ..self },
         }
@@ -137,6 +143,7 @@ impl Trial {
             operands,
             dims,
             case: Case::Usual,
+            tile: None,
         };
         let usual = move |kernel| {
             let each = move |element| [false, true].map(move |operands| of(kernel, element, operands, 64));
@@ -164,8 +171,9 @@ impl Trial {
 
 impl fmt::Display for Trial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Trial { kernel, form, native_f16, precision, element, operands, dims, case } = self;
+        let Trial { kernel, form, native_f16, precision, element, operands, dims, case, tile } = self;
         write!(f, "{kernel}")?;
+        tile.map_or(Ok(()), |tile| write!(f, " tile {tile}"))?;
         form.map_or(Ok(()), |form| write!(f, " {form}"))?;
         native_f16.map_or(Ok(()), |native| f.write_str(if native { " native" } else { " packed" }))?;
         f.write_str(if *precision == Precision::Fast { " fast" } else { "" })?;

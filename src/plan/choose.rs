@@ -159,7 +159,7 @@ fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
         }
         Kernel::Matrix if caps.cpu => Some("a CPU adapter: its matrices are plain arithmetic"),
         Kernel::Matrix if !Unit::of(caps).has_fast_matrices() => Some("matrices of this size are plain arithmetic"),
-        Kernel::Matrix if !trials(kernel, None, walk).iter().all(|trial| caps.proved.contains(trial)) => {
+        Kernel::Matrix if !proved(kernel, walk) => {
             Some("no trial has proved it on this driver: a tuned row takes it, or who asks for it")
         }
         Kernel::Flash if caps.cpu => Some("a CPU adapter: workgroup memory and barriers are its slowest parts"),
@@ -167,25 +167,54 @@ fn slower(kernel: Kernel, walk: &Walk<'_>) -> Option<&'static str> {
     }
 }
 
-/// The variants of a kernel that can run, the best one first, or why none can. `scores`, `softmax` and `values` are chosen one by one
-/// and have none here.
+/// Whether all trials of a kernel's best variant have passed.
+fn proved(kernel: Kernel, walk: &Walk<'_>) -> bool {
+    let variants = variants(kernel, walk).unwrap_or_default();
+    trials(kernel, variants.first(), walk).iter().all(|trial| walk.caps.proved.contains(trial))
+}
+
+/// The variants of a kernel that can run and did not fail, the best one first, or why there are none. `scores`, `softmax` and `values` are
+/// chosen one by one and have none here.
 fn variants(kernel: Kernel, walk: &Walk<'_>) -> Result<Vec<Variant>, Obstacle> {
+    let mut found = able(kernel, walk)?;
+    if walk.caps.failures.is_empty() {
+        return Ok(found);
+    }
+    let failed = |variant: Option<&Variant>| {
+        let trials = trials(kernel, variant, walk).into_iter();
+        // What is wrong with the planner's own tile is wrong with the kernel.
+        trials.flat_map(|trial| [trial, Trial { tile: None, ..trial }]).find_map(|trial| walk.caps.failed(&trial))
+    };
+    let first = failed(found.first());
+    found.retain(|variant| failed(Some(variant)).is_none());
+    match first {
+        Some(why) if found.is_empty() => Err(Obstacle::Unproved { why: why.into() }),
+        _ => Ok(found),
+    }
+}
+
+/// The variants of a kernel that can run, whatever trials showed of them.
+fn able(kernel: Kernel, walk: &Walk<'_>) -> Result<Vec<Variant>, Obstacle> {
     fn of<K: Fused>(walk: &Walk<'_>, variant: fn(K) -> Variant) -> Result<Vec<Variant>, Obstacle> {
         Ok(walk.variants()?.into_iter().map(variant).collect())
     }
-    let found = match kernel {
+    match kernel {
         Kernel::Unfused if walk.shape.problem.paged.is_some() => Err(Obstacle::Pages),
         Kernel::Unfused => Ok(Vec::new()),
         Kernel::Rows => of(walk, Variant::Rows),
         Kernel::Split => of(walk, Variant::Split),
         Kernel::Flash => of(walk, Variant::Flash),
         Kernel::Matrix => of(walk, Variant::Matrix),
-    }?;
-    let failed = |variant| trials(kernel, variant, walk).iter().find_map(|trial| walk.caps.failed(trial));
-    match failed(found.first()) {
-        Some(why) => Err(Obstacle::Unproved { why: why.into() }),
-        None => Ok(found),
     }
+}
+
+/// The place in the kernel's table of a tile that is not the one that the planner takes for the trial by itself.
+fn other_tile(variant: &Variant, trial: &Trial, caps: &Caps) -> Option<u32> {
+    let (shape, options) = (trial.problem().check().ok()?, trial.options());
+    let walk = Walk { shape: &shape, caps, options: &options, key_step: key_step(&shape, caps).ok()? };
+    let own = able(trial.kernel, &walk).ok()?.first().map(Choice::of);
+    let choice = Choice::of(variant);
+    (own != Some(choice)).then(|| choice.number()).flatten()
 }
 
 /// The trials that tell whether a kernel, in this variant if it is fused, computes a problem rightly.
@@ -198,6 +227,7 @@ pub(crate) fn trials(kernel: Kernel, variant: Option<&Variant>, walk: &Walk<'_>)
         _ => kernel == Kernel::Unfused && values::loop_step(shape, caps, key_step) < shape.problem.seq_kv,
     };
     let usual = Trial::of(kernel, shape, options);
+    let usual = Trial { tile: variant.and_then(|variant| other_tile(variant, &usual, caps)), ..usual };
     let mut trials: Vec<_> =
         Case::of(shape).chain(several.then_some(Case::Several)).map(|case| usual.with(case)).collect();
     // Each of the others shows what a usual one does, but for long loops.

@@ -98,13 +98,28 @@ impl Choice {
 
     /// Whether the kernel has this tile.
     pub fn exists(&self) -> bool {
-        match self {
-            Choice::Unfused => true,
-            Choice::Rows(tile) => Lanes::all().flat_map(rows::tiles).any(|known| known == *tile),
-            Choice::Flash(tile) => flash::TILES.contains(tile),
-            Choice::Matrix(tile) => matrix::tiles().any(|known| known == *tile),
-            Choice::Split(tile) => split::tiles().any(|known| known == *tile),
+        self.number().is_some()
+    }
+
+    /// The kernel with each of its tiles, in the order of its table.
+    fn all(kernel: Kernel) -> Box<dyn Iterator<Item = Choice>> {
+        match kernel {
+            Kernel::Unfused => Box::new(std::iter::once(Choice::Unfused)),
+            Kernel::Rows => Box::new(Lanes::all().flat_map(rows::tiles).map(Choice::Rows)),
+            Kernel::Flash => Box::new(flash::TILES.into_iter().map(Choice::Flash)),
+            Kernel::Matrix => Box::new(matrix::tiles().map(Choice::Matrix)),
+            Kernel::Split => Box::new(split::tiles().map(Choice::Split)),
         }
+    }
+
+    /// The place of the tile in its kernel's table, if it is there.
+    pub(crate) fn number(&self) -> Option<u32> {
+        Choice::all(self.kernel()).position(|known| known == *self).map(|place| place as u32)
+    }
+
+    /// The kernel with the tile at a place of its table.
+    pub(crate) fn numbered(kernel: Kernel, number: u32) -> Option<Choice> {
+        Choice::all(kernel).nth(number as usize)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::contract::proof::{Case, Ended, Feature, Proof, Trial};
 use crate::device::encode::Attention;
 use crate::device::gpu::Gpu;
 use crate::plan::Plan;
+use crate::plan::measured::{Choice, Class, Row, Tuning};
 
 pub use expected::{Expected, RowSummary, factor};
 pub use trial::Data;
@@ -125,8 +126,15 @@ impl Gpu {
     /// Runs a trial once, with these features; `None` if it cannot run.
     async fn try_out(&self, trial: &Trial, caps: &Caps) -> Result<Option<Outcome>> {
         let data = Data::of(trial);
-        let plan = Plan::tuned(&data.problem().check()?, &data.caps(caps), &trial.options(), self.library.tuning());
-        let Ok(plan) = plan else { return Ok(None) };
+        let shape = data.problem().check()?;
+        // The tile is asked for as a tuned row asks.
+        let wanted = trial.tile.and_then(|tile| Choice::numbered(trial.kernel, tile));
+        let row = |choice| Row { class: Class::of(&shape), choice, ms: 0.0 };
+        let tuning = Tuning { source: "a trial".into(), rows: wanted.map(row).into_iter().collect() };
+        let plan = Plan::tuned(&shape, &data.caps(caps), &trial.options(), &tuning);
+        let Some(plan) = plan.ok().filter(|plan| wanted.is_none_or(|wanted| plan.choice() == wanted)) else {
+            return Ok(None);
+        };
         match self.compute(&plan, &data.inputs()).await {
             Ok(outputs) => Ok(Some(data.judge(&outputs))),
             Err(error @ (Error::DeviceLost(_) | Error::OutOfMemory(_))) => Err(error),

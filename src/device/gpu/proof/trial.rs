@@ -7,26 +7,15 @@ use super::long;
 use crate::contract::caps::Caps;
 use crate::contract::operands::{HostSlice, Operands};
 use crate::contract::options::Precision;
-use crate::contract::problem::{
-    Bias, Broadcast, Causal, Element, Elements, Inputs, Layout, Logits, Outputs, Packed, Paged, Problem, Strides,
-    Window,
-};
+use crate::contract::problem::{Element, Elements, Inputs, Outputs, Problem};
+use crate::contract::proof::problem::{BATCH, HEADS, PAGE_SIZE, PAGES, SEQ_KV, SEQ_Q, total_keys};
 use crate::contract::proof::{Case, Trial};
 use crate::contract::shape::{DIMS, Shape};
 use crate::contract::tensor;
 
-const BATCH: u32 = 2;
-const HEADS: u32 = 2;
-/// More than the lanes of a CPU adapter, and odd.
-const SEQ_Q: u32 = 33;
-/// Several tiles of keys of every kernel, and a part of one.
-const SEQ_KV: u32 = 130;
 const ROWS: usize = (BATCH * HEADS * SEQ_Q) as usize;
 
-const PAGE_SIZE: u32 = 16;
 const PAGES_EACH: u32 = SEQ_KV.div_ceil(PAGE_SIZE);
-/// A prime number, and more than the pages of all batches.
-const PAGES: u32 = 19;
 
 /// Keys of a dispatch where there are several.
 const KEYS_EACH: u64 = 64;
@@ -97,7 +86,7 @@ impl Data {
             let nothing = one(&[0.0; long::DIMS]);
             return Data::new(trial, &long::problem(trial), [one(&[0.0; long::DIMS]), nothing, one(&long::VALUE)]);
         }
-        let problem = problem(trial);
+        let problem = trial.problem();
         let p = &problem;
         let values = |seed, heads: u32, rows: u32, dim: u32| -> Vec<f32> {
             (0..(BATCH * heads * rows * dim) as usize).map(|at| number(seed, at)).collect()
@@ -328,11 +317,6 @@ fn page(place: u32) -> u32 {
     (7 * place + 3) % PAGES
 }
 
-/// The keys of packed sequences; with operands the second one lacks the key that key lengths hide elsewhere.
-fn total_keys(operands: bool) -> u32 {
-    BATCH * SEQ_KV - u32::from(operands)
-}
-
 /// The weights that follow from the logits of each row.
 fn softmax(logits: &[f32], sinks: bool) -> Vec<f64> {
     let rows = logits.chunks_exact(SEQ_KV as usize).enumerate();
@@ -345,36 +329,4 @@ fn softmax(logits: &[f32], sinks: bool) -> Vec<f64> {
         row.iter().map(move |&x| if total == 0.0 { 0.0 } else { weigh(x.into()) / total }).collect::<Vec<_>>()
     };
     rows.flat_map(row).collect()
-}
-
-fn problem(trial: &Trial) -> Problem {
-    // The last vector of four of the dims holds no value.
-    let mut p = Problem::new(BATCH, HEADS, SEQ_Q, SEQ_KV, trial.dims);
-    (p.kv_heads, p.value_dim, p.element) = (1, trial.dims - 4, trial.element);
-    p.causal = Causal::BottomRight;
-    if trial.operands {
-        p.mask = Some(Broadcast([BATCH, 1, SEQ_Q, SEQ_KV]));
-        p.bias = Some(Bias { shape: Broadcast([1, HEADS, SEQ_Q, SEQ_KV]), element: trial.element });
-        p.causal = Causal::Offset;
-        p.window = Window { left: Some(100), right: None };
-        p.softcap = Some(5.0);
-        (p.key_lengths, p.alibi, p.sinks, p.lse) = (true, true, true, true);
-    }
-    match trial.case {
-        Case::Usual | Case::Long => {}
-        Case::Several => {
-            // Rows so far apart that all other bindings, also those of partial results, are no larger than those of the keys.
-            let row = u64::from(32 * trial.dims) / p.element.bytes();
-            let apart = Layout::Strided(Strides { offset: 0, batch: u64::from(SEQ_KV) * row, head: 0, row });
-            (p.k, p.v) = (apart, apart);
-        }
-        Case::Paged => p.paged = Some(Paged { pages: PAGES, page_size: PAGE_SIZE }),
-        Case::Packed => {
-            p.packed = Some(Packed { total_q: BATCH * SEQ_Q, total_kv: total_keys(trial.operands) });
-            p.key_lengths = false;
-        }
-        Case::Weights => p.weights = true,
-        Case::Logits => p.logits = Some(Logits::Masked),
-    }
-    p
 }
