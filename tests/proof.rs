@@ -129,8 +129,8 @@ fn every_kernel_passes_on_every_adapter_and_is_not_tried_again() {
             proof.unable.len(),
             with_compilation.as_secs_f64()
         );
-        // Half a second on a quiet machine; tests share theirs.
-        assert!(seconds < 5.0, "on {}: {seconds} s", adapter.name);
+        // Half a second on a quiet machine with lavapipe; tests share theirs with up to four others, and SwiftShader is slower.
+        assert!(seconds < 20.0, "on {}: {seconds} s", adapter.name);
         let tried =
             |kernel, element| proof.right.iter().any(|trial| trial.kernel == kernel && trial.element == element);
         for kernel in Kernel::ALL.into_iter().filter(|&kernel| !gpu.library().caps().takes_minutes(kernel)) {
