@@ -178,13 +178,20 @@ impl Plan {
     /// The trials of `matrix`, if the planner would take that kernel for this problem once they have proved it.
     pub(crate) fn hoped(&self, tuning: &Tuning) -> Vec<Trial> {
         let taken = self.choice.kernel() == Kernel::Matrix;
-        let none = taken || self.caps.matrices.is_empty() || self.options.kernel.is_some();
-        let planned = |caps: &Caps, options: &Options| {
-            let plan = (!none).then(|| Plan::planned(&self.shape, caps, options, tuning).ok()).flatten();
+        if taken || self.caps.matrices.is_empty() || self.options.kernel.is_some() {
+            return Vec::new();
+        }
+        let trials_of_matrix = |caps: &Caps, options: &Options| {
+            let plan = Plan::planned(&self.shape, caps, options, tuning).ok();
             plan.filter(|plan| plan.choice.kernel() == Kernel::Matrix).map_or(Vec::new(), |plan| plan.trials)
         };
-        let proved = planned(&self.caps, &Options { kernel: Some(Kernel::Matrix), ..self.options.clone() });
-        planned(&Caps { proved, ..self.caps.clone() }, &self.options)
+        let asked = Options { kernel: Some(Kernel::Matrix), ..self.options.clone() };
+        let proved = trials_of_matrix(&self.caps, &asked);
+        // Either `matrix` cannot run the problem, or it was proved, and the planner preferred another kernel.
+        if proved.iter().all(|trial| self.caps.proved.contains(trial)) {
+            return Vec::new();
+        }
+        trials_of_matrix(&Caps { proved, ..self.caps.clone() }, &self.options)
     }
 
     /// Why the plan is as it is, a sentence each: also why each kernel that was not chosen was not.

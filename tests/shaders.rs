@@ -108,7 +108,7 @@ fn every_variant_that_a_browser_could_run_is_accepted_by_tint() {
         // Tint demands this line, and naga refuses it.
         let enable = if variant.needs().subgroups { "enable subgroups; " } else { "" };
         // The careful pass of `rows` broadcasts in a loop whose condition is joined from broadcasts, so that it is the same in all lanes.
-        // Tint does not see that. It demands this line, too, which naga does not know.
+        // Tint does not see that, so the rule is off for this kernel.
         let uniform = matches!(variant, Variant::Rows(rows) if rows.tile.lanes.subgroup);
         let rule = if uniform { "diagnostic(off, subgroup_uniformity); " } else { "" };
         let text = format!("{enable}{rule}{}", variant.wgsl());

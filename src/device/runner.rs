@@ -38,8 +38,8 @@ impl Runner {
         Ok(Runner::Gpu(Box::new(Gpu::new_async().await?)))
     }
 
-    /// The best GPU adapter, or the CPU reference on a machine that has none, or whose driver gives wrong results by every kernel, see
-    /// [`Gpu::plan`].
+    /// The best GPU adapter. The CPU reference computes on a machine that has no adapter, and where the adapter's driver gives wrong
+    /// results by every kernel; see [`Gpu::plan`].
     ///
     /// # Errors
     ///

@@ -245,7 +245,8 @@ impl Shader for Matrix {
             size, dims, depth, resident, keys => KEYS, blocks => BLOCKS, threads => THREADS, tile_rows => rows,
             per_row, each => KEYS / per_row, lazy => format!("{LAZY:?}"), p_scale => format!("{P_SCALE:?}"),
             varying => self.varying, per => self.per(), held => self.holds_q(), together => self.together(), kv_at, hi_at, halves,
-            fast => self.precision == Precision::Fast, emulated => self.emulated, lanes, own => size * size / lanes, workgroup_bytes => self.workgroup_bytes(),
+            fast => self.precision == Precision::Fast, emulated => self.emulated, lanes, own => size * size / lanes,
+            workgroup_bytes => self.workgroup_bytes(),
         }
     }
 

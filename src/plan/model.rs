@@ -1,7 +1,7 @@
 //! What the kernels for GPUs are expected to take, by what a unit of a GPU does a clock. The planner chooses between them by it.
 //!
-//! It is a bound from above: everything overlaps, the busiest part of the unit decides, and what [`Work`] leaves out costs nothing. So it
-//! ranks kernels that have been counted in the same way, and predicts no time. docs/book/src/gpu-kernels.md has the numbers, with
+//! The clocks are the fewest that there can be: everything overlaps, the busiest part of the unit decides, and what [`Work`] leaves out
+//! costs nothing. So the model ranks kernels that have been counted in the same way, and predicts no time. docs/book/src/gpu-kernels.md has the numbers, with
 //! their sources; `benches/isa` tests that the planner's choices are those of each class of cards there.
 
 use crate::contract::caps::Caps;

@@ -90,7 +90,8 @@ const CLASSES: [Class; 5] = [
         cache: Some(5300.0),
         memory: 960.0,
         sources: "AMD's product page: 61 TFLOP/s f32 with two instructions at once, 123 f16, 960 GB/s; AMD's launch of RDNA 3: links \
-                  of 5.3 TB/s at peak to the dies of the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a quarter of 64 lanes; \
+                  of 5.3 TB/s at peak to the dies of the Infinity Cache; RDNA whitepaper: 32 banks of 4 bytes, transcendentals at a \
+                  quarter of 64 lanes; \
                   RDNA 3 ISA guide: each 16 of 64 lanes hold the same A and B",
     },
     Class {
@@ -124,7 +125,8 @@ const CLASSES: [Class; 5] = [
         cache: Some(9370.0),
         memory: 3350.0,
         sources: "Hopper whitepaper: 989 TFLOP/s f16, dense (by instructions that Vulkan cannot reach: cooperative matrices get less); \
-                  data sheet of the H100: 3.35 TB/s; CUDA programming guide, compute capability 9.0; A100 whitepaper for the second-level cache: 5120 bytes a clock, assumed \
+                  data sheet of the H100: 3.35 TB/s; CUDA programming guide, compute capability 9.0; A100 whitepaper for the \
+                  second-level cache: 5120 bytes a clock, assumed \
                   to be no less here",
     },
     Class {

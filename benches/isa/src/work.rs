@@ -61,16 +61,19 @@ fn each(check: impl Fn(&Variant) -> bool) {
     assert!(found > 0, "no variant was compared");
 }
 
+/// Vectors of four dims that an invocation stages where its workgroup stages so many rows of so many dims.
+fn staged(variant: &Variant, rows: u32, dims: u32) -> f64 {
+    f64::from(rows * dims / 4) / f64::from(variant.threads())
+}
+
 #[test]
 fn scores_as_in_its_text() {
     each(|variant| {
         let Variant::Scores(Scores { tile, .. }) = variant else { return false };
-        let threads = f64::from(variant.threads());
-        let staged = |rows: u32| f64::from(rows * tile.depth / 4) / threads;
         let trips = [
             ("var dim", f64::from(HEAD_DIM / tile.depth)),
-            ("part < TILE_Q ", staged(tile.tile_rows)),
-            ("part < TILE_KV ", staged(tile.tile_cols)),
+            ("part < TILE_Q ", staged(variant, tile.tile_rows, tile.depth)),
+            ("part < TILE_KV ", staged(variant, tile.tile_cols, tile.depth)),
             ("var i ", 1.0),
         ];
         let loads = [(" = sh_q[", 4.0), (" = sh_k[", 4.0)];
@@ -103,10 +106,11 @@ fn softmax_as_in_its_text() {
 fn values_as_in_its_text() {
     each(|variant| {
         let Variant::Values(Values { tile, .. }) = variant else { return false };
-        let threads = f64::from(variant.threads());
-        let staged = |rows: u32| f64::from(rows * tile.depth / 4) / threads;
-        let trips =
-            [("part < TILE_Q ", staged(tile.tile_rows)), ("part < KEYS ", staged(tile.tile_cols)), ("var j ", 0.0)];
+        let trips = [
+            ("part < TILE_Q ", staged(variant, tile.tile_rows, tile.depth)),
+            ("part < KEYS ", staged(variant, tile.tile_cols, tile.depth)),
+            ("var j ", 0.0),
+        ];
         let loads = [(" = sh_w[", 4.0), ("sh_v[", 4.0), ("sh_v[part]", -4.0)];
         let staging = [("load_s(", 4.0), ("load_v(", 4.0)];
         check(variant, 32, "for (var key ", &trips, [&[(" * v_", 4.0)], &loads, &staging, &[("exp", 1.0)]]);
@@ -118,13 +122,11 @@ fn values_as_in_its_text() {
 fn flash_as_in_its_text() {
     each(|variant| {
         let Variant::Flash(Flash { tile, .. }) = variant else { return false };
-        let threads = f64::from(variant.threads());
-        let staged = |rows: u32, dims: u32| f64::from(rows * dims / 4) / threads;
         let trips = [
             ("var dim ", f64::from(tile.dims / tile.depth)),
-            ("part < TILE_Q ", staged(tile.tile_rows(), tile.depth)),
-            ("part < TILE_KV ", staged(tile.tile_keys(), tile.depth)),
-            ("part < KEYS ", staged(tile.value_keys, tile.dims)),
+            ("part < TILE_Q ", staged(variant, tile.tile_rows(), tile.depth)),
+            ("part < TILE_KV ", staged(variant, tile.tile_keys(), tile.depth)),
+            ("part < KEYS ", staged(variant, tile.value_keys, tile.dims)),
             ("var skip ", f64::from(tile.tile_keys() / tile.value_keys)),
             ("var once ", 0.0),
             ("var j ", 0.0),
@@ -149,16 +151,14 @@ fn matrix_as_in_its_text() {
     each(|variant| {
         let Variant::Matrix(any) = *variant else { return false };
         let Matrix { tile, .. } = any;
-        let threads = f64::from(variant.threads());
-        let staged = |rows: u32, dims: u32| f64::from(rows * dims / 4) / threads;
         let trips = [
             ("if (workgroupUniformLoad", 0.0),
             ("var dim ", f64::from(tile.dims / tile.depth)),
             ("d < depth", f64::from(tile.depth / tile.size)),
-            ("part < TILE_Q ", staged(tile.tile_rows(), tile.depth)),
-            ("part < TILE_KV * (DEPTH", staged(KEYS, tile.depth)),
+            ("part < TILE_Q ", staged(variant, tile.tile_rows(), tile.depth)),
+            ("part < TILE_KV * (DEPTH", staged(variant, KEYS, tile.depth)),
             // Four vectors at once.
-            ("part < (TILE_KV / 4u)", staged(KEYS, tile.dims) / 4.0),
+            ("part < (TILE_KV / 4u)", staged(variant, KEYS, tile.dims) / 4.0),
             ("if (bad_there", 0.0),
             ("var j ", f64::from(KEYS / tile.size)),
             ("d < min(DIMS", 0.0),

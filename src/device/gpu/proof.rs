@@ -91,7 +91,8 @@ impl Gpu {
     pub(crate) async fn proven<T>(&self, make: impl Fn() -> Result<T>, attention: impl Fn(&T) -> &Plan) -> Result<T> {
         loop {
             let made = make()?;
-            match self.library.due(attention(&made)).filter(|_| !self.unproven) {
+            let due = if self.unproven { None } else { self.library.due(attention(&made)) };
+            match due {
                 Some(trial) => self.outcome_of(trial).await?,
                 None => return Ok(made),
             }

@@ -82,9 +82,9 @@ impl Data {
     /// Of a trial.
     pub fn of(trial: &Trial) -> Data {
         if trial.case == Case::Long {
-            let one = |of: &[f32]| Tensor::new(trial.element, of.to_vec());
-            let nothing = one(&[0.0; long::DIMS]);
-            return Data::new(trial, &long::problem(trial), [one(&[0.0; long::DIMS]), nothing, one(&long::VALUE)]);
+            let row = |of: [f32; long::DIMS]| Tensor::new(trial.element, of.to_vec());
+            let zeros = [0.0; long::DIMS];
+            return Data::new(trial, checked(&long::problem(trial)), [row(zeros), row(zeros), row(long::VALUE)]);
         }
         let problem = trial.problem();
         let p = &problem;
@@ -107,7 +107,7 @@ impl Data {
             set(&mut k, SEQ_KV + 129, p.head_dim, 3, f32::NAN);
             set(&mut v, SEQ_KV + 129, p.value_dim, 3, f32::NAN);
         }
-        let shape = problem.check().expect("a trial has a problem that is right");
+        let shape = checked(p);
         let case = trial.case;
         let buffer = |of: &tensor::Tensor, rows: &[f32], place: &dyn Fn(u32, u32, u32) -> Option<u64>| {
             Tensor::new(trial.element, placed(of, rows, place))
@@ -118,15 +118,15 @@ impl Data {
             buffer(&shape.k, &k, &key(shape.k)),
             buffer(&shape.v, &v, &key(shape.v)),
         ];
-        Data { values: v, ..Data::new(trial, &problem, tensors) }
+        Data { values: v, ..Data::new(trial, shape, tensors) }
     }
 
     /// Of q, k and v; the rest follows from the trial.
-    fn new(trial: &Trial, p: &Problem, [q, k, v]: [Tensor; 3]) -> Data {
+    fn new(trial: &Trial, shape: Shape, [q, k, v]: [Tensor; 3]) -> Data {
+        let p = &shape.problem;
         let bias = p.bias.map_or(Vec::new(), |bias| (0..bias.shape.len()).map(|at| number(5, at)).collect());
         let dims = DIMS.into_iter().position(|dims| dims == trial.dims).expect("a trial has the dims of a class");
         Data {
-            shape: p.check().expect("a trial has a problem that is right"),
             case: trial.case,
             precision: trial.precision,
             q,
@@ -138,6 +138,7 @@ impl Data {
             block_table: (0..BATCH * PAGES_EACH).map(page).collect(),
             cu_seqlens: [[0, SEQ_Q, 2 * SEQ_Q], [0, SEQ_KV, total_keys(trial.operands)]],
             place: 2 * dims + usize::from(trial.operands),
+            shape,
         }
     }
 
@@ -238,14 +239,14 @@ impl Data {
             Element::F16 => 1,
             Element::Bf16 => 2,
         };
-        // Weights that are rounded to f16 are off by more, but no weight that is given is rounded.
+        // With `Precision::Fast` the outputs may be off by more. Weights and logits that a problem asks for are as exact as ever.
         let rounded = match self.precision {
             Precision::Strict => 0.0,
             Precision::Fast => self.rounded_weights(),
         };
         let budgets = |expected: &Expected| expected.sum_budget[element] + rounded;
         self.compare("outputs", self.summaries(outputs), budgets, true)?;
-        // Weights are f32, whatever the type of the outputs is.
+        // They are f32, whatever the type of the outputs is.
         let budgets = |expected: &Expected| expected.sum_budget[0];
         self.weighed(outputs).map_or(Ok(()), |rows| self.compare("values by weights or logits", rows, budgets, false))
     }
@@ -277,6 +278,11 @@ impl Data {
         }
         Ok(())
     }
+}
+
+/// The shape of a trial's problem.
+fn checked(problem: &Problem) -> Shape {
+    problem.check().expect("a trial has a problem that is right")
 }
 
 /// Batch, head and row of each row of a tensor.
